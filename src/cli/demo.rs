@@ -1,0 +1,137 @@
+//! `fhirlake demo`: the whole job on an embedded server.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::drive::drive;
+use super::output::Output;
+use super::query::answer;
+use crate::config::{ByteSize, Plan, Problem, read_pipeline};
+use crate::delta::Tables;
+use crate::demo::{DEMO_TYPES, DemoServer, Population};
+use crate::error::{Context, ErrorKind, Result};
+use crate::pipeline::RunOptions;
+
+#[derive(Debug, Args)]
+pub(super) struct DemoArgs {
+    /// Patients; about 74 kB of NDJSON each.
+    #[arg(long, default_value_t = 300)]
+    patients: u32,
+    /// NDJSON to make, instead of a number of patients: 50MB, 2GB.
+    #[arg(long, value_parser = size, conflicts_with = "patients")]
+    size: Option<ByteSize>,
+    /// Seed of the population: the same seed, the same patients.
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Folder for the tables and the pipeline file; a fresh one in the system's temporary folder by default.
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
+    /// Port of the server; a free one by default.
+    #[arg(long, default_value_t = 0)]
+    port: u16,
+    /// Memory for what is under way.
+    #[arg(long, value_parser = size, default_value = "512MiB")]
+    memory: ByteSize,
+    /// Only write the population as NDJSON files into this folder.
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["folder", "port", "serve"])]
+    write_ndjson: Option<PathBuf>,
+    /// Only serve, until Ctrl-C: any Bulk Data client may ask.
+    #[arg(long)]
+    serve: bool,
+}
+
+fn size(text: &str) -> std::result::Result<ByteSize, String> {
+    ByteSize::try_from(text.to_owned())
+}
+
+/// Measured: 300 patients of seed 42 make 22.2 MB (`--write-ndjson`).
+const BYTES_PER_PATIENT: u64 = 74_000;
+/// Patients whose resources of one type share a file.
+const PATIENTS_PER_FILE: u32 = 2_000;
+
+/// Per mille of the population that changes and is deleted, between the two runs.
+const CHANGED: u64 = 30;
+const DELETED: u64 = 10;
+
+pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
+    let patients = args.size.map_or(args.patients, |size| u32::try_from(size.0 / BYTES_PER_PATIENT).unwrap_or(u32::MAX)).max(1);
+    let population = Population::new(args.seed, patients);
+    if let Some(folder) = &args.write_ndjson {
+        return write_ndjson(&population, folder, output);
+    }
+    let per_file = PATIENTS_PER_FILE.min(patients.div_ceil(2)).max(1);
+    let server = DemoServer::start(population, args.port, per_file).await?;
+    if args.serve {
+        output.line(&format!("a Bulk Data server with {patients} synthetic patients: {}", server.base()))?;
+        output.remark("Ctrl-C ends it");
+        return tokio::signal::ctrl_c().await.context(ErrorKind::Internal, "signals cannot be heard");
+    }
+    let folder = match &args.folder {
+        Some(folder) => folder.clone(),
+        None => std::env::temp_dir().join(format!("fhirlake-demo-{}", uuid::Uuid::new_v4().simple())),
+    };
+    std::fs::create_dir_all(&folder).context(ErrorKind::Storage, format!("{} cannot be made", folder.display()))?;
+    let tables = folder.join("tables");
+    let yaml = pipeline_yaml(server.base(), &tables, args.memory);
+    let file = folder.join("pipeline.yaml");
+    std::fs::write(&file, &yaml).context(ErrorKind::Storage, format!("{} cannot be written", file.display()))?;
+    let plan = plan(&yaml)?;
+
+    output.remark(&format!("\nA FHIR server with {patients} synthetic patients runs at {}", server.base()));
+    output.remark("\n1. Initial sync: everything\n");
+    drive(plan.clone(), RunOptions::default(), output).await?;
+
+    server.step(CHANGED, DELETED, (patients / 50).max(1));
+    output.remark("\n2. Time passes: patients arrive, resources change, some are deleted. Incremental sync\n");
+    drive(plan, RunOptions::default(), output).await?;
+
+    let sql = "SELECT gender, count(*) AS patients, min(birthDate) AS oldest FROM Patient GROUP BY gender ORDER BY gender";
+    output.remark(&format!("\n3. A question to the tables\n\n{sql}\n"));
+    let batches = answer(&Tables::at(&tables.display().to_string())?, sql).await?;
+    let text = arrow::util::pretty::pretty_format_batches(&batches).context(ErrorKind::Internal, "the answer cannot be shown")?;
+    output.line(&text.to_string())?;
+    let shown = tables.display();
+    output.remark(&format!(
+        "\nThe tables are in {shown}, one Delta table a resource type.\nTry next:\n  fhirlake query \"SELECT status, count(*) FROM Encounter GROUP BY status\" --tables {shown}\n  fhirlake status {}\n  fhirlake schema Observation\n  fhirlake demo --size 1GB",
+        file.display()
+    ));
+    Ok(())
+}
+
+fn pipeline_yaml(base: &str, tables: &std::path::Path, memory: ByteSize) -> String {
+    let text = |text: &str| serde_json::Value::from(text).to_string();
+    format!(
+        "# The demo's pipeline. Its server ran only as long as the demo.\nversion: 1\nname: demo\nsource:\n  url: {}\n  types: [{}]\nmemory: {}\ntables: {}\n",
+        text(base),
+        DEMO_TYPES.join(", "),
+        String::from(memory),
+        text(&tables.display().to_string()),
+    )
+}
+
+fn plan(yaml: &str) -> Result<Plan> {
+    let problem = |problems: Vec<Problem>| Problem::error("the demo's pipeline", &problems);
+    Plan::resolve(&read_pipeline(yaml, &[]).map_err(problem)?).map_err(problem)
+}
+
+fn write_ndjson(population: &Population, folder: &std::path::Path, output: &Output) -> Result<()> {
+    use std::io::Write;
+    std::fs::create_dir_all(folder).context(ErrorKind::Storage, format!("{} cannot be made", folder.display()))?;
+    let mut total = 0;
+    for (kind, name) in DEMO_TYPES.iter().enumerate() {
+        let path = folder.join(format!("{name}.ndjson"));
+        let failed = || format!("{} cannot be written", path.display());
+        let file = std::fs::File::create(&path).context(ErrorKind::Storage, failed())?;
+        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
+        let mut line = String::new();
+        for patient in 0..population.patients() {
+            line.clear();
+            population.for_each(kind, patient, |number, fate| population.write(kind, patient, number, fate, &mut line));
+            total += line.len();
+            file.write_all(line.as_bytes()).context(ErrorKind::Storage, failed())?;
+        }
+        file.flush().context(ErrorKind::Storage, failed())?;
+    }
+    output.line(&format!("{} patients, {:.1} MB of NDJSON in {}", population.patients(), total as f64 / 1e6, folder.display()))
+}

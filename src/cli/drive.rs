@@ -1,0 +1,169 @@
+//! Drives a run: signals, progress, report.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::output::{Output, peak_memory, report};
+use crate::config::Plan;
+use crate::error::{Error, ErrorKind, Result};
+use crate::flow::Stop;
+use crate::pipeline::{self, RunOptions, RunReport, Watch};
+use crate::telemetry;
+
+/// Runs a plan to its end, with progress, and shows the report. A type that failed is an error.
+pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> Result<RunReport> {
+    for key in &plan.unused {
+        tracing::warn!(key, "this version reads the key and does not act on it yet");
+    }
+    let (watch, stop) = (Watch::default(), Stop::default());
+    let remark = output.clone();
+    let run = pipeline::run(plan, options, &watch, &stop, |names| {
+        remark.remark(&format!("still waiting for: {}", names.join(", ")));
+    });
+    let mut progress = Progress::new(output);
+    let mut run = std::pin::pin!(run);
+    let mut tick = tokio::time::interval(Duration::from_millis(200));
+    let mut signals = Signals::new()?;
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut run => break outcome,
+            () = signals.next() => {
+                if stop.is_pulled() {
+                    output.remark("stopped at once; the next run removes what this one left");
+                    std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
+                }
+                output.remark("stopping: waiting for what is under way; press Ctrl-C again to stop at once");
+                stop.pull();
+            }
+            _ = tick.tick() => progress.show(&watch),
+        }
+    };
+    progress.end();
+    let outcome = outcome?;
+    output.remark(&report(&outcome));
+    if let Some(peak) = peak_memory() {
+        output.remark(&format!("peak memory {:.0} MB", peak as f64 / 1e6));
+    }
+    if !outcome.succeeded {
+        let failed: Vec<&str> =
+            outcome.types.iter().filter(|(_, kept)| kept.error.is_some()).map(|(name, _)| name.as_str()).collect();
+        return Err(Error::new(ErrorKind::Partial, format!("failed: {}", failed.join(", "))));
+    }
+    Ok(outcome)
+}
+
+/// Ctrl-C and SIGTERM.
+struct Signals {
+    #[cfg(unix)]
+    terminate: tokio::signal::unix::Signal,
+    #[cfg(unix)]
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        #[cfg(unix)]
+        {
+            use crate::error::Context;
+            use tokio::signal::unix::{SignalKind, signal};
+            let failed = "signals cannot be heard";
+            Ok(Self {
+                terminate: signal(SignalKind::terminate()).context(ErrorKind::Internal, failed)?,
+                interrupt: signal(SignalKind::interrupt()).context(ErrorKind::Internal, failed)?,
+            })
+        }
+        #[cfg(not(unix))]
+        Ok(Self {})
+    }
+
+    async fn next(&mut self) {
+        #[cfg(unix)]
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+        #[cfg(not(unix))]
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Bars a type on a terminal, a line every ten seconds elsewhere.
+struct Progress {
+    output: Output,
+    bars: BTreeMap<String, ProgressBar>,
+    server: Option<ProgressBar>,
+    ticks: u64,
+}
+
+impl Progress {
+    fn new(output: &Output) -> Self {
+        Self { output: output.clone(), bars: BTreeMap::new(), server: None, ticks: 0 }
+    }
+
+    fn show(&mut self, watch: &Watch) {
+        self.ticks += 1;
+        let counts = watch.board.read();
+        let words = watch.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        if !self.output.shows_bars() {
+            if self.ticks.is_multiple_of(50) {
+                let sum =
+                    |metric: &str| counts.iter().filter(|((name, _), _)| *name == metric).map(|(_, value)| value).sum::<u64>();
+                tracing::info!(
+                    files = sum(telemetry::FILES),
+                    files_expected = sum(telemetry::FILES_EXPECTED),
+                    parsed = sum(telemetry::PARSED),
+                    staged = sum(telemetry::STAGED),
+                    bytes = sum(telemetry::BYTES),
+                    server = words.as_deref().unwrap_or(""),
+                    "progress"
+                );
+            }
+            return;
+        }
+        if counts.is_empty() {
+            let bar = self.server.get_or_insert_with(|| {
+                let style = ProgressStyle::with_template("{spinner} the server is exporting: {msg}");
+                self.output
+                    .bars()
+                    .add(ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner())))
+            });
+            bar.set_message(words.unwrap_or_else(|| "waiting".into()));
+            bar.tick();
+            return;
+        }
+        if let Some(bar) = self.server.take() {
+            bar.finish_and_clear();
+        }
+        for ((metric, label), _) in counts.iter().filter(|((name, _), _)| *name == telemetry::FILES_EXPECTED) {
+            debug_assert_eq!(*metric, telemetry::FILES_EXPECTED);
+            let value = |metric| counts.get(&(metric, label.clone())).copied().unwrap_or(0);
+            let expected = value(telemetry::RESOURCES_EXPECTED);
+            let bar = self.bars.entry(label.to_string()).or_insert_with(|| {
+                let template = if expected > 0 {
+                    "{prefix:24} {bar:28} {pos:>9}/{len} {per_sec:>12} {msg}"
+                } else {
+                    "{prefix:24} {spinner} {pos:>9} {per_sec:>12} {msg}"
+                };
+                let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+                let bar = ProgressBar::new(expected).with_style(style.progress_chars("━╸─")).with_prefix(label.to_string());
+                self.output.bars().add(bar)
+            });
+            bar.set_length(expected.max(value(telemetry::PARSED)));
+            bar.set_position(value(telemetry::PARSED));
+            bar.set_message(format!("{}/{} files", value(telemetry::FILES), value(telemetry::FILES_EXPECTED)));
+        }
+    }
+
+    fn end(&mut self) {
+        for bar in self.bars.values() {
+            bar.finish_and_clear();
+        }
+        if let Some(bar) = self.server.take() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The command line. One file a command; `output` is the only place that prints.
+
+mod completions;
+mod demo;
+mod drive;
+mod output;
+mod query;
+mod run;
+mod schema;
+mod status;
+mod validate;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::environment;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::telemetry::{self, LogFormat};
+use output::Output;
+
+/// Keeps a folder of Delta Lake tables in step with a FHIR server.
+#[derive(Debug, Parser)]
+#[command(name = "fhirlake", version, about, after_help = exit_codes())]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// How logs look.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: LogFormat,
+    /// What is logged, such as `info` or `warn,fhirlake=debug`. Also by FHIRLAKE_LOG.
+    #[arg(long, global = true, value_name = "FILTER")]
+    log: Option<String>,
+    /// No progress, no report: errors only.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs a pipeline once.
+    Run(run::RunArgs),
+    /// Runs once by flags alone, as the recipe's script does.
+    Sync(Box<run::SyncArgs>),
+    /// Shows the whole job on an embedded server: initial sync, changes, incremental sync, a query.
+    Demo(demo::DemoArgs),
+    /// Checks a pipeline file, and what it depends on.
+    Validate(validate::ValidateArgs),
+    /// Shows a pipeline's tables, watermarks and last run.
+    Status(status::StatusArgs),
+    /// Asks the tables a question in SQL; each is named by its resource type.
+    Query(query::QueryArgs),
+    /// Shows the table schema of a resource type.
+    Schema(schema::SchemaArgs),
+    /// Writes shell completions to stdout.
+    Completions(completions::CompletionsArgs),
+}
+
+fn exit_codes() -> String {
+    let mut text = "Exit codes: 0 success".to_owned();
+    for kind in ErrorKind::ALL {
+        text.push_str(&format!(", {} {}", kind.exit_code(), format!("{kind:?}").to_lowercase()));
+    }
+    text
+}
+
+/// The whole process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.global.quiet);
+    let filter = cli.global.log.clone().or_else(|| environment("FHIRLAKE_LOG"));
+    // Where bars show the progress, lines of information would only tear them.
+    let usual = if output.shows_bars() || cli.global.quiet { "warn" } else { "info" };
+    // The libraries' own warnings speak of things that we handle ourselves and report in our words.
+    let filter = filter.unwrap_or_else(|| format!("error,fhirlake={usual}"));
+    telemetry::init(cli.global.log_format, &filter, output.log_writer());
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let outcome = match runtime.context(ErrorKind::Internal, "the runtime cannot be started") {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(dispatch(cli.command, &output));
+            // Threads that still compute after a second Ctrl-C are not waited for.
+            runtime.shutdown_background();
+            outcome
+        }
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output.error(&error);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+async fn dispatch(command: Command, output: &Output) -> Result<()> {
+    match command {
+        Command::Run(args) => run::run(args, output).await,
+        Command::Sync(args) => run::sync(*args, output).await,
+        Command::Demo(args) => demo::demo(args, output).await,
+        Command::Validate(args) => validate::validate(args, output).await,
+        Command::Status(args) => status::status(args, output).await,
+        Command::Query(args) => query::query(args, output).await,
+        Command::Schema(args) => schema::schema(&args, output),
+        Command::Completions(args) => completions::completions(&args, output),
+    }
+}
+
+/// Reads a pipeline file's text.
+fn read_file(path: &PathBuf) -> Result<String> {
+    std::fs::read_to_string(path)
+        .map_err(|error| Error::new(ErrorKind::Config, format!("the pipeline file {} cannot be read: {error}", path.display())))
+}

@@ -1,0 +1,206 @@
+//! What a person or a script sees: results on stdout, progress and errors on stderr. The only place that prints.
+
+use std::io::{IsTerminal, Write};
+
+use indicatif::{MultiProgress, ProgressDrawTarget};
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::config::environment;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::pipeline::RunReport;
+
+/// Where output goes.
+#[derive(Debug, Clone)]
+pub(super) struct Output {
+    quiet: bool,
+    bars: MultiProgress,
+    colour: bool,
+}
+
+/// Log lines go above the bars, not through them.
+#[derive(Debug, Clone)]
+pub(super) struct LogWriter(MultiProgress);
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.suspend(|| std::io::stderr().write_all(bytes))?;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+impl<'a> MakeWriter<'a> for LogWriter {
+    type Writer = LogWriter;
+    fn make_writer(&'a self) -> LogWriter {
+        self.clone()
+    }
+}
+
+impl Output {
+    pub fn new(quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
+        let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|value| value.is_empty());
+        Self { quiet, bars: MultiProgress::with_draw_target(target), colour }
+    }
+
+    /// Whether progress is drawn as bars.
+    pub fn shows_bars(&self) -> bool {
+        !self.bars.is_hidden()
+    }
+
+    /// The bars.
+    pub fn bars(&self) -> &MultiProgress {
+        &self.bars
+    }
+
+    /// Where logs go.
+    pub fn log_writer(&self) -> LogWriter {
+        LogWriter(self.bars.clone())
+    }
+
+    /// A line of a result.
+    pub fn line(&self, text: &str) -> Result<()> {
+        self.raw(format!("{text}\n").as_bytes())
+    }
+
+    /// A result's bytes. A reader that has gone away (`| head`) is no error.
+    pub fn raw(&self, bytes: &[u8]) -> Result<()> {
+        let mut stdout = std::io::stdout().lock();
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                Err(error).context(ErrorKind::Storage, "stdout cannot be written")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A remark for a person; nothing where output is quiet.
+    pub fn remark(&self, text: &str) {
+        if !self.quiet {
+            self.bars.suspend(|| {
+                // Nobody can be told that stderr is gone.
+                let _ = writeln!(std::io::stderr(), "{text}");
+            });
+        }
+    }
+
+    /// The error that ended the command.
+    pub fn error(&self, error: &Error) {
+        let (red, dim, off) = if self.colour { ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") } else { ("", "", "") };
+        self.bars.suspend(|| {
+            let mut stderr = std::io::stderr();
+            let _ = writeln!(stderr, "{red}error{off}: {error}");
+            let _ = writeln!(stderr, "{dim}hint{off}: {}", error.kind().hint());
+        });
+    }
+
+    /// A tick or a cross before a line of a checklist.
+    pub fn check(&self, passed: bool, text: &str) -> Result<()> {
+        let (green, red, off) = if self.colour { ("\x1b[32m", "\x1b[31m", "\x1b[0m") } else { ("", "", "") };
+        self.line(&if passed { format!("{green}✓{off} {text}") } else { format!("{red}✗{off} {text}") })
+    }
+}
+
+/// Columns of text, the first to the left and the others to the right.
+pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|text| text.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &[String]| {
+        let cells = cells.iter().zip(&widths).enumerate().map(|(at, (cell, width))| {
+            let pad = " ".repeat(width - cell.chars().count().min(*width));
+            if at == 0 { format!("{cell}{pad}") } else { format!("{pad}{cell}") }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let header: Vec<String> = header.iter().map(|text| (*text).to_owned()).collect();
+    let rule: Vec<String> = widths.iter().map(|width| "─".repeat(*width)).collect();
+    let mut lines = vec![line(&header), line(&rule)];
+    lines.extend(rows.iter().map(|row| line(row)));
+    lines.join("\n")
+}
+
+/// A run's report as a table.
+pub(super) fn report(report: &RunReport) -> String {
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let rate = |bytes: u64, seconds: f64| if seconds > 0.0 { format!("{:.1}", megabytes(bytes) / seconds) } else { "-".into() };
+    let mut rows = Vec::new();
+    let mut sums = [0u64; 8];
+    for (name, outcome) in &report.types {
+        let numbers = [
+            outcome.files,
+            outcome.resources,
+            outcome.inserted,
+            outcome.updated,
+            outcome.deleted,
+            outcome.skipped,
+            outcome.quarantined,
+            outcome.bytes,
+        ];
+        for (sum, number) in sums.iter_mut().zip(numbers) {
+            *sum += number;
+        }
+        let mut row = vec![if outcome.error.is_some() { format!("{name} (failed)") } else { name.clone() }];
+        row.extend(numbers[..7].iter().map(u64::to_string));
+        row.extend([
+            format!("{:.1}", megabytes(outcome.bytes)),
+            rate(outcome.bytes, outcome.seconds),
+            format!("{:.2}", outcome.seconds),
+        ]);
+        rows.push(row);
+    }
+    let mut total = vec!["total".to_owned()];
+    total.extend(sums[..7].iter().map(u64::to_string));
+    total.extend([format!("{:.1}", megabytes(sums[7])), rate(sums[7], report.seconds), format!("{:.2}", report.seconds)]);
+    rows.push(total);
+    let header =
+        ["type", "files", "resources", "inserted", "updated", "deleted", "skipped", "quarantined", "MB", "MB/s", "seconds"];
+    let mut text = table(&header, &rows);
+    for (name, outcome) in report.types.iter().filter_map(|(name, outcome)| Some((name, outcome.error.as_ref()?))) {
+        text.push_str(&format!("\n{name} failed, its table is as it was: {outcome}"));
+    }
+    let excluded: Vec<String> = report.excluded.iter().map(|(name, lines)| format!("{name}: {lines}")).collect();
+    if !excluded.is_empty() {
+        text.push_str(&format!("\nlines of types that have no table: {}", excluded.join(", ")));
+    }
+    let mut lost: Vec<(&String, u64)> =
+        report.types.values().flat_map(|outcome| outcome.not_held.iter().map(|(path, count)| (path, *count))).collect();
+    lost.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+    if !lost.is_empty() {
+        let shown: Vec<String> = lost.iter().take(8).map(|(path, count)| format!("{path}: {count}")).collect();
+        let more = if lost.len() > 8 { format!(", and {} more paths in the report", lost.len() - 8) } else { String::new() };
+        text.push_str(&format!("\nvalues that the table's schema cannot hold: {}{more}", shown.join(", ")));
+    }
+    for (file, promised, came) in &report.count_findings {
+        text.push_str(&format!("\n{file}: the manifest promised {promised} resources, {came} came"));
+    }
+    if !report.outcome_issues.is_empty() {
+        let issues: Vec<String> = report.outcome_issues.iter().map(|(severity, count)| format!("{count} {severity}")).collect();
+        text.push_str(&format!("\nthe server's own remarks on its export: {}", issues.join(", ")));
+    }
+    text
+}
+
+/// Peak memory of the process in bytes, where the system tells.
+pub(super) fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_whatever_the_letters() {
+        let text = table(&["type", "n"], &[vec!["Ä".into(), "10".into()], vec!["Patient".into(), "2".into()]]);
+        assert_eq!(text, "type      n\n───────  ──\nÄ        10\nPatient   2");
+    }
+}

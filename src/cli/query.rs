@@ -1,0 +1,134 @@
+//! `fhirlake query SQL`: DataFusion over the tables, by their type's name.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use clap::{Args, ValueEnum};
+use deltalake::datafusion::prelude::{SessionConfig, SessionContext};
+
+use super::output::Output;
+use super::run::plan_of;
+use crate::delta::Tables;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A table for people.
+    Table,
+    /// Comma-separated values with a header; nested values as JSON.
+    Csv,
+    /// One JSON object a row.
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct QueryArgs {
+    /// The question, such as `SELECT gender, count(*) FROM Patient GROUP BY gender`.
+    sql: String,
+    /// A pipeline file whose tables are asked.
+    #[arg(value_name = "PIPELINE", required_unless_present = "tables", conflicts_with = "tables")]
+    pipeline: Option<PathBuf>,
+    /// Folder (or URL) of the tables.
+    #[arg(long, value_name = "FOLDER-OR-URL")]
+    tables: Option<String>,
+    /// How the answer is shown.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub(super) async fn query(args: QueryArgs, output: &Output) -> Result<()> {
+    let tables = match (&args.tables, &args.pipeline) {
+        (Some(tables), _) => tables.clone(),
+        (None, Some(path)) => plan_of(path, &[])?.tables,
+        (None, None) => return Err(Error::new(ErrorKind::Config, "name a pipeline file or --tables")),
+    };
+    let batches = answer(&Tables::at(&tables)?, &args.sql).await?;
+    match args.output {
+        Format::Table => {
+            let text = arrow::util::pretty::pretty_format_batches(&batches)
+                .context(ErrorKind::Internal, "the answer cannot be shown")?;
+            output.line(&text.to_string())
+        }
+        Format::Csv => output.raw(&csv(&batches)?),
+        Format::Json => {
+            let mut lines = arrow::json::LineDelimitedWriter::new(Vec::new());
+            let failed = "the answer cannot be written as JSON";
+            lines.write_batches(&batches.iter().collect::<Vec<_>>()).context(ErrorKind::Config, failed)?;
+            lines.finish().context(ErrorKind::Internal, failed)?;
+            output.raw(&lines.into_inner())
+        }
+    }
+}
+
+/// Asks; the answer's batches, at least one, so that an empty answer still has its columns.
+pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch>> {
+    // Table and column names are FHIR's, so `Patient` and `birthDate` need no quotes.
+    let config = SessionConfig::new().set_bool("datafusion.sql_parser.enable_ident_normalization", false);
+    let session = SessionContext::new_with_config(config);
+    let existing = tables.existing().await?;
+    if existing.is_empty() {
+        return Err(Error::new(ErrorKind::Storage, format!("there are no tables in {}", tables.display())));
+    }
+    for name in &existing {
+        // Only what the question names is opened: a folder may hold a hundred tables.
+        if !sql.to_lowercase().contains(&name.to_lowercase()) {
+            continue;
+        }
+        let table = tables.open(name).await?;
+        let Some(delta) = table.delta() else { continue };
+        let provider = delta.table_provider().await.context(ErrorKind::Storage, format!("table {name} cannot be read"))?;
+        session
+            .register_table(deltalake::datafusion::common::TableReference::bare(&**name), provider)
+            .context(ErrorKind::Internal, format!("table {name}"))?;
+    }
+    let asked = async {
+        let frame = session.sql(sql).await?;
+        let schema = Arc::new(frame.schema().as_arrow().clone());
+        let mut batches = frame.collect().await?;
+        if batches.is_empty() {
+            batches.push(RecordBatch::new_empty(schema));
+        }
+        Ok::<_, deltalake::datafusion::error::DataFusionError>(batches)
+    };
+    asked.await.map_err(|error| {
+        let known: Vec<&str> = existing.iter().map(|name| &**name).collect();
+        Error::new(ErrorKind::Config, format!("{}\ntables here: {}", error.strip_backtrace(), known.join(", ")))
+    })
+}
+
+/// Columns that CSV cannot hold become JSON texts.
+fn csv(batches: &[RecordBatch]) -> Result<Vec<u8>> {
+    use arrow::array::{ArrayRef, StringArray};
+    use arrow::datatypes::{DataType, Field, Schema};
+    let failed = "the answer cannot be written as CSV";
+    let mut writer = arrow::csv::WriterBuilder::new().with_header(true).build(Vec::new());
+    for batch in batches {
+        let (mut fields, mut columns) = (Vec::new(), Vec::<ArrayRef>::new());
+        for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
+            if !field.data_type().is_nested() {
+                fields.push(field.as_ref().clone());
+                columns.push(column.clone());
+                continue;
+            }
+            let one = RecordBatch::try_new(
+                Arc::new(Schema::new(vec![Field::new("v", field.data_type().clone(), true)])),
+                vec![column.clone()],
+            )
+            .context(ErrorKind::Internal, failed)?;
+            let mut lines = arrow::json::LineDelimitedWriter::new(Vec::new());
+            lines.write(&one).context(ErrorKind::Config, failed)?;
+            lines.finish().context(ErrorKind::Internal, failed)?;
+            let text = String::from_utf8(lines.into_inner()).context(ErrorKind::Internal, failed)?;
+            let values = text.lines().map(|line| {
+                let row: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+                row.get("v").map(ToString::to_string)
+            });
+            columns.push(Arc::new(StringArray::from(values.collect::<Vec<_>>())));
+            fields.push(Field::new(field.name(), DataType::Utf8, true));
+        }
+        let flat = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).context(ErrorKind::Internal, failed)?;
+        writer.write(&flat).context(ErrorKind::Internal, failed)?;
+    }
+    Ok(writer.into_inner())
+}

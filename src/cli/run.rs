@@ -1,0 +1,204 @@
+//! `fhirlake run PIPELINE.yaml` and `fhirlake sync`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::drive::drive;
+use super::output::Output;
+use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SourcePlan, Text, environment, read_pipeline};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pipeline::{self, RunOptions};
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// The pipeline file.
+    pipeline: PathBuf,
+    /// Ask for everything, and rewrite rows whose content differs.
+    #[arg(long)]
+    full_refresh: bool,
+    /// Set a key of the file, such as `--set memory=1GiB`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Show what would be done; ask nothing of the server and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// The recipe's arguments, with its names and defaults.
+#[derive(Debug, Args)]
+pub(super) struct SyncArgs {
+    /// FHIR base URL.
+    #[arg(long, value_name = "URL")]
+    fhir_endpoint: String,
+    /// Folder (or URL) of the Delta tables.
+    #[arg(long, value_name = "FOLDER")]
+    delta_path: String,
+    /// File that keeps the time of the last sync; state is kept in its folder.
+    #[arg(long, value_name = "FILE", default_value = "/var/lib/fhir-sync/state.json")]
+    state_file: PathBuf,
+    /// Resource types.
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "TYPE",
+        default_values = ["Patient", "Condition", "Observation", "Encounter"])]
+    resource_types: Vec<String>,
+    /// Export only this group of patients.
+    #[arg(long, value_name = "ID")]
+    group_id: Option<String>,
+    /// Ask for everything, and rewrite rows whose content differs.
+    #[arg(long)]
+    full_refresh: bool,
+    /// Client id of the backend service. Also by FHIR_CLIENT_ID.
+    #[arg(long, value_name = "ID")]
+    auth_client_id: Option<String>,
+    /// Private key of the backend service: a file with a JWK, JWKS or PEM, or the JWK itself. Also by
+    /// FHIR_PRIVATE_KEY, which keeps the key out of the process list.
+    #[arg(long, value_name = "FILE-OR-JWK")]
+    auth_private_key: Option<String>,
+    /// Set a key of the pipeline, such as `--set memory=1GiB`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Show what would be done; ask nothing of the server and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Reads and resolves a pipeline file.
+pub(super) fn plan_of(path: &PathBuf, sets: &[String]) -> Result<Plan> {
+    let name = path.display().to_string();
+    let text = super::read_file(path)?;
+    let read = read_pipeline(&text, sets).map_err(|problems| Problem::error(&name, &problems))?;
+    Plan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))
+}
+
+pub(super) async fn run(args: RunArgs, output: &Output) -> Result<()> {
+    let plan = plan_of(&args.pipeline, &args.sets)?;
+    start(plan, args.full_refresh, args.dry_run, output).await
+}
+
+pub(super) async fn sync(args: SyncArgs, output: &Output) -> Result<()> {
+    let (full_refresh, dry_run) = (args.full_refresh, args.dry_run);
+    let plan = sync_plan(args)?;
+    start(plan, full_refresh, dry_run, output).await
+}
+
+async fn start(plan: Plan, full_refresh: bool, dry_run: bool, output: &Output) -> Result<()> {
+    let options = RunOptions { full_refresh };
+    if dry_run {
+        return explain(plan, options, output).await;
+    }
+    drive(plan, options, output).await.map(|_| ())
+}
+
+/// The plan that the recipe's arguments stand for.
+fn sync_plan(args: SyncArgs) -> Result<Plan> {
+    let text = |value: &str| serde_json::Value::String(value.to_owned()).to_string();
+    let mut yaml = format!(
+        "version: 1\nname: sync\nsource:\n  url: {}\n  types: {}\n",
+        text(&args.fhir_endpoint),
+        serde_json::json!(args.resource_types)
+    );
+    if let Some(group) = &args.group_id {
+        yaml.push_str(&format!("  level: group\n  group: {}\n", text(group)));
+    }
+    let state = args.state_file.parent().map(|folder| folder.to_path_buf()).filter(|folder| !folder.as_os_str().is_empty());
+    let state = state.unwrap_or_else(|| PathBuf::from("."));
+    yaml.push_str(&format!("tables: {}\nstate: {}\n", text(&args.delta_path), text(&state.display().to_string())));
+    let read = read_pipeline(&yaml, &args.sets).map_err(|problems| sync_error(&problems))?;
+    let read = with_auth(read, args.auth_client_id.map(Text), args.auth_private_key)?;
+    let mut plan = Plan::resolve(&read).map_err(|problems| sync_error(&problems))?;
+    plan.state_file = Some(args.state_file);
+    Ok(plan)
+}
+
+fn with_auth(mut read: Read, client_id: Option<Text>, private_key: Option<String>) -> Result<Read> {
+    let by_environment =
+        |name: &str| environment(name).filter(|value| !value.is_empty()).map(|_| Text(format!("${{env:{name}}}")));
+    let client_id = client_id.or_else(|| by_environment("FHIR_CLIENT_ID"));
+    let private_key = match private_key {
+        Some(key) if key.trim_start().starts_with('{') => Some(Text(key)),
+        Some(path) => Some(Text(format!("${{file:{path}}}"))),
+        None => by_environment("FHIR_PRIVATE_KEY"),
+    };
+    read.file.source.auth = match (client_id, private_key) {
+        (None, None) => read.file.source.auth,
+        (Some(client_id), Some(private_key)) => Some(AuthSection {
+            client_id: Some(client_id),
+            private_key: Some(private_key),
+            scope: "system/*.read".into(),
+            token_url: None,
+            bearer_token: None,
+        }),
+        (Some(_), None) => {
+            return Err(Error::new(ErrorKind::Config, "a client id without a key: set --auth-private-key or FHIR_PRIVATE_KEY"));
+        }
+        (None, Some(_)) => {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "a private key without a client id: set --auth-client-id or FHIR_CLIENT_ID",
+            ));
+        }
+    };
+    Ok(read)
+}
+
+fn sync_error(problems: &[Problem]) -> Error {
+    let name = |path: &str| match path.split('.').take(2).collect::<Vec<_>>().join(".").as_str() {
+        "source.url" => "--fhir-endpoint".to_owned(),
+        "source.types" => "--resource-types".to_owned(),
+        "source.group" => "--group-id".to_owned(),
+        "tables" => "--delta-path".to_owned(),
+        "state" => "--state-file".to_owned(),
+        other => other.to_owned(),
+    };
+    let lines: Vec<String> = problems
+        .iter()
+        .map(|problem| {
+            let hint = problem.hint.as_ref().map_or_else(String::new, |hint| format!(" ({hint})"));
+            format!("{}: {}{hint}", name(&problem.path), problem.what)
+        })
+        .collect();
+    Error::new(ErrorKind::Config, lines.join("\n"))
+}
+
+/// `--dry-run`: the plan, in words.
+async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()> {
+    let memory = plan.memory;
+    output.line(&format!("pipeline  {}", plan.name))?;
+    match &plan.source {
+        SourcePlan::Folder(url) => output.line(&format!("source    {}", url.path()))?,
+        SourcePlan::Server { base, level, .. } => output.line(&format!("source    {} ({level:?})", base.as_str()))?,
+    }
+    output.line(&format!("tables    {}", plan.tables))?;
+    output.line(&format!("state     {}", plan.state.display()))?;
+    let (downloads, parsers, encoders) = (plan.downloads, plan.parse_workers, plan.encode_workers);
+    let base = match &plan.source {
+        SourcePlan::Server { base, .. } => Some(base.clone()),
+        SourcePlan::Folder(_) => None,
+    };
+    let prepared = pipeline::prepare(plan, options).await?;
+    let existing: Vec<String> = prepared.existing().iter().map(|name| name.to_string()).collect();
+    output.line(&format!("existing  {}", if existing.is_empty() { "no tables".into() } else { existing.join(", ") }))?;
+    for kickoff in prepared.kickoffs() {
+        if let Some(base) = &base {
+            let mut base = base.clone();
+            if !base.path().ends_with('/') {
+                base.set_path(&format!("{}/", base.path()));
+            }
+            output.line(&format!("export    GET {}", kickoff.request.url(&base)?))?;
+        }
+    }
+    output.line(&format!("workers   {downloads} downloads, {parsers} parse, {encoders} encode"))?;
+    output.line(&explain_memory(memory))
+}
+
+fn explain_memory(memory: MemorySplit) -> String {
+    let mib = |bytes: usize| format!("{} MiB", bytes >> 20);
+    format!(
+        "memory    download->parse {}, parse->encode {}, encode->merge {}, open batches {} (a row group at {} of NDJSON)",
+        mib(memory.chunks),
+        mib(memory.rows),
+        mib(memory.batches),
+        mib(memory.open_batches),
+        mib(memory.row_group)
+    )
+}

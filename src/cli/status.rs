@@ -1,0 +1,78 @@
+//! `fhirlake status PIPELINE.yaml`
+
+use std::path::PathBuf;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use clap::Args;
+
+use super::output::{Output, table};
+use super::run::plan_of;
+use crate::error::{ErrorKind, Result};
+use crate::pipeline;
+use crate::state::{JournalEntry, StateFile, StateFolder};
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    /// The pipeline file.
+    pipeline: PathBuf,
+    /// Set a key of the file, such as `--set tables=/lake`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
+    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let state = StateFolder::open(&plan.state, plan.state_file.as_deref())?;
+    output.line(&format!("pipeline    {}", plan.name))?;
+    output.line(&format!("tables      {}", plan.tables))?;
+    output.line(&format!("state       {}", state.path().display()))?;
+    let running = match state.lock() {
+        Err(error) if error.kind() == ErrorKind::Locked => Some(error.to_string()),
+        Err(error) => return Err(error),
+        Ok(_) => None,
+    };
+    match &running {
+        Some(who) => output.line(&format!("now         running: {who}"))?,
+        None => match state.journal().unfinished()?.first() {
+            Some(JournalEntry::Began { run, .. }) => {
+                output.line(&format!("now         idle; run {run} ended without a word, the next run cleans up after it"))?;
+            }
+            _ => output.line("now         idle")?,
+        },
+    }
+    let remembered = StateFile::read(state.state_file())?;
+    let time =
+        |time: Option<DateTime<Utc>>| time.map_or_else(|| "never".into(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true));
+    output.line(&format!("last sync   {} (the server's time)", time(remembered.last_sync_time)))?;
+    output.line(&format!("completed   {}", time(remembered.last_completed)))?;
+    if let Some(report) = state.last_report() {
+        let text = |key: &str| report.get(key).and_then(|value| value.as_str()).unwrap_or("?").to_owned();
+        let outcome = if report["succeeded"] == true { "succeeded" } else { "failed" };
+        let seconds = report["seconds"].as_f64().unwrap_or_default();
+        output.line(&format!("last run    {} {outcome} after {seconds:.1} s", text("run")))?;
+        for (name, kept) in report["types"].as_object().into_iter().flatten() {
+            if let Some(error) = kept["error"].as_str() {
+                output.line(&format!("            {name}: {error}"))?;
+            }
+        }
+    }
+    output.line(&format!("quarantine  {} lines", state.quarantined()))?;
+    let states = pipeline::table_states(&plan).await?;
+    if states.is_empty() {
+        return output.line("no tables yet");
+    }
+    let rows: Vec<Vec<String>> = states
+        .into_iter()
+        .map(|state| {
+            let rows = state.rows.map_or_else(|| "?".into(), |rows| rows.to_string());
+            vec![
+                state.resource_type.to_string(),
+                state.version.to_string(),
+                rows,
+                state.watermark.unwrap_or_else(|| "none".into()),
+            ]
+        })
+        .collect();
+    output.line("")?;
+    output.line(&table(&["table", "version", "rows", "watermark"], &rows))
+}

@@ -1,0 +1,57 @@
+//! `fhirlake validate PIPELINE.yaml`
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::output::Output;
+use crate::config::{Plan, Problem, pipeline_json_schema, read_pipeline};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pipeline::check_dependencies;
+
+#[derive(Debug, Args)]
+pub(super) struct ValidateArgs {
+    /// The pipeline file.
+    #[arg(required_unless_present = "json_schema")]
+    pipeline: Option<PathBuf>,
+    /// Only read the file: ask no server, touch no table.
+    #[arg(long)]
+    offline: bool,
+    /// Set a key of the file.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Write the JSON Schema of pipeline files to stdout instead, for editors.
+    #[arg(long)]
+    json_schema: bool,
+}
+
+pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> {
+    let Some(path) = args.pipeline.filter(|_| !args.json_schema) else {
+        return output.line(&format!("{:#}", pipeline_json_schema()));
+    };
+    let name = path.display().to_string();
+    let text = super::read_file(&path)?;
+    let read = read_pipeline(&text, &args.sets).map_err(|problems| Problem::error(&name, &problems))?;
+    output.check(true, &format!("{name} is a pipeline file"))?;
+    if args.offline {
+        return Ok(());
+    }
+    let plan = Plan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))?;
+    for key in &plan.unused {
+        output.remark(&format!("note: this version reads `{key}` and does not act on it yet"));
+    }
+    let mut failed = 0;
+    for dependency in check_dependencies(&plan).await {
+        match dependency.outcome {
+            Ok(found) => output.check(true, &format!("{}: {found}", dependency.name))?,
+            Err(why) => {
+                failed += 1;
+                output.check(false, &format!("{}: {why}", dependency.name))?;
+            }
+        }
+    }
+    if failed > 0 {
+        return Err(Error::new(ErrorKind::Config, format!("{failed} of the pipeline's dependencies would fail a run")));
+    }
+    Ok(())
+}

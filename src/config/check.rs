@@ -1,0 +1,236 @@
+//! Everything that is wrong with a pipeline file, at once and each with its place. Pure: no I/O.
+
+use serde_json::Value;
+
+use super::file::{LevelName, MaxBad, PipelineFile, pipeline_json_schema};
+use super::tree::{Place, Tree, check};
+use crate::error::{Error, ErrorKind};
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Line and column, from 1; (0, 0) for `--set`.
+    pub place: Place,
+    /// Dotted path of the key.
+    pub path: String,
+    /// What is wrong.
+    pub what: String,
+    /// What may help.
+    pub hint: Option<String>,
+}
+
+/// A pipeline file that was read.
+#[derive(Debug, Clone)]
+pub struct Read {
+    /// The file.
+    pub file: PipelineFile,
+    tree: Tree,
+}
+
+impl Read {
+    /// A problem at the place of `path`.
+    pub fn problem(&self, path: &str, what: impl Into<String>, hint: Option<&str>) -> Problem {
+        problem(&self.tree, path, what, hint)
+    }
+}
+
+fn problem(tree: &Tree, path: &str, what: impl Into<String>, hint: Option<&str>) -> Problem {
+    let place = tree.place_of(path).unwrap_or((1, 1));
+    Problem { place, path: path.to_owned(), what: what.into(), hint: hint.map(str::to_owned) }
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.place {
+            (0, _) => write!(f, "--set: ")?,
+            (line, column) => write!(f, "{line}:{column}: ")?,
+        }
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.what)?;
+        match &self.hint {
+            Some(hint) => write!(f, " ({hint})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Problem {
+    /// All problems of `file` as one error.
+    pub fn error(name: &str, problems: &[Problem]) -> Error {
+        let lines: Vec<String> = problems.iter().map(|problem| format!("  {name}:{problem}")).collect();
+        let what = if problems.len() == 1 { "one problem" } else { "several problems" };
+        Error::new(ErrorKind::Config, format!("{what} in the pipeline file:\n{}", lines.join("\n")))
+    }
+}
+
+/// Reads a pipeline file; `sets` are `--set` options, `key=value` with the value as YAML.
+pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> {
+    let whole = |what: String, place: Place| vec![Problem { place, path: String::new(), what, hint: None }];
+    let parsed: Result<Tree, _> = serde_saphyr::from_str(text);
+    let mut tree = parsed.map_err(|error| {
+        let place = error.location().map_or((1, 1), |at| (at.line(), at.column()));
+        // The parser's own text shows the source around the place; one line of it is enough beside ours.
+        let text = error.without_snippet().to_string();
+        let what = text.lines().next().unwrap_or_default();
+        whole(format!("not YAML: {what}"), place)
+    })?;
+    if matches!(tree, Tree::Scalar(Value::Null)) {
+        return Err(whole("the file is empty".into(), (1, 1)));
+    }
+    for set in sets {
+        let wrong = |what: String| whole(format!("`{set}`: {what}"), (0, 0));
+        let (key, value) = set.split_once('=').ok_or_else(|| wrong("not key=value".into()))?;
+        let value: Tree = serde_saphyr::from_str(value).map_err(|_| wrong("the value is not YAML".into()))?;
+        tree.set(key.trim(), value).map_err(wrong)?;
+    }
+    let mut problems = check(&tree, &pipeline_json_schema());
+    let file = match serde_json::from_value::<PipelineFile>(tree.to_json()) {
+        Ok(file) => file,
+        Err(_) if !problems.is_empty() => {
+            problems.sort_by_key(|problem| problem.place);
+            return Err(problems);
+        }
+        // The schema comes from the same structs, so this says that they disagree.
+        Err(error) => return Err(whole(error.to_string(), (1, 1))),
+    };
+    meaning(&file, &tree, &mut problems);
+    if problems.is_empty() {
+        return Ok(Read { file, tree });
+    }
+    problems.sort_by_key(|problem| problem.place);
+    Err(problems)
+}
+
+/// What the schema cannot say.
+fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
+    let mut add = |path: &str, what: &str, hint: Option<&str>| problems.push(problem(tree, path, what, hint));
+    let source = &file.source;
+    match (source.level, &source.group) {
+        (LevelName::Group, None) => {
+            add("source.level", "level group needs source.group", Some("the group's id, as in Group/[id]/$export"));
+        }
+        (LevelName::System | LevelName::Patient, Some(_)) => {
+            add("source.group", "a group without level group", Some("set source.level: group"));
+        }
+        _ => {}
+    }
+    let url = source.url.0.as_str();
+    let is_reference = url.contains("${");
+    if !is_reference {
+        match url::Url::parse(url) {
+            Err(_) => add("source.url", "not a URL", Some("https://… of a FHIR base, or file:///folder of NDJSON")),
+            Ok(parsed) if !matches!(parsed.scheme(), "http" | "https" | "file") => {
+                add("source.url", "neither http, https nor file", None);
+            }
+            Ok(parsed) if parsed.scheme() == "file" && source.auth.is_some() => {
+                add("source.auth", "a folder needs no authentication", None);
+            }
+            Ok(parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
+                add("source.url", "no user and password in a URL: it would be logged", Some("use source.auth"));
+            }
+            Ok(_) => {}
+        }
+    }
+    if let Some(auth) = &source.auth {
+        match (&auth.bearer_token, &auth.client_id, &auth.private_key) {
+            (Some(_), None, None) | (None, Some(_), Some(_)) => {}
+            (Some(_), _, _) => add("source.auth.bearer_token", "either a bearer token or a client id and key", None),
+            (None, Some(_), None) => {
+                add("source.auth", "auth.client_id needs auth.private_key", Some("a run never goes unauthenticated by mistake"))
+            }
+            (None, None, Some(_)) => add("source.auth", "auth.private_key needs auth.client_id", None),
+            (None, None, None) => add("source.auth", "auth is empty", Some("client_id and private_key, or bearer_token")),
+        }
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for (index, name) in source.types.iter().enumerate() {
+        let path = format!("source.types.{index}");
+        if !seen.insert(name) {
+            add(&path, "this type stands twice", None);
+        }
+        if crate::schema::EXCLUDED_TYPES.contains(&name.as_str()) {
+            add(&path, "Pathling's layout has no table for this type", None);
+        }
+    }
+    if let Some(MaxBad::Share(share)) = &file.stages.parse.max_bad_lines
+        && share.trim_end_matches('%').parse::<f64>().is_ok_and(|percent| percent > 100.0)
+    {
+        add("stages.parse.max_bad_lines", "more than 100%", None);
+    }
+    if file.memory.0 < 64 << 20 {
+        add("memory", "less than 64MiB", Some("edges and open batches need some room"));
+    }
+    if file.stages.parse.max_line.0 > 256 << 20 {
+        add("stages.parse.max_line", "more than 256MiB", None);
+    }
+    if file.stages.download.chunk.0 < 4096 || file.stages.download.chunk.0 > 64 << 20 {
+        add("stages.download.chunk", "must be from 4KiB to 64MiB", None);
+    }
+    if !(1 << 16..=1 << 30).contains(&file.stages.encode.row_group.0) {
+        add("stages.encode.row_group", "must be from 64KiB to 1GiB", None);
+    }
+    if file.name.contains(['/', '\\', '\0']) || file.name.starts_with('.') {
+        add("name", "a name with slashes, or beginning with a dot", Some("it names a folder"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = "version: 1\nname: x\nsource:\n  url: https://h.example/fhir\ntables: /tmp/t\n";
+
+    #[test]
+    fn a_minimal_file() {
+        let read = read_pipeline(MINIMAL, &[]).unwrap();
+        assert_eq!(read.file.stages.download.concurrency, 10);
+        assert_eq!(read.file.memory.0, 512 << 20);
+    }
+
+    // Breaks if a problem hides another, or loses its place or hint.
+    #[test]
+    fn every_problem_at_once_with_line_column_and_hint() {
+        let text = "version: 2\nname: x\nsource:\n  url: nonsense\n  level: grup\n  types: [Patient, Pateint]\nstages:\n  download: { concurency: 3 }\n  parse: { max_line: 64 }\nmemry: 1GiB\n";
+        let problems = read_pipeline(text, &[]).unwrap_err();
+        let shown: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        let expected = [
+            "1:1: tables: required and missing",
+            "1:10: version: must be 1",
+            "5:10: source.level: must be one of: system, patient, group (did you mean `group`?)",
+            "6:20: source.types.1: not a resource type of FHIR R4 (did you mean `Patient`?)",
+            "8:15: stages.download.concurency: unknown key (did you mean `concurrency`?)",
+            "9:22: stages.parse.max_line: expected a text, found a number",
+            "10:1: memry: unknown key (did you mean `memory`?)",
+        ];
+        for line in expected {
+            assert!(shown.iter().any(|problem| problem.starts_with(line)), "{line}\nin {shown:#?}");
+        }
+        assert_eq!(shown.len(), expected.len(), "{shown:#?}");
+    }
+
+    #[test]
+    fn what_only_makes_sense_together() {
+        let text =
+            "version: 1\nname: x\nsource:\n  url: https://h.example/fhir\n  level: group\n  auth: { client_id: a }\ntables: t\n";
+        let problems = read_pipeline(text, &[]).unwrap_err();
+        assert_eq!(problems.len(), 2);
+        assert_eq!((problems[0].place.0, problems[1].place.0), (5, 6));
+    }
+
+    #[test]
+    fn set_overrides_and_is_checked() {
+        let read = read_pipeline(MINIMAL, &["stages.download.concurrency=3".into(), "source.types=[Patient]".into()]).unwrap();
+        assert_eq!(read.file.stages.download.concurrency, 3);
+        assert_eq!(read.file.source.types, ["Patient"]);
+        let problems = read_pipeline(MINIMAL, &["stages.downlod.concurrency=3".into()]).unwrap_err();
+        assert!(problems[0].to_string().starts_with("--set: stages.downlod: unknown key"), "{}", problems[0]);
+    }
+
+    #[test]
+    fn text_that_is_no_yaml_has_a_place() {
+        let problems = read_pipeline("version: 1\nname: [x\n", &[]).unwrap_err();
+        assert!(problems[0].place.0 >= 2, "{:?}", problems[0]);
+    }
+}

@@ -1,0 +1,317 @@
+//! The pipeline file as it is written: these structs are the YAML, its reference and its JSON Schema.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::values::{ByteSize, Instant, Span, Text, resource_types_schema};
+
+/// A pipeline: one FHIR server (or folder of NDJSON), one folder of Delta tables.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PipelineFile {
+    /// Version of this format: 1.
+    #[schemars(range(min = 1, max = 1))]
+    pub version: u32,
+    /// The pipeline's name: part of the tables' watermarks, so keep it.
+    #[schemars(length(min = 1))]
+    pub name: String,
+    /// Where resources come from.
+    pub source: SourceSection,
+    /// How each stage works.
+    #[serde(default)]
+    pub stages: Stages,
+    /// Memory for what is under way: edges between stages and open batches.
+    #[serde(default = "defaults::memory")]
+    pub memory: ByteSize,
+    /// Folder (or URL) of the tables: `<tables>/<Type>.parquet`.
+    pub tables: Text,
+    /// Folder of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<Text>,
+    /// When `fhirlake serve` runs it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub schedule: Vec<Schedule>,
+    /// Where traces and metrics go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub telemetry: Option<TelemetrySection>,
+}
+
+/// Where resources come from.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceSection {
+    /// FHIR base URL, or `file:///folder` of NDJSON files.
+    pub url: Text,
+    /// Whose data is exported.
+    #[serde(default)]
+    pub level: LevelName,
+    /// The group's id, for level `group`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Resource types; empty for all that the server has.
+    #[serde(default)]
+    #[schemars(schema_with = "resource_types_schema")]
+    pub types: Vec<String>,
+    /// What is asked for: since the tables' watermark, everything, or since an instant.
+    #[serde(default = "defaults::since")]
+    pub since: Instant,
+    /// Taken off the watermark before it is asked with.
+    #[serde(default = "defaults::overlap")]
+    pub overlap: Span,
+    /// Who we are to the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auth: Option<AuthSection>,
+    /// How long the server may work on an export.
+    #[serde(default = "defaults::timeout")]
+    pub timeout: Span,
+    /// How long a request that fails for a passing reason is tried again.
+    #[serde(default = "defaults::retry_for")]
+    pub retry_for: Span,
+    /// Longest pause between polls, and longest that a server may ask for.
+    #[serde(default = "defaults::max_poll_interval")]
+    pub max_poll_interval: Span,
+    /// When the server is told that its files are no longer needed.
+    #[serde(default)]
+    pub delete_export: DeleteExport,
+}
+
+/// Whose data is exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LevelName {
+    /// Everything: `[base]/$export`.
+    #[default]
+    System,
+    /// All patients: `[base]/Patient/$export`.
+    Patient,
+    /// A group of patients: `[base]/Group/[id]/$export`.
+    Group,
+}
+
+/// When the server is told that its files are no longer needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeleteExport {
+    /// Once every type has committed.
+    #[default]
+    AfterCommit,
+    /// Never.
+    Never,
+}
+
+/// Who we are to the server: a backend service (client id and private key), or the bearer of a token.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AuthSection {
+    /// The client id that the server knows us by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_id: Option<Text>,
+    /// The private key: a JWK, a JWKS or a PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_key: Option<Text>,
+    /// The scopes to ask for.
+    #[serde(default = "defaults::scope")]
+    pub scope: String,
+    /// The token endpoint, where the server's SMART configuration does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_url: Option<Text>,
+    /// A token that never changes, instead of a client id and key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bearer_token: Option<Text>,
+}
+
+/// How each stage works.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Stages {
+    /// Files to bytes.
+    pub download: DownloadSection,
+    /// Bytes to resources.
+    pub parse: ParseSection,
+    /// Resources to columns and pages.
+    pub encode: EncodeSection,
+    /// Pages to commits.
+    pub merge: MergeSection,
+}
+
+/// Files to bytes.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DownloadSection {
+    /// Files at the same time.
+    #[schemars(range(min = 1, max = 256))]
+    pub concurrency: usize,
+    /// Size of a chunk of lines.
+    pub chunk: ByteSize,
+    /// How often a file that breaks off is read from its start.
+    #[schemars(range(min = 1))]
+    pub tries: usize,
+}
+
+/// Bytes to resources.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ParseSection {
+    /// Threads; 0 for as many as there are cores.
+    #[schemars(range(max = 256))]
+    pub workers: usize,
+    /// What a line that cannot be read leads to.
+    pub on_bad_line: Bad,
+    /// How many bad lines a type may have before it fails: a number, or a share such as `1%`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_bad_lines: Option<MaxBad>,
+    /// Longest line; a longer one is a bad line.
+    pub max_line: ByteSize,
+}
+
+/// What a line that cannot be read leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bad {
+    /// It is kept in quarantine and the run goes on.
+    #[default]
+    Quarantine,
+    /// It is kept in quarantine and its type fails.
+    Fail,
+}
+
+/// A number of lines or a share of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum MaxBad {
+    /// So many lines.
+    Lines(u64),
+    /// A share, such as `0.5%`.
+    Share(#[schemars(pattern(r"^\d+(\.\d+)?%$"))] String),
+}
+
+/// Resources to columns and pages.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EncodeSection {
+    /// Threads; 0 for as many as there are cores.
+    #[schemars(range(max = 256))]
+    pub workers: usize,
+    /// Columns `_fid` and `_extension` in tables that are created.
+    pub extensions: bool,
+    /// How deep a type may nest in itself.
+    #[schemars(range(max = 10))]
+    pub max_nesting_level: usize,
+    /// Types that an open `value[x]` may have.
+    pub open_types: Vec<String>,
+    /// A column `_source` with each resource exactly as it came.
+    pub source_json: bool,
+    /// NDJSON that makes a row group.
+    pub row_group: ByteSize,
+}
+
+/// Pages to commits.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MergeSection {
+    /// Tables that are matched and committed at the same time.
+    #[schemars(range(min = 1, max = 64))]
+    pub tables_at_once: usize,
+    /// What becomes of rows that the export does not name.
+    pub mode: Mode,
+    /// Size at which a Parquet file is closed.
+    pub target_file: ByteSize,
+    /// Deletion vectors in tables that are created.
+    pub deletion_vectors: bool,
+}
+
+/// What becomes of rows that the export does not name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// They stay.
+    #[default]
+    Merge,
+}
+
+/// When `fhirlake serve` runs the pipeline.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Schedule {
+    /// A cron expression.
+    pub cron: String,
+    /// Whether that run asks for everything.
+    #[serde(default)]
+    pub full_refresh: bool,
+}
+
+/// Where traces and metrics go.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TelemetrySection {
+    /// An OTLP endpoint.
+    pub otlp: Text,
+}
+
+mod defaults {
+    use super::{ByteSize, Instant, Span};
+    use std::time::Duration;
+
+    pub fn memory() -> ByteSize {
+        ByteSize(512 << 20)
+    }
+    pub fn since() -> Instant {
+        Instant::LastSync
+    }
+    pub fn overlap() -> Span {
+        Span(Duration::ZERO)
+    }
+    /// The recipe's.
+    pub fn timeout() -> Span {
+        Span(Duration::from_secs(3600))
+    }
+    pub fn retry_for() -> Span {
+        Span(Duration::from_secs(15 * 60))
+    }
+    pub fn max_poll_interval() -> Span {
+        Span(Duration::from_secs(60))
+    }
+    pub fn scope() -> String {
+        "system/*.read".to_owned()
+    }
+}
+
+impl Default for DownloadSection {
+    fn default() -> Self {
+        // Ten is the recipe's. A chunk of 1 MiB keeps a worker busy for milliseconds, so that edges of a few
+        // dozen chunks even out; much smaller ones would pay more for the edge than for the parsing.
+        Self { concurrency: 10, chunk: ByteSize(1 << 20), tries: 5 }
+    }
+}
+
+impl Default for ParseSection {
+    fn default() -> Self {
+        Self { workers: 0, on_bad_line: Bad::Quarantine, max_bad_lines: None, max_line: ByteSize(64 << 20) }
+    }
+}
+
+impl Default for EncodeSection {
+    fn default() -> Self {
+        let layout = crate::schema::LayoutOptions::default();
+        Self {
+            workers: 0,
+            extensions: layout.extensions,
+            max_nesting_level: layout.max_nesting_level,
+            open_types: layout.open_types,
+            source_json: layout.source_json,
+            row_group: ByteSize(32 << 20),
+        }
+    }
+}
+
+impl Default for MergeSection {
+    fn default() -> Self {
+        Self { tables_at_once: 2, mode: Mode::Merge, target_file: ByteSize(128 << 20), deletion_vectors: true }
+    }
+}
+
+/// The JSON Schema of the pipeline file, for editors and for our own checks.
+pub fn pipeline_json_schema() -> serde_json::Value {
+    let schema = schemars::generate::SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<PipelineFile>();
+    schema.to_value()
+}

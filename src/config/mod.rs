@@ -1,0 +1,16 @@
+//! The pipeline file: as written (`file`), its values (`values`), what is wrong with it (`tree`, `check`), and
+//! the plan that it resolves to (`plan`).
+
+mod check;
+mod file;
+mod plan;
+mod tree;
+mod values;
+
+pub use check::{Problem, Read, read_pipeline};
+pub use file::{
+    AuthSection, Bad, DownloadSection, EncodeSection, LevelName, MaxBad, MergeSection, Mode, ParseSection, PipelineFile,
+    Schedule, SourceSection, Stages, TelemetrySection, pipeline_json_schema,
+};
+pub use plan::{MemorySplit, Plan, Since, SourcePlan, default_state_folder};
+pub use values::{ByteSize, Instant, Span, Text, environment};

@@ -1,0 +1,234 @@
+//! What a pipeline file resolves to: references read, counts chosen, memory split.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use url::Url;
+
+use super::check::{Problem, Read};
+use super::file::{Bad, DeleteExport, LevelName, MaxBad};
+use super::values::{Instant, Text};
+use crate::fhir::{AuthSettings, HttpSettings, Level};
+use crate::schema::LayoutOptions;
+
+/// Where a run's resources come from.
+#[derive(Clone)]
+pub enum SourcePlan {
+    /// A FHIR server.
+    Server {
+        /// Its base.
+        base: Url,
+        /// Whose data.
+        level: Level,
+        /// Who we are.
+        auth: AuthSettings,
+        /// How requests behave.
+        http: HttpSettings,
+        /// How long it may work.
+        timeout: Duration,
+    },
+    /// A folder of NDJSON.
+    Folder(Url),
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Since {
+    /// What changed since the tables' watermark.
+    LastSync,
+    /// Everything.
+    Everything,
+    /// What changed since; microseconds since the epoch.
+    At(i64),
+}
+
+/// How `memory:` is divided. Bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemorySplit {
+    /// Edge download → parse.
+    pub chunks: usize,
+    /// Edge parse → encode.
+    pub rows: usize,
+    /// Edge encode → merge.
+    pub batches: usize,
+    /// JSON that open batches may stand for.
+    pub open_batches: usize,
+    /// JSON at which a batch is closed.
+    pub row_group: usize,
+}
+
+impl MemorySplit {
+    /// Divides `memory`. Weights by what was measured: a byte of NDJSON weighs about 1.6 bytes with its tape, about
+    /// one as columns, and a fifth of that as pages; closing a batch needs its columns and pages at once.
+    pub fn of(memory: u64, encode_workers: usize, row_group: u64) -> Self {
+        let share = |percent: u64| usize::try_from(memory / 100 * percent).unwrap_or(usize::MAX);
+        let open_batches = share(40);
+        // Each worker may be closing a batch while the others are open.
+        let row_group = usize::try_from(row_group).unwrap_or(usize::MAX).min(open_batches / (encode_workers + 1));
+        Self { chunks: share(15), rows: share(20), batches: share(10), open_batches, row_group }
+    }
+}
+
+/// A pipeline, ready to run.
+#[derive(Clone)]
+pub struct Plan {
+    /// Its name.
+    pub name: String,
+    /// Where resources come from.
+    pub source: SourcePlan,
+    /// Types; empty for all.
+    pub types: Vec<String>,
+    /// What is asked for.
+    pub since: Since,
+    /// Taken off a watermark.
+    pub overlap: Duration,
+    /// Whether the server is told when its files are no longer needed.
+    pub delete_export: bool,
+    /// Files at the same time.
+    pub downloads: usize,
+    /// Bytes of a chunk.
+    pub chunk_bytes: usize,
+    /// How often a file is begun.
+    pub tries: usize,
+    /// Parse threads.
+    pub parse_workers: usize,
+    /// Longest line.
+    pub max_line: usize,
+    /// Bad lines that a type may have; `None` for any number.
+    pub max_bad_lines: Option<MaxBad>,
+    /// Encode threads.
+    pub encode_workers: usize,
+    /// Layout of tables that are created.
+    pub layout: LayoutOptions,
+    /// Tables at once.
+    pub tables_at_once: usize,
+    /// Size at which a file is closed.
+    pub target_file_bytes: u64,
+    /// Deletion vectors in new tables.
+    pub deletion_vectors: bool,
+    /// Memory.
+    pub memory: MemorySplit,
+    /// The tables' folder.
+    pub tables: String,
+    /// The state's folder.
+    pub state: PathBuf,
+    /// A state file of its own, for the recipe's users.
+    pub state_file: Option<PathBuf>,
+    /// Keys of the file that this version reads and does not act on.
+    pub unused: Vec<&'static str>,
+}
+
+/// Where a pipeline's state is unless the file says otherwise: beside the tables, whose readers pass it over.
+pub fn default_state_folder(tables: &str, name: &str) -> Option<PathBuf> {
+    let folder = crate::delta::Tables::at(tables).ok()?.local()?;
+    Some(folder.join(".fhirlake").join(name))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+impl Plan {
+    /// Resolves a file: reads the environment and secret files. Every problem at once.
+    pub fn resolve(read: &Read) -> Result<Plan, Vec<Problem>> {
+        let file = &read.file;
+        let mut problems = Vec::new();
+        let mut text = |path: &str, text: &Text| {
+            text.resolve().unwrap_or_else(|what| {
+                problems.push(read.problem(path, what, None));
+                String::new()
+            })
+        };
+        let url = text("source.url", &file.source.url);
+        let tables = text("tables", &file.tables);
+        let state = file.state.as_ref().map(|state| text("state", state));
+        let auth = match &file.source.auth {
+            None => AuthSettings::None,
+            Some(auth) => match (&auth.bearer_token, &auth.client_id, &auth.private_key) {
+                (Some(token), _, _) => AuthSettings::Bearer(text("source.auth.bearer_token", token).into()),
+                (None, Some(id), Some(key)) => AuthSettings::BackendServices {
+                    client_id: text("source.auth.client_id", id).into(),
+                    private_key: text("source.auth.private_key", key).into(),
+                    scope: auth.scope.clone(),
+                    token_url: auth.token_url.as_ref().and_then(|url| Url::parse(&text("source.auth.token_url", url)).ok()),
+                },
+                _ => AuthSettings::None,
+            },
+        };
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let Ok(url) = Url::parse(&url) else {
+            return Err(vec![read.problem("source.url", "not a URL", None)]);
+        };
+        let state = match state.map(PathBuf::from).or_else(|| default_state_folder(&tables, &file.name)) {
+            Some(state) if !state.to_string_lossy().contains("://") => state,
+            _ => {
+                return Err(vec![read.problem(
+                    if file.state.is_some() { "state" } else { "tables" },
+                    "the state must be in a local folder",
+                    Some("set `state` to one"),
+                )]);
+            }
+        };
+        let source = if url.scheme() == "file" {
+            SourcePlan::Folder(url)
+        } else {
+            let level = match (file.source.level, &file.source.group) {
+                (LevelName::Group, Some(id)) => Level::Group(id.clone()),
+                (LevelName::Patient, _) => Level::Patient,
+                _ => Level::System,
+            };
+            let http = HttpSettings {
+                retry_for: file.source.retry_for.0,
+                max_pause: file.source.max_poll_interval.0,
+                ..HttpSettings::default()
+            };
+            SourcePlan::Server { base: url, level, auth, http, timeout: file.source.timeout.0 }
+        };
+        let workers = |number: usize| if number == 0 { cores() } else { number };
+        let stages = &file.stages;
+        let encode_workers = workers(stages.encode.workers);
+        let bytes = |size: super::ByteSize| usize::try_from(size.0).unwrap_or(usize::MAX);
+        let max_bad_lines = match stages.parse.on_bad_line {
+            Bad::Fail => Some(MaxBad::Lines(0)),
+            Bad::Quarantine => stages.parse.max_bad_lines.clone(),
+        };
+        Ok(Plan {
+            name: file.name.clone(),
+            source,
+            types: file.source.types.clone(),
+            since: match file.source.since {
+                Instant::LastSync => Since::LastSync,
+                Instant::None => Since::Everything,
+                Instant::At(micros) => Since::At(micros),
+            },
+            overlap: file.source.overlap.0,
+            delete_export: file.source.delete_export == DeleteExport::AfterCommit,
+            downloads: stages.download.concurrency,
+            chunk_bytes: bytes(stages.download.chunk),
+            tries: stages.download.tries,
+            parse_workers: workers(stages.parse.workers),
+            max_line: bytes(stages.parse.max_line),
+            max_bad_lines,
+            encode_workers,
+            layout: LayoutOptions {
+                extensions: stages.encode.extensions,
+                max_nesting_level: stages.encode.max_nesting_level,
+                open_types: stages.encode.open_types.clone(),
+                source_json: stages.encode.source_json,
+            },
+            tables_at_once: stages.merge.tables_at_once,
+            target_file_bytes: stages.merge.target_file.0,
+            deletion_vectors: stages.merge.deletion_vectors,
+            memory: MemorySplit::of(file.memory.0, encode_workers, stages.encode.row_group.0),
+            tables,
+            state,
+            state_file: None,
+            unused: [(!file.schedule.is_empty(), "schedule"), (file.telemetry.is_some(), "telemetry")]
+                .into_iter()
+                .filter_map(|(there, key)| there.then_some(key))
+                .collect(),
+        })
+    }
+}

@@ -1,0 +1,337 @@
+//! The pipeline file as a tree that knows where each part stands, checked against the file's JSON Schema so
+//! that every problem is found at once.
+
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
+use serde_saphyr::Spanned;
+
+use super::check::Problem;
+use super::values::check_format;
+
+/// A place in the file: line and column, from 1; (0, 0) is no place (`--set`).
+pub(super) type Place = (u64, u64);
+
+/// A part of the file.
+#[derive(Debug, Clone)]
+pub(super) enum Tree {
+    Scalar(Value),
+    List(Vec<(Place, Tree)>),
+    /// Key, the key's place, the value's place, the value.
+    Map(Vec<(String, Place, Place, Tree)>),
+}
+
+fn place<T>(spanned: &Spanned<T>) -> Place {
+    (spanned.referenced.line(), spanned.referenced.column())
+}
+
+impl<'de> Deserialize<'de> for Tree {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TreeVisitor;
+        impl<'de> Visitor<'de> for TreeVisitor {
+            type Value = Tree;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("YAML")
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
+                Ok(Tree::Scalar(value.into()))
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Tree, E> {
+                Ok(Tree::Scalar(value.into()))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Tree, E> {
+                Ok(Tree::Scalar(value.into()))
+            }
+            fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
+                Ok(Tree::Scalar(value.into()))
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Tree, E> {
+                Ok(Tree::Scalar(value.into()))
+            }
+            fn visit_unit<E>(self) -> Result<Tree, E> {
+                Ok(Tree::Scalar(Value::Null))
+            }
+            fn visit_none<E>(self) -> Result<Tree, E> {
+                Ok(Tree::Scalar(Value::Null))
+            }
+            fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Tree, D::Error> {
+                Tree::deserialize(deserializer)
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Tree, A::Error> {
+                let mut items = Vec::new();
+                while let Some(item) = seq.next_element::<Spanned<Tree>>()? {
+                    items.push((place(&item), item.value));
+                }
+                Ok(Tree::List(items))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tree, A::Error> {
+                let mut members = Vec::new();
+                while let Some(key) = map.next_key::<Spanned<String>>()? {
+                    let value = map.next_value::<Spanned<Tree>>()?;
+                    members.push((key.value.clone(), place(&key), place(&value), value.value));
+                }
+                Ok(Tree::Map(members))
+            }
+        }
+        deserializer.deserialize_any(TreeVisitor)
+    }
+}
+
+impl Tree {
+    /// The tree as JSON.
+    pub fn to_json(&self) -> Value {
+        match self {
+            Tree::Scalar(value) => value.clone(),
+            Tree::List(items) => items.iter().map(|(_, item)| item.to_json()).collect(),
+            Tree::Map(members) => {
+                let members = members.iter().map(|(key, _, _, value)| (key.clone(), value.to_json()));
+                Value::Object(members.collect::<Map<_, _>>())
+            }
+        }
+    }
+
+    /// Where the part at a dotted path stands; the nearest part around it where it is absent.
+    pub fn place_of(&self, path: &str) -> Option<Place> {
+        let (mut at, mut found) = (self, None);
+        for step in path.split('.').filter(|step| !step.is_empty()) {
+            match at {
+                Tree::Map(members) => {
+                    let Some((_, key, _, value)) = members.iter().find(|member| member.0 == step) else { return found };
+                    found = Some(*key);
+                    at = value;
+                }
+                Tree::List(items) => {
+                    let Some((place, item)) = step.parse::<usize>().ok().and_then(|index| items.get(index)) else {
+                        return found;
+                    };
+                    found = Some(*place);
+                    at = item;
+                }
+                Tree::Scalar(_) => return found,
+            }
+        }
+        found
+    }
+
+    /// Sets the value at a dotted path, for `--set`.
+    pub fn set(&mut self, path: &str, value: Tree) -> Result<(), String> {
+        let (step, rest) = path.split_once('.').map_or((path, None), |(step, rest)| (step, Some(rest)));
+        if step.is_empty() {
+            return Err("a part of the key is empty".into());
+        }
+        if matches!(self, Tree::Scalar(Value::Null)) {
+            *self = Tree::Map(Vec::new());
+        }
+        let Tree::Map(members) = self else { return Err(format!("`{step}` is below a value that has no keys")) };
+        let at = match members.iter().position(|member| member.0 == step) {
+            Some(at) => at,
+            None => {
+                members.push((step.to_owned(), (0, 0), (0, 0), Tree::Scalar(Value::Null)));
+                members.len() - 1
+            }
+        };
+        match rest {
+            Some(rest) => members[at].3.set(rest, value),
+            None => {
+                members[at].3 = value;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Checks a tree against a schema of `schemars`; every problem.
+pub(super) fn check(tree: &Tree, schema: &Value) -> Vec<Problem> {
+    let mut checker = Checker { root: schema, problems: Vec::new() };
+    checker.value(tree, (1, 1), "", schema);
+    checker.problems
+}
+
+struct Checker<'a> {
+    root: &'a Value,
+    problems: Vec<Problem>,
+}
+
+fn kind(tree: &Tree) -> &'static str {
+    match tree {
+        Tree::Scalar(Value::Null) => "nothing",
+        Tree::Scalar(Value::Bool(_)) => "true or false",
+        Tree::Scalar(Value::Number(_)) => "a number",
+        Tree::Scalar(_) => "a text",
+        Tree::List(_) => "a list",
+        Tree::Map(_) => "keys with values",
+    }
+}
+
+impl<'a> Checker<'a> {
+    fn problem(&mut self, place: Place, path: &str, what: String, hint: Option<String>) {
+        self.problems.push(Problem { place, path: path.to_owned(), what, hint });
+    }
+
+    fn resolved(&self, schema: &'a Value) -> &'a Value {
+        match schema.get("$ref").and_then(Value::as_str).and_then(|reference| reference.strip_prefix('#')) {
+            Some(pointer) => self.root.pointer(pointer).unwrap_or(schema),
+            None => schema,
+        }
+    }
+
+    fn value(&mut self, tree: &Tree, place: Place, path: &str, schema: &'a Value) {
+        let schema = self.resolved(schema);
+        if let Some(options) = schema.get("anyOf").or_else(|| schema.get("oneOf")).and_then(Value::as_array) {
+            let named: Vec<&str> = options.iter().filter_map(|option| option.get("const").and_then(Value::as_str)).collect();
+            if !named.is_empty() {
+                return self.one_of(tree, place, path, &named);
+            }
+            let is_null = |option: &&Value| option.get("type").and_then(Value::as_str) == Some("null");
+            if matches!(tree, Tree::Scalar(Value::Null)) && options.iter().any(|option| is_null(&option)) {
+                return;
+            }
+            // The option that fits, or the problems of the one that comes nearest.
+            let mut nearest: Option<Vec<Problem>> = None;
+            for option in options.iter().filter(|option| !is_null(option)) {
+                let mut checker = Checker { root: self.root, problems: Vec::new() };
+                checker.value(tree, place, path, option);
+                if checker.problems.is_empty() {
+                    return;
+                }
+                if nearest.as_ref().is_none_or(|known| checker.problems.len() < known.len()) {
+                    nearest = Some(checker.problems);
+                }
+            }
+            self.problems.extend(nearest.unwrap_or_default());
+            return;
+        }
+        if let Some(names) = schema.get("enum").and_then(Value::as_array) {
+            let names: Vec<&str> = names.iter().filter_map(Value::as_str).collect();
+            return self.one_of(tree, place, path, &names);
+        }
+        let types: Vec<&str> = match schema.get("type") {
+            Some(Value::String(name)) => vec![name.as_str()],
+            Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
+            _ => Vec::new(),
+        };
+        let fits = types.is_empty()
+            || types.iter().any(|name| match (*name, tree) {
+                ("null", Tree::Scalar(Value::Null))
+                | ("boolean", Tree::Scalar(Value::Bool(_)))
+                | ("string", Tree::Scalar(Value::String(_)))
+                | ("number", Tree::Scalar(Value::Number(_)))
+                | ("array", Tree::List(_))
+                | ("object", Tree::Map(_)) => true,
+                ("integer", Tree::Scalar(Value::Number(number))) => number.is_i64() || number.is_u64(),
+                _ => false,
+            });
+        if !fits {
+            let expected = match types.first().copied() {
+                Some("boolean") => "true or false",
+                Some("integer") => "a whole number",
+                Some("string") => "a text",
+                Some("array") => "a list",
+                Some("object") => "keys with values",
+                _ => "another kind of value",
+            };
+            return self.problem(place, path, format!("expected {expected}, found {}", kind(tree)), None);
+        }
+        match tree {
+            Tree::Map(members) => self.map(members, place, path, schema),
+            Tree::List(items) => {
+                if let Some(item_schema) = schema.get("items") {
+                    for (index, (place, item)) in items.iter().enumerate() {
+                        self.value(item, *place, &format!("{path}.{index}"), item_schema);
+                    }
+                }
+            }
+            Tree::Scalar(Value::String(text)) => self.text(text, place, path, schema),
+            Tree::Scalar(Value::Number(number)) => {
+                let limit = |key: &str| schema.get(key).and_then(Value::as_f64);
+                let number = number.as_f64().unwrap_or(0.0);
+                if limit("minimum").is_some_and(|least| number < least) || limit("maximum").is_some_and(|most| number > most) {
+                    let range = match (limit("minimum"), limit("maximum")) {
+                        (Some(least), Some(most)) if least == most => format!("must be {least}"),
+                        (Some(least), Some(most)) => format!("must be from {least} to {most}"),
+                        (Some(least), None) => format!("must be at least {least}"),
+                        (_, most) => format!("must be at most {}", most.unwrap_or_default()),
+                    };
+                    self.problem(place, path, range, None);
+                }
+            }
+            Tree::Scalar(_) => {}
+        }
+    }
+
+    fn text(&mut self, text: &str, place: Place, path: &str, schema: &Value) {
+        if schema.get("minLength").and_then(Value::as_u64).is_some_and(|least| (text.chars().count() as u64) < least) {
+            self.problem(place, path, "must not be empty".into(), None);
+        }
+        if let Some(problem) = schema.get("format").and_then(Value::as_str).and_then(|format| check_format(format, text)) {
+            let hint = (schema.get("format").and_then(Value::as_str) == Some(super::values::RESOURCE_TYPE))
+                .then(|| nearest(text, crate::schema::Model::r4().resource_types().iter().map(String::as_str)))
+                .flatten();
+            self.problem(place, path, problem, hint);
+        }
+        if schema.get("pattern").is_some()
+            && !text.trim_end().strip_suffix('%').is_some_and(|n| n.parse::<f64>().is_ok_and(|n| n >= 0.0))
+        {
+            self.problem(place, path, "neither a number of lines nor a share such as 1%".into(), None);
+        }
+    }
+
+    fn one_of(&mut self, tree: &Tree, place: Place, path: &str, names: &[&str]) {
+        let text = match tree {
+            Tree::Scalar(Value::String(text)) => text.as_str(),
+            _ => "",
+        };
+        if !names.contains(&text) {
+            let hint = nearest(text, names.iter().copied());
+            self.problem(place, path, format!("must be one of: {}", names.join(", ")), hint);
+        }
+    }
+
+    fn map(&mut self, members: &[(String, Place, Place, Tree)], place: Place, path: &str, schema: &'a Value) {
+        let empty = Map::new();
+        let properties = schema.get("properties").and_then(Value::as_object).unwrap_or(&empty);
+        let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+        for (index, (key, key_place, value_place, value)) in members.iter().enumerate() {
+            if members[..index].iter().any(|earlier| earlier.0 == *key) {
+                self.problem(*key_place, &below(key), "this key stands twice".into(), None);
+            }
+            // Looked up in the schema itself, which outlives this call.
+            match schema.get("properties").and_then(|properties| properties.get(key)) {
+                Some(property) => self.value(value, *value_place, &below(key), property),
+                None => {
+                    let hint = nearest(key, properties.keys().map(String::as_str));
+                    let hint = hint
+                        .or_else(|| Some(format!("known here: {}", properties.keys().cloned().collect::<Vec<_>>().join(", "))));
+                    self.problem(*key_place, &below(key), "unknown key".into(), hint);
+                }
+            }
+        }
+        for required in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
+            if !members.iter().any(|member| member.0 == required) {
+                let hint = properties.get(required).and_then(|property| property.get("description")).and_then(Value::as_str);
+                self.problem(place, &below(required), "required and missing".into(), hint.map(str::to_owned));
+            }
+        }
+    }
+}
+
+/// The name that was probably meant.
+fn nearest<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Option<String> {
+    let best = names.map(|name| (distance(&text.to_lowercase(), &name.to_lowercase()), name)).min()?;
+    (best.0 <= 1 + text.len() / 4).then(|| format!("did you mean `{}`?", best.1))
+}
+
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let cost = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = cost.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}

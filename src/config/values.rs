@@ -1,0 +1,268 @@
+//! Values of the pipeline file: sizes and spans that carry their unit, and texts that may refer to the
+//! environment or a file. A reference is resolved where the value is read, never by substitution in the
+//! file's text.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
+
+/// A number of bytes: `64KiB`, `16MiB`, `2GiB`, `500MB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ByteSize(pub u64);
+
+/// A span of time: `250ms`, `30s`, `5m`, `1h`, `7d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Span(pub Duration);
+
+/// A text, which may hold `${env:NAME}` and `${file:/path}`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Text(pub String);
+
+impl std::fmt::Debug for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // As written: what a reference stands for is resolved elsewhere.
+        f.write_str(&self.0)
+    }
+}
+
+/// `last-sync`, `none` or an instant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Instant {
+    /// Since the newest watermark of each table.
+    LastSync,
+    /// Everything.
+    None,
+    /// Since then; microseconds since the epoch.
+    At(i64),
+}
+
+fn split_unit(text: &str) -> Option<(f64, &str)> {
+    let text = text.trim();
+    let at = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let number: f64 = text[..at].parse().ok()?;
+    number.is_finite().then(|| (number, text[at..].trim()))
+}
+
+impl TryFrom<String> for ByteSize {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || "not a size; write it with its unit, such as 64KiB, 16MiB, 500MB or 2GiB".to_owned();
+        let (number, unit) = split_unit(&text).ok_or_else(wrong)?;
+        let factor: u64 = match unit {
+            "B" => 1,
+            "kB" | "KB" => 1_000,
+            "MB" => 1_000_000,
+            "GB" => 1_000_000_000,
+            "TB" => 1_000_000_000_000,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            "TiB" => 1 << 40,
+            _ => return Err(wrong()),
+        };
+        Ok(ByteSize((number * factor as f64) as u64))
+    }
+}
+
+impl From<ByteSize> for String {
+    fn from(size: ByteSize) -> String {
+        let units = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+        let unit = units.iter().find(|(factor, _)| size.0 >= *factor && size.0 % factor == 0);
+        unit.map_or_else(|| format!("{}B", size.0), |(factor, unit)| format!("{}{unit}", size.0 / factor))
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || "not a span of time; write it with its unit, such as 250ms, 30s, 5m, 1h or 7d".to_owned();
+        let (number, unit) = split_unit(&text).ok_or_else(wrong)?;
+        let seconds = match unit {
+            "ms" => number / 1000.0,
+            "s" => number,
+            "m" => number * 60.0,
+            "h" => number * 3_600.0,
+            "d" => number * 86_400.0,
+            _ => return Err(wrong()),
+        };
+        Duration::try_from_secs_f64(seconds).map(Span).map_err(|_| wrong())
+    }
+}
+
+impl From<Span> for String {
+    fn from(span: Span) -> String {
+        let millis = span.0.as_millis();
+        match millis {
+            m if m % 3_600_000 == 0 => format!("{}h", m / 3_600_000),
+            m if m % 60_000 == 0 => format!("{}m", m / 60_000),
+            m if m % 1_000 == 0 => format!("{}s", m / 1_000),
+            m => format!("{m}ms"),
+        }
+    }
+}
+
+impl TryFrom<String> for Instant {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "last-sync" => Ok(Instant::LastSync),
+            "none" => Ok(Instant::None),
+            time => crate::schema::parse_instant(time.as_bytes())
+                .map(Instant::At)
+                .ok_or_else(|| "neither last-sync, none nor an instant such as 2026-01-31T00:00:00Z".to_owned()),
+        }
+    }
+}
+
+impl From<Instant> for String {
+    fn from(instant: Instant) -> String {
+        match instant {
+            Instant::LastSync => "last-sync".into(),
+            Instant::None => "none".into(),
+            Instant::At(micros) => chrono::DateTime::from_timestamp_micros(micros)
+                .map_or_else(String::new, |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true)),
+        }
+    }
+}
+
+/// The formats of [`check_format`], by which the schema names them.
+pub(super) const SIZE: &str = "byte-size";
+pub(super) const SPAN: &str = "time-span";
+pub(super) const SINCE: &str = "since";
+pub(super) const TEXT: &str = "text-with-references";
+pub(super) const RESOURCE_TYPE: &str = "resource-type";
+
+/// What is wrong with a text of a format; `None` where nothing is.
+pub(super) fn check_format(format: &str, text: &str) -> Option<String> {
+    match format {
+        SIZE => ByteSize::try_from(text.to_owned()).err(),
+        SPAN => Span::try_from(text.to_owned()).err(),
+        SINCE => Instant::try_from(text.to_owned()).err(),
+        TEXT => parts(text).err(),
+        RESOURCE_TYPE => {
+            let known = crate::schema::Model::r4().is_resource_type(text);
+            (!known).then(|| "not a resource type of FHIR R4".to_owned())
+        }
+        _ => None,
+    }
+}
+
+macro_rules! string_schema {
+    ($type:ty, $name:literal, $format:expr, $description:literal) => {
+        impl JsonSchema for $type {
+            fn schema_name() -> Cow<'static, str> {
+                $name.into()
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "format": $format, "description": $description })
+            }
+            fn inline_schema() -> bool {
+                true
+            }
+        }
+    };
+}
+string_schema!(ByteSize, "ByteSize", SIZE, "A number of bytes with its unit: 64KiB, 16MiB, 2GiB.");
+string_schema!(Span, "Span", SPAN, "A span of time with its unit: 250ms, 30s, 5m, 1h, 7d.");
+string_schema!(Instant, "Instant", SINCE, "last-sync, none or an instant such as 2026-01-31T00:00:00Z.");
+string_schema!(Text, "Text", TEXT, "A text; may hold ${env:NAME} and ${file:/path}.");
+
+/// The schema of a resource type's name.
+pub(super) fn resource_types_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "array", "items": { "type": "string", "format": RESOURCE_TYPE } })
+}
+
+enum Part<'a> {
+    Plain(&'a str),
+    Env(&'a str),
+    File(&'a str),
+}
+
+fn parts(text: &str) -> Result<Vec<Part<'_>>, String> {
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while let Some(at) = rest.find("${") {
+        parts.push(Part::Plain(&rest[..at]));
+        let end = rest[at..].find('}').ok_or("a reference `${` without its closing `}`")?;
+        let reference = &rest[at + 2..at + end];
+        parts.push(match reference.split_once(':') {
+            Some(("env", name)) if !name.is_empty() => Part::Env(name),
+            Some(("file", path)) if !path.is_empty() => Part::File(path),
+            Some(("azure-key-vault", _)) => {
+                return Err("this build has no azure-key-vault; use ${env:NAME} or ${file:/path}".into());
+            }
+            _ => return Err("not a reference; write ${env:NAME} or ${file:/path}".into()),
+        });
+        rest = &rest[at + end + 1..];
+    }
+    parts.push(Part::Plain(rest));
+    Ok(parts)
+}
+
+/// A variable of the environment. The only place that reads it, so that every use of it is found here.
+pub fn environment(name: &str) -> Option<String> {
+    #[expect(clippy::disallowed_methods, reason = "the one reader of the environment")]
+    std::env::var(name).ok()
+}
+
+impl Text {
+    /// The text with its references resolved. Errors name the reference, never a value.
+    pub fn resolve(&self) -> Result<String, String> {
+        let mut out = String::new();
+        for part in parts(&self.0)? {
+            match part {
+                Part::Plain(text) => out.push_str(text),
+                Part::Env(name) => {
+                    out.push_str(&environment(name).ok_or_else(|| format!("the environment has no variable {name}"))?);
+                }
+                Part::File(path) => {
+                    let text = std::fs::read_to_string(path).map_err(|error| format!("{path} cannot be read: {error}"))?;
+                    out.push_str(text.trim_end_matches(['\n', '\r']));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// The same, for a secret.
+    pub fn resolve_secret(&self) -> Result<SecretString, String> {
+        self.resolve().map(SecretString::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_spans_carry_their_unit() {
+        assert_eq!(ByteSize::try_from("16MiB".to_owned()), Ok(ByteSize(16 << 20)));
+        assert_eq!(ByteSize::try_from("1.5 GB".to_owned()), Ok(ByteSize(1_500_000_000)));
+        assert!(ByteSize::try_from("16".to_owned()).is_err());
+        assert!(ByteSize::try_from("MiB".to_owned()).is_err());
+        assert_eq!(Span::try_from("90m".to_owned()), Ok(Span(Duration::from_secs(5400))));
+        assert!(Span::try_from("-1s".to_owned()).is_err());
+        assert_eq!(String::from(ByteSize(512 << 20)), "512MiB");
+        assert_eq!(String::from(Span(Duration::from_secs(7200))), "2h");
+    }
+
+    #[test]
+    fn references_are_resolved_and_errors_name_them_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        std::fs::write(&path, "abc\n").unwrap();
+        let text = Text(format!("x-${{file:{}}}-y", path.display()));
+        assert_eq!(text.resolve().unwrap(), "x-abc-y");
+        assert!(Text("${env:FHIRLAKE_NO_SUCH_VARIABLE}".into()).resolve().unwrap_err().contains("FHIRLAKE_NO_SUCH_VARIABLE"));
+        for wrong in ["${env:", "${foo:bar}", "${env:}", "${}"] {
+            assert!(check_format(TEXT, wrong).is_some(), "{wrong}");
+        }
+    }
+}

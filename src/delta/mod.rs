@@ -1,0 +1,13 @@
+//! Delta tables: open and create, stage files, match keys, mark rows, commit once.
+
+mod content;
+mod keys;
+mod reader;
+mod staging;
+mod table;
+mod upsert;
+mod vectors;
+
+pub use staging::{PageEncoder, StagedFile, StagingFile};
+pub use table::{Table, TableSettings, Tables, delta_schema};
+pub use upsert::{Commit, Merged, Upsert, Watermark};

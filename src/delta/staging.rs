@@ -1,0 +1,250 @@
+//! Parquet files in the table's folder that its log does not know yet.
+//!
+//! Rows become pages on the encode workers, as a Parquet file of one row group in memory. Staging only
+//! appends those bytes and shifts the offsets in their metadata, so that one writer keeps up with any
+//! number of encoders.
+
+use arrow::array::RecordBatch;
+use bytes::Bytes;
+use object_store::ObjectStoreExt;
+use object_store::buffered::BufWriter;
+use object_store::path::Path;
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
+use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties};
+use parquet::file::statistics::Statistics;
+use parquet::schema::types::ColumnPath;
+use tokio::io::AsyncWriteExt;
+
+use super::table::{Table, storage};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::messages::{EncodedBatch, RowKey};
+use crate::schema::Filled;
+
+const MAGIC: &[u8] = b"PAR1";
+const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
+
+/// Turns record batches into the bytes of a row group.
+#[derive(Debug, Clone, Default)]
+pub struct PageEncoder;
+
+/// Whether readers filter by this column, so that statistics of it are worth their place in a footer that
+/// may describe a thousand others.
+fn is_filtered_by(path: &str) -> bool {
+    let name = path.rsplit('.').next().unwrap_or(path);
+    matches!(name, "id" if path == "id")
+        || matches!(name, "lastUpdated" | "versionId" | "code" | "reference" | "status" | "issued" | "start" | "end")
+        || name.ends_with("Date")
+        || name.ends_with("DateTime")
+}
+
+/// What the footer and the writer's settings hold of each column costs more than an empty column's data,
+/// so settings are made only for the columns that are there.
+fn properties(schema: &parquet::schema::types::SchemaDescriptor, rows: usize) -> WriterProperties {
+    let mut builder = WriterProperties::builder()
+        .set_created_by(CREATED_BY.to_owned())
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_offset_index_disabled(true)
+        .set_bloom_filter_position(BloomFilterPosition::AfterRowGroup)
+        .set_max_row_group_row_count(None);
+    for column in schema.columns() {
+        let path = column.path();
+        if is_filtered_by(&path.string()) {
+            builder = builder.set_column_statistics_enabled(path.clone(), EnabledStatistics::Chunk);
+        }
+    }
+    let id = ColumnPath::from("id");
+    // Ids never repeat in a row group, so a dictionary of them is wasted work.
+    builder
+        .set_column_dictionary_enabled(id.clone(), false)
+        .set_column_dictionary_enabled(ColumnPath::from("id_versioned"), false)
+        .set_column_bloom_filter_enabled(id.clone(), true)
+        .set_column_bloom_filter_max_ndv(id, rows as u64)
+        .build()
+}
+
+impl PageEncoder {
+    /// One batch as a Parquet file of one row group, and its metadata.
+    pub fn encode(&self, batch: &RecordBatch) -> Result<(Bytes, ParquetMetaData)> {
+        let failed = |error| Error::new(ErrorKind::Internal, format!("a record batch cannot be written: {error}"));
+        let schema = ArrowSchemaConverter::new().convert(&batch.schema()).map_err(failed)?;
+        let options = ArrowWriterOptions::new()
+            .with_properties(properties(&schema, batch.num_rows()))
+            .with_parquet_schema(schema)
+            .with_skip_arrow_metadata(true);
+        let mut bytes = Vec::with_capacity(batch.get_array_memory_size() / 4);
+        let mut writer = ArrowWriter::try_new_with_options(&mut bytes, batch.schema(), options).map_err(failed)?;
+        writer.write(batch).map_err(failed)?;
+        let metadata = writer.close().map_err(failed)?;
+        Ok((bytes.into(), metadata))
+    }
+}
+
+/// A file that is being written.
+pub struct StagingFile {
+    writer: BufWriter,
+    path: Path,
+    offset: u64,
+    row_groups: Vec<RowGroupMetaData>,
+    filled: Filled,
+    keys: Vec<RowKey>,
+}
+
+/// A file that is whole and not committed.
+#[derive(Debug)]
+pub struct StagedFile {
+    /// Path in the table's folder.
+    pub path: Path,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Keys of its rows, in row order.
+    pub keys: Vec<RowKey>,
+    /// Least and greatest `id`, where the file's statistics know.
+    pub id_range: Option<(String, String)>,
+}
+
+impl StagingFile {
+    /// Begins a file at `path` in the table's folder for row groups with the columns of `filled`.
+    pub async fn create(table: &Table, path: Path, filled: Filled) -> Result<Self> {
+        // The smallest part that every store takes; less where parts cost nothing.
+        let part = if table.local().is_some() { 1 << 20 } else { 5 << 20 };
+        let mut writer = BufWriter::with_capacity(table.store(), path.clone(), part);
+        writer.write_all(MAGIC).await.map_err(|error| storage(error, &format!("{path} cannot be written")))?;
+        Ok(Self { writer, path, offset: MAGIC.len() as u64, row_groups: Vec::new(), filled, keys: Vec::new() })
+    }
+
+    /// Whether row groups with the columns of `filled` fit into the file: all of a file's have the same.
+    pub fn takes(&self, filled: &Filled) -> bool {
+        self.filled == *filled
+    }
+
+    /// Bytes so far.
+    pub fn size(&self) -> u64 {
+        self.offset
+    }
+
+    /// Appends a batch's row group.
+    pub async fn append(&mut self, batch: EncodedBatch) -> Result<()> {
+        for group in batch.metadata.row_groups() {
+            let (from, until) = extent(group);
+            let bytes = usize::try_from(from).ok().zip(usize::try_from(until).ok());
+            let bytes = bytes.and_then(|(from, until)| batch.parquet.get(from..until));
+            let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::Internal, "a row group lies outside of its bytes"))?;
+            self.writer.write_all(bytes).await.map_err(|error| storage(error, &format!("{} cannot be written", self.path)))?;
+            let shift = self.offset as i64 - from as i64;
+            let moved =
+                moved(group, shift, self.row_groups.len()).context(ErrorKind::Internal, "a row group's metadata does not fit")?;
+            self.row_groups.push(moved);
+            self.offset += until - from;
+        }
+        self.keys.extend(batch.keys);
+        Ok(())
+    }
+
+    /// Writes the footer and makes the file durable.
+    pub async fn close(mut self, table: &Table) -> Result<StagedFile> {
+        let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{} cannot be finished", self.path));
+        let Some(first) = self.row_groups.first() else {
+            return Err(Error::new(ErrorKind::Internal, "a staged file without rows"));
+        };
+        let schema = first.schema_descr_ptr();
+        let rows: i64 = self.row_groups.iter().map(RowGroupMetaData::num_rows).sum();
+        let id_range = id_range(&self.row_groups);
+        let file = FileMetaData::new(1, rows, Some(CREATED_BY.to_owned()), None, schema, None);
+        let metadata = ParquetMetaData::new(file, std::mem::take(&mut self.row_groups));
+        let mut footer = Vec::new();
+        // Offsets of a footer written apart would be wrong only for page indexes, which our files leave out.
+        ParquetMetaDataWriter::new(&mut footer, &metadata).finish().map_err(|error| failed(&error))?;
+        self.writer.write_all(&footer).await.map_err(|error| failed(&error))?;
+        self.writer.shutdown().await.map_err(|error| failed(&error))?;
+        if let Some(folder) = table.local() {
+            sync_file(folder.join(self.path.as_ref())).await.map_err(|error| failed(&error))?;
+        }
+        let size = self.offset + footer.len() as u64;
+        Ok(StagedFile { path: self.path, size, keys: self.keys, id_range })
+    }
+
+    /// Gives the file up.
+    pub async fn discard(mut self) {
+        // Nobody refers to it; what cannot be removed now, the next run's start or vacuum removes.
+        let _ = self.writer.abort().await;
+    }
+}
+
+impl StagedFile {
+    /// Removes the file.
+    pub async fn discard(&self, table: &Table) {
+        if let Err(error) = table.store().delete(&self.path).await {
+            tracing::warn!(file = %self.path, %error, "a staged file could not be removed; vacuum will");
+        }
+    }
+}
+
+async fn sync_file(path: std::path::PathBuf) -> std::io::Result<()> {
+    let file = tokio::fs::File::open(path).await?;
+    file.sync_all().await
+}
+
+/// First byte and end of a row group, its bloom filters included.
+fn extent(group: &RowGroupMetaData) -> (u64, u64) {
+    let mut from = u64::MAX;
+    let mut until = 0;
+    for column in group.columns() {
+        let (start, length) = column.byte_range();
+        from = from.min(start);
+        until = until.max(start + length);
+        if let (Some(at), Some(length)) = (column.bloom_filter_offset(), column.bloom_filter_length()) {
+            until = until.max(at as u64 + length as u64);
+        }
+    }
+    (from.min(until), until)
+}
+
+fn moved(group: &RowGroupMetaData, shift: i64, ordinal: usize) -> parquet::errors::Result<RowGroupMetaData> {
+    let mut builder = RowGroupMetaData::builder(group.schema_descr_ptr())
+        .set_num_rows(group.num_rows())
+        .set_total_byte_size(group.total_byte_size())
+        .set_file_offset(group.file_offset().unwrap_or(0) + shift);
+    // An ordinal is 16 bits wide; a file with more row groups leaves it out.
+    if let Ok(ordinal) = i16::try_from(ordinal) {
+        builder = builder.set_ordinal(ordinal);
+    }
+    for column in group.columns() {
+        let moved = column
+            .clone()
+            .into_builder()
+            .set_data_page_offset(column.data_page_offset() + shift)
+            .set_dictionary_page_offset(column.dictionary_page_offset().map(|at| at + shift))
+            .set_bloom_filter_offset(column.bloom_filter_offset().map(|at| at + shift))
+            .set_column_index_offset(None)
+            .set_column_index_length(None)
+            .set_offset_index_offset(None)
+            .set_offset_index_length(None)
+            .build()?;
+        builder = builder.add_column_metadata(moved);
+    }
+    builder.build()
+}
+
+/// Least and greatest `id` by the row groups' statistics, where those are exact and short enough for the log.
+fn id_range(groups: &[RowGroupMetaData]) -> Option<(String, String)> {
+    let mut range: Option<(String, String)> = None;
+    for group in groups {
+        let column = group.columns().iter().find(|column| column.column_path().string() == "id")?;
+        let Statistics::ByteArray(statistics) = column.statistics()? else { return None };
+        if !statistics.min_is_exact() || !statistics.max_is_exact() {
+            return None;
+        }
+        let text =
+            |bytes: Option<&parquet::data_type::ByteArray>| bytes.and_then(|bytes| bytes.as_utf8().ok()).map(str::to_owned);
+        let (min, max) = (text(statistics.min_opt())?, text(statistics.max_opt())?);
+        range = Some(match range {
+            None => (min, max),
+            Some((least, greatest)) => (least.min(min), greatest.max(max)),
+        });
+    }
+    range.filter(|(min, max)| min.len() <= 128 && max.len() <= 128)
+}

@@ -1,0 +1,331 @@
+//! The folder of tables: `<tables>/<Type>.parquet`, one Delta table a resource type.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arrow::datatypes::Schema;
+use deltalake::kernel::StructType;
+use deltalake::kernel::engine::arrow_conversion::{TryIntoArrow, TryIntoKernel};
+use deltalake::logstore::LogStoreRef;
+use deltalake::{DeltaTable, DeltaTableBuilder, DeltaTableError};
+use object_store::ObjectStore;
+use url::Url;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Where the tables are.
+#[derive(Debug, Clone)]
+pub struct Tables {
+    root: Url,
+}
+
+/// How tables that fhirlake creates are set up.
+#[derive(Debug, Clone)]
+pub struct TableSettings {
+    /// Whether rows are marked as gone by deletion vectors, so that nothing is rewritten.
+    pub deletion_vectors: bool,
+}
+
+/// One table, which may not exist yet.
+#[derive(Debug, Clone)]
+pub struct Table {
+    /// Its type.
+    pub resource_type: Arc<str>,
+    pub(super) log_store: LogStoreRef,
+    /// The newest snapshot that was read; `None` where the table does not exist.
+    pub(super) delta: Option<DeltaTable>,
+}
+
+pub(super) fn storage(error: impl std::fmt::Display, what: &str) -> Error {
+    Error::new(ErrorKind::Storage, format!("{what}: {error}"))
+}
+
+impl Tables {
+    /// Tables in `location`: a folder's path or a URL.
+    pub fn at(location: &str) -> Result<Tables> {
+        Ok(Tables { root: folder_url(location)? })
+    }
+
+    /// The root, for messages.
+    pub fn display(&self) -> String {
+        match self.root.to_file_path() {
+            Ok(path) => path.display().to_string(),
+            Err(()) => self.root.to_string(),
+        }
+    }
+
+    /// The local folder, where it is one.
+    pub fn local(&self) -> Option<std::path::PathBuf> {
+        self.root.to_file_path().ok()
+    }
+
+    fn url(&self, resource_type: &str) -> Result<Url> {
+        self.root
+            .join(&format!("{resource_type}.parquet/"))
+            .context(ErrorKind::Config, format!("no table can be at {resource_type}.parquet"))
+    }
+
+    /// Opens the table of `resource_type`, or the place where it will be.
+    pub async fn open(&self, resource_type: &Arc<str>) -> Result<Table> {
+        let url = self.url(resource_type)?;
+        if let Ok(path) = url.to_file_path() {
+            // Private to the user: it will hold patient data.
+            create_private_dir(&path)?;
+        }
+        let builder = DeltaTableBuilder::from_url(url)
+            .map_err(|error| storage(error, "the table's place cannot be used").at(resource_type.to_string()))?;
+        let log_store = builder
+            .build_storage()
+            .map_err(|error| storage(error, "the table's store cannot be used").at(resource_type.to_string()))?;
+        let mut table = Table { resource_type: resource_type.clone(), log_store, delta: None };
+        table.refresh().await?;
+        Ok(table)
+    }
+
+    /// Types that have a table here, sorted.
+    pub async fn existing(&self) -> Result<Vec<Arc<str>>> {
+        let mut found = Vec::new();
+        if let Ok(path) = self.root.to_file_path() {
+            let entries = match std::fs::read_dir(&path) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+                Err(error) => return Err(storage(error, &format!("{} cannot be listed", path.display()))),
+            };
+            for entry in entries.flatten() {
+                if entry.path().join("_delta_log").is_dir() {
+                    found.extend(entry.file_name().to_str().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from));
+                }
+            }
+        } else {
+            let store = DeltaTableBuilder::from_url(self.root.clone())
+                .and_then(|builder| builder.build_storage())
+                .map_err(|error| storage(error, "the tables' store cannot be used"))?
+                .object_store(None);
+            let listing = store.list_with_delimiter(None).await.map_err(|error| storage(error, "tables cannot be listed"))?;
+            for prefix in listing.common_prefixes {
+                found.extend(prefix.filename().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+}
+
+impl Tables {
+    /// Writes a file into the tables' folder and removes it.
+    pub async fn check_writable(&self) -> Result<()> {
+        use object_store::ObjectStoreExt;
+        if let Some(path) = self.local() {
+            create_private_dir(&path)?;
+        }
+        let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{} cannot be written", self.display()));
+        let store = DeltaTableBuilder::from_url(self.root.clone())
+            .and_then(|builder| builder.build_storage())
+            .map_err(|error| failed(&error))?
+            .object_store(None);
+        let path = object_store::path::Path::from(format!(".fhirlake-check-{}", uuid::Uuid::new_v4()));
+        store.put(&path, "check".into()).await.map_err(|error| failed(&error))?;
+        store.delete(&path).await.map_err(|error| failed(&error))
+    }
+
+    /// Types that have a folder here, be it a table or what a killed run left; local folders only.
+    pub fn existing_folders(&self) -> Result<Vec<Arc<str>>> {
+        let Some(path) = self.local() else { return Ok(Vec::new()) };
+        let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| {
+            let name = entry.file_name();
+            name.to_str().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from)
+        });
+        Ok(names.collect())
+    }
+}
+
+impl Table {
+    /// Removes files that `run` staged and no commit names; how many.
+    pub async fn remove_orphans(&self, run: &str) -> Result<usize> {
+        use futures::TryStreamExt;
+        let mut named = std::collections::HashSet::new();
+        if let Some(delta) = &self.delta {
+            let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+            named.extend(snapshot.log_data().iter().map(|file| file.object_store_path()));
+        }
+        let store = self.store();
+        let prefix = format!("part-{run}-");
+        let listed: Vec<object_store::ObjectMeta> =
+            store.list(None).try_collect().await.map_err(|error| storage(error, "the table's folder cannot be listed"))?;
+        let mut removed = 0;
+        for object in listed {
+            let is_the_runs = object.location.filename().is_some_and(|name| name.starts_with(&prefix));
+            if is_the_runs && !named.contains(&object.location) {
+                object_store::ObjectStoreExt::delete(&store, &object.location)
+                    .await
+                    .map_err(|error| storage(error, "a staged file cannot be removed"))?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+}
+
+/// A folder's URL, ending in a slash; relative paths are taken from the current directory.
+pub(crate) fn folder_url(location: &str) -> Result<Url> {
+    let url = if location.contains("://") {
+        Url::parse(location).context(ErrorKind::Config, "not a URL")?
+    } else {
+        let path = std::path::absolute(location).context(ErrorKind::Config, format!("{location} is no path"))?;
+        Url::from_directory_path(&path).map_err(|()| Error::new(ErrorKind::Config, format!("{location} is no path")))?
+    };
+    let mut url = url;
+    if !url.path().ends_with('/') {
+        let path = format!("{}/", url.path());
+        url.set_path(&path);
+    }
+    Ok(url)
+}
+
+/// Makes a folder and its parents, readable by the user alone.
+pub(crate) fn create_private_dir(path: &std::path::Path) -> Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path).context(ErrorKind::Storage, format!("{} cannot be made", path.display()))
+}
+
+impl Table {
+    /// Reads the newest snapshot.
+    pub async fn refresh(&mut self) -> Result<()> {
+        let mut delta = DeltaTable::new(self.log_store.clone());
+        self.delta = match delta.load().await {
+            Ok(()) => Some(delta),
+            Err(DeltaTableError::NotATable(_)) => None,
+            Err(error) => {
+                // Whether the log is empty is the store's word, not the error's.
+                let is_table = self.log_store.is_delta_table_location().await.unwrap_or(true);
+                if is_table {
+                    return Err(storage(error, "the table cannot be read").at(self.resource_type.to_string()));
+                }
+                None
+            }
+        };
+        Ok(())
+    }
+
+    /// The table's version; `None` where it does not exist.
+    pub fn version(&self) -> Option<u64> {
+        self.delta.as_ref().and_then(DeltaTable::version).map(|version| version as u64)
+    }
+
+    /// The Delta table, for queries.
+    pub fn delta(&self) -> Option<&DeltaTable> {
+        self.delta.as_ref()
+    }
+
+    /// Store of the table's files.
+    pub fn store(&self) -> Arc<dyn ObjectStore> {
+        self.log_store.object_store(None)
+    }
+
+    /// The folder, where it is local: files are synced before they are committed.
+    pub fn local(&self) -> Option<std::path::PathBuf> {
+        self.log_store.root_url().to_file_path().ok()
+    }
+
+    /// The table's Arrow schema; `None` where it does not exist.
+    pub fn schema(&self) -> Result<Option<Schema>> {
+        let Some(delta) = &self.delta else { return Ok(None) };
+        let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+        let schema: Schema = snapshot
+            .schema()
+            .as_ref()
+            .try_into_arrow()
+            .map_err(|error| Error::new(ErrorKind::Table, format!("the schema cannot be read: {error}")))?;
+        Ok(Some(schema))
+    }
+
+    /// The `version` of the newest application transaction of `app_id`.
+    pub async fn transaction(&self, app_id: &str) -> Result<Option<i64>> {
+        let Some(delta) = &self.delta else { return Ok(None) };
+        let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+        snapshot
+            .transaction_version(self.log_store.as_ref(), app_id.to_owned())
+            .await
+            .map_err(|error| storage(error, "the watermark cannot be read"))
+    }
+
+    /// Rows in the table by its statistics, deletion vectors taken off; `None` where statistics lack.
+    pub fn row_count(&self) -> Option<u64> {
+        let snapshot = self.delta.as_ref()?.snapshot().ok()?;
+        let mut rows = 0u64;
+        for file in snapshot.log_data().iter() {
+            let gone = file.deletion_vector_descriptor().map_or(0, |vector| vector.cardinality);
+            rows += (file.num_records()? as u64).saturating_sub(gone as u64);
+        }
+        Some(rows)
+    }
+
+    /// Refuses, before any work, a table with a feature that our commits would break.
+    pub fn check_writable(&self) -> Result<()> {
+        let Some(delta) = &self.delta else { return Ok(()) };
+        let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+        let refuse = |what: String| {
+            Err(Error::new(ErrorKind::Table, format!("the table has {what}, which fhirlake does not write"))
+                .at(self.resource_type.to_string()))
+        };
+        let protocol = snapshot.protocol();
+        let known = ["appendOnly", "invariants", "deletionVectors", "checkConstraints", "v2Checkpoint", "vacuumProtocolCheck"];
+        if let Some(features) = protocol.writer_features() {
+            if let Some(feature) = features.iter().map(ToString::to_string).find(|name| !known.contains(&name.as_str())) {
+                return refuse(format!("the writer feature {feature}"));
+            }
+        } else if protocol.min_writer_version() > 4 {
+            return refuse(format!("writer version {}", protocol.min_writer_version()));
+        }
+        if !snapshot.metadata().partition_columns().is_empty() {
+            return refuse("partition columns".into());
+        }
+        let settings = snapshot.metadata().configuration();
+        for (key, value) in settings {
+            let refused = match key.as_str() {
+                "delta.appendOnly" | "delta.enableChangeDataFeed" | "delta.enableRowTracking" => value == "true",
+                "delta.columnMapping.mode" => value != "none",
+                key => key.starts_with("delta.constraints."),
+            };
+            if refused {
+                return refuse(format!("the setting {key}={value}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the table has deletion vectors on.
+    pub fn has_deletion_vectors(&self) -> bool {
+        let on = |delta: &DeltaTable| {
+            let snapshot = delta.snapshot().ok()?;
+            let setting = snapshot.metadata().configuration().get("delta.enableDeletionVectors").cloned();
+            let features = snapshot.protocol().writer_features().map(<[_]>::to_vec).unwrap_or_default();
+            let supported = features.iter().any(|feature| feature.to_string() == "deletionVectors");
+            Some(setting.as_deref() == Some("true") && supported)
+        };
+        self.delta.as_ref().and_then(on).unwrap_or(false)
+    }
+}
+
+impl TableSettings {
+    /// Configuration of a new table.
+    pub(super) fn configuration(&self) -> HashMap<String, Option<String>> {
+        let mut settings = HashMap::new();
+        if self.deletion_vectors {
+            settings.insert("delta.enableDeletionVectors".to_owned(), Some("true".to_owned()));
+        }
+        settings
+    }
+}
+
+/// The Delta schema of an Arrow schema.
+pub fn delta_schema(schema: &Schema) -> Result<StructType> {
+    let delta: StructType = schema
+        .try_into_kernel()
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("the schema is none of Delta's: {error}")))?;
+    Ok(delta)
+}

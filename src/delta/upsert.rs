@@ -1,0 +1,560 @@
+//! What a run brings for one type, merged into its table in one commit (DESIGN section 5).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use arrow::datatypes::Schema;
+use deltalake::DeltaTableError;
+use deltalake::kernel::transaction::{CommitBuilder, CommitProperties, TransactionError};
+use deltalake::kernel::{Action, Add, Remove, Transaction};
+use deltalake::operations::create::CreateBuilder;
+use deltalake::protocol::{DeltaOperation, SaveMode};
+use futures::TryStreamExt;
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
+use roaring::RoaringTreemap;
+use serde_json::{Value, json};
+
+use super::content::row_hashes;
+use super::keys::{ByKey, DataFile, Match, find, rows, selection};
+use super::staging::StagedFile;
+use super::table::{Table, TableSettings, delta_schema, storage};
+use super::vectors;
+use crate::error::{Error, ErrorKind, Result};
+use crate::messages::RowKey;
+
+/// How often a match is made again when another writer committed in between.
+const MAX_ATTEMPTS: usize = 10;
+
+/// The server's `transactionTime` as an application transaction of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Watermark {
+    /// Pipeline and scope.
+    pub app_id: String,
+    /// Microseconds since the epoch.
+    pub transaction_time: i64,
+}
+
+/// What a run brings for one type.
+#[derive(Debug)]
+pub struct Upsert {
+    /// Staged files.
+    pub files: Vec<StagedFile>,
+    /// Keys of resources that are gone.
+    pub deletions: Vec<u128>,
+    /// Schema for a table that does not exist yet.
+    pub schema: Arc<Schema>,
+    /// Watermark to set; `None` leaves it.
+    pub watermark: Option<Watermark>,
+    /// Rewrites rows of equal version whose content differs.
+    pub full_refresh: bool,
+    /// For a table that does not exist yet.
+    pub settings: TableSettings,
+    /// Further members of the commit's info.
+    pub info: BTreeMap<String, Value>,
+}
+
+/// What a merge did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Merged {
+    /// Resources that the table did not have.
+    pub inserted: u64,
+    /// Resources that replaced an older copy.
+    pub updated: u64,
+    /// Resources that were deleted.
+    pub deleted: u64,
+    /// Resources that the table has as new or newer, and copies within the run that lost.
+    pub skipped: u64,
+    /// The table's version after it.
+    pub version: Option<u64>,
+    /// Whether it made a commit.
+    pub committed: bool,
+    /// Bytes of data files and deletion vectors that the commit added.
+    pub bytes_written: u64,
+}
+
+/// The outcome of a commit.
+#[derive(Debug)]
+pub enum Commit {
+    /// It is in the table.
+    Done(Merged),
+    /// The table's watermark is newer than this export: nothing was changed.
+    Stale {
+        /// The table's `transactionTime`, microseconds since the epoch.
+        table: i64,
+    },
+}
+
+/// Rows to be marked, before any file is written.
+#[derive(Default)]
+struct Plan {
+    merged: Merged,
+    /// By data file of the table.
+    gone: BTreeMap<usize, RoaringTreemap>,
+    /// By staged file.
+    staged_gone: Vec<RoaringTreemap>,
+}
+
+struct TargetFile {
+    data: DataFile,
+    rows: Option<u64>,
+    add: Add,
+    remove: Remove,
+}
+
+enum Verdict {
+    Newer,
+    Older,
+    /// Nothing but the content can tell.
+    Compare,
+}
+
+/// A staged row against the table's, by DESIGN section 5 "Order".
+fn judge(staged: &RowKey, table: &RowKey, full_refresh: bool) -> Verdict {
+    const ABSENT: i64 = RowKey::ABSENT;
+    if staged.subsetted != table.subsetted {
+        return if staged.subsetted { Verdict::Older } else { Verdict::Newer };
+    }
+    // What lacks the order that the table's row has comes from the newer export.
+    let lacks = |staged: i64, table: i64| staged == ABSENT && table != ABSENT;
+    if lacks(staged.last_updated, table.last_updated) || lacks(staged.version, table.version) {
+        return Verdict::Newer;
+    }
+    match (staged.last_updated, staged.version).cmp(&(table.last_updated, table.version)) {
+        std::cmp::Ordering::Less => Verdict::Older,
+        std::cmp::Ordering::Greater => Verdict::Newer,
+        std::cmp::Ordering::Equal if staged.version != ABSENT && !full_refresh => Verdict::Older,
+        std::cmp::Ordering::Equal => Verdict::Compare,
+    }
+}
+
+impl Upsert {
+    /// Matches, marks and commits; matches again when another writer was faster.
+    pub async fn commit(&self, table: &mut Table) -> Result<Commit> {
+        let started = Instant::now();
+        for attempt in 1.. {
+            if let Some(watermark) = &self.watermark
+                && let Some(newest) = table.transaction(&watermark.app_id).await?
+                && newest > watermark.transaction_time
+            {
+                return Ok(Commit::Stale { table: newest });
+            }
+            let targets = targets(table)?;
+            let plan = self.plan(table, &targets).await?;
+            match self.write(table, targets, plan, started).await? {
+                Some(merged) => return Ok(Commit::Done(merged)),
+                None if attempt < MAX_ATTEMPTS => {
+                    tracing::info!(resource_type = %table.resource_type, attempt, "another writer committed first; matching again");
+                    table.refresh().await?;
+                }
+                None => break,
+            }
+        }
+        Err(Error::new(ErrorKind::Table, format!("other writers committed first {MAX_ATTEMPTS} times in a row")))
+    }
+
+    async fn plan(&self, table: &Table, targets: &[TargetFile]) -> Result<Plan> {
+        let mut plan = Plan { staged_gone: vec![RoaringTreemap::new(); self.files.len()], ..Plan::default() };
+        // Among the run's own copies the newest wins.
+        let mut winners: ByKey<(usize, u64, RowKey)> = ByKey::default();
+        for (file, staged) in self.files.iter().enumerate() {
+            for (row, key) in staged.keys.iter().enumerate() {
+                let candidate = (file, row as u64, *key);
+                let Some(best) = winners.get_mut(&key.key) else {
+                    winners.insert(key.key, candidate);
+                    continue;
+                };
+                let loser = if key.rank() > best.2.rank() { std::mem::replace(best, candidate) } else { candidate };
+                plan.staged_gone[loser.0].insert(loser.1);
+                plan.merged.skipped += 1;
+            }
+        }
+        // An id that is both deleted and in the output is kept.
+        let mut deletions: ByKey<bool> = ByKey::default();
+        deletions.extend(self.deletions.iter().filter(|key| !winners.contains_key(key)).map(|key| (*key, false)));
+
+        let mut matches: ByKey<Vec<Match>> = ByKey::default();
+        if !(winners.is_empty() && deletions.is_empty()) {
+            for (index, target) in targets.iter().enumerate() {
+                let wanted = |key| winners.contains_key(&key) || deletions.contains_key(&key);
+                for found in find(&table.store(), index, &target.data, wanted).await? {
+                    matches.entry(found.key.key).or_default().push(found);
+                }
+            }
+        }
+        let mut undecided = Vec::new();
+        for (key, copies) in &matches {
+            let mark = |plan: &mut Plan, copy: &Match| {
+                plan.gone.entry(copy.file).or_default().insert(copy.row);
+            };
+            let Some((file, row, staged)) = winners.get(key) else {
+                copies.iter().for_each(|copy| mark(&mut plan, copy));
+                plan.merged.deleted += 1;
+                continue;
+            };
+            // A table may hold an id twice, by the recipe's doing: the best copy stays at most.
+            let Some(best) = copies.iter().max_by_key(|copy| copy.key.rank()) else { continue };
+            copies.iter().filter(|copy| (copy.file, copy.row) != (best.file, best.row)).for_each(|copy| mark(&mut plan, copy));
+            match judge(staged, &best.key, self.full_refresh) {
+                Verdict::Newer => {
+                    mark(&mut plan, best);
+                    plan.merged.updated += 1;
+                }
+                Verdict::Older => {
+                    plan.staged_gone[*file].insert(*row);
+                    plan.merged.skipped += 1;
+                }
+                Verdict::Compare => undecided.push((*file, *row, *best)),
+            }
+        }
+        plan.merged.inserted = (winners.len() - matches.keys().filter(|key| winners.contains_key(key)).count()) as u64;
+        self.compare(table, targets, undecided, &mut plan).await?;
+        Ok(plan)
+    }
+
+    /// Reads the rows that only their content can tell apart: equal ones are skipped.
+    async fn compare(
+        &self,
+        table: &Table,
+        targets: &[TargetFile],
+        undecided: Vec<(usize, u64, Match)>,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        let mut by_staged: BTreeMap<usize, BTreeMap<u64, u128>> = BTreeMap::new();
+        let mut by_target: BTreeMap<usize, BTreeMap<u64, u128>> = BTreeMap::new();
+        for (file, row, best) in &undecided {
+            by_staged.entry(*file).or_default().insert(*row, 0);
+            by_target.entry(best.file).or_default().insert(best.row, 0);
+        }
+        for (file, wanted) in &mut by_staged {
+            hash_rows(table, &self.files[*file].path, self.files[*file].size, wanted).await?;
+        }
+        for (file, wanted) in &mut by_target {
+            hash_rows(table, &targets[*file].data.path, targets[*file].data.size, wanted).await?;
+        }
+        for (file, row, best) in undecided {
+            if by_staged[&file][&row] == by_target[&best.file][&best.row] {
+                plan.staged_gone[file].insert(row);
+                plan.merged.skipped += 1;
+            } else {
+                plan.gone.entry(best.file).or_default().insert(best.row);
+                plan.merged.updated += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what the plan needs and commits; `None` when another writer was faster.
+    async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, plan: Plan, started: Instant) -> Result<Option<Merged>> {
+        let mut merged = plan.merged;
+        let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
+        let mut out = Actions::default();
+        let mut marked: Vec<(Add, RoaringTreemap)> = Vec::new();
+        for (index, gone) in &plan.gone {
+            let target = &targets[*index];
+            let all_gone = &target.data.gone | gone;
+            out.removes.push(target.remove.clone());
+            if target.rows == Some(all_gone.len()) {
+                continue;
+            }
+            if with_vectors {
+                marked.push((target.add.clone(), all_gone));
+            } else {
+                let add = rewrite(table, &target.data.path, target.data.size, &all_gone, target.rows).await?;
+                out.new_files.push(Path::from(add.path.as_str()));
+                out.adds.push(add);
+            }
+        }
+        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
+            let total = staged.keys.len() as u64;
+            if gone.len() == total {
+                continue;
+            }
+            let add = staged_add(staged);
+            if gone.is_empty() {
+                merged.bytes_written += staged.size;
+                out.adds.push(add);
+            } else if with_vectors {
+                merged.bytes_written += staged.size;
+                marked.push((add, gone.clone()));
+            } else {
+                let add = rewrite(table, &staged.path, staged.size, gone, Some(total)).await?;
+                merged.bytes_written += add.size as u64;
+                out.new_files.push(Path::from(add.path.as_str()));
+                out.adds.push(add);
+            }
+        }
+        if !marked.is_empty() {
+            let (adds, vectors): (Vec<Add>, Vec<RoaringTreemap>) = marked.into_iter().unzip();
+            out.vectors = vectors.len();
+            let (descriptors, path) = vectors::write(table, vectors).await?;
+            out.new_files.push(path);
+            for (mut add, descriptor) in adds.into_iter().zip(descriptors) {
+                merged.bytes_written += descriptor.size_in_bytes as u64;
+                add.stats = add.stats.map(|stats| loose_bounds(&stats));
+                add.deletion_vector = Some(descriptor);
+                out.adds.push(add);
+            }
+        }
+        let outcome = self.commit_actions(table, &out, &mut merged, started).await;
+        if !matches!(&outcome, Ok(true)) {
+            for path in &out.new_files {
+                // Unreferenced; what stays behind, vacuum takes.
+                let _ = table.store().delete(path).await;
+            }
+        }
+        if !outcome? {
+            return Ok(None);
+        }
+        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
+            if gone.len() == staged.keys.len() as u64 || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
+                staged.discard(table).await;
+            }
+        }
+        Ok(Some(merged))
+    }
+
+    async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<bool> {
+        let known = match &self.watermark {
+            Some(watermark) => table.transaction(&watermark.app_id).await? == Some(watermark.transaction_time),
+            None => true,
+        };
+        merged.version = table.version();
+        if out.adds.is_empty() && out.removes.is_empty() && known && table.version().is_some() {
+            return Ok(true);
+        }
+        let transactions = self.watermark.iter().map(|watermark| {
+            let now = chrono::Utc::now().timestamp_millis();
+            Transaction::new_with_last_update(&watermark.app_id, watermark.transaction_time, Some(now))
+        });
+        let mut info: Vec<(String, Value)> = self.info.clone().into_iter().collect();
+        info.push(("operationMetrics".into(), self.metrics(out, merged, started)));
+        let properties = CommitProperties::default()
+            .with_metadata(info)
+            .with_max_retries(0)
+            .with_application_transactions(transactions.collect());
+        let adds = out.adds.iter().cloned().map(Action::Add);
+        let done = if let Some(delta) = &table.delta {
+            let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+            let operation = DeltaOperation::Merge {
+                predicate: None,
+                merge_predicate: Some("target.id = source.id".into()),
+                matched_predicates: vec![],
+                not_matched_predicates: vec![],
+                not_matched_by_source_predicates: vec![],
+            };
+            CommitBuilder::from(properties)
+                .with_actions(out.removes.iter().cloned().map(Action::Remove).chain(adds).collect())
+                .build(Some(snapshot), table.log_store.clone(), operation)
+                .await
+                .map(|commit| Some(commit.version() as u64))
+        } else {
+            CreateBuilder::new()
+                .with_log_store(table.log_store.clone())
+                .with_save_mode(SaveMode::ErrorIfExists)
+                .with_columns(delta_schema(&self.schema)?.fields().cloned())
+                .with_configuration(self.settings.configuration())
+                .with_actions(adds)
+                .with_commit_properties(properties)
+                .await
+                .map(|table| table.version().map(|version| version as u64))
+        };
+        match done {
+            Ok(version) => {
+                merged.version = version;
+                merged.committed = true;
+                Ok(true)
+            }
+            Err(
+                DeltaTableError::VersionAlreadyExists(_)
+                | DeltaTableError::Transaction {
+                    source: TransactionError::CommitConflict(_) | TransactionError::MaxCommitAttempts(_),
+                },
+            ) => Ok(false),
+            Err(error) => {
+                // Two that create the same table: the loser merges into the winner's.
+                if table.version().is_none() && table.log_store.is_delta_table_location().await.unwrap_or(false) {
+                    return Ok(false);
+                }
+                Err(storage(error, "the commit failed"))
+            }
+        }
+    }
+
+    /// Operation metrics by the names of Spark's own merge.
+    fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
+        let sources: usize = self.files.iter().map(|file| file.keys.len()).sum();
+        json!({
+            "numSourceRows": sources.to_string(),
+            "numTargetRowsInserted": merged.inserted.to_string(),
+            "numTargetRowsUpdated": merged.updated.to_string(),
+            "numTargetRowsDeleted": merged.deleted.to_string(),
+            "numOutputRows": (merged.inserted + merged.updated).to_string(),
+            "numTargetFilesAdded": (out.adds.len() - out.vectors).to_string(),
+            "numTargetFilesRemoved": out.removes.len().to_string(),
+            "numTargetDeletionVectorsAdded": out.vectors.to_string(),
+            "numTargetBytesAdded": merged.bytes_written.to_string(),
+            "executionTimeMs": started.elapsed().as_millis().to_string(),
+        })
+    }
+}
+
+#[derive(Default)]
+struct Actions {
+    removes: Vec<Remove>,
+    adds: Vec<Add>,
+    /// How many of the adds carry a new deletion vector.
+    vectors: usize,
+    /// Files written for this commit alone.
+    new_files: Vec<Path>,
+}
+
+fn targets(table: &Table) -> Result<Vec<TargetFile>> {
+    let Some(delta) = &table.delta else { return Ok(Vec::new()) };
+    let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+    let mut targets = Vec::new();
+    for view in snapshot.log_data().iter() {
+        let gone = match view.deletion_vector_descriptor() {
+            Some(descriptor) => vectors::read(table, &descriptor)?,
+            None => RoaringTreemap::new(),
+        };
+        let data = DataFile { path: view.object_store_path(), size: view.size() as u64, gone };
+        let rows = view.num_records().map(|rows| rows as u64);
+        let add = Add {
+            path: view.path().into_owned(),
+            partition_values: view.partition_values_map(),
+            size: view.size(),
+            modification_time: view.modification_time(),
+            data_change: true,
+            stats: view.stats(),
+            deletion_vector: view.deletion_vector_descriptor(),
+            ..Add::default()
+        };
+        targets.push(TargetFile { data, rows, add, remove: view.remove_action(true) });
+    }
+    Ok(targets)
+}
+
+/// Fills in the content hash of each wanted row of a file.
+async fn hash_rows(table: &Table, path: &Path, size: u64, wanted: &mut BTreeMap<u64, u128>) -> Result<()> {
+    let mut batches = rows(&table.store(), path, size, selection(wanted.keys().copied())).await?;
+    let mut places = wanted.values_mut();
+    while let Some(batch) = batches.try_next().await.map_err(|error| storage(error, &format!("{path} cannot be read")))? {
+        for (hash, place) in row_hashes(&batch)?.into_iter().zip(&mut places) {
+            *place = hash;
+        }
+    }
+    Ok(())
+}
+
+fn new_add(path: &Path, size: u64, stats: Value) -> Add {
+    Add {
+        path: path.to_string(),
+        size: size as i64,
+        modification_time: chrono::Utc::now().timestamp_millis(),
+        data_change: true,
+        stats: Some(stats.to_string()),
+        ..Add::default()
+    }
+}
+
+fn staged_add(staged: &StagedFile) -> Add {
+    let mut stats = json!({ "numRecords": staged.keys.len(), "tightBounds": true });
+    let (mut min, mut max) = (json!({}), json!({}));
+    if let Some((least, greatest)) = &staged.id_range {
+        min["id"] = json!(least);
+        max["id"] = json!(greatest);
+        stats["nullCount"] = json!({ "id": 0 });
+    }
+    let times = staged.keys.iter().map(|key| key.last_updated);
+    if let (Some(first), Some(last)) = (times.clone().min(), times.max())
+        && first != RowKey::ABSENT
+    {
+        // The log keeps milliseconds: the greatest is rounded up, so that no reader skips a row.
+        let text = |millis: i64| {
+            chrono::DateTime::from_timestamp_millis(millis).map(|time| time.to_rfc3339_opts(chrono::SecondsFormat::Millis, true))
+        };
+        if let (Some(first), Some(last)) = (text(first.div_euclid(1000)), text(last.div_euclid(1000) + 1)) {
+            min["meta"] = json!({ "lastUpdated": first });
+            max["meta"] = json!({ "lastUpdated": last });
+        }
+    }
+    stats["minValues"] = min;
+    stats["maxValues"] = max;
+    new_add(&staged.path, staged.size, stats)
+}
+
+/// Statistics of a file some of whose rows are gone: still bounds, no longer tight ones.
+fn loose_bounds(stats: &str) -> String {
+    match serde_json::from_str::<Value>(stats) {
+        Ok(Value::Object(mut members)) => {
+            members.insert("tightBounds".into(), false.into());
+            Value::Object(members).to_string()
+        }
+        _ => stats.to_owned(),
+    }
+}
+
+/// A copy of a file without the rows that are gone, in their order, streamed.
+async fn rewrite(table: &Table, path: &Path, size: u64, gone: &RoaringTreemap, total: Option<u64>) -> Result<Add> {
+    use parquet::arrow::AsyncArrowWriter;
+    use parquet::file::properties::WriterProperties;
+    let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{path} cannot be rewritten"));
+    let total = match total {
+        Some(total) => total,
+        None => super::keys::row_count(&table.store(), path, size).await?,
+    };
+    let kept = (0..total).filter(|row| !gone.contains(*row));
+    let mut batches = rows(&table.store(), path, size, selection(kept)).await?;
+    let new_path = Path::from(format!("part-{}.zstd.parquet", uuid::Uuid::new_v4()));
+    let writer = object_store::buffered::BufWriter::new(table.store(), new_path.clone());
+    let properties = WriterProperties::builder()
+        .set_compression(parquet::basic::Compression::ZSTD(Default::default()))
+        .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None)
+        .set_offset_index_disabled(true)
+        .build();
+    let options =
+        parquet::arrow::arrow_writer::ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true);
+    let mut writer =
+        AsyncArrowWriter::try_new_with_options(writer, batches.schema().clone(), options).map_err(|error| failed(&error))?;
+    while let Some(batch) = batches.try_next().await.map_err(|error| failed(&error))? {
+        writer.write(&batch).await.map_err(|error| failed(&error))?;
+        if writer.in_progress_size() > 32 << 20 {
+            writer.flush().await.map_err(|error| failed(&error))?;
+        }
+    }
+    let written = writer.close().await.map_err(|error| failed(&error))?;
+    let head = table.store().head(&new_path).await.map_err(|error| failed(&error))?;
+    let stats = json!({ "numRecords": written.file_metadata().num_rows() });
+    Ok(new_add(&new_path, head.size, stats))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(last_updated: i64, version: i64, subsetted: bool) -> RowKey {
+        RowKey { key: 1, last_updated, version, arrival: (0, 0), subsetted }
+    }
+    const NONE: i64 = RowKey::ABSENT;
+
+    // Every sentence of DESIGN section 5 "Order" that concerns the table.
+    #[test]
+    fn order_against_the_table() {
+        let newer = |staged, table| matches!(judge(&staged, &table, false), Verdict::Newer);
+        let older = |staged, table| matches!(judge(&staged, &table, false), Verdict::Older);
+        let compare = |staged, table| matches!(judge(&staged, &table, false), Verdict::Compare);
+        assert!(older(key(1, 1, false), key(2, 2, false)), "older is skipped");
+        assert!(newer(key(2, 1, false), key(1, 1, false)), "lastUpdated comes first");
+        assert!(newer(key(1, 10, false), key(1, 9, false)), "versions are numbers");
+        assert!(newer(key(NONE, 1, false), key(5, 1, false)), "lacks lastUpdated: newer");
+        assert!(newer(key(1, NONE, false), key(5, 3, false)), "lacks versionId: newer");
+        assert!(older(key(1, 1, false), key(1, 1, false)), "equal and both with a version: skipped");
+        assert!(compare(key(1, NONE, false), key(1, NONE, false)), "no version: compared");
+        assert!(compare(key(NONE, NONE, false), key(NONE, NONE, false)), "nothing at all: compared");
+        assert!(older(key(9, 9, true), key(1, 1, false)), "SUBSETTED never overwrites a complete one");
+        assert!(newer(key(1, 1, false), key(9, 9, true)), "a complete one replaces a SUBSETTED one");
+        assert!(matches!(judge(&key(1, 1, false), &key(1, 1, false), true), Verdict::Compare), "full refresh compares");
+    }
+}

@@ -1,0 +1,43 @@
+//! Counters that workers move and everybody reads.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// Counters by name and label. Names are constants of `telemetry`, labels are resource types.
+#[derive(Debug, Clone, Default)]
+pub struct Board {
+    rows: Arc<RwLock<BTreeMap<(&'static str, Arc<str>), Arc<AtomicU64>>>>,
+}
+
+/// A reading of a [`Board`]: value by name and label.
+pub type Counts = BTreeMap<(&'static str, Arc<str>), u64>;
+
+impl Board {
+    /// Adds `by` to the counter `name` of `label`.
+    pub fn add(&self, name: &'static str, label: &Arc<str>, by: u64) {
+        self.counter(name, label).fetch_add(by, Ordering::Relaxed);
+    }
+
+    /// The counter itself, for a loop that moves it often.
+    pub fn counter(&self, name: &'static str, label: &Arc<str>) -> Arc<AtomicU64> {
+        let key = (name, label.clone());
+        if let Some(counter) = self.rows.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return counter.clone();
+        }
+        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+        rows.entry(key).or_default().clone()
+    }
+
+    /// One counter's value; 0 where it was never moved.
+    pub fn value(&self, name: &'static str, label: &Arc<str>) -> u64 {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.get(&(name, label.clone())).map_or(0, |counter| counter.load(Ordering::Relaxed))
+    }
+
+    /// Every counter's value now.
+    pub fn read(&self) -> Counts {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.iter().map(|(key, counter)| (key.clone(), counter.load(Ordering::Relaxed))).collect()
+    }
+}

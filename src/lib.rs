@@ -1,0 +1,29 @@
+//! fhirlake keeps a folder of Delta Lake tables in step with a FHIR server.
+//!
+//! The modules, in the order in which data meets them:
+//!
+//! * [`cli`] reads arguments, [`config`] the pipeline file; [`pipeline`] wires a run and reads like its picture.
+//! * [`stages`]: export, download, parse, encode, merge, one file each, and the ledger that knows when a type is
+//!   complete. They meet in [`messages`] and never import each other.
+//! * [`fhir`] speaks Bulk Data; [`tape`] is JSON as offsets; [`schema`] turns FHIR's definitions into columns and
+//!   fills them; [`delta`] stages files, matches keys and commits.
+//! * [`flow`] holds the bounded edges and the crew of workers, and knows neither FHIR nor Delta.
+//! * [`state`] is what a pipeline remembers; [`error`] the one table of errors; [`telemetry`] logs and metric names.
+//! * [`demo`] is an embedded Bulk Data server with a synthetic population.
+//!
+//! A test (`tests/architecture.rs`) holds who may import whom.
+
+pub mod cli;
+pub mod config;
+pub mod delta;
+pub mod demo;
+pub mod error;
+pub mod fhir;
+pub mod flow;
+pub mod messages;
+pub mod pipeline;
+pub mod schema;
+pub mod stages;
+pub mod state;
+pub mod tape;
+pub mod telemetry;

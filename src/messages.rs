@@ -1,0 +1,305 @@
+//! What travels on each edge, named by what has been done to the data, and the facts that travel with it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use parquet::file::metadata::ParquetMetaData;
+use tokio::sync::watch;
+use url::Url;
+
+use crate::flow::Weighed;
+use crate::schema::Filled;
+use crate::tape::Tape;
+
+/// A FHIR resource type, `Patient`.
+pub type ResourceType = Arc<str>;
+
+/// What a file of an export holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// Resources, one a line.
+    Output,
+    /// Bundles whose DELETE entries name what is gone.
+    Deleted,
+    /// OperationOutcomes.
+    Outcome,
+}
+
+/// A file of an export: from a server's manifest or a folder.
+#[derive(Debug)]
+pub struct ExportFile {
+    /// Place in the run's manifests: the first part of a row's order of arrival.
+    pub index: u32,
+    /// Which of the run's exports it belongs to.
+    pub export: usize,
+    /// A name for logs and quarantine: no query string, no host.
+    pub name: String,
+    /// Where it is. May hold secrets in its query: never log it.
+    pub url: Url,
+    /// What it holds.
+    pub kind: FileKind,
+    /// The type that the manifest or the file's name declares.
+    pub declared: Option<ResourceType>,
+    /// How many resources the manifest promises.
+    pub count: Option<u64>,
+    /// Whether the request needs the access token.
+    pub requires_access_token: bool,
+}
+
+impl Weighed for Arc<ExportFile> {
+    fn weight(&self) -> usize {
+        size_of::<ExportFile>() + self.name.len() + self.url.as_str().len()
+    }
+}
+
+/// Whole lines of a file.
+#[derive(Debug)]
+pub struct Chunk {
+    /// The file.
+    pub file: Arc<ExportFile>,
+    /// Number of the first line, from 1.
+    pub first_line: u64,
+    /// Bytes before it in the (uncompressed) file.
+    pub offset: u64,
+    /// The lines, with their ends.
+    pub bytes: Bytes,
+    /// Set where the chunk is the beginning of one line that is too long to be read: its full length.
+    pub oversized: Option<u64>,
+}
+
+impl Weighed for Chunk {
+    fn weight(&self) -> usize {
+        self.bytes.len() + size_of::<Chunk>()
+    }
+}
+
+/// What merging needs to know of a row: which resource it is and how it ranks among its copies.
+#[derive(Debug, Clone, Copy)]
+pub struct RowKey {
+    /// 128-bit hash of the logical id.
+    pub key: u128,
+    /// `meta.lastUpdated` in microseconds since the epoch; [`RowKey::ABSENT`] where absent.
+    pub last_updated: i64,
+    /// `meta.versionId` where it is a number; [`RowKey::ABSENT`] where absent.
+    pub version: i64,
+    /// Order of arrival: file index, then line.
+    pub arrival: (u32, u64),
+    /// Whether `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
+    pub subsetted: bool,
+}
+
+impl RowKey {
+    /// An absent `lastUpdated` or `versionId`: ranks lowest.
+    pub const ABSENT: i64 = i64::MIN;
+
+    /// Total order of the copies of a resource that one run brings; the newest is the greatest.
+    pub fn rank(&self) -> (bool, i64, i64, (u32, u64)) {
+        (!self.subsetted, self.last_updated, self.version, self.arrival)
+    }
+}
+
+/// The 128-bit hash of a logical id that rows are matched by.
+pub fn key_of(id: &[u8]) -> u128 {
+    twox_hash::XxHash3_128::oneshot(id)
+}
+
+/// A resource of [`Rows`].
+#[derive(Debug)]
+pub struct ParsedRow {
+    /// Its root on the tape.
+    pub root: usize,
+    /// Its line in the bytes.
+    pub line: std::ops::Range<usize>,
+    /// Its key and rank.
+    pub key: RowKey,
+}
+
+/// Parsed resources of one chunk.
+#[derive(Debug)]
+pub struct Rows {
+    /// The lines.
+    pub bytes: Bytes,
+    /// Their tapes.
+    pub tape: Tape,
+    /// The resources, by type.
+    pub by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
+}
+
+impl Weighed for Rows {
+    fn weight(&self) -> usize {
+        let rows: usize = self.by_type.iter().map(|(_, rows)| rows.capacity()).sum();
+        self.bytes.len() + self.tape.heap() + rows * size_of::<ParsedRow>()
+    }
+}
+
+/// Rows of one type as the bytes of a Parquet row group.
+#[derive(Debug)]
+pub struct EncodedBatch {
+    /// The type.
+    pub resource_type: ResourceType,
+    /// Which columns it has.
+    pub filled: Filled,
+    /// A Parquet file of one row group.
+    pub parquet: Bytes,
+    /// Its footer.
+    pub metadata: ParquetMetaData,
+    /// The rows' keys, in row order.
+    pub keys: Vec<RowKey>,
+    /// Bytes of NDJSON that it stands for.
+    pub json_bytes: u64,
+    /// What could not be held, by path.
+    pub losses: BTreeMap<String, u64>,
+}
+
+/// What merge receives.
+#[derive(Debug)]
+pub enum MergeInput {
+    /// Rows to stage.
+    Batch(Box<EncodedBatch>),
+    /// Ids that are gone.
+    Deletions(Vec<(ResourceType, u128)>),
+    /// A fact for the books.
+    Fact(Fact),
+}
+
+impl Weighed for MergeInput {
+    fn weight(&self) -> usize {
+        match self {
+            MergeInput::Batch(batch) => {
+                batch.parquet.len() + batch.metadata.memory_size() + batch.keys.len() * size_of::<RowKey>()
+            }
+            MergeInput::Deletions(keys) => keys.len() * size_of::<(ResourceType, u128)>(),
+            MergeInput::Fact(_) => size_of::<Fact>(),
+        }
+    }
+}
+
+/// A page of a manifest, or one batch of a folder's files.
+#[derive(Debug)]
+pub struct ManifestPage {
+    /// Which export.
+    pub export: usize,
+    /// Files that it lists.
+    pub files: Vec<Arc<ExportFile>>,
+}
+
+/// The last that an export says of itself.
+#[derive(Debug, Clone)]
+pub struct ExportEnd {
+    /// Which export.
+    pub export: usize,
+    /// Types that were asked for; empty where all were.
+    pub asked: Vec<ResourceType>,
+    /// The server's `transactionTime`, microseconds since the epoch; `None` for a folder.
+    pub transaction_time: Option<i64>,
+    /// Whether it was a full export: no `since`.
+    pub full: bool,
+}
+
+/// A file was read to its end.
+#[derive(Debug, Clone)]
+pub struct FileDone {
+    /// [`ExportFile::index`].
+    pub file: u32,
+    /// Lines that it has, blank ones included.
+    pub lines: u64,
+}
+
+/// What became of the lines of one chunk: lines = rows + bad + blank + headers.
+#[derive(Debug, Clone, Default)]
+pub struct ParsedChunk {
+    /// [`ExportFile::index`].
+    pub file: u32,
+    /// All lines.
+    pub lines: u64,
+    /// Resources, by type.
+    pub rows: Vec<(ResourceType, u64)>,
+    /// Lines that could not be read, by the type that they are held against.
+    pub bad: Vec<(Option<ResourceType>, u64)>,
+    /// Blank lines.
+    pub blank: u64,
+    /// Lines that are no rows of a table: `Parameters` headers, deletion bundles, excluded types.
+    pub headers: u64,
+    /// Of those, lines of types that the layout excludes.
+    pub excluded: Vec<(ResourceType, u64)>,
+}
+
+/// What stages tell merge, so that it knows when a type is complete.
+#[derive(Debug)]
+pub enum Fact {
+    /// Files to expect.
+    Page(ManifestPage),
+    /// No more pages of this export.
+    ExportEnd(ExportEnd),
+    /// A file was read to its end.
+    FileDone(FileDone),
+    /// A file could not be read; its types fail.
+    FileFailed(u32, String),
+    /// An export failed: its types fail.
+    ExportFailed(usize, String),
+    /// A chunk was parsed.
+    Parsed(ParsedChunk),
+}
+
+/// Merge's request that encode hands over what it still gathers of a type, once it has seen so many of the
+/// type's rows. State, not a channel: the request runs against the data's way, and a channel would close a
+/// circle of bounded edges.
+#[derive(Debug, Clone)]
+pub struct FlushRequests {
+    rows: Arc<Mutex<HashMap<ResourceType, u64>>>,
+    changed: watch::Sender<u64>,
+}
+
+impl Default for FlushRequests {
+    fn default() -> Self {
+        Self { rows: Arc::default(), changed: watch::Sender::new(0) }
+    }
+}
+
+impl FlushRequests {
+    /// Asks for the first `rows` rows of the run's `resource_type`.
+    pub fn request(&self, resource_type: &ResourceType, rows: u64) {
+        let mut wanted = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        if wanted.insert(resource_type.clone(), rows) != Some(rows) {
+            drop(wanted);
+            self.changed.send_modify(|version| *version += 1);
+        }
+    }
+    /// The requests so far.
+    pub fn wanted(&self) -> HashMap<ResourceType, u64> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    /// Sees every later request.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+}
+
+/// A line that could not be read. Holds patient data: only the quarantine may see it.
+#[derive(Debug)]
+pub struct BadLine<'a> {
+    /// Its file.
+    pub file: &'a ExportFile,
+    /// Its number, from 1.
+    pub line: u64,
+    /// Bytes before it in the (uncompressed) file.
+    pub offset: u64,
+    /// What is wrong with it; says nothing of its content.
+    pub reason: String,
+    /// Its bytes, without the line's end.
+    pub bytes: &'a [u8],
+    /// Its full length, where it was too long to be kept whole.
+    pub full_length: u64,
+}
+
+/// Where bad lines go.
+pub trait BadLines: Send + Sync {
+    /// Keeps a line.
+    fn keep(&self, bad: &BadLine<'_>) -> crate::error::Result<()>;
+    /// Makes what was kept durable: before the books hear of it, so before its type can commit.
+    fn sync(&self) -> crate::error::Result<()>;
+}
+
+/// Shared by the parse workers.
+pub type BadLineSink = Arc<dyn BadLines>;

@@ -1,0 +1,589 @@
+//! A run: export → download → parse → encode → merge.
+//!
+//! ```text
+//!            files           chunks            rows              batches
+//!  export ──────────▶ download ──────▶ parse ──────────▶ encode ──────────▶ merge ──▶ Delta tables
+//!     └─────────────────┴──────────────┴──── facts: pages, ends, counts ──────▲
+//! ```
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use tracing::Instrument;
+use url::Url;
+
+use crate::config::{MaxBad, Plan, Since, SourcePlan};
+use crate::delta::{Table, TableSettings, Tables};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fhir::{Auth, Client, ExportRequest};
+use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
+use crate::messages::{BadLineSink, Chunk, FlushRequests, MergeInput, ResourceType, Rows};
+use crate::schema::{EXCLUDED_TYPES, Layout, arrow_schema, conform};
+use crate::stages::download::{Download, Origin};
+use crate::stages::encode::{Encode, Shared};
+use crate::stages::export::{ExportNote, FolderExport, Kickoff, ServerExport};
+use crate::stages::ledger::{Ledger, MaxBadLines};
+use crate::stages::merge::{Merge, MergeReport, MergeSettings, TypeOutcome};
+use crate::stages::parse::Parse;
+use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
+use crate::telemetry;
+
+/// What is taken off the time in the recipe's state file: it is a client's clock.
+const RECIPE_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
+
+/// What a run may be told on the command line.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunOptions {
+    /// Ask for everything, and rewrite rows whose content differs.
+    pub full_refresh: bool,
+}
+
+/// What those who watch a run see of it.
+#[derive(Debug, Clone, Default)]
+pub struct Watch {
+    /// Counters by type.
+    pub board: Board,
+    /// Edges, once the run has made them.
+    pub edges: Arc<Mutex<Vec<EdgeGauge>>>,
+    /// The server's words on its export.
+    pub server: Arc<Mutex<Option<String>>>,
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Serialize)]
+pub struct RunReport {
+    /// The pipeline.
+    pub pipeline: String,
+    /// The run's id.
+    pub run: String,
+    /// When it began.
+    pub started: DateTime<Utc>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Whether every type succeeded.
+    pub succeeded: bool,
+    /// Whether everything was asked for, by the run's own choice or for want of a watermark.
+    pub full: bool,
+    /// The server's `transactionTime`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transaction_time: Option<String>,
+    /// By type.
+    pub types: BTreeMap<String, TypeOutcome>,
+    /// Lines of types that have no table.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub excluded: BTreeMap<String, u64>,
+    /// Files whose manifest count differs from what came: file, promised, came.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub count_findings: Vec<(String, u64, u64)>,
+    /// Issues in the export's error files, by severity.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub outcome_issues: BTreeMap<String, u64>,
+    /// Requests that were tried again.
+    pub retries: u64,
+}
+
+/// What a run is about to do, drawn up before anything is asked of the server.
+pub struct Prepared {
+    plan: Plan,
+    tables: Tables,
+    opened: HashMap<ResourceType, Table>,
+    kickoffs: Vec<Kickoff>,
+    app_id: String,
+    full: bool,
+    full_refresh: bool,
+}
+
+impl Prepared {
+    /// The exports that will be asked for.
+    pub fn kickoffs(&self) -> &[Kickoff] {
+        &self.kickoffs
+    }
+    /// Types whose table exists already.
+    pub fn existing(&self) -> Vec<&ResourceType> {
+        let mut names: Vec<_> = self.opened.iter().filter(|(_, table)| table.version().is_some()).map(|(name, _)| name).collect();
+        names.sort();
+        names
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Pipeline and scope: a changed scope has a watermark of its own and starts anew.
+fn app_id(plan: &Plan) -> String {
+    let scope = match &plan.source {
+        SourcePlan::Server { base, level, .. } => format!("{}|{level:?}", base.as_str().trim_end_matches('/')),
+        SourcePlan::Folder(url) => url.to_string(),
+    };
+    format!("fhirlake:{}:{:016x}", plan.name, twox_hash::XxHash3_128::oneshot(scope.as_bytes()) as u64)
+}
+
+/// Opens the tables, reads their watermarks and groups the types by them. Asks nothing of the server.
+pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
+    let tables = Tables::at(&plan.tables)?;
+    let state = StateFolder::open(&plan.state, plan.state_file.as_deref())?;
+    let remembered = StateFile::read(state.state_file())?;
+    let app_id = app_id(&plan);
+    let types: Vec<ResourceType> = if plan.types.is_empty() {
+        tables.existing().await?
+    } else {
+        plan.types.iter().map(|name| name.as_str().into()).collect()
+    };
+    let mut opened = HashMap::new();
+    // Watermark by type; `None` asks for everything.
+    let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
+    for name in types {
+        let table = tables.open(&name).await?;
+        table.check_writable()?;
+        let since = match plan.since {
+            _ if options.full_refresh => None,
+            Since::Everything => None,
+            Since::At(micros) => Some(micros),
+            // A missing table means a full export of its type, whatever the state file says.
+            Since::LastSync if table.version().is_none() => None,
+            Since::LastSync => {
+                let own = table.transaction(&app_id).await?;
+                own.or_else(|| from_state(&remembered, &app_id))
+                    .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0))
+            }
+        };
+        groups.entry(since).or_default().push(name.clone());
+        opened.insert(name, table);
+    }
+    let full = groups.is_empty() || groups.contains_key(&None);
+    let kickoffs = match &plan.source {
+        SourcePlan::Folder(_) => Vec::new(),
+        SourcePlan::Server { level, .. } if plan.types.is_empty() => {
+            // All types in one export: since the oldest of their watermarks. Tables that are not this scope's
+            // have none and do not count, unless none has one.
+            let since = groups.keys().flatten().min().copied().filter(|_| !options.full_refresh);
+            let request = ExportRequest { level: level.clone(), types: Vec::new(), since };
+            vec![Kickoff { request, asked: Vec::new() }]
+        }
+        SourcePlan::Server { level, .. } => groups
+            .into_iter()
+            .map(|(since, asked)| {
+                let types = asked.iter().map(ToString::to_string).collect();
+                Kickoff { request: ExportRequest { level: level.clone(), types, since }, asked }
+            })
+            .collect(),
+    };
+    let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
+    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
+}
+
+fn from_state(state: &StateFile, app_id: &str) -> Option<i64> {
+    let micros = state.last_sync_time?.timestamp_micros();
+    if state.is_the_recipes() {
+        return Some(micros - RECIPE_OVERLAP_MICROS);
+    }
+    (state.scope.as_deref() == Some(app_id)).then_some(micros)
+}
+
+/// The client of a plan's server.
+pub fn client(plan: &Plan, board: &Board, stop: &Stop) -> Result<Option<Client>> {
+    match &plan.source {
+        SourcePlan::Folder(_) => Ok(None),
+        SourcePlan::Server { base, auth, http, .. } => {
+            let auth = Auth::new(auth.clone())?;
+            Client::new(base.clone(), auth, http.clone(), board.clone(), stop.clone()).map(Some)
+        }
+    }
+}
+
+/// The local folder of a `file:` source.
+fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, object_store::path::Path)> {
+    let path = url.to_file_path().map_err(|()| Error::new(ErrorKind::Config, "source.url is no folder"))?;
+    if !path.is_dir() {
+        return Err(Error::new(ErrorKind::Storage, format!("{} is not a folder", path.display())));
+    }
+    let store = object_store::local::LocalFileSystem::new();
+    let folder = object_store::path::Path::from_absolute_path(&path).context(ErrorKind::Config, "source.url")?;
+    Ok((Arc::new(store), folder))
+}
+
+/// Layouts of the run: an existing table's own, Pathling's for the rest.
+fn layouts(
+    plan: &Plan,
+    opened: &HashMap<ResourceType, Table>,
+) -> Result<Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>> {
+    let mut known: HashMap<ResourceType, Arc<Layout>> = HashMap::new();
+    for (name, table) in opened {
+        let Some(layout) = Layout::pathling(name, &plan.layout) else { continue };
+        let layout = match table.schema()? {
+            Some(schema) if schema != arrow_schema(&layout) => {
+                conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?
+            }
+            _ => layout,
+        };
+        known.insert(name.clone(), Arc::new(layout));
+    }
+    let (known, options) = (RwLock::new(known), plan.layout.clone());
+    Ok(Arc::new(move |name| {
+        if let Some(layout) = known.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+            return Some(layout.clone());
+        }
+        let layout = Arc::new(Layout::pathling(name, &options)?);
+        let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+        Some(known.entry(name.clone()).or_insert(layout).clone())
+    }))
+}
+
+/// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself.
+pub async fn run(
+    plan: Plan,
+    options: RunOptions,
+    watch: &Watch,
+    stop: &Stop,
+    waiting: impl Fn(&[&'static str]),
+) -> Result<RunReport> {
+    let name = plan.name.clone();
+    let run = Utc::now().format("%Y%m%dT%H%M%S%3fZ").to_string();
+    let span = tracing::info_span!("run", pipeline = %name, run = %run);
+    once(plan, options, watch, stop, waiting, run).instrument(span).await.map_err(|error| error.at(format!("pipeline {name}")))
+}
+
+async fn once(
+    plan: Plan,
+    options: RunOptions,
+    watch: &Watch,
+    stop: &Stop,
+    waiting: impl Fn(&[&'static str]),
+    run: String,
+) -> Result<RunReport> {
+    let (began, started) = (Instant::now(), Utc::now());
+    let state = StateFolder::open(&plan.state, plan.state_file.as_deref())?;
+    let _lock = state.lock()?;
+    let journal = state.journal();
+    clean_up(&journal, &Tables::at(&plan.tables)?).await?;
+    let client = client(&plan, &watch.board, stop)?;
+    let prepared = prepare(plan, options).await?;
+    let plan = &prepared.plan;
+    match prepared.kickoffs.iter().filter_map(|kickoff| kickoff.request.since).min() {
+        Some(since) => tracing::info!(since = %instant(since), "incremental sync"),
+        None => tracing::info!("full sync"),
+    }
+    journal.write(&JournalEntry::Began { run: run.clone(), types: plan.types.clone() })?;
+
+    let layouts = layouts(plan, &prepared.opened)?;
+    let memory = plan.memory;
+    let (files_in, files_out, files_gauge) = edge("export->download", 1024, 4 << 20);
+    let (chunks_in, chunks_out, chunks_gauge) = edge::<Chunk>("download->parse", 256, memory.chunks);
+    let (rows_in, rows_out, rows_gauge) = edge::<Rows>("parse->encode", 256, memory.rows);
+    let (merge_in, merge_out, merge_gauge) = edge::<MergeInput>("encode->merge", 1024, memory.batches);
+    *locked(&watch.edges) = vec![files_gauge, chunks_gauge, rows_gauge, merge_gauge];
+
+    let mut crew = Crew::new(stop.clone());
+    let remember = remember(journal.clone());
+    let statuses = Arc::new(Mutex::new(Vec::new()));
+    let (origin, exports) = match (&plan.source, client.clone()) {
+        (SourcePlan::Server { timeout, .. }, Some(client)) => {
+            let statuses = statuses.clone();
+            let words = watch.server.clone();
+            let source = ServerExport {
+                client: client.clone(),
+                kickoffs: prepared.kickoffs.clone(),
+                timeout: Some(*timeout),
+                files: files_in,
+                merge: merge_in.clone(),
+                remember: Arc::new(move |note| {
+                    if let ExportNote::Accepted { status, .. } = note {
+                        locked(&statuses).push(status.clone());
+                    }
+                    remember(note)
+                }),
+                heard: Arc::new(move |text| *locked(&words) = Some(text.to_owned())),
+                board: watch.board.clone(),
+            };
+            crew.spawn("export", async move { source.run().await }.in_current_span());
+            (Origin::Server(client), prepared.kickoffs.len())
+        }
+        (SourcePlan::Folder(url), _) => {
+            let (store, folder) = source_folder(url)?;
+            let source = FolderExport {
+                store: store.clone(),
+                folder: folder.clone(),
+                url: url.clone(),
+                types: plan.types.iter().map(|name| name.as_str().into()).collect(),
+                files: files_in,
+                merge: merge_in.clone(),
+                board: watch.board.clone(),
+                stop: stop.clone(),
+            };
+            crew.spawn("export", async move { source.run().await }.in_current_span());
+            (Origin::Store(store, folder), 1)
+        }
+        _ => return Err(Error::new(ErrorKind::Internal, "a server without a client")),
+    };
+    let span = tracing::Span::current();
+    for _ in 0..plan.downloads.max(1) {
+        let worker = Download {
+            files: files_out.clone(),
+            chunks: chunks_in.clone(),
+            merge: merge_in.clone(),
+            origin: origin.clone(),
+            chunk_bytes: plan.chunk_bytes,
+            max_line: plan.max_line,
+            tries: plan.tries,
+            board: watch.board.clone(),
+            stop: stop.clone(),
+        };
+        let span = span.clone();
+        crew.spawn_cpu("download", move |handle| span.in_scope(|| worker.run(handle)));
+    }
+    let bad_lines: BadLineSink = Arc::new(state.quarantine(&run));
+    for _ in 0..plan.parse_workers {
+        let worker = Parse {
+            chunks: chunks_out.clone(),
+            rows: rows_in.clone(),
+            merge: merge_in.clone(),
+            bad_lines: bad_lines.clone(),
+            max_line: plan.max_line,
+            board: watch.board.clone(),
+        };
+        let span = span.clone();
+        crew.spawn_cpu("parse", move |handle| span.in_scope(|| worker.run(handle)));
+    }
+    let requests = FlushRequests::default();
+    let shared = Shared::new(layouts.clone(), requests.clone(), memory.row_group, memory.open_batches);
+    for _ in 0..plan.encode_workers {
+        let worker = Encode { rows: rows_out.clone(), merge: merge_in.clone(), shared: shared.clone() };
+        let span = span.clone();
+        crew.spawn_cpu("encode", move |handle| span.in_scope(|| worker.run(handle)));
+    }
+    // An edge closes when its last sender is gone: ours must not outlive the workers'.
+    drop((files_out, chunks_in, chunks_out, rows_in, rows_out, merge_in, shared));
+    let merge = Merge {
+        input: merge_out,
+        tables: prepared.tables.clone(),
+        opened: prepared.opened,
+        layouts,
+        ledger: Ledger::new(exports, plan.max_bad_lines.as_ref().map(max_bad_lines)),
+        requests,
+        settings: MergeSettings {
+            pipeline: plan.name.clone(),
+            run: run.clone(),
+            app_id: prepared.app_id.clone(),
+            tables_at_once: plan.tables_at_once,
+            full_refresh: prepared.full_refresh,
+            target_file_bytes: plan.target_file_bytes,
+            max_open_files: 64,
+            table: TableSettings { deletion_vectors: plan.deletion_vectors },
+            began,
+        },
+        board: watch.board.clone(),
+        stop: stop.clone(),
+    };
+    let (report_in, report_out) = tokio::sync::oneshot::channel();
+    crew.spawn("merge", async move { merge.run(report_in).await }.in_current_span());
+
+    let ended = crew.join(waiting).await;
+    let merged = report_out.await.unwrap_or_default();
+    journal.write(&JournalEntry::Ended { run: run.clone() })?;
+    let report = report(plan, run, started, began, prepared.full, watch, merged, ended.is_ok());
+    state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
+    ended?;
+    if stop.is_pulled() {
+        let done = report.types.values().filter(|outcome| outcome.committed).count();
+        return Err(Error::new(
+            ErrorKind::Interrupted,
+            format!("stopped; {done} types were committed, nothing of the others was kept"),
+        ));
+    }
+    if report.succeeded {
+        remember_success(&state, &report, &prepared.app_id)?;
+        if let (Some(client), true) = (client, plan.delete_export) {
+            for status in locked(&statuses).drain(..).collect::<Vec<_>>() {
+                client.delete_export(&status).await;
+            }
+        }
+        journal.clear()?;
+    }
+    Ok(report)
+}
+
+fn remember(journal: Journal) -> impl Fn(&ExportNote) -> Result<()> {
+    move |note| {
+        journal.write(&match note {
+            ExportNote::Accepted { export, status } => JournalEntry::Accepted { export: *export, status: status.to_string() },
+            ExportNote::Complete { export, transaction_time, files } => {
+                JournalEntry::Complete { export: *export, transaction_time: *transaction_time, files: *files }
+            }
+        })
+    }
+}
+
+/// Removes what a run left that was killed: staged files that no table's log names.
+async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
+    let steps = journal.unfinished()?;
+    let Some(JournalEntry::Began { run, .. }) = steps.iter().find(|step| matches!(step, JournalEntry::Began { .. })) else {
+        return Ok(());
+    };
+    let mut removed = 0;
+    for name in tables.existing_folders()? {
+        removed += tables.open(&name).await?.remove_orphans(run).await?;
+    }
+    tracing::warn!(run = %run, removed, "the last run ended without a word; its staged files were removed");
+    journal.clear()
+}
+
+fn max_bad_lines(most: &MaxBad) -> MaxBadLines {
+    match most {
+        MaxBad::Lines(number) => MaxBadLines::Number(*number),
+        MaxBad::Share(text) => MaxBadLines::Share(text.trim_end_matches('%').parse::<f64>().unwrap_or(0.0) / 100.0),
+    }
+}
+
+fn instant(micros: i64) -> String {
+    DateTime::from_timestamp_micros(micros)
+        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
+}
+
+#[expect(clippy::too_many_arguments, reason = "each is one fact of the report")]
+fn report(
+    plan: &Plan,
+    run: String,
+    started: DateTime<Utc>,
+    began: Instant,
+    full: bool,
+    watch: &Watch,
+    merged: MergeReport,
+    ended_well: bool,
+) -> RunReport {
+    let (mut excluded, mut outcome_issues, mut retries) = (BTreeMap::new(), BTreeMap::new(), 0);
+    for ((metric, label), value) in watch.board.read() {
+        match metric {
+            telemetry::EXCLUDED => drop(excluded.insert(label.to_string(), value)),
+            telemetry::OUTCOME_ISSUES => drop(outcome_issues.insert(label.to_string(), value)),
+            telemetry::RETRIES => retries += value,
+            _ => {}
+        }
+    }
+    for (file, promised, came) in &merged.count_findings {
+        tracing::warn!(file, promised, came, "the manifest's count differs from what came");
+    }
+    if outcome_issues.contains_key("fatal") || outcome_issues.contains_key("error") {
+        tracing::warn!(?outcome_issues, "the server reports that its export is not whole");
+    }
+    let types: BTreeMap<String, TypeOutcome> =
+        merged.types.into_iter().filter(|(name, _)| !EXCLUDED_TYPES.contains(&name.as_str())).collect();
+    RunReport {
+        pipeline: plan.name.clone(),
+        run,
+        started,
+        seconds: began.elapsed().as_secs_f64(),
+        succeeded: ended_well && types.values().all(|outcome| outcome.error.is_none()),
+        full,
+        transaction_time: merged.transaction_time.map(instant),
+        types,
+        excluded,
+        count_findings: merged.count_findings,
+        outcome_issues,
+        retries,
+    }
+}
+
+fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Result<()> {
+    let mut remembered = StateFile::read(state.state_file())?;
+    remembered.last_completed = Some(Utc::now());
+    if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
+        remembered.last_sync_time = Some(time.to_utc());
+        remembered.scope = Some(app_id.to_owned());
+    }
+    remembered.write(state.state_file())
+}
+
+/// How a table stands.
+#[derive(Debug, Clone)]
+pub struct TableState {
+    /// Its type.
+    pub resource_type: ResourceType,
+    /// Its version.
+    pub version: u64,
+    /// Its rows, where statistics tell.
+    pub rows: Option<u64>,
+    /// This pipeline's watermark in it.
+    pub watermark: Option<String>,
+}
+
+/// How the tables of a plan stand.
+pub async fn table_states(plan: &Plan) -> Result<Vec<TableState>> {
+    let tables = Tables::at(&plan.tables)?;
+    let app_id = app_id(plan);
+    let mut states = Vec::new();
+    for name in tables.existing().await? {
+        let table = tables.open(&name).await?;
+        let Some(version) = table.version() else { continue };
+        let watermark = table.transaction(&app_id).await?.map(instant);
+        states.push(TableState { resource_type: name, version, rows: table.row_count(), watermark });
+    }
+    Ok(states)
+}
+
+/// One thing that a run depends on, and how it stands.
+#[derive(Debug, Clone)]
+pub struct Dependency {
+    /// What it is.
+    pub name: String,
+    /// `Ok` with what was found, or what is wrong.
+    pub outcome: std::result::Result<String, String>,
+}
+
+/// Looks at everything that a run of `plan` depends on.
+pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
+    let mut found = Vec::new();
+    let mut add = |name: String, outcome: Result<String>| {
+        found.push(Dependency { name, outcome: outcome.map_err(|error| error.to_string()) });
+    };
+    match client(plan, &Board::default(), &Stop::default()) {
+        Ok(None) => {
+            if let SourcePlan::Folder(url) = &plan.source {
+                add("source folder".into(), source_folder(url).map(|_| url.path().to_owned()));
+            }
+        }
+        Ok(Some(client)) => {
+            let probe = client.probe("metadata").await.and_then(|status| {
+                if status.is_success() {
+                    Ok(format!("{} answers", client.base().as_str()))
+                } else {
+                    Err(Error::new(ErrorKind::Server, format!("{}metadata answers {status}", client.base().as_str())))
+                }
+            });
+            add("server metadata".into(), probe);
+            let token = match &plan.source {
+                SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => Ok("none is needed: no auth is set".into()),
+                _ => client.check_auth().await.map(|()| "granted".into()),
+            };
+            add("token".into(), token);
+        }
+        Err(error) => add("token".into(), Err(error)),
+    }
+    add("tables writable".into(), writable_tables(plan).await);
+    let state = StateFolder::open(&plan.state, plan.state_file.as_deref());
+    let state = state.and_then(|state| {
+        state.lock().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
+        StateFile::read(state.state_file())?;
+        Ok(state.path().display().to_string())
+    });
+    add("state writable".into(), state);
+    found
+}
+
+async fn writable_tables(plan: &Plan) -> Result<String> {
+    let tables = Tables::at(&plan.tables)?;
+    tables.check_writable().await?;
+    let mut existing = 0;
+    for name in tables.existing().await? {
+        let table = tables.open(&name).await?;
+        table.check_writable()?;
+        if let (Some(layout), Some(schema)) = (Layout::pathling(&name, &plan.layout), table.schema()?) {
+            conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?;
+        }
+        existing += 1;
+    }
+    Ok(format!("{} ({existing} tables there)", tables.display()))
+}

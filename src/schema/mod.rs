@@ -1,0 +1,19 @@
+//! FHIR definitions → the shape of a resource type → Arrow columns.
+//!
+//! [`Model`] is FHIR R4 as data. [`Layout`] is a tree that says which columns a type has and from
+//! which JSON each stems; today's only layout is Pathling's. [`Encoder`] fills a layout's columns from
+//! JSON tapes and knows nothing of the layout's name.
+
+mod arrow_schema;
+mod columns;
+mod definitions;
+mod encoder;
+mod layout;
+mod scalars;
+
+pub use arrow_schema::{arrow_schema, conform};
+pub use columns::Filled;
+pub use definitions::Model;
+pub use encoder::{EncodedRows, Encoder};
+pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};
+pub use scalars::parse_instant;

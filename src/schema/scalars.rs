@@ -1,0 +1,169 @@
+//! FHIR primitives → Arrow values.
+
+/// A decimal as the table holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Decimal {
+    /// The value times 10⁶, rounded half up; `None` where it has more than 26 integer digits.
+    pub value: Option<i128>,
+    /// Digits after the point as written, exponent applied; never negative.
+    pub scale: i32,
+}
+
+/// Places after the point that the table keeps.
+const PLACES: i64 = 6;
+/// decimal(32,6) has room for this many digits before the point.
+const INTEGER_DIGITS: i64 = 26;
+
+/// Reads the text of a JSON number. `None` only where it is not one.
+pub(super) fn parse_decimal(text: &[u8]) -> Option<Decimal> {
+    let (negative, unsigned) = match text.strip_prefix(b"-") {
+        Some(rest) => (true, rest),
+        None => (false, text),
+    };
+    let (mantissa, exponent) = match unsigned.iter().position(|b| matches!(b, b'e' | b'E')) {
+        Some(at) => (&unsigned[..at], parse_exponent(&unsigned[at + 1..])?),
+        None => (unsigned, 0),
+    };
+    let (integer, fraction) = match mantissa.iter().position(|b| *b == b'.') {
+        Some(at) => (&mantissa[..at], &mantissa[at + 1..]),
+        None => (mantissa, &[][..]),
+    };
+    if integer.is_empty() && fraction.is_empty() {
+        return None;
+    }
+    let mut digits = integer.iter().chain(fraction).copied();
+    let leading_zeros = digits.clone().take_while(|b| *b == b'0').count() as i64;
+    if digits.clone().any(|b| !b.is_ascii_digit()) {
+        return None;
+    }
+    let scale = (fraction.len() as i64).saturating_sub(exponent).clamp(0, i32::MAX as i64) as i32;
+    let all = (integer.len() + fraction.len()) as i64;
+    if leading_zeros == all {
+        return Some(Decimal { value: Some(0), scale });
+    }
+    // Digits before the point, those of the leading zeros not counted.
+    let before_point = (integer.len() as i64).saturating_add(exponent) - leading_zeros;
+    if before_point > INTEGER_DIGITS {
+        return Some(Decimal { value: None, scale });
+    }
+    let kept = before_point + PLACES;
+    if kept < 0 {
+        return Some(Decimal { value: Some(0), scale });
+    }
+    let mut significant = digits.by_ref().skip(leading_zeros as usize);
+    let mut value: i128 = 0;
+    for _ in 0..kept {
+        value = value * 10 + i128::from(significant.next().unwrap_or(b'0') - b'0');
+    }
+    if significant.next().unwrap_or(b'0') >= b'5' {
+        value += 1;
+    }
+    if value >= 10i128.pow((INTEGER_DIGITS + PLACES) as u32) {
+        return Some(Decimal { value: None, scale });
+    }
+    Some(Decimal { value: Some(if negative { -value } else { value }), scale })
+}
+
+fn parse_exponent(text: &[u8]) -> Option<i64> {
+    let (negative, digits) = match text.first()? {
+        b'-' => (true, &text[1..]),
+        b'+' => (false, &text[1..]),
+        _ => (false, text),
+    };
+    let mut value: i64 = 0;
+    for digit in digits {
+        // Saturates far beyond any exponent that changes the result.
+        value = value.saturating_mul(10).saturating_add(i64::from(digit.wrapping_sub(b'0'))).min(1 << 40);
+    }
+    Some(if negative { -value } else { value })
+}
+
+/// Reads the text of a JSON number that must be a whole one within 32 bits.
+pub(super) fn parse_i32(text: &[u8]) -> Option<i32> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// Reads a FHIR `instant`: microseconds since the epoch, what is finer cut off. `None` where it is not one
+/// (R4 2.24.0.1: date, time to the second and offset are required).
+pub fn parse_instant(text: &[u8]) -> Option<i64> {
+    fn number(text: &[u8]) -> Option<i64> {
+        text.iter().try_fold(0i64, |value, b| b.is_ascii_digit().then(|| value * 10 + i64::from(b - b'0')))
+    }
+    let at = |index: usize, byte: u8| text.get(index) == Some(&byte);
+    if text.len() < 20 || !(at(4, b'-') && at(7, b'-') && at(10, b'T') && at(13, b':') && at(16, b':')) {
+        return None;
+    }
+    let (year, month, day) = (number(&text[..4])?, number(&text[5..7])?, number(&text[8..10])?);
+    let (hour, minute, second) = (number(&text[11..13])?, number(&text[14..16])?, number(&text[17..19])?);
+    if hour > 23 || minute > 59 || second > 59 {
+        return None;
+    }
+    let mut rest = &text[19..];
+    let mut micros = 0;
+    if let Some(fraction) = rest.strip_prefix(b".") {
+        let digits = fraction.iter().take_while(|b| b.is_ascii_digit()).count();
+        if digits == 0 {
+            return None;
+        }
+        for place in 0..6 {
+            micros = micros * 10 + if place < digits { i64::from(fraction[place] - b'0') } else { 0 };
+        }
+        rest = &fraction[digits..];
+    }
+    let offset_minutes = match rest {
+        b"Z" => 0,
+        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => {
+            let (hours, minutes) = (number(&[*h1, *h2])?, number(&[*m1, *m2])?);
+            if hours > 14 || minutes > 59 {
+                return None;
+            }
+            (hours * 60 + minutes) * if *sign == b'-' { -1 } else { 1 }
+        }
+        _ => return None,
+    };
+    let date = chrono::NaiveDate::from_ymd_opt(year as i32, month as u32, day as u32)?;
+    let days = i64::from(date.to_epoch_days());
+    let seconds = days * 86_400 + hour * 3_600 + (minute - offset_minutes) * 60 + second;
+    Some(seconds * 1_000_000 + micros)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decimal(text: &str) -> (Option<i128>, i32) {
+        let read = parse_decimal(text.as_bytes()).unwrap();
+        (read.value, read.scale)
+    }
+
+    #[test]
+    fn decimals_as_written() {
+        assert_eq!(decimal("1.00"), (Some(1_000_000), 2));
+        assert_eq!(decimal("-0.5"), (Some(-500_000), 1));
+        assert_eq!(decimal("1E3"), (Some(1_000_000_000), 0));
+        assert_eq!(decimal("1E-22"), (Some(0), 22));
+        assert_eq!(decimal("5e-7"), (Some(1), 7));
+        assert_eq!(decimal("4e-7"), (Some(0), 7));
+        assert_eq!(decimal("0.0000005"), (Some(1), 7));
+        assert_eq!(decimal("-0.0000005"), (Some(-1), 7));
+        assert_eq!(decimal("1.2345675"), (Some(1_234_568), 7));
+        assert_eq!(decimal("0e400"), (Some(0), 0));
+        assert_eq!(decimal("12345678901234567890123456"), (Some(12_345_678_901_234_567_890_123_456_000_000), 0));
+        assert_eq!(decimal("123456789012345678901234567"), (None, 0));
+        assert_eq!(decimal("99999999999999999999999999.9999999"), (None, 7));
+        assert_eq!(decimal("1e99999999999999999999"), (None, 0));
+        assert_eq!(decimal(&format!("0.{}", "1".repeat(1_000_000))).0, Some(111_111));
+    }
+
+    #[test]
+    fn instants_with_any_offset_and_precision() {
+        let zulu = parse_instant(b"2015-02-07T13:28:17.239Z").unwrap();
+        assert_eq!(zulu, 1_423_315_697_239_000);
+        assert_eq!(parse_instant(b"2015-02-07T13:28:17.239+02:00"), Some(zulu - 7_200_000_000));
+        assert_eq!(parse_instant(b"2015-02-07T13:28:17.2391234567-05:30"), Some(zulu + 19_800_000_000 + 123));
+        assert_eq!(parse_instant(b"1969-12-31T23:59:59Z"), Some(-1_000_000));
+        for wrong in ["2015-02-07", "2015-02-30T00:00:00Z", "2015-02-07T13:28:17", "2015-02-07T25:00:00Z", "x"] {
+            assert_eq!(parse_instant(wrong.as_bytes()), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! Files → chunks of whole lines: HTTP or a store, plain, gzip or zstd.
+//!
+//! Each worker has a thread of its own, since it unpacks; it waits for the network on the reactor.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use object_store::{ObjectStore, ObjectStoreExt};
+use tokio::runtime::Handle;
+use twox_hash::XxHash3_128;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fhir::Client;
+use crate::flow::{Board, Receiver, Sender, Stop};
+use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, MergeInput};
+use crate::telemetry;
+
+/// Where files are read from.
+#[derive(Clone)]
+pub enum Origin {
+    /// A FHIR server and whoever it sends us to.
+    Server(Client),
+    /// A folder of NDJSON.
+    Store(Arc<dyn ObjectStore>, object_store::path::Path),
+}
+
+/// One download worker; any number share `files`.
+pub struct Download {
+    /// Where files come from.
+    pub files: Receiver<Arc<ExportFile>>,
+    /// Where chunks go.
+    pub chunks: Sender<Chunk>,
+    /// Where facts go.
+    pub merge: Sender<MergeInput>,
+    /// How files are read.
+    pub origin: Origin,
+    /// Bytes of a chunk; a longer line makes a longer chunk.
+    pub chunk_bytes: usize,
+    /// Longest line that is read.
+    pub max_line: usize,
+    /// How often a file that broke off is begun again.
+    pub tries: usize,
+    /// Counters.
+    pub board: Board,
+    /// The run's stop: this stage is part of the source.
+    pub stop: Stop,
+}
+
+/// How much of a line that is too long is kept for the quarantine.
+const KEPT_OF_OVERSIZED: usize = 64 * 1024;
+
+/// Why a file ended early.
+enum Broken {
+    /// It may work the next time.
+    Again(Error),
+    /// It will not.
+    Never(Error),
+    /// The run is stopping, or nobody listens.
+    Stopped,
+}
+
+impl Download {
+    /// Downloads until the edge closes or the run is stopped.
+    pub fn run(self, handle: &Handle) -> Result<()> {
+        while let Some(parcel) = handle.block_on(self.files.recv()) {
+            if self.stop.is_pulled() {
+                return Ok(());
+            }
+            let file: &Arc<ExportFile> = &parcel;
+            let span = tracing::info_span!("file", file = %file.name);
+            let _entered = span.enter();
+            let fact = match self.file(handle, file) {
+                Ok(lines) => {
+                    if file.kind == FileKind::Output {
+                        let label = file.declared.clone().unwrap_or_else(|| telemetry::NO_TYPE.into());
+                        self.board.add(telemetry::FILES, &label, 1);
+                    }
+                    tracing::debug!(lines, "the file was read to its end");
+                    Fact::FileDone(FileDone { file: file.index, lines })
+                }
+                Err(Broken::Stopped) => return Ok(()),
+                Err(Broken::Again(error) | Broken::Never(error)) => {
+                    tracing::error!(%error, "the file could not be read; its type is left as it was");
+                    Fact::FileFailed(file.index, error.to_string())
+                }
+            };
+            if handle.block_on(self.merge.send(MergeInput::Fact(fact))).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a file to its end, and again from its start where it broke off; what was passed on already is
+    /// passed over then, once it has proved to be the same. Its lines.
+    fn file(&self, handle: &Handle, file: &Arc<ExportFile>) -> Result<u64, Broken> {
+        let mut lines = Lines::new(self, handle, file.clone());
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            match self.once(handle, file, &mut lines) {
+                Ok(()) => {
+                    lines.end()?;
+                    return Ok(lines.lines);
+                }
+                Err(Broken::Again(error)) if tried < self.tries => {
+                    tracing::warn!(%error, tried, "the file broke off; reading it again");
+                    self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
+                    lines.again();
+                }
+                Err(broken) => return Err(broken),
+            }
+        }
+    }
+
+    fn once(&self, handle: &Handle, file: &ExportFile, lines: &mut Lines<'_>) -> Result<(), Broken> {
+        let (mut body, encoding) = handle.block_on(self.open(file))?;
+        let mut unpack: Option<Unpack> = None;
+        let mut got: u64 = 0;
+        while let Some(bytes) = handle.block_on(self.stop.or(body.next())).ok_or(Broken::Stopped)? {
+            let bytes = bytes.map_err(Broken::Again)?;
+            if bytes.is_empty() {
+                continue;
+            }
+            got += bytes.len() as u64;
+            let unpack = match &mut unpack {
+                Some(unpack) => unpack,
+                none => none.insert(Unpack::of(&encoding, &bytes).map_err(Broken::Never)?),
+            };
+            unpack.push(&bytes, lines)?;
+        }
+        tracing::trace!(bytes = got, "the body ended");
+        match unpack {
+            Some(unpack) => unpack.end(lines),
+            None => Ok(()),
+        }
+    }
+
+    async fn open(&self, file: &ExportFile) -> Result<(BoxStream<'static, Result<Bytes>>, String), Broken> {
+        match &self.origin {
+            Origin::Server(client) => {
+                let response = match client.open_file(&file.url, file.requires_access_token).await {
+                    Ok(response) => response,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => return Err(Broken::Stopped),
+                    Err(error) => return Err(Broken::Never(error)),
+                };
+                let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
+                let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
+                let body = response.bytes_stream().map(|bytes| {
+                    bytes.map_err(|error| Error::new(ErrorKind::Network, format!("the body broke off: {}", error.without_url())))
+                });
+                Ok((body.boxed(), encoding))
+            }
+            Origin::Store(store, folder) => {
+                let path = folder.clone().join(file.name.as_str());
+                let failed =
+                    |error: object_store::Error| Error::new(ErrorKind::Storage, format!("{} cannot be read: {error}", file.name));
+                let got = store.get(&path).await.map_err(|error| Broken::Never(failed(error)))?;
+                let name = file.name.clone();
+                let body = got.into_stream().map(move |bytes| {
+                    bytes.map_err(|error| Error::new(ErrorKind::Storage, format!("{name} cannot be read: {error}")))
+                });
+                Ok((body.boxed(), String::new()))
+            }
+        }
+    }
+}
+
+/// Unpacks as bytes come. Which way is told by the first bytes: servers send gzip files without saying so.
+enum Unpack {
+    Plain,
+    Gzip(Box<flate2::write::MultiGzDecoder<Vec<u8>>>),
+    Deflate(Box<flate2::write::ZlibDecoder<Vec<u8>>>),
+    Zstd(Box<zstd::stream::write::Decoder<'static, Vec<u8>>>),
+}
+
+impl Unpack {
+    fn of(encoding: &str, first: &[u8]) -> Result<Self> {
+        if first.starts_with(&[0x1f, 0x8b]) {
+            return Ok(Unpack::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))));
+        }
+        if first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+            let decoder = zstd::stream::write::Decoder::new(Vec::new())
+                .map_err(|error| Error::new(ErrorKind::Internal, format!("zstd cannot be set up: {error}")))?;
+            return Ok(Unpack::Zstd(Box::new(decoder)));
+        }
+        match encoding {
+            "" | "identity" | "gzip" | "x-gzip" => Ok(Unpack::Plain),
+            "deflate" => Ok(Unpack::Deflate(Box::new(flate2::write::ZlibDecoder::new(Vec::new())))),
+            other => {
+                Err(Error::new(ErrorKind::Server, format!("the file has Content-Encoding {other}, which was not asked for")))
+            }
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8], lines: &mut Lines<'_>) -> Result<(), Broken> {
+        let broken =
+            |error: std::io::Error| Broken::Again(Error::new(ErrorKind::Server, format!("the file cannot be unpacked: {error}")));
+        if let Unpack::Plain = self {
+            return lines.push(bytes);
+        }
+        // In pieces: a small packed piece may be a large unpacked one.
+        for piece in bytes.chunks(16 * 1024) {
+            match self {
+                Unpack::Plain => {}
+                Unpack::Gzip(decoder) => decoder.write_all(piece).map_err(broken)?,
+                Unpack::Deflate(decoder) => decoder.write_all(piece).map_err(broken)?,
+                Unpack::Zstd(decoder) => decoder.write_all(piece).map_err(broken)?,
+            }
+            self.drain(lines)?;
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, lines: &mut Lines<'_>) -> Result<(), Broken> {
+        let out = match self {
+            Unpack::Plain => return Ok(()),
+            Unpack::Gzip(decoder) => decoder.get_mut(),
+            Unpack::Deflate(decoder) => decoder.get_mut(),
+            Unpack::Zstd(decoder) => decoder.get_mut(),
+        };
+        lines.push(out)?;
+        out.clear();
+        Ok(())
+    }
+
+    fn end(mut self, lines: &mut Lines<'_>) -> Result<(), Broken> {
+        let cut = |error: std::io::Error| {
+            Broken::Again(Error::new(ErrorKind::Server, format!("the packed file is cut short: {error}")))
+        };
+        match &mut self {
+            Unpack::Plain => {}
+            Unpack::Gzip(decoder) => decoder.try_finish().map_err(cut)?,
+            Unpack::Deflate(decoder) => decoder.try_finish().map_err(cut)?,
+            Unpack::Zstd(decoder) => decoder.flush().map_err(cut)?,
+        }
+        self.drain(lines)
+    }
+}
+
+/// A hash of bytes that come in pieces of any size.
+#[derive(Debug, Default)]
+struct RunningHash {
+    blocks: u128,
+    rest: Vec<u8>,
+}
+
+impl RunningHash {
+    const BLOCK: usize = 64 * 1024;
+
+    fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let take = (Self::BLOCK - self.rest.len()).min(bytes.len());
+            self.rest.extend_from_slice(&bytes[..take]);
+            bytes = &bytes[take..];
+            if self.rest.len() == Self::BLOCK {
+                self.blocks = self.with_rest();
+                self.rest.clear();
+            }
+        }
+    }
+
+    fn with_rest(&self) -> u128 {
+        XxHash3_128::oneshot_with_seed(self.blocks as u64 ^ (self.blocks >> 64) as u64, &self.rest)
+    }
+}
+
+/// Cuts bytes into chunks of whole lines and sends them on.
+struct Lines<'a> {
+    stage: &'a Download,
+    handle: &'a Handle,
+    file: Arc<ExportFile>,
+    buffer: Vec<u8>,
+    /// Lines sent.
+    lines: u64,
+    /// Bytes before the buffer.
+    offset: u64,
+    /// Hash of every byte that was passed on, to know it again.
+    passed: RunningHash,
+    /// Bytes that were read before the file broke off, and their hash; and how far they were met again.
+    known: Option<(u64, u128, RunningHash, u64)>,
+    read: u64,
+    /// Length so far of a line that is too long, while it lasts.
+    oversized: Option<u64>,
+    began: bool,
+}
+
+impl<'a> Lines<'a> {
+    fn new(stage: &'a Download, handle: &'a Handle, file: Arc<ExportFile>) -> Self {
+        Self {
+            stage,
+            handle,
+            file,
+            buffer: Vec::new(),
+            lines: 0,
+            offset: 0,
+            passed: RunningHash::default(),
+            known: None,
+            read: 0,
+            oversized: None,
+            began: false,
+        }
+    }
+
+    /// The file is read from its start again.
+    fn again(&mut self) {
+        self.known = Some((self.read, self.passed.with_rest(), RunningHash::default(), 0));
+    }
+
+    fn push(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        let mut bytes = bytes;
+        if let Some((length, hash, again, met)) = &mut self.known {
+            let take = usize::try_from(*length - *met).unwrap_or(usize::MAX).min(bytes.len());
+            again.add(&bytes[..take]);
+            *met += take as u64;
+            bytes = &bytes[take..];
+            if *met < *length {
+                return Ok(());
+            }
+            if again.with_rest() != *hash {
+                let error = Error::new(ErrorKind::Server, "the file changed while it was read again; its rows cannot be trusted");
+                return Err(Broken::Never(error));
+            }
+            self.known = None;
+        }
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.passed.add(bytes);
+        self.read += bytes.len() as u64;
+        let chunk_bytes = self.stage.chunk_bytes;
+        while !bytes.is_empty() {
+            if self.oversized.is_some() {
+                bytes = self.skip(bytes)?;
+                continue;
+            }
+            let room = chunk_bytes.saturating_sub(self.buffer.len()).max(64 * 1024).min(bytes.len());
+            self.buffer.extend_from_slice(&bytes[..room]);
+            bytes = &bytes[room..];
+            if !self.began && self.buffer.len() >= 3 {
+                self.began = true;
+                if self.buffer.starts_with(b"\xef\xbb\xbf") {
+                    self.buffer.drain(..3);
+                    self.offset = 3;
+                }
+            }
+            if self.buffer.len() >= chunk_bytes {
+                let end = memchr::memrchr(b'\n', &self.buffer).map(|at| at + 1);
+                match end {
+                    Some(end) => self.send(end)?,
+                    None if self.buffer.len() > self.stage.max_line => self.begin_oversized(),
+                    None => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the first `end` bytes of the buffer: whole lines. A line within them may be too long by itself.
+    fn send(&mut self, end: usize) -> Result<(), Broken> {
+        let rest = self.buffer.split_off(end);
+        let mut chunk = std::mem::replace(&mut self.buffer, rest);
+        self.buffer.reserve(self.stage.chunk_bytes.saturating_sub(self.buffer.len()));
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let lines = memchr::memchr_iter(b'\n', &chunk).count() as u64 + u64::from(chunk.last() != Some(&b'\n'));
+        let length = chunk.len() as u64;
+        chunk.shrink_to_fit();
+        self.pass_on(Bytes::from(chunk), lines, None)?;
+        self.offset += length;
+        Ok(())
+    }
+
+    fn pass_on(&mut self, bytes: Bytes, lines: u64, oversized: Option<u64>) -> Result<(), Broken> {
+        let chunk = Chunk { file: self.file.clone(), first_line: self.lines + 1, offset: self.offset, bytes, oversized };
+        self.lines += lines;
+        self.handle.block_on(self.stage.chunks.send(chunk)).map_err(|_| Broken::Stopped)
+    }
+
+    fn send_oversized(&mut self, line: &[u8], length: u64) -> Result<(), Broken> {
+        let kept = Bytes::copy_from_slice(&line[..line.len().min(KEPT_OF_OVERSIZED)]);
+        self.pass_on(kept, 1, Some(length))
+    }
+
+    /// The buffer is the beginning of a line that is too long: its beginning is kept, the rest passed over.
+    fn begin_oversized(&mut self) {
+        self.oversized = Some(self.buffer.len() as u64);
+        self.buffer.truncate(KEPT_OF_OVERSIZED);
+        self.buffer.shrink_to_fit();
+    }
+
+    fn skip<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], Broken> {
+        let end = memchr::memchr(b'\n', bytes);
+        let length = self.oversized.unwrap_or(0) + end.unwrap_or(bytes.len()) as u64;
+        let Some(end) = end else {
+            self.oversized = Some(length);
+            return Ok(&[]);
+        };
+        self.oversized = None;
+        let kept = std::mem::take(&mut self.buffer);
+        self.send_oversized(&kept, length)?;
+        self.offset += length + 1;
+        Ok(&bytes[end + 1..])
+    }
+
+    /// Sends what is left: the last line may lack its end.
+    fn end(&mut self) -> Result<(), Broken> {
+        if let Some((length, _, _, met)) = &self.known
+            && met < length
+        {
+            let error = Error::new(ErrorKind::Server, "the file is shorter than when it was read before");
+            return Err(Broken::Never(error));
+        }
+        if let Some(length) = self.oversized.take() {
+            let kept = std::mem::take(&mut self.buffer);
+            return self.send_oversized(&kept, length);
+        }
+        if self.buffer.is_empty() { Ok(()) } else { self.send(self.buffer.len()) }
+    }
+}

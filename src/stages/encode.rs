@@ -1,0 +1,203 @@
+//! Parsed rows → Arrow columns → Parquet pages, on every core.
+//!
+//! Rows of a type gather in open batches that any worker may take up and put back, so there are never more
+//! open batches of a type than workers. A batch is closed when it is large enough, when the batches
+//! together outgrow their budget (the largest goes), when merge asks for the type, or at the end.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::runtime::Handle;
+
+use crate::delta::PageEncoder;
+use crate::error::{Error, ErrorKind, Result};
+use crate::flow::{Receiver, Sender};
+use crate::messages::{EncodedBatch, FlushRequests, MergeInput, ResourceType, RowKey, Rows};
+use crate::schema::{Encoder, Filled, Layout};
+
+/// Gives the layout that a type's rows are written in.
+pub type Layouts = Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>;
+
+/// A batch that still gathers rows.
+struct OpenBatch {
+    encoder: Encoder,
+    keys: Vec<RowKey>,
+}
+
+/// Open batches of all types.
+#[derive(Default)]
+struct Bench {
+    idle: HashMap<ResourceType, Vec<OpenBatch>>,
+    /// JSON bytes of the idle batches.
+    idle_bytes: usize,
+    /// Rows seen, by type; those in a worker's hands not yet.
+    seen: HashMap<ResourceType, u64>,
+    /// Columns that the type's batches had so far: a file's row groups must agree.
+    known: HashMap<ResourceType, Filled>,
+}
+
+/// What the encode workers share.
+pub struct Shared {
+    bench: Mutex<Bench>,
+    layouts: Layouts,
+    requests: FlushRequests,
+    /// JSON bytes at which a batch is closed.
+    batch_bytes: usize,
+    /// JSON bytes that all open batches may stand for.
+    budget: usize,
+}
+
+impl Shared {
+    /// Batches are closed at `batch_bytes` bytes of JSON, or when all open ones together pass `budget`.
+    pub fn new(layouts: Layouts, requests: FlushRequests, batch_bytes: usize, budget: usize) -> Arc<Self> {
+        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget })
+    }
+
+    fn bench(&self) -> MutexGuard<'_, Bench> {
+        self.bench.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, resource_type: &ResourceType) -> Result<OpenBatch> {
+        let mut bench = self.bench();
+        if let Some(batch) = bench.idle.get_mut(resource_type).and_then(Vec::pop) {
+            bench.idle_bytes -= batch.encoder.json_bytes();
+            return Ok(batch);
+        }
+        drop(bench);
+        let layout = (self.layouts)(resource_type)
+            .ok_or_else(|| Error::new(ErrorKind::Internal, format!("no layout for {resource_type}")))?;
+        Ok(OpenBatch { encoder: Encoder::new(layout), keys: Vec::new() })
+    }
+
+    /// Puts a batch back that saw `rows` new rows; what has to be closed now.
+    fn put_back(&self, resource_type: &ResourceType, batch: OpenBatch, rows: u64) -> Vec<(ResourceType, OpenBatch)> {
+        let mut due = Vec::new();
+        let mut bench = self.bench();
+        *bench.seen.entry(resource_type.clone()).or_default() += rows;
+        if batch.encoder.json_bytes() >= self.batch_bytes {
+            due.push((resource_type.clone(), batch));
+        } else {
+            bench.idle_bytes += batch.encoder.json_bytes();
+            bench.idle.entry(resource_type.clone()).or_default().push(batch);
+        }
+        while bench.idle_bytes > self.budget {
+            let sizes = bench.idle.iter().flat_map(|(name, batches)| {
+                batches.iter().enumerate().map(move |(at, batch)| (batch.encoder.json_bytes(), name.clone(), at))
+            });
+            let Some((bytes, name, at)) = sizes.max_by_key(|(bytes, _, _)| *bytes) else { break };
+            let Some(batches) = bench.idle.get_mut(&name) else { break };
+            let batch = batches.swap_remove(at);
+            bench.idle_bytes -= bytes;
+            due.push((name, batch));
+        }
+        drop(bench);
+        due.extend(self.requested());
+        due
+    }
+
+    /// Batches of the types that merge waits for, once all of their rows were seen.
+    fn requested(&self) -> Vec<(ResourceType, OpenBatch)> {
+        let wanted = self.requests.wanted();
+        let mut bench = self.bench();
+        let complete = |bench: &Bench, name: &ResourceType, rows: u64| bench.seen.get(name).copied().unwrap_or(0) >= rows;
+        let names = wanted.into_iter().filter(|(name, rows)| complete(&bench, name, *rows));
+        let names: Vec<ResourceType> = names.map(|(name, _)| name).collect();
+        let mut due = Vec::new();
+        for name in names {
+            for batch in bench.idle.remove(&name).unwrap_or_default() {
+                bench.idle_bytes -= batch.encoder.json_bytes();
+                due.push((name.clone(), batch));
+            }
+        }
+        due
+    }
+
+    fn all(&self) -> Vec<(ResourceType, OpenBatch)> {
+        let mut bench = self.bench();
+        bench.idle_bytes = 0;
+        let idle = std::mem::take(&mut bench.idle);
+        idle.into_iter().flat_map(|(name, batches)| batches.into_iter().map(move |batch| (name.clone(), batch))).collect()
+    }
+
+    /// Closes a batch: columns, pages, bytes.
+    fn close(&self, resource_type: ResourceType, mut batch: OpenBatch) -> Result<Option<EncodedBatch>> {
+        if batch.encoder.rows() == 0 {
+            return Ok(None);
+        }
+        let json_bytes = batch.encoder.json_bytes() as u64;
+        let losses: BTreeMap<String, u64> = batch.encoder.take_losses();
+        let mut known = self.bench().known.get(&resource_type).cloned().unwrap_or_default();
+        let encoded = batch.encoder.finish(&mut known)?;
+        self.bench().known.entry(resource_type.clone()).or_default().merge(&known);
+        let (parquet, metadata) = PageEncoder.encode(&encoded.batch).map_err(|error| error.at(resource_type.to_string()))?;
+        Ok(Some(EncodedBatch { resource_type, filled: encoded.filled, parquet, metadata, keys: batch.keys, json_bytes, losses }))
+    }
+}
+
+/// One encode worker; any number share `rows`.
+pub struct Encode {
+    /// Where rows come from.
+    pub rows: Receiver<Rows>,
+    /// Where row groups go.
+    pub merge: Sender<MergeInput>,
+    /// What the workers share.
+    pub shared: Arc<Shared>,
+}
+
+enum Next<T> {
+    Rows(T),
+    Request,
+    End,
+}
+
+impl Encode {
+    /// Encodes until the edge closes, then closes what is open.
+    pub fn run(self, handle: &Handle) -> Result<()> {
+        let mut requests = self.shared.requests.watch();
+        loop {
+            let next = handle.block_on(async {
+                tokio::select! {
+                    rows = self.rows.recv() => rows.map_or(Next::End, Next::Rows),
+                    changed = requests.changed() => if changed.is_ok() { Next::Request } else { Next::End },
+                }
+            });
+            match next {
+                Next::Rows(parcel) => {
+                    let rows: &Rows = &parcel;
+                    for (resource_type, parsed) in &rows.by_type {
+                        let mut batch = self.shared.take(resource_type)?;
+                        for row in parsed {
+                            batch.encoder.push(rows.tape.value(&rows.bytes, row.root), &rows.bytes[row.line.clone()]);
+                            batch.keys.push(row.key);
+                        }
+                        let due = self.shared.put_back(resource_type, batch, parsed.len() as u64);
+                        if !self.close_all(handle, due)? {
+                            return Ok(());
+                        }
+                    }
+                }
+                Next::Request => {
+                    if !self.close_all(handle, self.shared.requested())? {
+                        return Ok(());
+                    }
+                }
+                Next::End => break,
+            }
+        }
+        // Whatever the last worker puts back, it takes here itself.
+        self.close_all(handle, self.shared.all())?;
+        Ok(())
+    }
+
+    /// Whether merge still listens.
+    fn close_all(&self, handle: &Handle, due: Vec<(ResourceType, OpenBatch)>) -> Result<bool> {
+        for (resource_type, batch) in due {
+            if let Some(batch) = self.shared.close(resource_type, batch)?
+                && handle.block_on(self.merge.send(MergeInput::Batch(Box::new(batch)))).is_err()
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}

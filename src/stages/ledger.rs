@@ -1,0 +1,385 @@
+//! The books of a run: when is a type complete?
+//!
+//! A closed channel means "no more input", not "all input came". A type is complete when every file that
+//! may hold it has reported its end and the counts agree: lines = rows + bad + blank + headers, and each
+//! stage's rows equal the next one's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
+
+/// How many bad lines a type may have.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MaxBadLines {
+    /// So many.
+    Number(u64),
+    /// That share of its lines.
+    Share(f64),
+}
+
+impl MaxBadLines {
+    fn exceeded(self, bad: u64, lines: u64) -> bool {
+        match self {
+            MaxBadLines::Number(most) => bad > most,
+            MaxBadLines::Share(most) => bad as f64 > most * lines as f64,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct FileBook {
+    file: Arc<ExportFile>,
+    /// Lines by the download's count; `None` until its end.
+    lines: Option<u64>,
+    parsed: ParsedChunk,
+    failed: Option<String>,
+}
+
+impl FileBook {
+    fn rows(&self) -> u64 {
+        self.parsed.rows.iter().map(|row| row.1).sum()
+    }
+    fn bad(&self) -> u64 {
+        self.parsed.bad.iter().map(|bad| bad.1).sum()
+    }
+    fn settled(&self) -> bool {
+        self.failed.is_some() || self.lines == Some(self.parsed.lines)
+    }
+    /// lines = rows + bad + blank + headers
+    fn balances(&self) -> bool {
+        self.parsed.lines == self.rows() + self.bad() + self.parsed.blank + self.parsed.headers
+    }
+}
+
+#[derive(Debug, Default)]
+struct TypeBook {
+    parsed: u64,
+    staged: u64,
+    bad: u64,
+    /// Rows came in a file declared for another type.
+    stray: bool,
+    failed: Option<String>,
+    /// Committed; strays may open it again at the end.
+    done: bool,
+}
+
+/// The books.
+#[derive(Debug)]
+pub struct Ledger {
+    files: BTreeMap<u32, FileBook>,
+    types: BTreeMap<ResourceType, TypeBook>,
+    ends: BTreeMap<usize, ExportEnd>,
+    failed_exports: BTreeMap<usize, String>,
+    /// Kick-offs that the run makes.
+    exports: usize,
+    max_bad_lines: Option<MaxBadLines>,
+}
+
+/// How a type stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// Something is still to come.
+    Open,
+    /// All rows are parsed; encode still holds some: how many there are.
+    Parsed(u64),
+    /// All rows are staged: it may commit.
+    Complete,
+    /// It must not commit.
+    Failed(String),
+    /// It did.
+    Done,
+}
+
+impl Ledger {
+    /// Books for a run of `exports` kick-offs. `max_bad_lines` of `None` allows any number.
+    pub fn new(exports: usize, max_bad_lines: Option<MaxBadLines>) -> Self {
+        Self {
+            files: BTreeMap::new(),
+            types: BTreeMap::new(),
+            ends: BTreeMap::new(),
+            failed_exports: BTreeMap::new(),
+            exports,
+            max_bad_lines,
+        }
+    }
+
+    /// Enters a fact.
+    pub fn enter(&mut self, fact: Fact) {
+        match fact {
+            Fact::Page(page) => {
+                for file in page.files {
+                    if let Some(declared) = &file.declared
+                        && file.kind == FileKind::Output
+                    {
+                        self.types.entry(declared.clone()).or_default();
+                    }
+                    self.files.insert(file.index, FileBook { file, lines: None, parsed: ParsedChunk::default(), failed: None });
+                }
+            }
+            Fact::ExportEnd(end) => {
+                for asked in &end.asked {
+                    self.types.entry(asked.clone()).or_default();
+                }
+                self.ends.insert(end.export, end);
+            }
+            Fact::FileDone(done) => {
+                if let Some(book) = self.files.get_mut(&done.file) {
+                    book.lines = Some(done.lines);
+                }
+            }
+            Fact::FileFailed(index, why) => {
+                if let Some(book) = self.files.get_mut(&index) {
+                    book.failed = Some(why);
+                }
+            }
+            Fact::ExportFailed(export, why) => {
+                self.failed_exports.insert(export, why);
+            }
+            Fact::Parsed(chunk) => self.parsed(chunk),
+        }
+    }
+
+    fn parsed(&mut self, chunk: ParsedChunk) {
+        let Some(book) = self.files.get_mut(&chunk.file) else { return };
+        let declared = book.file.declared.clone();
+        book.parsed.lines += chunk.lines;
+        book.parsed.blank += chunk.blank;
+        book.parsed.headers += chunk.headers;
+        for (name, rows) in chunk.rows {
+            let stray = declared.as_ref().is_some_and(|declared| *declared != name);
+            let book_of_type = self.types.entry(name.clone()).or_default();
+            book_of_type.parsed += rows;
+            book_of_type.stray |= stray;
+            book_of_type.done = false;
+            merge_count(&mut book.parsed.rows, name, rows);
+        }
+        for (name, lines) in chunk.bad {
+            if let Some(name) = &name {
+                self.types.entry(name.clone()).or_default().bad += lines;
+            }
+            merge_count(&mut book.parsed.bad, name, lines);
+        }
+    }
+
+    /// Enters rows that are staged.
+    pub fn staged(&mut self, resource_type: &ResourceType, rows: u64) {
+        self.types.entry(resource_type.clone()).or_default().staged += rows;
+    }
+
+    /// Enters that a type was committed.
+    pub fn committed(&mut self, resource_type: &ResourceType) {
+        self.types.entry(resource_type.clone()).or_default().done = true;
+    }
+
+    /// Enters that a type failed for a reason of its own.
+    pub fn fail(&mut self, resource_type: &ResourceType, why: String) {
+        self.types.entry(resource_type.clone()).or_default().failed.get_or_insert(why);
+    }
+
+    /// Types that the books know of.
+    pub fn types(&self) -> Vec<ResourceType> {
+        self.types.keys().cloned().collect()
+    }
+
+    /// The end of the export that holds the type.
+    pub fn end_of(&self, resource_type: &ResourceType) -> Option<&ExportEnd> {
+        let asked = self.ends.values().find(|end| end.asked.contains(resource_type));
+        asked.or_else(|| self.ends.values().find(|end| end.asked.is_empty()))
+    }
+
+    /// Whether each export has said its last.
+    pub fn all_ended(&self) -> bool {
+        self.ends.len() + self.failed_exports.len() >= self.exports
+    }
+
+    /// Bad lines of the type.
+    pub fn bad(&self, resource_type: &ResourceType) -> u64 {
+        self.types.get(resource_type).map_or(0, |book| book.bad)
+    }
+
+    /// How a type stands now.
+    pub fn standing(&self, resource_type: &ResourceType) -> Standing {
+        let Some(book) = self.types.get(resource_type) else { return Standing::Open };
+        if let Some(why) = &book.failed {
+            return Standing::Failed(why.clone());
+        }
+        if book.done && book.parsed == book.staged {
+            return Standing::Done;
+        }
+        if !self.all_ended() {
+            return Standing::Open;
+        }
+        if let Some(why) = self.failed_exports.values().next()
+            && self.end_of(resource_type).is_none()
+        {
+            return Standing::Failed(why.clone());
+        }
+        // Rows that came in another type's file may come in any: such a type waits for all.
+        let concerned = |book: &&FileBook| match book.file.kind {
+            FileKind::Deleted => true,
+            FileKind::Outcome => false,
+            FileKind::Output => self.stray(resource_type) || book.file.declared.as_ref().is_none_or(|name| name == resource_type),
+        };
+        let mut lines = 0;
+        for file in self.files.values().filter(concerned) {
+            if let Some(why) = &file.failed {
+                return Standing::Failed(format!("file {}: {why}", file.file.name));
+            }
+            if !file.settled() {
+                return Standing::Open;
+            }
+            if !file.balances() {
+                return Standing::Failed(format!("file {}: its counts do not balance", file.file.name));
+            }
+            if file.file.kind == FileKind::Output {
+                lines += file.parsed.lines - file.parsed.blank - file.parsed.headers;
+            }
+            if let (None, Some(most)) = (&file.file.declared, self.max_bad_lines)
+                && file.file.kind == FileKind::Output
+                && most.exceeded(file.bad(), lines)
+            {
+                return Standing::Failed(format!(
+                    "file {}: {} bad lines, more than max_bad_lines allows",
+                    file.file.name,
+                    file.bad()
+                ));
+            }
+        }
+        if let Some(most) = self.max_bad_lines
+            && most.exceeded(book.bad, lines)
+        {
+            return Standing::Failed(format!("{} bad lines of {lines}, more than max_bad_lines allows", book.bad));
+        }
+        if book.staged < book.parsed { Standing::Parsed(book.parsed) } else { Standing::Complete }
+    }
+
+    fn stray(&self, resource_type: &ResourceType) -> bool {
+        self.types.get(resource_type).is_some_and(|book| book.stray)
+    }
+
+    /// What the manifest promised and what came, where they differ: file, promised, came.
+    pub fn count_findings(&self) -> Vec<(String, u64, u64)> {
+        let differing = self.files.values().filter_map(|book| {
+            let (promised, came) = (book.file.count?, book.rows() + book.bad() + book.parsed.headers);
+            (book.failed.is_none() && book.lines.is_some() && promised != came).then(|| (book.file.name.clone(), promised, came))
+        });
+        differing.collect()
+    }
+
+    /// Output files by declared type.
+    pub fn files_of(&self, resource_type: &ResourceType) -> u64 {
+        let files = self.files.values().filter(|book| book.file.kind == FileKind::Output);
+        files
+            .filter(|book| {
+                book.parsed.rows.iter().any(|row| row.0 == *resource_type) || book.file.declared.as_ref() == Some(resource_type)
+            })
+            .count() as u64
+    }
+
+    /// Types that still wait for something, of a run that ended early.
+    pub fn unfinished(&self) -> BTreeSet<ResourceType> {
+        let open = self.types.keys().filter(|name| !matches!(self.standing(name), Standing::Done | Standing::Failed(_)));
+        open.cloned().collect()
+    }
+}
+
+fn merge_count<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K, by: u64) {
+    match counts.iter_mut().find(|(known, _)| *known == key) {
+        Some((_, count)) => *count += by,
+        None => counts.push((key, by)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::messages::{FileDone, ManifestPage};
+
+    fn file(index: u32, declared: Option<&str>) -> Arc<ExportFile> {
+        Arc::new(ExportFile {
+            index,
+            export: 0,
+            name: format!("{index}.ndjson"),
+            url: url::Url::parse("file:///x").unwrap(),
+            kind: FileKind::Output,
+            declared: declared.map(Into::into),
+            count: None,
+            requires_access_token: false,
+        })
+    }
+    fn end() -> Fact {
+        Fact::ExportEnd(ExportEnd { export: 0, asked: vec!["Patient".into()], transaction_time: Some(1), full: true })
+    }
+    fn parsed(file: u32, lines: u64, rows: &[(&str, u64)], bad: u64) -> Fact {
+        Fact::Parsed(ParsedChunk {
+            file,
+            lines,
+            rows: rows.iter().map(|(name, rows)| ((*name).into(), *rows)).collect(),
+            bad: if bad > 0 { vec![(Some("Patient".into()), bad)] } else { vec![] },
+            ..Default::default()
+        })
+    }
+    fn patient() -> ResourceType {
+        "Patient".into()
+    }
+
+    // Breaks if a type commits before the manifest's end, a file's end, or its last row is staged.
+    #[test]
+    fn a_type_is_complete_only_when_all_is_accounted_for() {
+        let mut books = Ledger::new(1, None);
+        books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
+        books.enter(parsed(0, 5, &[("Patient", 5)], 0));
+        assert_eq!(books.standing(&patient()), Standing::Open, "the file has not ended");
+        books.enter(Fact::FileDone(FileDone { file: 0, lines: 5 }));
+        assert_eq!(books.standing(&patient()), Standing::Open, "the manifest has not ended");
+        books.enter(end());
+        assert_eq!(books.standing(&patient()), Standing::Parsed(5));
+        books.staged(&patient(), 5);
+        assert_eq!(books.standing(&patient()), Standing::Complete);
+        books.committed(&patient());
+        assert_eq!(books.standing(&patient()), Standing::Done);
+    }
+
+    #[test]
+    fn a_stray_row_makes_its_type_wait_for_every_file() {
+        let mut books = Ledger::new(1, None);
+        let files = vec![file(0, Some("Observation")), file(1, Some("Condition"))];
+        books.enter(Fact::Page(ManifestPage { export: 0, files }));
+        books.enter(end());
+        books.enter(parsed(0, 1, &[("Patient", 1)], 0));
+        books.enter(Fact::FileDone(FileDone { file: 0, lines: 1 }));
+        assert_eq!(books.standing(&patient()), Standing::Open);
+        books.enter(Fact::FileDone(FileDone { file: 1, lines: 0 }));
+        assert_eq!(books.standing(&patient()), Standing::Parsed(1));
+    }
+
+    #[test]
+    fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
+        let mut books = Ledger::new(1, Some(MaxBadLines::Share(0.1)));
+        books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
+        books.enter(end());
+        books.enter(parsed(0, 10, &[("Patient", 8)], 2));
+        books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
+        assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("2 bad lines of 10")));
+
+        let mut books = Ledger::new(1, None);
+        books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
+        books.enter(end());
+        books.enter(parsed(0, 10, &[("Patient", 9)], 0));
+        books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
+        assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("balance")));
+    }
+
+    #[test]
+    fn a_failed_file_fails_its_type_and_not_the_others() {
+        let mut books = Ledger::new(1, None);
+        let files = vec![file(0, Some("Patient")), file(1, Some("Condition"))];
+        books.enter(Fact::Page(ManifestPage { export: 0, files }));
+        books.enter(end());
+        books.enter(Fact::FileFailed(0, "404".into()));
+        books.enter(Fact::FileDone(FileDone { file: 1, lines: 0 }));
+        assert!(matches!(books.standing(&patient()), Standing::Failed(_)));
+        assert_eq!(books.standing(&"Condition".into()), Standing::Complete);
+    }
+}

@@ -1,0 +1,408 @@
+//! Row groups → staged files → one commit a table.
+//!
+//! Staging never waits for a commit; `tables_at_once` limits matching and committing only.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::stream::{FuturesUnordered, StreamExt};
+use object_store::path::Path;
+use serde_json::{Value, json};
+
+use super::ledger::{Ledger, Standing};
+use crate::delta::{Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
+use crate::error::{Error, ErrorKind, Result};
+use crate::flow::{Board, Receiver, Stop, compute};
+use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType};
+use crate::schema::{Layout, arrow_schema};
+use crate::telemetry;
+
+/// How merge is set.
+#[derive(Debug, Clone)]
+pub struct MergeSettings {
+    /// Pipeline's name, for the commit's info and the watermark.
+    pub pipeline: String,
+    /// The run's id: names its files.
+    pub run: String,
+    /// Application id of the watermark: pipeline and scope.
+    pub app_id: String,
+    /// How many tables are matched and committed at the same time.
+    pub tables_at_once: usize,
+    /// Rows of equal version are compared and rewritten where they differ.
+    pub full_refresh: bool,
+    /// Bytes at which a staged file is closed.
+    pub target_file_bytes: u64,
+    /// Bytes that the open files' footers and buffers may take before the largest is closed.
+    pub max_open_files: usize,
+    /// Setup of tables that are created.
+    pub table: TableSettings,
+    /// When the run began.
+    pub began: Instant,
+}
+
+/// What happened to a type.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct TypeOutcome {
+    /// Files that held it.
+    pub files: u64,
+    /// Resources that came.
+    pub resources: u64,
+    /// Bytes of NDJSON that they came from.
+    pub bytes: u64,
+    /// Resources that the table did not have.
+    pub inserted: u64,
+    /// Resources that replaced an older copy.
+    pub updated: u64,
+    /// Resources that were deleted.
+    pub deleted: u64,
+    /// Resources that the table has as new or newer.
+    pub skipped: u64,
+    /// Bad lines.
+    pub quarantined: u64,
+    /// The table's version after the run.
+    pub version: Option<u64>,
+    /// Whether the run committed to it.
+    pub committed: bool,
+    /// Bytes that the commit added.
+    pub bytes_written: u64,
+    /// Seconds that matching and committing took.
+    pub merge_seconds: f64,
+    /// Seconds from the run's start to the end of the type's commit.
+    pub seconds: f64,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// What the layout could not hold, by path.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub not_held: BTreeMap<String, u64>,
+}
+
+/// What merge has to say at the end.
+#[derive(Debug, Default)]
+pub struct MergeReport {
+    /// By type.
+    pub types: BTreeMap<String, TypeOutcome>,
+    /// Manifest counts that differ from what came: file, promised, came.
+    pub count_findings: Vec<(String, u64, u64)>,
+    /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
+    pub transaction_time: Option<i64>,
+}
+
+/// A type's staged rows.
+#[derive(Default)]
+struct TypeStage {
+    open: Option<StagingFile>,
+    staged: Vec<StagedFile>,
+    deletions: Vec<u128>,
+    outcome: TypeOutcome,
+}
+
+/// The merge stage: one worker owns the books and all staged files.
+pub struct Merge {
+    /// Everything comes here.
+    pub input: Receiver<MergeInput>,
+    /// The tables.
+    pub tables: Tables,
+    /// Tables by type, as they were opened before the run; others are opened when their rows come.
+    pub opened: HashMap<ResourceType, Table>,
+    /// Layouts by type, for tables that are created.
+    pub layouts: Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>,
+    /// The books.
+    pub ledger: Ledger,
+    /// Asks encode for what it holds.
+    pub requests: FlushRequests,
+    /// Settings.
+    pub settings: MergeSettings,
+    /// Counters.
+    pub board: Board,
+    /// Whether the run was stopped.
+    pub stop: Stop,
+}
+
+type Committed = (ResourceType, Result<Commit>, f64);
+
+impl Merge {
+    /// Stages, and commits each type as it is complete, until the input ends.
+    pub async fn run(mut self, done: tokio::sync::oneshot::Sender<MergeReport>) -> Result<()> {
+        let mut stages: BTreeMap<ResourceType, TypeStage> = BTreeMap::new();
+        let mut ready: Vec<ResourceType> = Vec::new();
+        let mut committing: FuturesUnordered<futures::future::BoxFuture<'static, Committed>> = FuturesUnordered::new();
+        let mut outcome = Ok(());
+        let mut files = 0usize;
+        let mut open = true;
+        loop {
+            while committing.len() < self.settings.tables_at_once.max(1)
+                && let Some(name) = ready.pop()
+            {
+                let stage = stages.entry(name.clone()).or_default();
+                match self.commit_of(&name, stage).await {
+                    Ok(work) => committing.push(work),
+                    Err(error) => self.failed(&name, stage, &error),
+                }
+            }
+            if !open && committing.is_empty() && ready.is_empty() {
+                break;
+            }
+            tokio::select! {
+                input = self.input.recv(), if open => match input {
+                    Some(parcel) => {
+                        let input = parcel.into_inner();
+                        if let Err(error) = self.take(input, &mut stages, &mut files).await {
+                            // Staging cannot go on (a full disk): the run ends, its files are removed.
+                            outcome = Err(error);
+                            open = false;
+                            self.stop.pull();
+                        }
+                    }
+                    None => open = false,
+                },
+                Some((name, result, seconds)) = committing.next() => {
+                    let stage = stages.entry(name.clone()).or_default();
+                    self.record(&name, stage, result, seconds);
+                }
+            }
+            if outcome.is_ok() {
+                self.settle(&stages, &mut ready);
+            }
+        }
+        let report = self.close(stages).await;
+        // The pipeline may be gone already, when it failed elsewhere.
+        let _ = done.send(report);
+        outcome
+    }
+
+    /// Finds types that can commit or fail now, and asks encode for the rest of those that are parsed.
+    fn settle(&mut self, stages: &BTreeMap<ResourceType, TypeStage>, ready: &mut Vec<ResourceType>) {
+        if !self.ledger.all_ended() {
+            return;
+        }
+        // Deletions may concern types that no file names.
+        for (name, stage) in stages {
+            if !stage.deletions.is_empty() {
+                self.ledger.staged(name, 0);
+            }
+        }
+        for name in self.ledger.types() {
+            match self.ledger.standing(&name) {
+                Standing::Parsed(rows) => self.requests.request(&name, rows),
+                Standing::Complete => {
+                    self.ledger.committed(&name);
+                    ready.push(name);
+                }
+                Standing::Open | Standing::Failed(_) | Standing::Done => {}
+            }
+        }
+    }
+
+    async fn take(&mut self, input: MergeInput, stages: &mut BTreeMap<ResourceType, TypeStage>, files: &mut usize) -> Result<()> {
+        match input {
+            MergeInput::Fact(fact) => self.ledger.enter(fact),
+            MergeInput::Deletions(keys) => {
+                for (name, key) in keys {
+                    stages.entry(name).or_default().deletions.push(key);
+                }
+            }
+            MergeInput::Batch(batch) => {
+                let name = batch.resource_type.clone();
+                self.stage(*batch, stages, files).await.map_err(|error| error.at(name.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn stage(
+        &mut self,
+        mut batch: EncodedBatch,
+        stages: &mut BTreeMap<ResourceType, TypeStage>,
+        files: &mut usize,
+    ) -> Result<()> {
+        let name = batch.resource_type.clone();
+        self.table(&name).await?;
+        let table = &self.opened[&name];
+        let rows = batch.keys.len() as u64;
+        let stage = stages.entry(name.clone()).or_default();
+        stage.outcome.resources += rows;
+        stage.outcome.bytes += batch.json_bytes;
+        for (path, count) in std::mem::take(&mut batch.losses) {
+            *stage.outcome.not_held.entry(path).or_default() += count;
+        }
+        if let Some(full) = stage.open.take_if(|file| !file.takes(&batch.filled)) {
+            stage.staged.push(full.close(table).await?);
+        }
+        let file = match &mut stage.open {
+            Some(file) => file,
+            none => {
+                *files += 1;
+                let path = Path::from(format!("part-{}-{files:05}.zstd.parquet", self.settings.run));
+                none.insert(StagingFile::create(table, path, batch.filled.clone()).await?)
+            }
+        };
+        file.append(batch).await?;
+        let is_full = file.size() >= self.settings.target_file_bytes;
+        if is_full && let Some(file) = stage.open.take() {
+            stage.staged.push(file.close(table).await?);
+        }
+        self.ledger.staged(&name, rows);
+        self.board.add(telemetry::STAGED, &name, rows);
+        // Open files share a budget: when it is spent, the largest is closed.
+        while stages.values().filter(|stage| stage.open.is_some()).count() > self.settings.max_open_files.max(1) {
+            let open = stages.iter_mut().filter(|(_, stage)| stage.open.is_some());
+            let largest = open.max_by_key(|(_, stage)| stage.open.as_ref().map_or(0, StagingFile::size));
+            let Some((name, stage)) = largest else { break };
+            let Some(file) = stage.open.take() else { break };
+            stage.staged.push(file.close(&self.opened[name]).await?);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the type's table is opened.
+    async fn table(&mut self, name: &ResourceType) -> Result<()> {
+        if !self.opened.contains_key(name) {
+            let table = self.tables.open(name).await?;
+            table.check_writable()?;
+            self.opened.insert(name.clone(), table);
+        }
+        Ok(())
+    }
+
+    /// The work of committing a type, to be polled with the others'.
+    async fn commit_of(
+        &mut self,
+        name: &ResourceType,
+        stage: &mut TypeStage,
+    ) -> Result<futures::future::BoxFuture<'static, Committed>> {
+        self.table(name).await?;
+        let mut table = self.opened[name].clone();
+        if let Some(file) = stage.open.take() {
+            stage.staged.push(file.close(&table).await?);
+        }
+        let end = self.ledger.end_of(name);
+        let watermark = end
+            .and_then(|end| end.transaction_time)
+            .map(|transaction_time| Watermark { app_id: self.settings.app_id.clone(), transaction_time });
+        let files = std::mem::take(&mut stage.staged);
+        let deletions = std::mem::take(&mut stage.deletions);
+        // A deletion for a type with no table is no error, and no reason for one. A type that was asked
+        // for gets its table though nothing came.
+        let asked = end.is_some_and(|end| end.asked.contains(name));
+        if table.version().is_none() && files.is_empty() && !asked {
+            let name = name.clone();
+            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), 0.0) }));
+        }
+        let layout = (self.layouts)(name).ok_or_else(|| Error::new(ErrorKind::Internal, "a type without a layout"))?;
+        let upsert = Upsert {
+            files,
+            deletions,
+            schema: Arc::new(arrow_schema(&layout)),
+            watermark,
+            full_refresh: self.settings.full_refresh,
+            settings: self.settings.table.clone(),
+            info: info(&self.settings, end),
+        };
+        let name = name.clone();
+        let span = tracing::info_span!("commit", resource_type = %name);
+        Ok(Box::pin(async move {
+            let started = Instant::now();
+            let result = compute(span, async move {
+                let result = upsert.commit(&mut table).await;
+                if !matches!(result, Ok(Commit::Done(_))) {
+                    for file in &upsert.files {
+                        file.discard(&table).await;
+                    }
+                }
+                result
+            })
+            .await
+            .and_then(|result| result);
+            (name, result, started.elapsed().as_secs_f64())
+        }))
+    }
+
+    fn record(&mut self, name: &ResourceType, stage: &mut TypeStage, result: Result<Commit>, seconds: f64) {
+        stage.outcome.merge_seconds += seconds;
+        stage.outcome.seconds = self.settings.began.elapsed().as_secs_f64();
+        match result {
+            Ok(Commit::Done(merged)) => {
+                let outcome = &mut stage.outcome;
+                outcome.inserted += merged.inserted;
+                outcome.updated += merged.updated;
+                outcome.deleted += merged.deleted;
+                outcome.skipped += merged.skipped;
+                outcome.bytes_written += merged.bytes_written;
+                outcome.committed |= merged.committed;
+                outcome.version = merged.version.or(outcome.version);
+                self.opened.remove(name);
+                tracing::info!(
+                    resource_type = %name, version = merged.version, inserted = merged.inserted, updated = merged.updated,
+                    deleted = merged.deleted, skipped = merged.skipped, seconds,
+                    "{}", if merged.committed { "committed" } else { "nothing to commit" }
+                );
+            }
+            Ok(Commit::Stale { table }) => {
+                let error = Error::new(
+                    ErrorKind::Table,
+                    format!("the export's transactionTime is older than the table's ({}); it was not merged", instant(table)),
+                );
+                self.failed(name, stage, &error);
+            }
+            Err(error) => self.failed(name, stage, &error),
+        }
+    }
+
+    fn failed(&mut self, name: &ResourceType, stage: &mut TypeStage, error: &Error) {
+        tracing::error!(resource_type = %name, %error, hint = error.kind().hint(), "the type failed; its table is as it was");
+        stage.outcome.error.get_or_insert(error.to_string());
+        self.ledger.fail(name, error.to_string());
+    }
+
+    /// Removes what was staged and not committed, and draws up the report.
+    async fn close(mut self, mut stages: BTreeMap<ResourceType, TypeStage>) -> MergeReport {
+        let unfinished = self.ledger.unfinished();
+        for name in self.ledger.types() {
+            let stage = stages.entry(name.clone()).or_default();
+            if let Standing::Failed(why) = self.ledger.standing(&name)
+                && stage.outcome.error.is_none()
+            {
+                self.failed(&name, stage, &Error::new(ErrorKind::Data, why));
+            } else if unfinished.contains(&name) && stage.outcome.error.is_none() {
+                let why = if self.stop.is_pulled() { "stopped before all of it came" } else { "not all of it came" };
+                stage.outcome.error = Some(why.to_owned());
+            }
+        }
+        for (name, stage) in &mut stages {
+            if let Some(file) = stage.open.take() {
+                file.discard().await;
+            }
+            if let Some(table) = self.opened.get(name) {
+                for file in stage.staged.drain(..) {
+                    file.discard(table).await;
+                }
+            }
+        }
+        let transaction_time = self.ledger.types().iter().filter_map(|name| self.ledger.end_of(name)?.transaction_time).min();
+        let types = stages.into_iter().map(|(name, mut stage)| {
+            stage.outcome.files = self.ledger.files_of(&name);
+            stage.outcome.quarantined = self.ledger.bad(&name);
+            (name.to_string(), stage.outcome)
+        });
+        MergeReport { types: types.collect(), count_findings: self.ledger.count_findings(), transaction_time }
+    }
+}
+
+fn instant(micros: i64) -> String {
+    chrono::DateTime::from_timestamp_micros(micros)
+        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
+}
+
+fn info(settings: &MergeSettings, end: Option<&ExportEnd>) -> BTreeMap<String, Value> {
+    let mut info = BTreeMap::from([
+        ("pipeline".to_owned(), json!(settings.pipeline)),
+        ("run".to_owned(), json!(settings.run)),
+        ("clientVersion".to_owned(), json!(concat!("fhirlake.", env!("CARGO_PKG_VERSION")))),
+    ]);
+    if let Some(time) = end.and_then(|end| end.transaction_time) {
+        info.insert("transactionTime".to_owned(), json!(instant(time)));
+    }
+    info
+}

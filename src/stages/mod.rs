@@ -1,0 +1,8 @@
+//! The stages, one file each. They never import each other: they meet in `messages`.
+
+pub mod download;
+pub mod encode;
+pub mod export;
+pub mod ledger;
+pub mod merge;
+pub mod parse;

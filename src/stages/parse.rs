@@ -1,0 +1,322 @@
+//! Chunks of whole lines → tapes, each resource routed by its own `resourceType`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use crate::error::Result;
+use crate::flow::{Board, Receiver, Sender};
+use crate::messages::{
+    BadLine, BadLineSink, Chunk, Fact, FileKind, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows, key_of,
+};
+use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
+use crate::tape::{Kind, Tape, Value, parse_value};
+use crate::telemetry;
+
+const TOO_LONG: &str = "the line is longer than max_line";
+
+/// One parse worker; any number share `chunks`.
+pub struct Parse {
+    /// Where chunks come from.
+    pub chunks: Receiver<Chunk>,
+    /// Where rows go.
+    pub rows: Sender<Rows>,
+    /// Where counts and deletions go.
+    pub merge: Sender<MergeInput>,
+    /// Where bad lines go.
+    pub bad_lines: BadLineSink,
+    /// Longest line that is read.
+    pub max_line: usize,
+    /// Counters.
+    pub board: Board,
+}
+
+/// What one line is.
+enum Line {
+    Row(ResourceType, RowKey),
+    Excluded(ResourceType),
+    Header,
+}
+
+/// A resource type's shared name: the model's own, so that a hostile server cannot fill memory with names.
+struct Names {
+    known: Vec<ResourceType>,
+}
+
+impl Names {
+    fn new() -> Self {
+        let mut known: Vec<ResourceType> = Model::r4().resource_types().iter().map(|name| Arc::from(name.as_str())).collect();
+        known.sort();
+        Self { known }
+    }
+    fn get(&self, name: &[u8]) -> Option<&ResourceType> {
+        let at = self.known.binary_search_by(|known| known.as_bytes().cmp(name)).ok()?;
+        Some(&self.known[at])
+    }
+}
+
+impl Parse {
+    /// Parses until the edge closes.
+    pub fn run(self, handle: &Handle) -> Result<()> {
+        let names = Names::new();
+        while let Some(parcel) = handle.block_on(self.chunks.recv()) {
+            let chunk: &Chunk = &parcel;
+            let mut work = Work::new(chunk, &names, self.max_line, &self.bad_lines);
+            work.chunk()?;
+            if !work.tally.bad.is_empty() {
+                self.bad_lines.sync()?;
+            }
+            let Work { tape, by_type, tally, deletions, outcomes, .. } = work;
+            for (severity, count) in outcomes {
+                self.board.add(telemetry::OUTCOME_ISSUES, &severity, count);
+            }
+            self.count(chunk, &tally);
+            let bytes = chunk.bytes.clone();
+            if !by_type.is_empty() {
+                let rows = Rows { bytes, tape, by_type };
+                // The bytes now belong to the next edge's budget; holding both shares could never block
+                // this worker alone for ever, but would halve what the edges hold.
+                drop(parcel);
+                if handle.block_on(self.rows.send(rows)).is_err() {
+                    return Ok(());
+                }
+            }
+            if !deletions.is_empty() && handle.block_on(self.merge.send(MergeInput::Deletions(deletions))).is_err() {
+                return Ok(());
+            }
+            if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Parsed(tally)))).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&self, chunk: &Chunk, tally: &ParsedChunk) {
+        for (resource_type, rows) in &tally.rows {
+            self.board.add(telemetry::PARSED, resource_type, *rows);
+        }
+        for (resource_type, lines) in &tally.excluded {
+            self.board.add(telemetry::EXCLUDED, resource_type, *lines);
+        }
+        let none: ResourceType = telemetry::NO_TYPE.into();
+        for (resource_type, lines) in &tally.bad {
+            self.board.add(telemetry::BAD_LINES, resource_type.as_ref().unwrap_or(&none), *lines);
+        }
+        let declared = chunk.file.declared.as_ref().unwrap_or(&none);
+        self.board.add(telemetry::BYTES, declared, chunk.bytes.len() as u64);
+    }
+}
+
+/// The work on one chunk.
+struct Work<'a> {
+    chunk: &'a Chunk,
+    names: &'a Names,
+    max_line: usize,
+    bad_lines: &'a BadLineSink,
+    tape: Tape,
+    by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
+    tally: ParsedChunk,
+    deletions: Vec<(ResourceType, u128)>,
+    outcomes: Vec<(Arc<str>, u64)>,
+}
+
+fn add<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K) {
+    match counts.iter_mut().find(|(known, _)| *known == key) {
+        Some((_, count)) => *count += 1,
+        None => counts.push((key, 1)),
+    }
+}
+
+impl<'a> Work<'a> {
+    fn new(chunk: &'a Chunk, names: &'a Names, max_line: usize, bad_lines: &'a BadLineSink) -> Self {
+        let tally = ParsedChunk { file: chunk.file.index, ..ParsedChunk::default() };
+        Self {
+            chunk,
+            names,
+            max_line,
+            bad_lines,
+            tape: Tape::default(),
+            by_type: Vec::new(),
+            tally,
+            deletions: Vec::new(),
+            outcomes: Vec::new(),
+        }
+    }
+
+    fn chunk(&mut self) -> Result<()> {
+        let bytes: Bytes = self.chunk.bytes.clone();
+        if let Some(length) = self.chunk.oversized {
+            self.tally.lines = 1;
+            return self.bad(0..bytes.len(), TOO_LONG.into(), length);
+        }
+        // Most chunks are UTF-8 as a whole; the lines of one that is not are looked at one by one.
+        let all_utf8 = simdutf8::basic::from_utf8(&bytes).is_ok();
+        let mut start = 0;
+        while start < bytes.len() {
+            let end = memchr::memchr(b'\n', &bytes[start..]).map_or(bytes.len(), |at| start + at);
+            self.tally.lines += 1;
+            let line = trim(&bytes, start..end);
+            if line.is_empty() {
+                self.tally.blank += 1;
+            } else if line.len() > self.max_line {
+                self.bad(line.clone(), TOO_LONG.into(), line.len() as u64)?;
+            } else if !all_utf8 && simdutf8::basic::from_utf8(&bytes[line.clone()]).is_err() {
+                self.bad(line.clone(), "not UTF-8".into(), line.len() as u64)?;
+            } else {
+                self.line(&bytes, line)?;
+            }
+            start = end + 1;
+        }
+        Ok(())
+    }
+
+    fn line(&mut self, bytes: &Bytes, line: std::ops::Range<usize>) -> Result<()> {
+        let root = match parse_value(&mut self.tape, bytes, line.start, line.end) {
+            Ok(root) => root,
+            Err(fault) => return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64),
+        };
+        let value = self.tape.value(bytes, root);
+        let meant = match self.chunk.file.kind {
+            FileKind::Output => output(self.names, value),
+            FileKind::Deleted => deletions(self.names, value, &mut self.deletions).map(|()| Line::Header),
+            FileKind::Outcome => {
+                outcome_issues(value, &mut self.outcomes);
+                Ok(Line::Header)
+            }
+        };
+        match meant {
+            Ok(Line::Row(resource_type, key)) => {
+                let arrival = (self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
+                let row = ParsedRow { root, line, key: RowKey { arrival, ..key } };
+                match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
+                    Some((_, rows)) => rows.push(row),
+                    None => self.by_type.push((resource_type.clone(), vec![row])),
+                }
+                add(&mut self.tally.rows, resource_type);
+                Ok(())
+            }
+            Ok(Line::Excluded(resource_type)) => {
+                self.tally.headers += 1;
+                add(&mut self.tally.excluded, resource_type);
+                Ok(())
+            }
+            Ok(Line::Header) => {
+                self.tally.headers += 1;
+                Ok(())
+            }
+            Err(reason) => self.bad(line.clone(), reason.into(), line.len() as u64),
+        }
+    }
+
+    fn bad(&mut self, line: std::ops::Range<usize>, reason: String, full_length: u64) -> Result<()> {
+        let bytes = &self.chunk.bytes[line.clone()];
+        let bad = BadLine {
+            file: &self.chunk.file,
+            line: self.chunk.first_line + self.tally.lines - 1,
+            offset: self.chunk.offset + line.start as u64,
+            reason,
+            bytes,
+            full_length,
+        };
+        self.bad_lines.keep(&bad)?;
+        add(&mut self.tally.bad, self.chunk.file.declared.clone());
+        Ok(())
+    }
+}
+
+/// The line without white space around it (a CR before the LF among it).
+fn trim(bytes: &[u8], line: std::ops::Range<usize>) -> std::ops::Range<usize> {
+    let (mut start, mut end) = (line.start, line.end);
+    while start < end && bytes[start].is_ascii_whitespace() {
+        start += 1;
+    }
+    while end > start && bytes[end - 1].is_ascii_whitespace() {
+        end -= 1;
+    }
+    start..end
+}
+
+/// A line of an output file.
+fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
+    if value.kind() != Kind::Object {
+        return Err("not a JSON object");
+    }
+    let (mut resource_type, mut id, mut meta) = (None, None, None);
+    for (name, member) in value.entries() {
+        match name {
+            b"resourceType" => resource_type = resource_type.or(Some(member)),
+            b"id" => id = id.or(Some(member)),
+            b"meta" => meta = meta.or(Some(member)),
+            _ => {}
+        }
+    }
+    let resource_type = resource_type.ok_or("no resourceType")?.str_bytes().ok_or("resourceType is not a string")?;
+    let resource_type = names.get(resource_type).ok_or("resourceType is not one of FHIR R4")?.clone();
+    if EXCLUDED_TYPES.contains(&&*resource_type) {
+        return Ok(Line::Excluded(resource_type));
+    }
+    let id = id.ok_or("no id")?.str_bytes().ok_or("id is not a string")?;
+    if id.is_empty() {
+        return Err("id is empty");
+    }
+    let mut key =
+        RowKey { key: key_of(id), last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: (0, 0), subsetted: false };
+    if let Some(meta) = meta {
+        rank(meta, &mut key);
+    }
+    Ok(Line::Row(resource_type, key))
+}
+
+fn rank(meta: Value<'_>, key: &mut RowKey) {
+    for (name, member) in meta.entries() {
+        match name {
+            b"lastUpdated" => {
+                key.last_updated = member.str_bytes().and_then(parse_instant).unwrap_or(RowKey::ABSENT);
+            }
+            b"versionId" => {
+                let number = member.as_str().and_then(|text| text.parse::<i64>().ok()).filter(|number| *number >= 0);
+                key.version = number.unwrap_or(RowKey::ABSENT);
+            }
+            b"tag" => {
+                // K12: the server marks a resource that `_elements` cut down.
+                key.subsetted =
+                    member.items().any(|tag| tag.get(b"code").and_then(|code| code.str_bytes()) == Some(b"SUBSETTED"));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A line of a `deleted` file: a transaction Bundle with one or more DELETE entries (Bulk Data 2.0,
+/// "Deleted Output"); entries with other methods are none of ours.
+fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, u128)>) -> Result<(), &'static str> {
+    if value.get(b"resourceType").and_then(|name| name.str_bytes()) != Some(b"Bundle") {
+        return Err("not a Bundle, in a file of deletions");
+    }
+    for entry in value.get(b"entry").iter().flat_map(Value::items) {
+        let Some(request) = entry.get(b"request") else { continue };
+        if request.get(b"method").and_then(|method| method.str_bytes()) != Some(b"DELETE") {
+            tracing::warn!("an entry of a deletion bundle is no DELETE; it is passed over");
+            continue;
+        }
+        let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
+        let mut parts = url.rsplit('/');
+        let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
+        let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
+        out.push((resource_type.clone(), key_of(id.as_bytes())));
+    }
+    Ok(())
+}
+
+fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) {
+    for issue in value.get(b"issue").iter().flat_map(Value::items) {
+        let severity = match issue.get(b"severity").and_then(|severity| severity.str_bytes()) {
+            Some(b"fatal") => "fatal",
+            Some(b"error") => "error",
+            Some(b"warning") => "warning",
+            _ => "information",
+        };
+        add(out, severity.into());
+    }
+}

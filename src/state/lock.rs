@@ -1,0 +1,62 @@
+//! Keeps two runs off one pipeline.
+//!
+//! For a local folder the operating system's file lock does it: it goes with the process, however that
+//! ends, so there is no heartbeat to miss and no stale lock to break.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::Path;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// The lock; given back when dropped or when the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    pub(super) fn take(path: &Path) -> Result<Self> {
+        let failed = || format!("{} cannot be locked", path.display());
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let mut file = options.open(path).context(ErrorKind::State, failed())?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                let mut owner = String::new();
+                // Who it is, is only a help.
+                let _ = file.read_to_string(&mut owner);
+                let owner = owner.trim();
+                let owner = if owner.is_empty() { String::new() } else { format!(" ({owner})") };
+                return Err(Error::new(ErrorKind::Locked, format!("another run holds this pipeline{owner}: {}", path.display())));
+            }
+            Err(std::fs::TryLockError::Error(error)) => return Err(error).context(ErrorKind::State, failed()),
+        }
+        let owner = format!("process {}, since {}\n", std::process::id(), chrono::Utc::now().format("%Y-%m-%dT%H:%M:%SZ"));
+        file.set_len(0).context(ErrorKind::State, failed())?;
+        file.rewind().context(ErrorKind::State, failed())?;
+        file.write_all(owner.as_bytes()).context(ErrorKind::State, failed())?;
+        Ok(Self { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Breaks if a second run could start, or if the lock outlived its owner.
+    #[test]
+    fn one_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let first = Lock::take(&path).unwrap();
+        let error = Lock::take(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(error.to_string().contains("process"), "{error}");
+        drop(first);
+        Lock::take(&path).unwrap();
+    }
+}

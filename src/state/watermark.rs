@@ -1,0 +1,113 @@
+//! `state.json`: the watermark for people, health checks and those who come from the recipe.
+
+use std::path::Path;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde_json::{Map, Value, json};
+
+use super::write_atomically;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// What `state.json` says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StateFile {
+    /// `last_sync_time`: the server's `transactionTime`, or, in a file that the recipe wrote, its client's clock.
+    pub last_sync_time: Option<DateTime<Utc>>,
+    /// When the last run completed, by our clock; absent in a file that the recipe wrote.
+    pub last_completed: Option<DateTime<Utc>>,
+    /// The scope that `last_sync_time` belongs to; absent in a file that the recipe wrote.
+    pub scope: Option<String>,
+}
+
+impl StateFile {
+    /// Whether the recipe wrote it: its time is a client's clock.
+    pub fn is_the_recipes(&self) -> bool {
+        self.last_sync_time.is_some() && self.scope.is_none()
+    }
+
+    /// Reads the file; nothing where there is none.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
+        };
+        let json: Value = serde_json::from_slice(&bytes).context(ErrorKind::State, format!("{} is not JSON", path.display()))?;
+        let time = |key: &str| match json.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value
+                .as_str()
+                .and_then(parse_time)
+                .map(Some)
+                .ok_or_else(|| Error::new(ErrorKind::State, format!("{}: {key} is not an instant", path.display()))),
+        };
+        Ok(Self {
+            last_sync_time: time("last_sync_time")?,
+            last_completed: time("last_completed")?,
+            scope: json.get("scope").and_then(Value::as_str).map(str::to_owned),
+        })
+    }
+
+    /// Writes the file; members that others put there stay.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let old = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Map<String, Value>>(&bytes).ok());
+        let mut members = old.unwrap_or_default();
+        if let Some(time) = &self.last_sync_time {
+            members.insert("last_sync_time".into(), json!(python_time(time)));
+        }
+        if let Some(time) = &self.last_completed {
+            members.insert("last_completed".into(), json!(python_time(time)));
+        }
+        if let Some(scope) = &self.scope {
+            members.insert("scope".into(), json!(scope));
+        }
+        if let Some(folder) = path.parent() {
+            super::private_dir(folder)?;
+        }
+        write_atomically(path, format!("{:#}\n", Value::Object(members)).as_bytes())
+    }
+}
+
+/// As Python's `datetime.fromisoformat` of every age reads it: `+00:00`, never `Z`.
+fn python_time(time: &DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::AutoSi, false)
+}
+
+/// An instant, or Python's `isoformat()` of a naive time, which the recipe may have written in UTC.
+fn parse_time(text: &str) -> Option<DateTime<Utc>> {
+    if let Ok(time) = DateTime::parse_from_rfc3339(text) {
+        return Some(time.to_utc());
+    }
+    text.parse::<chrono::NaiveDateTime>().ok().map(|naive| naive.and_utc())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipes_file_is_read_and_what_others_wrote_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        std::fs::write(&path, r#"{"last_sync_time": "2025-03-01T10:15:00.123456", "note": 1}"#).unwrap();
+        let mut state = StateFile::read(&path).unwrap();
+        assert!(state.is_the_recipes());
+        assert_eq!(state.last_sync_time.unwrap().timestamp_micros(), 1_740_824_100_123_456);
+        state.scope = Some("s".into());
+        state.write(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("2025-03-01T10:15:00.123456+00:00") && text.contains("\"note\": 1"), "{text}");
+        assert_eq!(StateFile::read(&path).unwrap(), state);
+    }
+
+    #[test]
+    fn a_file_that_is_none_is_an_error_not_a_full_export() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.json");
+        assert_eq!(StateFile::read(&path).unwrap(), StateFile::default());
+        for text in ["{", r#"{"last_sync_time": "yesterday"}"#] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(StateFile::read(&path).unwrap_err().kind(), ErrorKind::State);
+        }
+    }
+}
