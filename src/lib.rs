@@ -8,7 +8,7 @@
 //! * [`fhir`] speaks Bulk Data; [`tape`] is JSON as offsets; [`schema`] turns FHIR's definitions into columns and
 //!   fills them; [`delta`] stages files, matches keys and commits.
 //! * [`flow`] holds the bounded edges and the crew of workers, and knows neither FHIR nor Delta.
-//! * [`state`] is what a pipeline remembers; [`error`] the one table of errors; [`telemetry`] logs and metric names.
+//! * [`state`] is what a pipeline remembers, in [`private`] files; [`error`] the one table of errors; [`telemetry`] logs and metric names.
 //! * [`demo`] is an embedded Bulk Data server with a synthetic population.
 //!
 //! A test (`tests/architecture.rs`) holds who may import whom.
@@ -22,6 +22,7 @@ pub mod fhir;
 pub mod flow;
 pub mod messages;
 pub mod pipeline;
+pub mod private;
 pub mod schema;
 pub mod stages;
 pub mod state;

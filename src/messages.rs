@@ -15,6 +15,12 @@ use crate::tape::Tape;
 /// A FHIR resource type, `Patient`.
 pub type ResourceType = Arc<str>;
 
+/// An instant in microseconds since the epoch, as text.
+pub fn instant_text(micros: i64) -> String {
+    chrono::DateTime::from_timestamp_micros(micros)
+        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
+}
+
 /// What a file of an export holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
@@ -74,6 +80,19 @@ impl Weighed for Chunk {
     }
 }
 
+/// Order of arrival: index of the file in the manifests, then line. Packed, since there is one for each row of a
+/// run: 24 bits for the file, 40 for the line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Arrival(u64);
+
+impl Arrival {
+    /// The place of line `line` in file `file`. Beyond 16 million files or a trillion lines, places coincide: then
+    /// copies of equal version tie, and one of them wins.
+    pub fn new(file: u32, line: u64) -> Self {
+        Self(u64::from(file.min(0xff_ffff)) << 40 | line.min((1 << 40) - 1))
+    }
+}
+
 /// What merging needs to know of a row: which resource it is and how it ranks among its copies.
 #[derive(Debug, Clone, Copy)]
 pub struct RowKey {
@@ -83,8 +102,8 @@ pub struct RowKey {
     pub last_updated: i64,
     /// `meta.versionId` where it is a number; [`RowKey::ABSENT`] where absent.
     pub version: i64,
-    /// Order of arrival: file index, then line.
-    pub arrival: (u32, u64),
+    /// Order of arrival.
+    pub arrival: Arrival,
     /// Whether `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
     pub subsetted: bool,
 }
@@ -94,7 +113,7 @@ impl RowKey {
     pub const ABSENT: i64 = i64::MIN;
 
     /// Total order of the copies of a resource that one run brings; the newest is the greatest.
-    pub fn rank(&self) -> (bool, i64, i64, (u32, u64)) {
+    pub fn rank(&self) -> (bool, i64, i64, Arrival) {
         (!self.subsetted, self.last_updated, self.version, self.arrival)
     }
 }

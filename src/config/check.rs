@@ -89,6 +89,18 @@ pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> 
     let file = match serde_json::from_value::<PipelineFile>(tree.to_json()) {
         Ok(file) => file,
         Err(_) if !problems.is_empty() => {
+            if let Ok(file) = serde_json::from_value::<PipelineFile>(mended(&tree, &problems)) {
+                let known = problems.len();
+                meaning(&file, &tree, &mut problems);
+                let (schema, mut rest) = {
+                    let rest = problems.split_off(known);
+                    (problems, rest)
+                };
+                // What stands in for a wrong value has no problems of its own.
+                rest.retain(|problem| !schema.iter().any(|known| problem.path.starts_with(&known.path)));
+                problems = schema;
+                problems.extend(rest);
+            }
             problems.sort_by_key(|problem| problem.place);
             return Err(problems);
         }
@@ -101,6 +113,35 @@ pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> 
     }
     problems.sort_by_key(|problem| problem.place);
     Err(problems)
+}
+
+/// The file without the values that have problems, and with something harmless where one is required: so that
+/// one wrong key does not hide what is wrong with the others.
+fn mended(tree: &Tree, problems: &[Problem]) -> Value {
+    let mut json = tree.to_json();
+    for problem in problems {
+        let (parent, key) = problem.path.rsplit_once('.').unwrap_or(("", &problem.path));
+        let pointer = if parent.is_empty() { String::new() } else { format!("/{}", parent.replace('.', "/")) };
+        match json.pointer_mut(&pointer) {
+            Some(Value::Object(members)) => drop(members.remove(key)),
+            // Items keep their places, which the other problems' paths count on.
+            Some(Value::Array(items)) => {
+                if let Some(item) = key.parse::<usize>().ok().and_then(|at| items.get_mut(at)) {
+                    *item = Value::from(key);
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Value::Object(members) = &mut json {
+        members.entry("version").or_insert(1.into());
+        members.entry("name").or_insert("x".into());
+        members.entry("tables").or_insert("x".into());
+        if let Value::Object(source) = members.entry("source").or_insert(Value::Object(serde_json::Map::new())) {
+            source.entry("url").or_insert("https://host.example/fhir".into());
+        }
+    }
+    json
 }
 
 /// What the schema cannot say.
@@ -198,6 +239,7 @@ mod tests {
         let expected = [
             "1:1: tables: required and missing",
             "1:10: version: must be 1",
+            "4:3: source.url: not a URL",
             "5:10: source.level: must be one of: system, patient, group (did you mean `group`?)",
             "6:20: source.types.1: not a resource type of FHIR R4 (did you mean `Patient`?)",
             "8:15: stages.download.concurency: unknown key (did you mean `concurrency`?)",

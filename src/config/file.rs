@@ -299,7 +299,7 @@ impl Default for EncodeSection {
             max_nesting_level: layout.max_nesting_level,
             open_types: layout.open_types,
             source_json: layout.source_json,
-            row_group: ByteSize(32 << 20),
+            row_group: ByteSize(16 << 20),
         }
     }
 }

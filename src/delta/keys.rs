@@ -17,7 +17,7 @@ use roaring::RoaringTreemap;
 use super::reader::StoreReader;
 use super::table::storage;
 use crate::error::{Error, ErrorKind, Result};
-use crate::messages::{RowKey, key_of};
+use crate::messages::{Arrival, RowKey, key_of};
 
 /// Hashes a key that is a hash already.
 #[derive(Default)]
@@ -124,7 +124,7 @@ pub(super) async fn find(
     let matches = found.iter().zip(ranks).map(|((row, key), rank)| Match {
         file: index,
         row: *row,
-        key: RowKey { key: *key, arrival: (index as u32, *row), ..rank },
+        key: RowKey { key: *key, arrival: Arrival::new(index as u32, *row), ..rank },
     });
     Ok(matches.collect())
 }
@@ -132,7 +132,8 @@ pub(super) async fn find(
 /// `lastUpdated`, `versionId` and SUBSETTED of some rows, in their order.
 async fn ranks(store: &Arc<dyn ObjectStore>, file: &DataFile, rows: impl Iterator<Item = u64>) -> Result<Vec<RowKey>> {
     let rows: Vec<u64> = rows.collect();
-    let none = RowKey { key: 0, last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: (0, 0), subsetted: false };
+    let none =
+        RowKey { key: 0, last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: Arrival::default(), subsetted: false };
     let builder = open(store, &file.path, file.size).await?;
     let Some(mask) = leaves(&builder, &["meta.lastUpdated", "meta.versionId", "meta.tag.code"]) else {
         return Ok(vec![none; rows.len()]);

@@ -1,5 +1,6 @@
 //! Delta tables: open and create, stage files, match keys, mark rows, commit once.
 
+mod adds;
 mod content;
 mod keys;
 mod reader;

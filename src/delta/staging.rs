@@ -109,6 +109,7 @@ pub struct StagedFile {
 impl StagingFile {
     /// Begins a file at `path` in the table's folder for row groups with the columns of `filled`.
     pub async fn create(table: &Table, path: Path, filled: Filled) -> Result<Self> {
+        table.make_folder()?;
         // The smallest part that every store takes; less where parts cost nothing.
         let part = if table.local().is_some() { 1 << 20 } else { 5 << 20 };
         let mut writer = BufWriter::with_capacity(table.store(), path.clone(), part);

@@ -12,6 +12,7 @@ use object_store::ObjectStore;
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::private::private_dir;
 
 /// Where the tables are.
 #[derive(Debug, Clone)]
@@ -68,10 +69,6 @@ impl Tables {
     /// Opens the table of `resource_type`, or the place where it will be.
     pub async fn open(&self, resource_type: &Arc<str>) -> Result<Table> {
         let url = self.url(resource_type)?;
-        if let Ok(path) = url.to_file_path() {
-            // Private to the user: it will hold patient data.
-            create_private_dir(&path)?;
-        }
         let builder = DeltaTableBuilder::from_url(url)
             .map_err(|error| storage(error, "the table's place cannot be used").at(resource_type.to_string()))?;
         let log_store = builder
@@ -116,7 +113,7 @@ impl Tables {
     pub async fn check_writable(&self) -> Result<()> {
         use object_store::ObjectStoreExt;
         if let Some(path) = self.local() {
-            create_private_dir(&path)?;
+            private_dir(&path)?;
         }
         let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{} cannot be written", self.display()));
         let store = DeltaTableBuilder::from_url(self.root.clone())
@@ -183,16 +180,21 @@ pub(crate) fn folder_url(location: &str) -> Result<Url> {
     Ok(url)
 }
 
-/// Makes a folder and its parents, readable by the user alone.
-pub(crate) fn create_private_dir(path: &std::path::Path) -> Result<()> {
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(path).context(ErrorKind::Storage, format!("{} cannot be made", path.display()))
-}
-
 impl Table {
+    /// Makes the table's folder, private to the user, before the first file goes into it. Not before: an empty folder
+    /// of this name is no table, and Pathling would take it for one.
+    pub fn make_folder(&self) -> Result<()> {
+        self.local().map_or(Ok(()), |folder| private_dir(&folder))
+    }
+
+    /// Removes the folder again where nothing came into it.
+    pub fn remove_empty_folder(&self) {
+        if let (None, Some(folder)) = (self.version(), self.local()) {
+            // Refused where it holds anything.
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+
     /// Reads the newest snapshot.
     pub async fn refresh(&mut self) -> Result<()> {
         let mut delta = DeltaTable::new(self.log_store.clone());

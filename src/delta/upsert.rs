@@ -16,6 +16,7 @@ use object_store::path::Path;
 use roaring::RoaringTreemap;
 use serde_json::{Value, json};
 
+use super::adds::{loose_bounds, rewrite, staged_add};
 use super::content::row_hashes;
 use super::keys::{ByKey, DataFile, Match, find, rows, selection};
 use super::staging::StagedFile;
@@ -157,16 +158,19 @@ impl Upsert {
     async fn plan(&self, table: &Table, targets: &[TargetFile]) -> Result<Plan> {
         let mut plan = Plan { staged_gone: vec![RoaringTreemap::new(); self.files.len()], ..Plan::default() };
         // Among the run's own copies the newest wins.
-        let mut winners: ByKey<(usize, u64, RowKey)> = ByKey::default();
+        let rows = self.files.iter().map(|file| file.keys.len()).sum();
+        let mut winners: ByKey<(u32, u32)> = ByKey::with_capacity_and_hasher(rows, Default::default());
+        let key_at = |(file, row): (u32, u32)| &self.files[file as usize].keys[row as usize];
         for (file, staged) in self.files.iter().enumerate() {
             for (row, key) in staged.keys.iter().enumerate() {
-                let candidate = (file, row as u64, *key);
+                let candidate = (file as u32, row as u32);
                 let Some(best) = winners.get_mut(&key.key) else {
                     winners.insert(key.key, candidate);
                     continue;
                 };
-                let loser = if key.rank() > best.2.rank() { std::mem::replace(best, candidate) } else { candidate };
-                plan.staged_gone[loser.0].insert(loser.1);
+                let newer = key.rank() > key_at(*best).rank();
+                let loser = if newer { std::mem::replace(best, candidate) } else { candidate };
+                plan.staged_gone[loser.0 as usize].insert(u64::from(loser.1));
                 plan.merged.skipped += 1;
             }
         }
@@ -188,7 +192,7 @@ impl Upsert {
             let mark = |plan: &mut Plan, copy: &Match| {
                 plan.gone.entry(copy.file).or_default().insert(copy.row);
             };
-            let Some((file, row, staged)) = winners.get(key) else {
+            let Some(winner) = winners.get(key).copied() else {
                 copies.iter().for_each(|copy| mark(&mut plan, copy));
                 plan.merged.deleted += 1;
                 continue;
@@ -196,16 +200,17 @@ impl Upsert {
             // A table may hold an id twice, by the recipe's doing: the best copy stays at most.
             let Some(best) = copies.iter().max_by_key(|copy| copy.key.rank()) else { continue };
             copies.iter().filter(|copy| (copy.file, copy.row) != (best.file, best.row)).for_each(|copy| mark(&mut plan, copy));
-            match judge(staged, &best.key, self.full_refresh) {
+            let (file, row) = (winner.0 as usize, u64::from(winner.1));
+            match judge(key_at(winner), &best.key, self.full_refresh) {
                 Verdict::Newer => {
                     mark(&mut plan, best);
                     plan.merged.updated += 1;
                 }
                 Verdict::Older => {
-                    plan.staged_gone[*file].insert(*row);
+                    plan.staged_gone[file].insert(row);
                     plan.merged.skipped += 1;
                 }
-                Verdict::Compare => undecided.push((*file, *row, *best)),
+                Verdict::Compare => undecided.push((file, row, *best)),
             }
         }
         plan.merged.inserted = (winners.len() - matches.keys().filter(|key| winners.contains_key(key)).count()) as u64;
@@ -350,6 +355,7 @@ impl Upsert {
                 .await
                 .map(|commit| Some(commit.version() as u64))
         } else {
+            table.make_folder()?;
             CreateBuilder::new()
                 .with_log_store(table.log_store.clone())
                 .with_save_mode(SaveMode::ErrorIfExists)
@@ -448,94 +454,13 @@ async fn hash_rows(table: &Table, path: &Path, size: u64, wanted: &mut BTreeMap<
     Ok(())
 }
 
-fn new_add(path: &Path, size: u64, stats: Value) -> Add {
-    Add {
-        path: path.to_string(),
-        size: size as i64,
-        modification_time: chrono::Utc::now().timestamp_millis(),
-        data_change: true,
-        stats: Some(stats.to_string()),
-        ..Add::default()
-    }
-}
-
-fn staged_add(staged: &StagedFile) -> Add {
-    let mut stats = json!({ "numRecords": staged.keys.len(), "tightBounds": true });
-    let (mut min, mut max) = (json!({}), json!({}));
-    if let Some((least, greatest)) = &staged.id_range {
-        min["id"] = json!(least);
-        max["id"] = json!(greatest);
-        stats["nullCount"] = json!({ "id": 0 });
-    }
-    let times = staged.keys.iter().map(|key| key.last_updated);
-    if let (Some(first), Some(last)) = (times.clone().min(), times.max())
-        && first != RowKey::ABSENT
-    {
-        // The log keeps milliseconds: the greatest is rounded up, so that no reader skips a row.
-        let text = |millis: i64| {
-            chrono::DateTime::from_timestamp_millis(millis).map(|time| time.to_rfc3339_opts(chrono::SecondsFormat::Millis, true))
-        };
-        if let (Some(first), Some(last)) = (text(first.div_euclid(1000)), text(last.div_euclid(1000) + 1)) {
-            min["meta"] = json!({ "lastUpdated": first });
-            max["meta"] = json!({ "lastUpdated": last });
-        }
-    }
-    stats["minValues"] = min;
-    stats["maxValues"] = max;
-    new_add(&staged.path, staged.size, stats)
-}
-
-/// Statistics of a file some of whose rows are gone: still bounds, no longer tight ones.
-fn loose_bounds(stats: &str) -> String {
-    match serde_json::from_str::<Value>(stats) {
-        Ok(Value::Object(mut members)) => {
-            members.insert("tightBounds".into(), false.into());
-            Value::Object(members).to_string()
-        }
-        _ => stats.to_owned(),
-    }
-}
-
-/// A copy of a file without the rows that are gone, in their order, streamed.
-async fn rewrite(table: &Table, path: &Path, size: u64, gone: &RoaringTreemap, total: Option<u64>) -> Result<Add> {
-    use parquet::arrow::AsyncArrowWriter;
-    use parquet::file::properties::WriterProperties;
-    let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{path} cannot be rewritten"));
-    let total = match total {
-        Some(total) => total,
-        None => super::keys::row_count(&table.store(), path, size).await?,
-    };
-    let kept = (0..total).filter(|row| !gone.contains(*row));
-    let mut batches = rows(&table.store(), path, size, selection(kept)).await?;
-    let new_path = Path::from(format!("part-{}.zstd.parquet", uuid::Uuid::new_v4()));
-    let writer = object_store::buffered::BufWriter::new(table.store(), new_path.clone());
-    let properties = WriterProperties::builder()
-        .set_compression(parquet::basic::Compression::ZSTD(Default::default()))
-        .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None)
-        .set_offset_index_disabled(true)
-        .build();
-    let options =
-        parquet::arrow::arrow_writer::ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true);
-    let mut writer =
-        AsyncArrowWriter::try_new_with_options(writer, batches.schema().clone(), options).map_err(|error| failed(&error))?;
-    while let Some(batch) = batches.try_next().await.map_err(|error| failed(&error))? {
-        writer.write(&batch).await.map_err(|error| failed(&error))?;
-        if writer.in_progress_size() > 32 << 20 {
-            writer.flush().await.map_err(|error| failed(&error))?;
-        }
-    }
-    let written = writer.close().await.map_err(|error| failed(&error))?;
-    let head = table.store().head(&new_path).await.map_err(|error| failed(&error))?;
-    let stats = json!({ "numRecords": written.file_metadata().num_rows() });
-    Ok(new_add(&new_path, head.size, stats))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::messages::Arrival;
 
     fn key(last_updated: i64, version: i64, subsetted: bool) -> RowKey {
-        RowKey { key: 1, last_updated, version, arrival: (0, 0), subsetted }
+        RowKey { key: 1, last_updated, version, arrival: Arrival::default(), subsetted }
     }
     const NONE: i64 = RowKey::ABSENT;
 

@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn retry_after_in_every_form() {
         let now = UNIX_EPOCH + Duration::from_secs(1_795_386_390);
-        let seconds = |text| parse_retry_after(text, now).map(|wait| wait.as_secs());
+        let seconds = |text: &str| parse_retry_after(text, now).map(|wait| wait.as_secs());
         assert_eq!(seconds("120"), Some(120));
         assert_eq!(seconds("-5"), Some(0));
         assert_eq!(seconds("1795386395"), Some(5), "epoch seconds");

@@ -31,7 +31,7 @@ impl Node {
 /// `map<int, array<item>>`, named and nullable as Spark writes it.
 pub(super) fn map_type(item: DataType) -> DataType {
     let entries =
-        Fields::from(vec![ArrowField::new("key", DataType::Int32, false), ArrowField::new("value", list_type(item), true)]);
+        Fields::from(vec![ArrowField::new("key", DataType::Int32, false), ArrowField::new("value", list_type(item), false)]);
     DataType::Map(Arc::new(ArrowField::new("key_value", DataType::Struct(entries), false)), false)
 }
 

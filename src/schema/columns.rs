@@ -333,8 +333,13 @@ pub struct Filled {
 }
 
 impl Filled {
-    fn child(&self, index: usize) -> Option<&Filled> {
-        self.children.binary_search_by_key(&index, |child| child.0).ok().map(|at| &self.children[at].1)
+    /// Every field of `group`, at every depth.
+    fn all(group: &Group) -> Self {
+        let below = |field: &Field| match &field.node {
+            Node::Group(group) | Node::Extensions(group) => Self::all(group),
+            _ => Self::default(),
+        };
+        Self { children: group.fields.iter().map(below).enumerate().collect() }
     }
 
     /// Adds what `other` has; whether anything was new.
@@ -357,8 +362,9 @@ impl Structs {
     /// Which fields were filled, at every depth.
     pub fn filled(&self) -> Filled {
         let children = self.children.iter().enumerate();
-        let children = children.filter_map(|(index, child)| Some((index, child.as_ref()?.filled()))).collect();
-        Filled { children }
+        let children =
+            children.filter_map(|(index, child)| Some((index, child.as_deref().filter(|child| child.has_values())?.filled())));
+        Filled { children: children.collect() }
     }
 
     /// The struct array of `len` slots with the columns of `filled`, which holds at least what was filled here.
@@ -379,11 +385,28 @@ impl Structs {
 }
 
 impl Column {
+    /// Whether any slot has a value: a column may have been made for one that turned out not to be of its type.
+    fn has_values(&self) -> bool {
+        match self {
+            Column::List(list) => list.items.has_values(),
+            Column::Map { keys, .. } => !keys.is_empty(),
+            column => column.len() > 0,
+        }
+    }
+
     fn filled(&self) -> Filled {
         match self {
             Column::Structs(structs) => structs.filled(),
             Column::List(list) => list.items.filled(),
-            Column::Map { offsets, .. } => offsets.items.filled(),
+            // DataFusion adapts structs and lists whose files lack fields to the table's type, but not maps
+            // ("Cannot cast column"), so the values of the map are always written whole.
+            Column::Map { offsets, .. } => match &offsets.items {
+                Column::List(per_key) => match &per_key.items {
+                    Column::Structs(structs) => Filled::all(&structs.group),
+                    _ => Filled::default(),
+                },
+                _ => Filled::default(),
+            },
             _ => Filled::default(),
         }
     }
@@ -404,15 +427,4 @@ fn filled_type(field: &Field, filled: &Filled) -> DataType {
         leaf => leaf.data_type(),
     };
     if field.repeats { list_type(single) } else { single }
-}
-
-impl Filled {
-    /// Whether nothing is filled.
-    pub fn is_empty(&self) -> bool {
-        self.children.is_empty()
-    }
-    /// Whether everything of `other` is here too.
-    pub fn covers(&self, other: &Filled) -> bool {
-        other.children.iter().all(|(index, theirs)| self.child(*index).is_some_and(|ours| ours.covers(theirs)))
-    }
 }

@@ -27,7 +27,7 @@ pub struct Element {
     pub repeats: bool,
     /// Whether its name ends in `[x]`.
     pub choice: bool,
-    /// Type codes; `*` among them means every open type.
+    /// Type codes.
     pub types: Vec<String>,
     /// Path of the block whose definition it uses: its own, or that of its content reference.
     pub block: Option<String>,

@@ -14,7 +14,7 @@ use super::ledger::{Ledger, Standing};
 use crate::delta::{Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType};
+use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
 use crate::schema::{Layout, arrow_schema};
 use crate::telemetry;
 
@@ -342,7 +342,10 @@ impl Merge {
             Ok(Commit::Stale { table }) => {
                 let error = Error::new(
                     ErrorKind::Table,
-                    format!("the export's transactionTime is older than the table's ({}); it was not merged", instant(table)),
+                    format!(
+                        "the export's transactionTime is older than the table's ({}); it was not merged",
+                        instant_text(table)
+                    ),
                 );
                 self.failed(name, stage, &error);
             }
@@ -378,6 +381,7 @@ impl Merge {
                 for file in stage.staged.drain(..) {
                     file.discard(table).await;
                 }
+                table.remove_empty_folder();
             }
         }
         let transaction_time = self.ledger.types().iter().filter_map(|name| self.ledger.end_of(name)?.transaction_time).min();
@@ -390,11 +394,6 @@ impl Merge {
     }
 }
 
-fn instant(micros: i64) -> String {
-    chrono::DateTime::from_timestamp_micros(micros)
-        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
-}
-
 fn info(settings: &MergeSettings, end: Option<&ExportEnd>) -> BTreeMap<String, Value> {
     let mut info = BTreeMap::from([
         ("pipeline".to_owned(), json!(settings.pipeline)),
@@ -402,7 +401,7 @@ fn info(settings: &MergeSettings, end: Option<&ExportEnd>) -> BTreeMap<String, V
         ("clientVersion".to_owned(), json!(concat!("fhirlake.", env!("CARGO_PKG_VERSION")))),
     ]);
     if let Some(time) = end.and_then(|end| end.transaction_time) {
-        info.insert("transactionTime".to_owned(), json!(instant(time)));
+        info.insert("transactionTime".to_owned(), json!(instant_text(time)));
     }
     info
 }

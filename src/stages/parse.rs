@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use crate::error::Result;
 use crate::flow::{Board, Receiver, Sender};
 use crate::messages::{
-    BadLine, BadLineSink, Chunk, Fact, FileKind, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows, key_of,
+    Arrival, BadLine, BadLineSink, Chunk, Fact, FileKind, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows, key_of,
 };
 use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
 use crate::tape::{Kind, Tape, Value, parse_value};
@@ -187,7 +187,7 @@ impl<'a> Work<'a> {
         };
         match meant {
             Ok(Line::Row(resource_type, key)) => {
-                let arrival = (self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
+                let arrival = Arrival::new(self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
                 let row = ParsedRow { root, line, key: RowKey { arrival, ..key } };
                 match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
                     Some((_, rows)) => rows.push(row),
@@ -260,8 +260,13 @@ fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
     if id.is_empty() {
         return Err("id is empty");
     }
-    let mut key =
-        RowKey { key: key_of(id), last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: (0, 0), subsetted: false };
+    let mut key = RowKey {
+        key: key_of(id),
+        last_updated: RowKey::ABSENT,
+        version: RowKey::ABSENT,
+        arrival: Arrival::default(),
+        subsetted: false,
+    };
     if let Some(meta) = meta {
         rank(meta, &mut key);
     }

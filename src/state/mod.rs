@@ -11,11 +11,10 @@ pub use lock::Lock;
 pub use quarantine::{Quarantine, QuarantinedLine};
 pub use watermark::StateFile;
 
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::Result;
+use crate::private::{private_dir, write_atomically};
 
 /// The folder of a pipeline's state.
 #[derive(Debug, Clone)]
@@ -86,41 +85,4 @@ impl StateFolder {
 fn reports(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     entries.filter(|path| path.extension().is_some_and(|ext| ext == "json")).collect()
-}
-
-/// A folder that only the user can read: it holds patient data.
-pub(crate) fn private_dir(path: &Path) -> Result<()> {
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(path).context(ErrorKind::State, format!("{} cannot be made", path.display()))
-}
-
-/// A file that only the user can read, for appending.
-pub(crate) fn private_append(path: &Path) -> Result<File> {
-    let mut options = std::fs::OpenOptions::new();
-    options.create(true).append(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options.open(path).context(ErrorKind::State, format!("{} cannot be written", path.display()))
-}
-
-/// Replaces a file by its whole new content, or not at all, whenever the machine stops.
-pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
-    let failed = || format!("{} cannot be written", path.display());
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
-    // What a killed run left would keep its own permissions.
-    let _ = std::fs::remove_file(&beside);
-    let mut file = private_append(&beside)?;
-    file.write_all(content).context(ErrorKind::State, failed())?;
-    file.sync_all().context(ErrorKind::State, failed())?;
-    std::fs::rename(&beside, path).context(ErrorKind::State, failed())?;
-    if let Some(folder) = path.parent().and_then(|folder| File::open(folder).ok()) {
-        // The rename itself; a file system that cannot sync a folder has done what it can.
-        let _ = folder.sync_all();
-    }
-    Ok(())
 }

@@ -10,9 +10,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
-use super::{private_append, private_dir};
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{BadLine, BadLines};
+use crate::private::{private_append, private_dir};
 
 /// A line in quarantine, as its file holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,8 +5,8 @@ use std::path::Path;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Map, Value, json};
 
-use super::write_atomically;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::private::{private_dir, write_atomically};
 
 /// What `state.json` says.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -62,7 +62,7 @@ impl StateFile {
             members.insert("scope".into(), json!(scope));
         }
         if let Some(folder) = path.parent() {
-            super::private_dir(folder)?;
+            private_dir(folder)?;
         }
         write_atomically(path, format!("{:#}\n", Value::Object(members)).as_bytes())
     }

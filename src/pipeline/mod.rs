@@ -6,12 +6,17 @@
 //!     └─────────────────┴──────────────┴──── facts: pages, ends, counts ──────▲
 //! ```
 
+mod inspect;
+mod report;
+
+pub use inspect::{Dependency, TableState, check_dependencies, table_states};
+pub use report::RunReport;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use chrono::{DateTime, Utc};
-use serde::Serialize;
 use tracing::Instrument;
 use url::Url;
 
@@ -20,16 +25,15 @@ use crate::delta::{Table, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, ExportRequest};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
-use crate::messages::{BadLineSink, Chunk, FlushRequests, MergeInput, ResourceType, Rows};
-use crate::schema::{EXCLUDED_TYPES, Layout, arrow_schema, conform};
+use crate::messages::{BadLineSink, Chunk, FlushRequests, MergeInput, ResourceType, Rows, instant_text};
+use crate::schema::{Layout, arrow_schema, conform};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, FolderExport, Kickoff, ServerExport};
 use crate::stages::ledger::{Ledger, MaxBadLines};
-use crate::stages::merge::{Merge, MergeReport, MergeSettings, TypeOutcome};
+use crate::stages::merge::{Merge, MergeSettings};
 use crate::stages::parse::Parse;
 use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
-use crate::telemetry;
 
 /// What is taken off the time in the recipe's state file: it is a client's clock.
 const RECIPE_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
@@ -50,39 +54,6 @@ pub struct Watch {
     pub edges: Arc<Mutex<Vec<EdgeGauge>>>,
     /// The server's words on its export.
     pub server: Arc<Mutex<Option<String>>>,
-}
-
-/// What a run did.
-#[derive(Debug, Clone, Serialize)]
-pub struct RunReport {
-    /// The pipeline.
-    pub pipeline: String,
-    /// The run's id.
-    pub run: String,
-    /// When it began.
-    pub started: DateTime<Utc>,
-    /// How long it took.
-    pub seconds: f64,
-    /// Whether every type succeeded.
-    pub succeeded: bool,
-    /// Whether everything was asked for, by the run's own choice or for want of a watermark.
-    pub full: bool,
-    /// The server's `transactionTime`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub transaction_time: Option<String>,
-    /// By type.
-    pub types: BTreeMap<String, TypeOutcome>,
-    /// Lines of types that have no table.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub excluded: BTreeMap<String, u64>,
-    /// Files whose manifest count differs from what came: file, promised, came.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub count_findings: Vec<(String, u64, u64)>,
-    /// Issues in the export's error files, by severity.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub outcome_issues: BTreeMap<String, u64>,
-    /// Requests that were tried again.
-    pub retries: u64,
 }
 
 /// What a run is about to do, drawn up before anything is asked of the server.
@@ -264,7 +235,7 @@ async fn once(
     let prepared = prepare(plan, options).await?;
     let plan = &prepared.plan;
     match prepared.kickoffs.iter().filter_map(|kickoff| kickoff.request.since).min() {
-        Some(since) => tracing::info!(since = %instant(since), "incremental sync"),
+        Some(since) => tracing::info!(since = %instant_text(since), "incremental sync"),
         None => tracing::info!("full sync"),
     }
     journal.write(&JournalEntry::Began { run: run.clone(), types: plan.types.clone() })?;
@@ -384,7 +355,7 @@ async fn once(
     let ended = crew.join(waiting).await;
     let merged = report_out.await.unwrap_or_default();
     journal.write(&JournalEntry::Ended { run: run.clone() })?;
-    let report = report(plan, run, started, began, prepared.full, watch, merged, ended.is_ok());
+    let report = report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.is_ok());
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
     if stop.is_pulled() {
@@ -425,7 +396,9 @@ async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
     };
     let mut removed = 0;
     for name in tables.existing_folders()? {
-        removed += tables.open(&name).await?.remove_orphans(run).await?;
+        let table = tables.open(&name).await?;
+        removed += table.remove_orphans(run).await?;
+        table.remove_empty_folder();
     }
     tracing::warn!(run = %run, removed, "the last run ended without a word; its staged files were removed");
     journal.clear()
@@ -438,55 +411,6 @@ fn max_bad_lines(most: &MaxBad) -> MaxBadLines {
     }
 }
 
-fn instant(micros: i64) -> String {
-    DateTime::from_timestamp_micros(micros)
-        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
-}
-
-#[expect(clippy::too_many_arguments, reason = "each is one fact of the report")]
-fn report(
-    plan: &Plan,
-    run: String,
-    started: DateTime<Utc>,
-    began: Instant,
-    full: bool,
-    watch: &Watch,
-    merged: MergeReport,
-    ended_well: bool,
-) -> RunReport {
-    let (mut excluded, mut outcome_issues, mut retries) = (BTreeMap::new(), BTreeMap::new(), 0);
-    for ((metric, label), value) in watch.board.read() {
-        match metric {
-            telemetry::EXCLUDED => drop(excluded.insert(label.to_string(), value)),
-            telemetry::OUTCOME_ISSUES => drop(outcome_issues.insert(label.to_string(), value)),
-            telemetry::RETRIES => retries += value,
-            _ => {}
-        }
-    }
-    for (file, promised, came) in &merged.count_findings {
-        tracing::warn!(file, promised, came, "the manifest's count differs from what came");
-    }
-    if outcome_issues.contains_key("fatal") || outcome_issues.contains_key("error") {
-        tracing::warn!(?outcome_issues, "the server reports that its export is not whole");
-    }
-    let types: BTreeMap<String, TypeOutcome> =
-        merged.types.into_iter().filter(|(name, _)| !EXCLUDED_TYPES.contains(&name.as_str())).collect();
-    RunReport {
-        pipeline: plan.name.clone(),
-        run,
-        started,
-        seconds: began.elapsed().as_secs_f64(),
-        succeeded: ended_well && types.values().all(|outcome| outcome.error.is_none()),
-        full,
-        transaction_time: merged.transaction_time.map(instant),
-        types,
-        excluded,
-        count_findings: merged.count_findings,
-        outcome_issues,
-        retries,
-    }
-}
-
 fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Result<()> {
     let mut remembered = StateFile::read(state.state_file())?;
     remembered.last_completed = Some(Utc::now());
@@ -495,95 +419,4 @@ fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Re
         remembered.scope = Some(app_id.to_owned());
     }
     remembered.write(state.state_file())
-}
-
-/// How a table stands.
-#[derive(Debug, Clone)]
-pub struct TableState {
-    /// Its type.
-    pub resource_type: ResourceType,
-    /// Its version.
-    pub version: u64,
-    /// Its rows, where statistics tell.
-    pub rows: Option<u64>,
-    /// This pipeline's watermark in it.
-    pub watermark: Option<String>,
-}
-
-/// How the tables of a plan stand.
-pub async fn table_states(plan: &Plan) -> Result<Vec<TableState>> {
-    let tables = Tables::at(&plan.tables)?;
-    let app_id = app_id(plan);
-    let mut states = Vec::new();
-    for name in tables.existing().await? {
-        let table = tables.open(&name).await?;
-        let Some(version) = table.version() else { continue };
-        let watermark = table.transaction(&app_id).await?.map(instant);
-        states.push(TableState { resource_type: name, version, rows: table.row_count(), watermark });
-    }
-    Ok(states)
-}
-
-/// One thing that a run depends on, and how it stands.
-#[derive(Debug, Clone)]
-pub struct Dependency {
-    /// What it is.
-    pub name: String,
-    /// `Ok` with what was found, or what is wrong.
-    pub outcome: std::result::Result<String, String>,
-}
-
-/// Looks at everything that a run of `plan` depends on.
-pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
-    let mut found = Vec::new();
-    let mut add = |name: String, outcome: Result<String>| {
-        found.push(Dependency { name, outcome: outcome.map_err(|error| error.to_string()) });
-    };
-    match client(plan, &Board::default(), &Stop::default()) {
-        Ok(None) => {
-            if let SourcePlan::Folder(url) = &plan.source {
-                add("source folder".into(), source_folder(url).map(|_| url.path().to_owned()));
-            }
-        }
-        Ok(Some(client)) => {
-            let probe = client.probe("metadata").await.and_then(|status| {
-                if status.is_success() {
-                    Ok(format!("{} answers", client.base().as_str()))
-                } else {
-                    Err(Error::new(ErrorKind::Server, format!("{}metadata answers {status}", client.base().as_str())))
-                }
-            });
-            add("server metadata".into(), probe);
-            let token = match &plan.source {
-                SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => Ok("none is needed: no auth is set".into()),
-                _ => client.check_auth().await.map(|()| "granted".into()),
-            };
-            add("token".into(), token);
-        }
-        Err(error) => add("token".into(), Err(error)),
-    }
-    add("tables writable".into(), writable_tables(plan).await);
-    let state = StateFolder::open(&plan.state, plan.state_file.as_deref());
-    let state = state.and_then(|state| {
-        state.lock().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
-        StateFile::read(state.state_file())?;
-        Ok(state.path().display().to_string())
-    });
-    add("state writable".into(), state);
-    found
-}
-
-async fn writable_tables(plan: &Plan) -> Result<String> {
-    let tables = Tables::at(&plan.tables)?;
-    tables.check_writable().await?;
-    let mut existing = 0;
-    for name in tables.existing().await? {
-        let table = tables.open(&name).await?;
-        table.check_writable()?;
-        if let (Some(layout), Some(schema)) = (Layout::pathling(&name, &plan.layout), table.schema()?) {
-            conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?;
-        }
-        existing += 1;
-    }
-    Ok(format!("{} ({existing} tables there)", tables.display()))
 }

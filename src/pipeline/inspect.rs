@@ -1,0 +1,101 @@
+//! Looking at what a pipeline depends on and what it has made.
+
+use super::{app_id, client, source_folder};
+use crate::config::{Plan, SourcePlan};
+use crate::delta::Tables;
+use crate::error::{Error, ErrorKind, Result};
+use crate::flow::{Board, Stop};
+use crate::messages::{ResourceType, instant_text};
+use crate::schema::{Layout, conform};
+use crate::state::{StateFile, StateFolder};
+
+/// How a table stands.
+#[derive(Debug, Clone)]
+pub struct TableState {
+    /// Its type.
+    pub resource_type: ResourceType,
+    /// Its version.
+    pub version: u64,
+    /// Its rows, where statistics tell.
+    pub rows: Option<u64>,
+    /// This pipeline's watermark in it.
+    pub watermark: Option<String>,
+}
+
+/// How the tables of a plan stand.
+pub async fn table_states(plan: &Plan) -> Result<Vec<TableState>> {
+    let tables = Tables::at(&plan.tables)?;
+    let app_id = app_id(plan);
+    let mut states = Vec::new();
+    for name in tables.existing().await? {
+        let table = tables.open(&name).await?;
+        let Some(version) = table.version() else { continue };
+        let watermark = table.transaction(&app_id).await?.map(instant_text);
+        states.push(TableState { resource_type: name, version, rows: table.row_count(), watermark });
+    }
+    Ok(states)
+}
+
+/// One thing that a run depends on, and how it stands.
+#[derive(Debug, Clone)]
+pub struct Dependency {
+    /// What it is.
+    pub name: String,
+    /// `Ok` with what was found, or what is wrong.
+    pub outcome: std::result::Result<String, String>,
+}
+
+/// Looks at everything that a run of `plan` depends on.
+pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
+    let mut found = Vec::new();
+    let mut add = |name: String, outcome: Result<String>| {
+        found.push(Dependency { name, outcome: outcome.map_err(|error| error.to_string()) });
+    };
+    match client(plan, &Board::default(), &Stop::default()) {
+        Ok(None) => {
+            if let SourcePlan::Folder(url) = &plan.source {
+                add("source folder".into(), source_folder(url).map(|_| url.path().to_owned()));
+            }
+        }
+        Ok(Some(client)) => {
+            let probe = client.probe("metadata").await.and_then(|status| {
+                if status.is_success() {
+                    Ok(format!("{} answers", client.base().as_str()))
+                } else {
+                    Err(Error::new(ErrorKind::Server, format!("{}metadata answers {status}", client.base().as_str())))
+                }
+            });
+            add("server metadata".into(), probe);
+            let token = match &plan.source {
+                SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => Ok("none is needed: no auth is set".into()),
+                _ => client.check_auth().await.map(|()| "granted".into()),
+            };
+            add("token".into(), token);
+        }
+        Err(error) => add("token".into(), Err(error)),
+    }
+    add("tables writable".into(), writable_tables(plan).await);
+    let state = StateFolder::open(&plan.state, plan.state_file.as_deref());
+    let state = state.and_then(|state| {
+        state.lock().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
+        StateFile::read(state.state_file())?;
+        Ok(state.path().display().to_string())
+    });
+    add("state writable".into(), state);
+    found
+}
+
+async fn writable_tables(plan: &Plan) -> Result<String> {
+    let tables = Tables::at(&plan.tables)?;
+    tables.check_writable().await?;
+    let mut existing = 0;
+    for name in tables.existing().await? {
+        let table = tables.open(&name).await?;
+        table.check_writable()?;
+        if let (Some(layout), Some(schema)) = (Layout::pathling(&name, &plan.layout), table.schema()?) {
+            conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?;
+        }
+        existing += 1;
+    }
+    Ok(format!("{} ({existing} tables there)", tables.display()))
+}

@@ -1,0 +1,90 @@
+//! What a run did, for people and for the state.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use crate::config::Plan;
+use crate::flow::Board;
+use crate::messages::instant_text;
+use crate::schema::EXCLUDED_TYPES;
+use crate::stages::merge::{MergeReport, TypeOutcome};
+use crate::telemetry;
+
+/// What a run did.
+#[derive(Debug, Clone, Serialize)]
+pub struct RunReport {
+    /// The pipeline.
+    pub pipeline: String,
+    /// The run's id.
+    pub run: String,
+    /// When it began.
+    pub started: DateTime<Utc>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Whether every type succeeded.
+    pub succeeded: bool,
+    /// Whether everything was asked for, by the run's own choice or for want of a watermark.
+    pub full: bool,
+    /// The server's `transactionTime`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transaction_time: Option<String>,
+    /// By type.
+    pub types: BTreeMap<String, TypeOutcome>,
+    /// Lines of types that have no table.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub excluded: BTreeMap<String, u64>,
+    /// Files whose manifest count differs from what came: file, promised, came.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub count_findings: Vec<(String, u64, u64)>,
+    /// Issues in the export's error files, by severity.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub outcome_issues: BTreeMap<String, u64>,
+    /// Requests that were tried again.
+    pub retries: u64,
+}
+
+/// Draws up the report of a run that began at `time.0` and took `time.1`.
+pub(super) fn draw_up(
+    plan: &Plan,
+    run: String,
+    time: (DateTime<Utc>, Duration),
+    full: bool,
+    board: &Board,
+    merged: MergeReport,
+    ended_well: bool,
+) -> RunReport {
+    let (mut excluded, mut outcome_issues, mut retries) = (BTreeMap::new(), BTreeMap::new(), 0);
+    for ((metric, label), value) in board.read() {
+        match metric {
+            telemetry::EXCLUDED => drop(excluded.insert(label.to_string(), value)),
+            telemetry::OUTCOME_ISSUES => drop(outcome_issues.insert(label.to_string(), value)),
+            telemetry::RETRIES => retries += value,
+            _ => {}
+        }
+    }
+    for (file, promised, came) in &merged.count_findings {
+        tracing::warn!(file, promised, came, "the manifest's count differs from what came");
+    }
+    if outcome_issues.contains_key("fatal") || outcome_issues.contains_key("error") {
+        tracing::warn!(?outcome_issues, "the server reports that its export is not whole");
+    }
+    let types: BTreeMap<String, TypeOutcome> =
+        merged.types.into_iter().filter(|(name, _)| !EXCLUDED_TYPES.contains(&name.as_str())).collect();
+    RunReport {
+        pipeline: plan.name.clone(),
+        run,
+        started: time.0,
+        seconds: time.1.as_secs_f64(),
+        succeeded: ended_well && types.values().all(|outcome| outcome.error.is_none()),
+        full,
+        transaction_time: merged.transaction_time.map(instant_text),
+        types,
+        excluded,
+        count_findings: merged.count_findings,
+        outcome_issues,
+        retries,
+    }
+}

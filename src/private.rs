@@ -1,0 +1,44 @@
+//! Folders and files that only the user can read: they hold patient data.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, ErrorKind, Result};
+
+/// A folder that only the user can read: it holds patient data.
+pub fn private_dir(path: &Path) -> Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path).context(ErrorKind::Storage, format!("{} cannot be made", path.display()))
+}
+
+/// A file that only the user can read, for appending.
+pub fn private_append(path: &Path) -> Result<File> {
+    let mut options = std::fs::OpenOptions::new();
+    options.create(true).append(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path).context(ErrorKind::Storage, format!("{} cannot be written", path.display()))
+}
+
+/// Replaces a file by its whole new content, or not at all, whenever the machine stops.
+pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+    let failed = || format!("{} cannot be written", path.display());
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    // What a killed run left would keep its own permissions.
+    let _ = std::fs::remove_file(&beside);
+    let mut file = private_append(&beside)?;
+    file.write_all(content).context(ErrorKind::Storage, failed())?;
+    file.sync_all().context(ErrorKind::Storage, failed())?;
+    std::fs::rename(&beside, path).context(ErrorKind::Storage, failed())?;
+    if let Some(folder) = path.parent().and_then(|folder| File::open(folder).ok()) {
+        // The rename itself; a file system that cannot sync a folder has done what it can.
+        let _ = folder.sync_all();
+    }
+    Ok(())
+}

@@ -1,0 +1,247 @@
+//! Runs against the embedded server, well-behaved and not.
+
+use std::time::Duration;
+
+use fhirlake::demo::{DEMO_TYPES, DemoServer, Faults, Population};
+use fhirlake::error::ErrorKind;
+use fhirlake::flow::Stop;
+use fhirlake::pipeline::{RunOptions, Watch, run};
+
+use super::support::{assert_is, lake, model};
+
+const TYPES: [&str; 4] = ["Patient", "Observation", "Immunization", "ExplanationOfBenefit"];
+
+async fn server(patients: u32) -> DemoServer {
+    DemoServer::start(Population::new(5, patients), 0, 10).await.unwrap()
+}
+
+fn source(server: &DemoServer) -> String {
+    format!("{{ url: \"{}\", types: [{}], retry_for: 20s }}", server.base(), TYPES.join(", "))
+}
+
+// The main job: breaks if a resource is lost, doubled, stale or not deleted, or if a repeat changes a table.
+#[tokio::test(flavor = "multi_thread")]
+async fn initial_then_incremental_then_nothing() {
+    let (server, lake) = (server(40).await, lake());
+    let source = format!("{{ url: \"{}\", types: [{}] }}", server.base(), DEMO_TYPES.join(", "));
+    let first = lake.run(&source, "").await.unwrap();
+    assert!(first.succeeded && first.full);
+    assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+    assert!(server.seen().kickoffs[0].get("_since").is_none());
+
+    server.step(80, 40, 3);
+    let second = lake.run(&source, "").await.unwrap();
+    assert!(second.succeeded && !second.full);
+    assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+    let deleted: u64 = second.types.values().map(|outcome| outcome.deleted).sum();
+    let inserted: u64 = second.types.values().map(|outcome| outcome.inserted).sum();
+    assert!(deleted > 0 && inserted > 0, "{second:#?}");
+    let seen = server.seen();
+    assert_eq!(seen.kickoffs.len(), 2, "types of equal watermark share a kick-off");
+    assert_eq!(seen.kickoffs[1]["_since"].replace('Z', "+00:00"), first.transaction_time.unwrap().replace('Z', "+00:00"));
+    assert_eq!(seen.deleted, 2, "the server's files are given back after the commit");
+
+    let third = lake.run(&source, "").await.unwrap();
+    let moved: u64 = third.types.values().map(|outcome| outcome.inserted + outcome.updated + outcome.deleted).sum();
+    assert_eq!(moved, 0, "{third:#?}");
+    assert!(third.types.values().all(|outcome| outcome.committed), "a type with nothing new still gets its watermark");
+}
+
+// A server's passing troubles must not show in the tables.
+#[tokio::test(flavor = "multi_thread")]
+async fn unavailable_files_cut_bodies_and_throttling_are_ridden_out() {
+    let (server, lake) = (server(40).await, lake());
+    server.set_faults(Faults { files_unavailable: 3, files_cut: 4, kickoffs_throttled: 1, polls: 2, ..Default::default() });
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert!(report.retries >= 5, "{}", report.retries);
+    assert_is(&lake, &server.population(), &TYPES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gzip_by_header() {
+    let (server, lake) = (server(20).await, lake());
+    server.set_faults(Faults { gzip: true, files_cut: 1, ..Default::default() });
+    assert!(lake.run(&source(&server), "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &TYPES).await;
+}
+
+// A bad file fails its type and not the others, and the next run makes it good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_file_fails_its_type_alone() {
+    let (server, lake) = (server(20).await, lake());
+    server.set_faults(Faults { missing_type: Some("Observation".into()), ..Default::default() });
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(!report.succeeded);
+    assert!(report.types["Observation"].error.as_ref().unwrap().contains("404"), "{report:#?}");
+    assert!(
+        !lake.tables().join("Observation.parquet").exists(),
+        "not even an empty folder, which readers would take for a table"
+    );
+    assert_is(&lake, &server.population(), &["Patient", "Immunization"]).await;
+    assert_eq!(server.seen().deleted, 0, "the server's files are kept while a type failed");
+
+    server.set_faults(Faults::default());
+    server.step(50, 0, 1);
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded);
+    assert_is(&lake, &server.population(), &TYPES).await;
+    let seen = server.seen();
+    let kickoffs = &seen.kickoffs[1..];
+    assert_eq!(kickoffs.len(), 2, "one kick-off a group of equal watermarks");
+    let full = kickoffs.iter().find(|query| !query.contains_key("_since")).unwrap();
+    assert_eq!(full["_type"], "Observation", "a missing table means a full export of its type");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_lines_are_quarantined_with_their_place_and_too_many_fail_the_type() {
+    let (server, lake) = (server(8).await, lake());
+    let junk = b"\n{\"resourceType\":\"Patient\"}\nnot json\n\xff\xfe\n{\"resourceType\":\"Nonsense\",\"id\":\"1\"}\n".to_vec();
+    server.set_faults(Faults { junk: [("Patient".to_owned(), junk)].into(), ..Default::default() });
+    let strict = lake.run(&source(&server), "stages: { parse: { max_bad_lines: 3 } }\n").await.unwrap();
+    assert!(strict.types["Patient"].error.as_ref().unwrap().contains("4 bad lines"), "{strict:#?}");
+    assert!(!lake.tables().join("Patient.parquet/_delta_log").exists());
+    let (there, named) = lake.files("Patient").await;
+    assert!(there.is_empty() && named.is_empty(), "staged files of the failed type are removed: {there:?}");
+
+    let report = lake.run(&source(&server), "stages: { parse: { max_bad_lines: 40% } }\n").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(report.types["Patient"].quarantined, 4);
+    assert_is(&lake, &server.population(), &TYPES).await;
+    let file = lake.state().join("quarantine").join(format!("{}.ndjson", report.run));
+    let lines: Vec<serde_json::Value> =
+        std::fs::read_to_string(&file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let places: Vec<_> = lines.iter().map(|line| (line["line"].as_u64().unwrap(), line["offset"].as_u64().unwrap())).collect();
+    assert_eq!(places, [(2, 1), (3, 28), (4, 37), (5, 40)]);
+    assert_eq!(lines[1]["text"], "not json");
+    assert_eq!(lines[2]["base64"], "//4=");
+    assert!(lines[3]["reason"].as_str().unwrap().contains("resourceType"));
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600, "it holds patient data");
+    }
+}
+
+// A watermark never moves back: an old export that ends late must not bring deleted rows back.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_older_than_the_tables_is_refused() {
+    let (server, lake) = (server(10).await, lake());
+    lake.run(&source(&server), "").await.unwrap();
+    let old = chrono::Utc::now() - chrono::Duration::days(1);
+    server.set_faults(Faults { transaction_time: Some(old), ..Default::default() });
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(!report.succeeded);
+    assert!(report.types["Patient"].error.as_ref().unwrap().contains("older"), "{report:#?}");
+    assert_eq!(report.types["Patient"].version, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deletions_of_unknown_types_and_of_what_is_in_the_output() {
+    let (server, lake) = (server(12).await, lake());
+    let population = server.population();
+    let kept = model(&population, "Patient").into_keys().next().unwrap();
+    server.set_faults(Faults {
+        also_deleted: vec![format!("Patient/{kept}"), "Condition/unknown".into(), "Immunization/none".into()],
+        ..Default::default()
+    });
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_is(&lake, &population, &TYPES).await;
+    assert!(!lake.tables().join("Condition.parquet/_delta_log").exists(), "a deletion is no reason for a table");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn group_and_patient_level_and_all_types() {
+    let (server, lake) = (server(6).await, lake());
+    let group = format!("{{ url: \"{}\", level: group, group: g1, types: [Patient] }}", server.base());
+    assert!(lake.run(&group, "").await.unwrap().succeeded);
+    let all = super::support::lake();
+    let report = all.run(&format!("{{ url: \"{}\", level: patient }}", server.base()), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_is(&all, &server.population(), &DEMO_TYPES).await;
+    server.step(100, 100, 1);
+    assert!(all.run(&format!("{{ url: \"{}\", level: patient }}", server.base()), "").await.unwrap().succeeded);
+    assert!(server.seen().kickoffs[2].contains_key("_since"));
+    assert_is(&all, &server.population(), &DEMO_TYPES).await;
+}
+
+// The manifest's count is only a promise: a difference is a finding, not a failure.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_count_is_a_finding() {
+    let (server, lake) = (server(6).await, lake());
+    server.set_faults(Faults { count_off_by: 2, ..Default::default() });
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded);
+    assert_eq!(report.count_findings.len(), TYPES.len());
+    assert!(report.count_findings.iter().all(|(_, promised, came)| *promised == came + 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_recipes_state_file_is_used_less_five_minutes() {
+    let (server, lake) = (server(6).await, lake());
+    lake.run(&source(&server), "").await.unwrap();
+    // As if the tables came from the recipe: they are there, without a watermark of ours.
+    std::fs::write(lake.state().join("state.json"), r#"{"last_sync_time": "2026-03-01T10:05:00+00:00"}"#).unwrap();
+    let mut plan = lake.plan(&source(&server), "");
+    plan.name = "another".into();
+    lake.run_with(plan, RunOptions::default()).await.unwrap();
+    assert_eq!(server.seen().kickoffs[1]["_since"], "2026-03-01T10:00:00Z");
+    let state = std::fs::read_to_string(lake.state().join("state.json")).unwrap();
+    assert!(state.contains("+00:00") && !state.contains("2026-03-01"), "{state}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_refresh_asks_for_everything() {
+    let (server, lake) = (server(6).await, lake());
+    lake.run(&source(&server), "").await.unwrap();
+    let report = lake.run_with(lake.plan(&source(&server), ""), RunOptions { full_refresh: true }).await.unwrap();
+    assert!(report.full && report.succeeded);
+    assert!(!server.seen().kickoffs[1].contains_key("_since"));
+    let updated: u64 = report.types.values().map(|outcome| outcome.updated).sum();
+    assert_eq!(updated, 0, "equal rows are left alone even then");
+    assert_is(&lake, &server.population(), &TYPES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runs_of_one_pipeline_exclude_each_other() {
+    let (server, lake) = (server(10).await, lake());
+    server.set_faults(Faults { slow: Some(Duration::from_millis(300)), ..Default::default() });
+    let source = source(&server);
+    let (first, second) = tokio::join!(lake.run(&source, ""), async {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        lake.run(&source, "").await
+    });
+    assert!(first.unwrap().succeeded);
+    assert_eq!(second.unwrap_err().kind(), ErrorKind::Locked);
+}
+
+// A stop at any moment: what was committed is whole, the rest is not there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_leaves_whole_tables_or_none() {
+    let server = server(40).await;
+    server.set_faults(Faults { slow: Some(Duration::from_millis(15)), polls: 1, ..Default::default() });
+    let population = server.population();
+    let mut stopped = 0;
+    for after in [0, 20, 60, 120, 250, 400, 700] {
+        let (lake, stop) = (lake(), Stop::default());
+        let watch = Watch::default();
+        let plan = lake.plan(&source(&server), "stages: { download: { concurrency: 1 }, merge: { tables_at_once: 1 } }\n");
+        let (outcome, ()) = tokio::join!(run(plan, RunOptions::default(), &watch, &stop, |_| {}), async {
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            stop.pull();
+        });
+        if let Err(error) = outcome {
+            assert_eq!(error.kind(), ErrorKind::Interrupted, "{error}");
+            stopped += 1;
+        }
+        for name in TYPES {
+            let (there, named) = lake.files(name).await;
+            assert_eq!(there, named, "{name}: files without a commit");
+            if lake.tables().join(format!("{name}.parquet/_delta_log")).exists() {
+                assert_eq!(lake.versions(name).await, model(&population, name), "{name} after {after} ms");
+            }
+        }
+    }
+    assert!(stopped >= 3, "only {stopped} runs were stopped while under way");
+}

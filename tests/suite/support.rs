@@ -1,0 +1,145 @@
+//! What the tests share: a pipeline on a temporary folder, and the tables read back.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use arrow::array::{Array, AsArray, RecordBatch};
+use deltalake::datafusion::common::TableReference;
+use deltalake::datafusion::prelude::{SessionConfig, SessionContext};
+use fhirlake::config::{Plan, Problem, read_pipeline};
+use fhirlake::delta::Tables;
+use fhirlake::demo::{DEMO_TYPES, Population};
+use fhirlake::error::Result;
+use fhirlake::flow::Stop;
+use fhirlake::pipeline::{RunOptions, RunReport, Watch, run};
+
+/// A folder with tables and state of its own.
+pub struct Lake {
+    pub folder: tempfile::TempDir,
+}
+
+pub fn lake() -> Lake {
+    Lake { folder: tempfile::tempdir().unwrap() }
+}
+
+impl Lake {
+    pub fn tables(&self) -> PathBuf {
+        self.folder.path().join("tables")
+    }
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+    /// A plan with `source` for its source and `rest` behind it, both YAML.
+    pub fn plan(&self, source: &str, rest: &str) -> Plan {
+        let yaml = format!(
+            "version: 1\nname: test\nsource: {source}\ntables: {}\nstate: {}\n{rest}",
+            self.tables().display(),
+            self.state().display()
+        );
+        let error = |problems: Vec<Problem>| Problem::error("test", &problems).to_string();
+        let read = read_pipeline(&yaml, &[]).map_err(error).unwrap();
+        Plan::resolve(&read).map_err(error).unwrap()
+    }
+    pub async fn run(&self, source: &str, rest: &str) -> Result<RunReport> {
+        self.run_with(self.plan(source, rest), RunOptions::default()).await
+    }
+    pub async fn run_with(&self, plan: Plan, options: RunOptions) -> Result<RunReport> {
+        run(plan, options, &Watch::default(), &Stop::default(), |_| {}).await
+    }
+    pub async fn sql(&self, question: &str) -> Vec<RecordBatch> {
+        sql(&self.tables(), question).await
+    }
+    /// Version by id.
+    pub async fn versions(&self, resource_type: &str) -> BTreeMap<String, Option<String>> {
+        let batches = self.sql(&format!("SELECT id, meta['versionId'] AS v FROM {resource_type}")).await;
+        let mut found = BTreeMap::new();
+        for batch in batches {
+            let ids = strings(&batch, "id");
+            for (id, version) in ids.into_iter().zip(strings(&batch, "v")) {
+                let id = id.unwrap();
+                assert!(found.insert(id.clone(), version).is_none(), "{resource_type}/{id} stands twice");
+            }
+        }
+        found
+    }
+    pub async fn count(&self, resource_type: &str) -> i64 {
+        let batches = self.sql(&format!("SELECT count(*) AS n FROM {resource_type}")).await;
+        batches[0].column(0).as_primitive::<arrow::datatypes::Int64Type>().value(0)
+    }
+    /// Files in a table's folder, and files that its log names.
+    pub async fn files(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
+        let folder = self.tables().join(format!("{resource_type}.parquet"));
+        let mut there: Vec<String> = std::fs::read_dir(&folder)
+            .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+            .unwrap_or_default();
+        there.retain(|name| name.ends_with(".parquet"));
+        there.sort();
+        let table = Tables::at(&self.tables().display().to_string()).unwrap().open(&resource_type.into()).await.unwrap();
+        let mut named: Vec<String> = match table.delta() {
+            Some(delta) => {
+                let snapshot = delta.snapshot().unwrap();
+                snapshot.log_data().iter().map(|file| file.path().into_owned()).collect()
+            }
+            None => Vec::new(),
+        };
+        named.sort();
+        (there, named)
+    }
+}
+
+pub async fn sql(tables: &Path, question: &str) -> Vec<RecordBatch> {
+    let config = SessionConfig::new().set_bool("datafusion.sql_parser.enable_ident_normalization", false);
+    let session = SessionContext::new_with_config(config);
+    let tables = Tables::at(&tables.display().to_string()).unwrap();
+    for name in tables.existing().await.unwrap() {
+        let table = tables.open(&name).await.unwrap();
+        let provider = table.delta().unwrap().table_provider().await.unwrap();
+        session.register_table(TableReference::bare(&*name), provider).unwrap();
+    }
+    session.sql(question).await.unwrap().collect().await.unwrap()
+}
+
+pub fn strings(batch: &RecordBatch, column: &str) -> Vec<Option<String>> {
+    let column = batch.column_by_name(column).unwrap();
+    let column = arrow::compute::cast(column, &arrow::datatypes::DataType::Utf8).unwrap();
+    let column = column.as_string::<i32>();
+    (0..column.len()).map(|row| column.is_valid(row).then(|| column.value(row).to_owned())).collect()
+}
+
+/// What a table must hold: version by id, as the population says.
+pub fn model(population: &Population, resource_type: &str) -> BTreeMap<String, Option<String>> {
+    let kind = DEMO_TYPES.iter().position(|name| *name == resource_type).unwrap();
+    let mut expected = BTreeMap::new();
+    for patient in 0..population.patients() {
+        population.for_each(kind, patient, |number, fate| {
+            if !fate.deleted {
+                expected.insert(population.id(kind, patient, number), Some(fate.version.to_string()));
+            }
+        });
+    }
+    expected
+}
+
+pub async fn assert_is(lake: &Lake, population: &Population, types: &[&str]) {
+    for name in types {
+        assert_eq!(lake.versions(name).await, model(population, name), "{name}");
+    }
+}
+
+/// The folder of shared data, where it is there; says so where it is not.
+pub fn shared() -> Option<PathBuf> {
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("shared");
+    if shared.join("golden").is_dir() {
+        return Some(shared);
+    }
+    eprintln!("SKIPPED: the shared test data is not beside the project");
+    None
+}
+
+/// Unpacks a tar.gz into a temporary folder.
+pub fn unpack(archive: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let status = std::process::Command::new("tar").arg("xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
+    assert!(status.success());
+    folder
+}

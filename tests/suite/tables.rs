@@ -1,0 +1,159 @@
+//! Tables that others made, and what readers see.
+
+use arrow::datatypes::{DataType, Field, Schema};
+use fhirlake::schema::{Layout, LayoutOptions, arrow_schema};
+
+use super::support::{lake, strings};
+
+fn write(folder: &std::path::Path, name: &str, lines: &[String]) -> String {
+    std::fs::write(folder.join(name), lines.join("\n")).unwrap();
+    format!("{{ url: \"file://{}\" }}", folder.display())
+}
+
+fn patient(id: &str, version: u32, more: &str) -> String {
+    format!(r#"{{"resourceType":"Patient","id":"{id}","meta":{{"versionId":"{version}"}}{more}}}"#)
+}
+
+// Breaks if rows are marked where the table has no deletion vectors, or if a rewrite loses or reorders rows.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_deletion_vectors_only_touched_files_are_rewritten() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let rest = "stages: { merge: { deletion_vectors: false } }\n";
+    let rows: Vec<String> = (0..50).map(|n| patient(&format!("{n:02}"), 1, "")).collect();
+    lake.run(&write(data.path(), "Patient.ndjson", &rows), rest).await.unwrap();
+    let more: Vec<String> = (50..60).map(|n| patient(&format!("{n:02}"), 1, "")).collect();
+    lake.run(&write(data.path(), "Patient.ndjson", &more), rest).await.unwrap();
+    let (_, before) = lake.files("Patient").await;
+    // Twice the same id in one run, so that a staged row loses too.
+    let changed = vec![patient("07", 2, ""), patient("07", 3, r#","gender":"other""#), patient("99", 1, "")];
+    let report = lake.run(&write(data.path(), "Patient.ndjson", &changed), rest).await.unwrap();
+    assert_eq!((report.types["Patient"].updated, report.types["Patient"].inserted, report.types["Patient"].skipped), (1, 1, 1));
+    let (there, after) = lake.files("Patient").await;
+    assert_eq!(before.iter().filter(|file| after.contains(file)).count(), 1, "the untouched file stays");
+    assert!(
+        std::fs::read_dir(lake.tables().join("Patient.parquet"))
+            .unwrap()
+            .flatten()
+            .all(|entry| !entry.file_name().to_string_lossy().contains("deletion_vector"))
+    );
+    assert!(there.len() >= after.len());
+    let versions = lake.versions("Patient").await;
+    assert_eq!(versions.len(), 61);
+    assert_eq!(versions["07"].as_deref(), Some("3"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deletion_vectors_mark_and_grow_and_a_file_without_rows_goes() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let rows: Vec<String> = (0..20).map(|n| patient(&format!("{n:02}"), 1, "")).collect();
+    lake.run(&write(data.path(), "Patient.ndjson", &rows), "").await.unwrap();
+    let (_, first) = lake.files("Patient").await;
+    for version in 2..5 {
+        let changed: Vec<String> = (0..version).map(|n| patient(&format!("{n:02}"), version, "")).collect();
+        lake.run(&write(data.path(), "Patient.ndjson", &changed), "").await.unwrap();
+        let (_, named) = lake.files("Patient").await;
+        assert!(named.contains(&first[0]), "marked, not rewritten");
+        assert_eq!(lake.count("Patient").await, 20);
+    }
+    let all: Vec<String> = (0..20).map(|n| patient(&format!("{n:02}"), 9, "")).collect();
+    lake.run(&write(data.path(), "Patient.ndjson", &all), "").await.unwrap();
+    let (_, named) = lake.files("Patient").await;
+    assert_eq!(named.len(), 1, "files whose rows are all gone are removed: {named:?}");
+    assert!(lake.versions("Patient").await.values().all(|version| version.as_deref() == Some("9")));
+}
+
+// A table as the recipe's Python default makes it: no `_fid`, no `_extension`. Its schema stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_existing_table_without_extensions_is_conformed_to() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let source = write(data.path(), "Patient.ndjson", &[patient("a", 1, "")]);
+    lake.run(&source, "stages: { encode: { extensions: false } }\n").await.unwrap();
+    let extension = r#","extension":[{"url":"u","valueString":"x"}],"gender":"male""#;
+    let source = write(data.path(), "Patient.ndjson", &[patient("b", 1, extension)]);
+    let report = lake.run(&source, "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(report.types["Patient"].not_held["Patient.extension"], 1);
+    let expected =
+        arrow_schema(&Layout::pathling("Patient", &LayoutOptions { extensions: false, ..Default::default() }).unwrap());
+    let tables = fhirlake::delta::Tables::at(&lake.tables().display().to_string()).unwrap();
+    assert_eq!(tables.open(&"Patient".into()).await.unwrap().schema().unwrap().unwrap(), expected);
+    assert_eq!(lake.count("Patient").await, 2);
+}
+
+// Files leave out what they do not fill; readers must see null there, nested columns included.
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_that_files_leave_out_read_as_null() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let rows = [
+        patient("a", 1, r#","name":[{"family":"A"}]"#),
+        patient("b", 1, r#","name":[{"given":["B",null,"C"]}],"maritalStatus":{"text":"x"}"#),
+    ];
+    lake.run(&write(data.path(), "Patient.ndjson", &rows[..1]), "").await.unwrap();
+    lake.run(&write(data.path(), "Patient.ndjson", &rows[1..]), "").await.unwrap();
+    let batches = lake
+        .sql("SELECT id, name[1]['family'] AS f, name[1]['given'][3] AS g, maritalStatus['text'] AS m, maritalStatus IS NULL AS n, _extension IS NULL AS e FROM Patient ORDER BY id")
+        .await;
+    let column = |name: &str| batches.iter().flat_map(|batch| strings(batch, name)).collect::<Vec<_>>();
+    assert_eq!(column("f"), [Some("A".to_owned()), None]);
+    assert_eq!(column("g"), [None, Some("C".to_owned())]);
+    assert_eq!(column("m"), [None, Some("x".to_owned())]);
+    assert_eq!(column("n"), [Some("true".to_owned()), Some("false".to_owned())]);
+    assert_eq!(column("e"), [Some("true".to_owned()), Some("true".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn extensions_land_in_the_map_under_the_fid_of_their_element() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let nested = r#","extension":[{"url":"race","extension":[{"url":"omb","valueCode":"x"}]}],"name":[{"family":"A","extension":[{"url":"onname","valueString":"y"}]}]"#;
+    lake.run(&write(data.path(), "Patient.ndjson", &[patient("a", 1, nested)]), "").await.unwrap();
+    let batches = lake
+        .sql("SELECT map_extract(_extension, _fid)[1][1]['url'] AS top, map_extract(_extension, map_extract(_extension, _fid)[1][1]['_fid'])[1][1]['valueCode'] AS inner_code, map_extract(_extension, name[1]['_fid'])[1][1]['valueString'] AS on_name FROM Patient")
+        .await;
+    let column = |name: &str| strings(&batches[0], name);
+    assert_eq!(column("top"), [Some("race".to_owned())]);
+    assert_eq!(column("inner_code"), [Some("x".to_owned())]);
+    assert_eq!(column("on_name"), [Some("y".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn values_of_every_kind() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let line = r#"{"resourceType":"Observation","id":"o","meta":{"lastUpdated":"2026-01-02T03:04:05.678901+01:00"},"status":"final","code":{"text":"é\n\"q\""},"valueQuantity":{"value":1.00,"unit":"kg"},"referenceRange":[{"low":{"value":1E3}},{"low":{"value":-0.0000005}}],"unknown":{"x":1},"_status":{"id":"1"},"valueBoolean":"yes","contained":[{}]}"#;
+    let report = lake
+        .run(&write(data.path(), "Observation.ndjson", &[line.to_owned()]), "stages: { encode: { source_json: true } }\n")
+        .await
+        .unwrap();
+    let batches = lake
+        .sql("SELECT CAST(valueQuantity['value'] AS VARCHAR) AS v, valueQuantity['value_scale'] AS s, CAST(referenceRange[1]['low']['value'] AS VARCHAR) AS e, referenceRange[1]['low']['value_scale'] AS es, CAST(referenceRange[2]['low']['value'] AS VARCHAR) AS r, code['text'] AS t, id_versioned AS i, CAST(meta['lastUpdated'] AS VARCHAR) AS u, _source AS j FROM Observation")
+        .await;
+    let value = |name: &str| strings(&batches[0], name)[0].clone().unwrap();
+    assert_eq!((value("v").as_str(), value("s").as_str()), ("1.000000", "2"));
+    assert_eq!((value("e").as_str(), value("es").as_str()), ("1000.000000", "0"));
+    assert_eq!(value("r"), "-0.000001");
+    assert_eq!(value("t"), "é\n\"q\"");
+    assert_eq!(value("i"), "Observation/o");
+    assert!(value("u").starts_with("2026-01-02T02:04:05.678901"), "{}", value("u"));
+    assert_eq!(value("j"), line);
+    let lost = &report.types["Observation"].not_held;
+    for path in ["Observation.unknown", "Observation._status", "Observation.valueBoolean", "Observation.contained"] {
+        assert_eq!(lost.get(path), Some(&1), "{path} in {lost:?}");
+    }
+}
+
+// Breaks if a feature that our commits would break is passed over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_cannot_be_written_is_refused_before_any_work() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let source = write(data.path(), "Patient.ndjson", &[patient("a", 1, "")]);
+    std::fs::create_dir_all(lake.tables().join("Patient.parquet")).unwrap();
+    let schema = Schema::new(vec![Field::new("id", DataType::Utf8, true)]);
+    deltalake::operations::create::CreateBuilder::new()
+        .with_location(lake.tables().join("Patient.parquet").display().to_string())
+        .with_columns(fhirlake::delta::delta_schema(&schema).unwrap().fields().cloned())
+        .with_configuration_property(deltalake::TableProperty::EnableChangeDataFeed, Some("true"))
+        .await
+        .unwrap();
+    let error = lake.run(&source.replace("}", ", types: [Patient] }"), "").await.unwrap_err();
+    assert_eq!(error.kind(), fhirlake::error::ErrorKind::Table);
+    assert!(error.to_string().to_lowercase().contains("changedatafeed"), "{error}");
+}
