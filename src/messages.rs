@@ -9,11 +9,14 @@ use tokio::sync::watch;
 use url::Url;
 
 use crate::flow::Weighed;
-use crate::schema::Filled;
+use crate::schema::{Filled, Layout};
 use crate::tape::Tape;
 
 /// A FHIR resource type, `Patient`.
 pub type ResourceType = Arc<str>;
+
+/// Gives the layout that a type's rows are written in; `None` for a type that R4 does not have.
+pub type Layouts = Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>;
 
 /// An instant in microseconds since the epoch, as text.
 pub fn instant_text(micros: i64) -> String {

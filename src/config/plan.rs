@@ -13,6 +13,7 @@ use crate::schema::LayoutOptions;
 
 /// Where a run's resources come from.
 #[derive(Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one of it in a process")]
 pub enum SourcePlan {
     /// A FHIR server.
     Server {

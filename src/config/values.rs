@@ -74,7 +74,7 @@ impl TryFrom<String> for ByteSize {
 impl From<ByteSize> for String {
     fn from(size: ByteSize) -> String {
         let units = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-        let unit = units.iter().find(|(factor, _)| size.0 >= *factor && size.0 % factor == 0);
+        let unit = units.iter().find(|(factor, _)| size.0 >= *factor && size.0.is_multiple_of(*factor));
         unit.map_or_else(|| format!("{}B", size.0), |(factor, unit)| format!("{}{unit}", size.0 / factor))
     }
 }
@@ -100,9 +100,9 @@ impl From<Span> for String {
     fn from(span: Span) -> String {
         let millis = span.0.as_millis();
         match millis {
-            m if m % 3_600_000 == 0 => format!("{}h", m / 3_600_000),
-            m if m % 60_000 == 0 => format!("{}m", m / 60_000),
-            m if m % 1_000 == 0 => format!("{}s", m / 1_000),
+            m if m.is_multiple_of(3_600_000) => format!("{}h", m / 3_600_000),
+            m if m.is_multiple_of(60_000) => format!("{}m", m / 60_000),
+            m if m.is_multiple_of(1_000) => format!("{}s", m / 1_000),
             m => format!("{m}ms"),
         }
     }

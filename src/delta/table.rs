@@ -215,7 +215,7 @@ impl Table {
 
     /// The table's version; `None` where it does not exist.
     pub fn version(&self) -> Option<u64> {
-        self.delta.as_ref().and_then(DeltaTable::version).map(|version| version as u64)
+        self.delta.as_ref().and_then(DeltaTable::version)
     }
 
     /// The Delta table, for queries.

@@ -353,7 +353,7 @@ impl Upsert {
                 .with_actions(out.removes.iter().cloned().map(Action::Remove).chain(adds).collect())
                 .build(Some(snapshot), table.log_store.clone(), operation)
                 .await
-                .map(|commit| Some(commit.version() as u64))
+                .map(|commit| Some(commit.version()))
         } else {
             table.make_folder()?;
             CreateBuilder::new()
@@ -364,7 +364,7 @@ impl Upsert {
                 .with_actions(adds)
                 .with_commit_properties(properties)
                 .await
-                .map(|table| table.version().map(|version| version as u64))
+                .map(|table| table.version())
         };
         match done {
             Ok(version) => {

@@ -66,8 +66,13 @@ impl ExportRequest {
 /// The answer to one poll.
 #[derive(Debug)]
 pub enum Poll {
-    /// The server still works; its own words on how far it is, and how long it asks us to wait.
-    Working { progress: Option<String>, wait: Option<Duration> },
+    /// The server still works.
+    Working {
+        /// Its own words on how far it is.
+        progress: Option<String>,
+        /// How long it asks us to wait.
+        wait: Option<Duration>,
+    },
     /// The manifest.
     Done(Box<Manifest>),
 }

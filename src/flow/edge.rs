@@ -171,6 +171,7 @@ mod tests {
     async fn bytes_hold_the_sender_until_the_parcel_is_dropped() {
         let (tx, rx, gauge) = edge("a->b", 100, 10 * 1024);
         tx.send(Item(6 * 1024)).await.unwrap();
+        #[expect(clippy::disallowed_methods, reason = "the test's own task")]
         let second = tokio::spawn({
             let tx = tx.clone();
             async move { tx.send(Item(6 * 1024)).await.is_ok() }

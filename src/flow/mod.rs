@@ -21,7 +21,9 @@ pub async fn compute<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> crate::error::Result<T> {
     let handle = tokio::runtime::Handle::current();
-    tokio::task::spawn_blocking(move || span.in_scope(|| handle.block_on(work))).await.map_err(|panic| {
+    #[expect(clippy::disallowed_methods, reason = "flow is the one that spawns")]
+    let work = tokio::task::spawn_blocking(move || span.in_scope(|| handle.block_on(work)));
+    work.await.map_err(|panic| {
         crate::error::Error::new(crate::error::ErrorKind::Internal, format!("a worker ended abnormally: {panic}"))
     })
 }
@@ -30,5 +32,6 @@ pub async fn compute<T: Send + 'static>(
 /// of a run is ever detached.
 pub(crate) fn detach_response(work: impl Future<Output = ()> + Send + 'static) {
     let handle = tokio::runtime::Handle::current();
+    #[expect(clippy::disallowed_methods, reason = "flow is the one that spawns")]
     tokio::task::spawn_blocking(move || handle.block_on(work));
 }

@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+type Key = (&'static str, Arc<str>);
+
 /// Counters by name and label. Names are constants of `telemetry`, labels are resource types.
 #[derive(Debug, Clone, Default)]
 pub struct Board {
-    rows: Arc<RwLock<BTreeMap<(&'static str, Arc<str>), Arc<AtomicU64>>>>,
+    rows: Arc<RwLock<BTreeMap<Key, Arc<AtomicU64>>>>,
 }
 
 /// A reading of a [`Board`]: value by name and label.
-pub type Counts = BTreeMap<(&'static str, Arc<str>), u64>;
+pub type Counts = BTreeMap<Key, u64>;
 
 impl Board {
     /// Adds `by` to the counter `name` of `label`.

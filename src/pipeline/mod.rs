@@ -25,7 +25,7 @@ use crate::delta::{Table, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, ExportRequest};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
-use crate::messages::{BadLineSink, Chunk, FlushRequests, MergeInput, ResourceType, Rows, instant_text};
+use crate::messages::{BadLineSink, Chunk, FlushRequests, Layouts, MergeInput, ResourceType, Rows, instant_text};
 use crate::schema::{Layout, arrow_schema, conform};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
@@ -178,10 +178,7 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
 }
 
 /// Layouts of the run: an existing table's own, Pathling's for the rest.
-fn layouts(
-    plan: &Plan,
-    opened: &HashMap<ResourceType, Table>,
-) -> Result<Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>> {
+fn layouts(plan: &Plan, opened: &HashMap<ResourceType, Table>) -> Result<Layouts> {
     let mut known: HashMap<ResourceType, Arc<Layout>> = HashMap::new();
     for (name, table) in opened {
         let Some(layout) = Layout::pathling(name, &plan.layout) else { continue };
@@ -368,7 +365,8 @@ async fn once(
     if report.succeeded {
         remember_success(&state, &report, &prepared.app_id)?;
         if let (Some(client), true) = (client, plan.delete_export) {
-            for status in locked(&statuses).drain(..).collect::<Vec<_>>() {
+            let statuses: Vec<Url> = std::mem::take(&mut locked(&statuses));
+            for status in statuses {
                 client.delete_export(&status).await;
             }
         }

@@ -33,11 +33,14 @@ pub struct Element {
     pub block: Option<String>,
 }
 
+/// Path, min, max, types, content reference.
+type RawElement = (String, u32, String, Vec<String>, Option<String>);
+
 #[derive(Deserialize)]
 struct RawType {
     kind: String,
     r#abstract: bool,
-    els: Vec<(String, u32, String, Vec<String>, Option<String>)>,
+    els: Vec<RawElement>,
 }
 
 static R4: LazyLock<Result<Model, String>> = LazyLock::new(|| {

@@ -105,8 +105,8 @@ pub fn parse_instant(text: &[u8]) -> Option<i64> {
         if digits == 0 {
             return None;
         }
-        for place in 0..6 {
-            micros = micros * 10 + if place < digits { i64::from(fraction[place] - b'0') } else { 0 };
+        for digit in fraction[..digits].iter().chain(std::iter::repeat(&b'0')).take(6) {
+            micros = micros * 10 + i64::from(digit - b'0');
         }
         rest = &fraction[digits..];
     }

@@ -12,11 +12,8 @@ use tokio::runtime::Handle;
 use crate::delta::PageEncoder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Receiver, Sender};
-use crate::messages::{EncodedBatch, FlushRequests, MergeInput, ResourceType, RowKey, Rows};
-use crate::schema::{Encoder, Filled, Layout};
-
-/// Gives the layout that a type's rows are written in.
-pub type Layouts = Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>;
+use crate::messages::{EncodedBatch, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
+use crate::schema::{Encoder, Filled};
 
 /// A batch that still gathers rows.
 struct OpenBatch {

@@ -30,9 +30,21 @@ pub type Remember = Arc<dyn Fn(&ExportNote) -> Result<()> + Send + Sync>;
 #[derive(Debug, Clone)]
 pub enum ExportNote {
     /// The server accepted; its status URL.
-    Accepted { export: usize, status: Url },
+    Accepted {
+        /// Which export.
+        export: usize,
+        /// Where its status is asked for.
+        status: Url,
+    },
     /// The server is done; its `transactionTime`.
-    Complete { export: usize, transaction_time: i64, files: usize },
+    Complete {
+        /// Which export.
+        export: usize,
+        /// Microseconds since the epoch.
+        transaction_time: i64,
+        /// Files that the manifest lists.
+        files: usize,
+    },
 }
 
 /// Exports from a server.

@@ -14,8 +14,8 @@ use super::ledger::{Ledger, Standing};
 use crate::delta::{Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
-use crate::schema::{Layout, arrow_schema};
+use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, Layouts, MergeInput, ResourceType, instant_text};
+use crate::schema::arrow_schema;
 use crate::telemetry;
 
 /// How merge is set.
@@ -107,7 +107,7 @@ pub struct Merge {
     /// Tables by type, as they were opened before the run; others are opened when their rows come.
     pub opened: HashMap<ResourceType, Table>,
     /// Layouts by type, for tables that are created.
-    pub layouts: Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>,
+    pub layouts: Layouts,
     /// The books.
     pub ledger: Ledger,
     /// Asks encode for what it holds.

@@ -13,13 +13,33 @@ use crate::private::private_append;
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub enum JournalEntry {
     /// A run began; its staged files are named after it.
-    Began { run: String, types: Vec<String> },
+    Began {
+        /// The run's id.
+        run: String,
+        /// The types that it asks for.
+        types: Vec<String>,
+    },
     /// The server accepted an export. The URL may hold a secret: the file is private.
-    Accepted { export: usize, status: String },
+    Accepted {
+        /// Which of the run's exports.
+        export: usize,
+        /// Its status URL.
+        status: String,
+    },
     /// The manifest came.
-    Complete { export: usize, transaction_time: i64, files: usize },
+    Complete {
+        /// Which of the run's exports.
+        export: usize,
+        /// Microseconds since the epoch.
+        transaction_time: i64,
+        /// Files that the manifest lists.
+        files: usize,
+    },
     /// The run ended; everything of it is committed or removed.
-    Ended { run: String },
+    Ended {
+        /// The run's id.
+        run: String,
+    },
 }
 
 /// The journal's file.
