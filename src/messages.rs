@@ -15,8 +15,9 @@ use crate::tape::Tape;
 /// A FHIR resource type, `Patient`.
 pub type ResourceType = Arc<str>;
 
-/// Gives the layout that a type's rows are written in; `None` for a type that R4 does not have.
-pub type Layouts = Arc<dyn Fn(&ResourceType) -> Option<Arc<Layout>> + Send + Sync>;
+/// Gives the layout that a type's rows are written in; `Err` where its table cannot be written. May look at the table,
+/// so it is asked from computing threads only.
+pub type Layouts = Arc<dyn Fn(&ResourceType) -> crate::error::Result<Arc<Layout>> + Send + Sync>;
 
 /// An instant in microseconds since the epoch, as text.
 pub fn instant_text(micros: i64) -> String {
@@ -46,6 +47,8 @@ pub struct ExportFile {
     pub name: String,
     /// Where it is. May hold secrets in its query: never log it.
     pub url: Url,
+    /// Its place in the store, for a file of a folder.
+    pub location: Option<object_store::path::Path>,
     /// What it holds.
     pub kind: FileKind,
     /// The type that the manifest or the file's name declares.
@@ -213,6 +216,8 @@ pub struct ExportEnd {
     pub export: usize,
     /// Types that were asked for; empty where all were.
     pub asked: Vec<ResourceType>,
+    /// Types that have a table already, where all were asked for: their watermark moves though nothing came.
+    pub known: Vec<ResourceType>,
     /// The server's `transactionTime`, microseconds since the epoch; `None` for a folder.
     pub transaction_time: Option<i64>,
     /// Whether it was a full export: no `since`.
@@ -245,6 +250,8 @@ pub struct ParsedChunk {
     pub headers: u64,
     /// Of those, lines of types that the layout excludes.
     pub excluded: Vec<(ResourceType, u64)>,
+    /// Issues of severity fatal, in a file of OperationOutcomes.
+    pub fatal: u64,
 }
 
 /// What stages tell merge, so that it knows when a type is complete.
@@ -259,7 +266,16 @@ pub enum Fact {
     /// A file could not be read; its types fail.
     FileFailed(u32, String),
     /// An export failed: its types fail.
-    ExportFailed(usize, String),
+    ExportFailed {
+        /// Which export.
+        export: usize,
+        /// The types that it was asked for.
+        asked: Vec<ResourceType>,
+        /// Why.
+        why: String,
+    },
+    /// A type cannot be written.
+    TypeFailed(ResourceType, String),
     /// A chunk was parsed.
     Parsed(ParsedChunk),
 }

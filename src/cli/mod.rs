@@ -79,7 +79,7 @@ pub fn main() -> ExitCode {
     // Where bars show the progress, lines of information would only tear them.
     let usual = if output.shows_bars() || cli.global.quiet { "warn" } else { "info" };
     // The libraries' own warnings speak of things that we handle ourselves and report in our words.
-    let filter = filter.unwrap_or_else(|| format!("error,fhirlake={usual}"));
+    let filter = filter.unwrap_or_else(|| format!("error,buoyant_kernel=off,delta_kernel=off,fhirlake={usual}"));
     telemetry::init(cli.global.log_format, &filter, output.log_writer());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let outcome = match runtime.context(ErrorKind::Internal, "the runtime cannot be started") {

@@ -180,6 +180,12 @@ pub(super) fn report(report: &RunReport) -> String {
     for (file, promised, came) in &report.count_findings {
         text.push_str(&format!("\n{file}: the manifest promised {promised} resources, {came} came"));
     }
+    if report.other_bad_lines > 0 {
+        text.push_str(&format!("\nquarantined lines that belong to no table: {}", report.other_bad_lines));
+    }
+    if report.watermark_held {
+        text.push_str("\nthe server reports fatal errors of its export: the watermark stays where it was");
+    }
     if !report.outcome_issues.is_empty() {
         let issues: Vec<String> = report.outcome_issues.iter().map(|(severity, count)| format!("{count} {severity}")).collect();
         text.push_str(&format!("\nthe server's own remarks on its export: {}", issues.join(", ")));

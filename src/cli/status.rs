@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::output::{Output, table};
 use super::run::plan_of;
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::pipeline;
 use crate::state::{JournalEntry, StateFile, StateFolder};
 
@@ -22,15 +22,11 @@ pub(super) struct StatusArgs {
 
 pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     let plan = plan_of(&args.pipeline, &args.sets)?;
-    let state = StateFolder::open(&plan.state, plan.state_file.as_deref())?;
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     output.line(&format!("pipeline    {}", plan.name))?;
     output.line(&format!("tables      {}", plan.tables))?;
     output.line(&format!("state       {}", state.path().display()))?;
-    let running = match state.lock() {
-        Err(error) if error.kind() == ErrorKind::Locked => Some(error.to_string()),
-        Err(error) => return Err(error),
-        Ok(_) => None,
-    };
+    let running = state.lock_holder();
     match &running {
         Some(who) => output.line(&format!("now         running: {who}"))?,
         None => match state.journal().unfinished()?.first() {

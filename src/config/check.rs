@@ -80,7 +80,9 @@ pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> 
         return Err(whole("the file is empty".into(), (1, 1)));
     }
     for set in sets {
-        let wrong = |what: String| whole(format!("`{set}`: {what}"), (0, 0));
+        // The key alone: the value may be a secret.
+        let key = set.split(['=', ':']).next().unwrap_or_default().trim();
+        let wrong = |what: String| whole(format!("`{key}`: {what}"), (0, 0));
         let (key, value) = set.split_once('=').ok_or_else(|| wrong("not key=value".into()))?;
         let value: Tree = serde_saphyr::from_str(value).map_err(|_| wrong("the value is not YAML".into()))?;
         tree.set(key.trim(), value).map_err(wrong)?;
@@ -175,6 +177,12 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         }
     }
     if let Some(auth) = &source.auth {
+        if let Some(token_url) = &auth.token_url
+            && !token_url.0.contains("${")
+            && !url::Url::parse(&token_url.0).is_ok_and(|url| matches!(url.scheme(), "http" | "https"))
+        {
+            add("source.auth.token_url", "neither an http nor an https URL", None);
+        }
         match (&auth.bearer_token, &auth.client_id, &auth.private_key) {
             (Some(_), None, None) | (None, Some(_), Some(_)) => {}
             (Some(_), _, _) => add("source.auth.bearer_token", "either a bearer token or a client id and key", None),
@@ -199,6 +207,14 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         && share.trim_end_matches('%').parse::<f64>().is_ok_and(|percent| percent > 100.0)
     {
         add("stages.parse.max_bad_lines", "more than 100%", None);
+    }
+    for (index, name) in file.stages.encode.open_types.iter().enumerate() {
+        if crate::schema::Model::r4().definition(name).is_none() {
+            add(&format!("stages.encode.open_types.{index}"), "not a data type of FHIR R4", None);
+        }
+    }
+    if file.stages.merge.target_file.0 < 1 << 20 {
+        add("stages.merge.target_file", "less than 1MiB", None);
     }
     if file.memory.0 < 64 << 20 {
         add("memory", "less than 64MiB", Some("edges and open batches need some room"));

@@ -151,7 +151,11 @@ impl Plan {
                     client_id: text("source.auth.client_id", id).into(),
                     private_key: text("source.auth.private_key", key).into(),
                     scope: auth.scope.clone(),
-                    token_url: auth.token_url.as_ref().and_then(|url| Url::parse(&text("source.auth.token_url", url)).ok()),
+                    token_url: match auth.token_url.as_ref().map(|url| Url::parse(&text("source.auth.token_url", url))) {
+                        None => None,
+                        Some(Ok(url)) => Some(url),
+                        Some(Err(_)) => return Err(vec![read.problem("source.auth.token_url", "not a URL", None)]),
+                    },
                 },
                 _ => AuthSettings::None,
             },
@@ -159,8 +163,20 @@ impl Plan {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let Ok(url) = Url::parse(&url) else {
-            return Err(vec![read.problem("source.url", "not a URL", None)]);
+        // What a reference stands for is checked as what is written out.
+        let url = match Url::parse(&url) {
+            Ok(url) if !matches!(url.scheme(), "http" | "https" | "file") => {
+                return Err(vec![read.problem("source.url", "neither http, https nor file", None)]);
+            }
+            Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+                return Err(vec![read.problem(
+                    "source.url",
+                    "no user and password in a URL: it would be logged",
+                    Some("use source.auth"),
+                )]);
+            }
+            Ok(url) => url,
+            Err(_) => return Err(vec![read.problem("source.url", "not a URL", None)]),
         };
         let state = match state.map(PathBuf::from).or_else(|| default_state_folder(&tables, &file.name)) {
             Some(state) if !state.to_string_lossy().contains("://") => state,

@@ -61,8 +61,14 @@ pub(super) fn loose_bounds(stats: &str) -> String {
     }
 }
 
-/// A copy of a file without the rows that are gone, in their order, streamed.
-pub(super) async fn rewrite(table: &Table, path: &Path, size: u64, gone: &RoaringTreemap, total: Option<u64>) -> Result<Add> {
+/// A copy of the file at `path`, `size` bytes long, without the rows that are gone, in their order, streamed.
+pub(super) async fn rewrite(
+    table: &Table,
+    (path, size): (&Path, u64),
+    gone: &RoaringTreemap,
+    total: Option<u64>,
+    run: &str,
+) -> Result<Add> {
     use parquet::arrow::AsyncArrowWriter;
     use parquet::file::properties::WriterProperties;
     let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{path} cannot be rewritten"));
@@ -72,7 +78,7 @@ pub(super) async fn rewrite(table: &Table, path: &Path, size: u64, gone: &Roarin
     };
     let kept = (0..total).filter(|row| !gone.contains(*row));
     let mut batches = rows(&table.store(), path, size, selection(kept)).await?;
-    let new_path = Path::from(format!("part-{}.zstd.parquet", uuid::Uuid::new_v4()));
+    let new_path = Path::from(format!("part-{run}-{}.zstd.parquet", uuid::Uuid::new_v4()));
     let writer = object_store::buffered::BufWriter::new(table.store(), new_path.clone());
     let properties = WriterProperties::builder()
         .set_compression(parquet::basic::Compression::ZSTD(Default::default()))

@@ -11,8 +11,10 @@ use deltalake::{DeltaTable, DeltaTableBuilder, DeltaTableError};
 use object_store::ObjectStore;
 use url::Url;
 
+use super::vectors;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::private::private_dir;
+use crate::schema::{EXCLUDED_TYPES, Model};
 
 /// Where the tables are.
 #[derive(Debug, Clone)]
@@ -103,6 +105,8 @@ impl Tables {
                 found.extend(prefix.filename().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from));
             }
         }
+        // Other tables in the folder are none of ours.
+        found.retain(|name: &Arc<str>| Model::r4().is_resource_type(name) && !EXCLUDED_TYPES.contains(&&**name));
         found.sort();
         Ok(found)
     }
@@ -138,29 +142,85 @@ impl Tables {
 }
 
 impl Table {
-    /// Removes files that `run` staged and no commit names; how many.
+    /// Removes what a killed `run` left and no commit names: staged files (also those that were still being written,
+    /// which a local store keeps under another name and does not list), rewritten files and deletion vectors. How many.
     pub async fn remove_orphans(&self, run: &str) -> Result<usize> {
-        use futures::TryStreamExt;
+        use object_store::path::Path;
         let mut named = std::collections::HashSet::new();
         if let Some(delta) = &self.delta {
             let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
-            named.extend(snapshot.log_data().iter().map(|file| file.object_store_path()));
+            for file in snapshot.log_data().iter() {
+                named.extend(file.object_store_path().filename().map(str::to_owned));
+                named.extend(file.deletion_vector_descriptor().map(|vector| vector.path_or_inline_dv));
+            }
         }
         let store = self.store();
         let prefix = format!("part-{run}-");
-        let listed: Vec<object_store::ObjectMeta> =
-            store.list(None).try_collect().await.map_err(|error| storage(error, "the table's folder cannot be listed"))?;
-        let mut removed = 0;
-        for object in listed {
-            let is_the_runs = object.location.filename().is_some_and(|name| name.starts_with(&prefix));
-            if is_the_runs && !named.contains(&object.location) {
-                object_store::ObjectStoreExt::delete(&store, &object.location)
-                    .await
-                    .map_err(|error| storage(error, "a staged file cannot be removed"))?;
-                removed += 1;
+        let mut orphans = Vec::new();
+        match self.local() {
+            Some(folder) => {
+                let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+                let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+                for name in names.filter(|name| name.starts_with(&prefix) && !named.contains(name)) {
+                    std::fs::remove_file(folder.join(&name))
+                        .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;
+                    orphans.push(name);
+                }
+            }
+            None => {
+                let listed =
+                    store.list_with_delimiter(None).await.map_err(|error| storage(error, "the table cannot be listed"))?;
+                for object in listed.objects {
+                    let name = object.location.filename().unwrap_or_default();
+                    if name.starts_with(&prefix) && !named.contains(name) {
+                        object_store::ObjectStoreExt::delete(&store, &object.location)
+                            .await
+                            .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;
+                        orphans.push(name.to_owned());
+                    }
+                }
             }
         }
-        Ok(removed)
+        for attempt in 1..=super::upsert::MAX_ATTEMPTS {
+            let id = vectors::file_id(run, &self.resource_type, attempt);
+            let path: Path = vectors::file_path(id);
+            if !named.contains(&vectors::encoded(id)) && object_store::ObjectStoreExt::head(&store, &path).await.is_ok() {
+                object_store::ObjectStoreExt::delete(&store, &path)
+                    .await
+                    .map_err(|error| storage(error, &format!("{path} cannot be removed")))?;
+                orphans.push(path.to_string());
+            }
+        }
+        Ok(orphans.len())
+    }
+
+    /// Writes a checkpoint where the table's interval asks for one after `version`, and removes log files that are out of
+    /// their retention. Neither is part of the commit: a failure is only said.
+    pub(super) async fn checkpoint(&mut self, version: Option<u64>) {
+        use deltalake::table::config::TablePropertiesExt;
+        let Some(version) = version else { return };
+        let Some(interval) =
+            self.delta.as_ref().and_then(|delta| Some(delta.snapshot().ok()?.table_config().checkpoint_interval()))
+        else {
+            return;
+        };
+        if version == 0 || !version.is_multiple_of(interval.get()) {
+            return;
+        }
+        let done = async {
+            self.refresh().await?;
+            let Some(delta) = &self.delta else { return Ok(()) };
+            let failed = |error| storage(error, "the checkpoint cannot be written");
+            deltalake::checkpoints::create_checkpoint(delta, None).await.map_err(failed)?;
+            let snapshot = delta.snapshot().map_err(failed)?;
+            if snapshot.table_config().enable_expired_log_cleanup() {
+                deltalake::checkpoints::cleanup_metadata(delta, None).await.map_err(failed)?;
+            }
+            Ok::<(), Error>(())
+        };
+        if let Err(error) = done.await {
+            tracing::warn!(%error, "the commit is made; its table's log could not be tidied");
+        }
     }
 }
 

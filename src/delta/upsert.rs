@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::messages::RowKey;
 
 /// How often a match is made again when another writer committed in between.
-const MAX_ATTEMPTS: usize = 10;
+pub(super) const MAX_ATTEMPTS: usize = 10;
 
 /// The server's `transactionTime` as an application transaction of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,8 +52,10 @@ pub struct Upsert {
     pub full_refresh: bool,
     /// For a table that does not exist yet.
     pub settings: TableSettings,
-    /// Further members of the commit's info.
+    /// Further members of the commit's info; `run` among them tells whose commit it is.
     pub info: BTreeMap<String, Value>,
+    /// The run's id: names the files that a commit writes, so that a later run knows what a killed one left.
+    pub run: String,
 }
 
 /// What a merge did.
@@ -80,6 +82,11 @@ pub struct Merged {
 pub enum Commit {
     /// It is in the table.
     Done(Merged),
+    /// The commit failed in a way that leaves open whether it was made: its files must stay.
+    Unknown {
+        /// What went wrong.
+        error: Error,
+    },
     /// The table's watermark is newer than this export: nothing was changed.
     Stale {
         /// The table's `transactionTime`, microseconds since the epoch.
@@ -143,13 +150,14 @@ impl Upsert {
             }
             let targets = targets(table)?;
             let plan = self.plan(table, &targets).await?;
-            match self.write(table, targets, plan, started).await? {
-                Some(merged) => return Ok(Commit::Done(merged)),
-                None if attempt < MAX_ATTEMPTS => {
+            match self.write(table, targets, plan, (started, attempt)).await? {
+                Written::Done(merged) => return Ok(Commit::Done(merged)),
+                Written::Unknown(error) => return Ok(Commit::Unknown { error }),
+                Written::Conflict if attempt < MAX_ATTEMPTS => {
                     tracing::info!(resource_type = %table.resource_type, attempt, "another writer committed first; matching again");
                     table.refresh().await?;
                 }
-                None => break,
+                Written::Conflict => break,
             }
         }
         Err(Error::new(ErrorKind::Table, format!("other writers committed first {MAX_ATTEMPTS} times in a row")))
@@ -250,8 +258,8 @@ impl Upsert {
         Ok(())
     }
 
-    /// Writes what the plan needs and commits; `None` when another writer was faster.
-    async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, plan: Plan, started: Instant) -> Result<Option<Merged>> {
+    /// Writes what the plan needs and commits. `begun` is when, and the number of the attempt.
+    async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, plan: Plan, begun: (Instant, usize)) -> Result<Written> {
         let mut merged = plan.merged;
         let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut out = Actions::default();
@@ -266,7 +274,7 @@ impl Upsert {
             if with_vectors {
                 marked.push((target.add.clone(), all_gone));
             } else {
-                let add = rewrite(table, &target.data.path, target.data.size, &all_gone, target.rows).await?;
+                let add = rewrite(table, (&target.data.path, target.data.size), &all_gone, target.rows, &self.run).await?;
                 out.new_files.push(Path::from(add.path.as_str()));
                 out.adds.push(add);
             }
@@ -284,7 +292,7 @@ impl Upsert {
                 merged.bytes_written += staged.size;
                 marked.push((add, gone.clone()));
             } else {
-                let add = rewrite(table, &staged.path, staged.size, gone, Some(total)).await?;
+                let add = rewrite(table, (&staged.path, staged.size), gone, Some(total), &self.run).await?;
                 merged.bytes_written += add.size as u64;
                 out.new_files.push(Path::from(add.path.as_str()));
                 out.adds.push(add);
@@ -293,7 +301,8 @@ impl Upsert {
         if !marked.is_empty() {
             let (adds, vectors): (Vec<Add>, Vec<RoaringTreemap>) = marked.into_iter().unzip();
             out.vectors = vectors.len();
-            let (descriptors, path) = vectors::write(table, vectors).await?;
+            let (descriptors, path) =
+                vectors::write(table, vectors, vectors::file_id(&self.run, &table.resource_type, begun.1)).await?;
             out.new_files.push(path);
             for (mut add, descriptor) in adds.into_iter().zip(descriptors) {
                 merged.bytes_written += descriptor.size_in_bytes as u64;
@@ -302,22 +311,33 @@ impl Upsert {
                 out.adds.push(add);
             }
         }
-        let outcome = self.commit_actions(table, &out, &mut merged, started).await;
-        if !matches!(&outcome, Ok(true)) {
-            for path in &out.new_files {
-                // Unreferenced; what stays behind, vacuum takes.
-                let _ = table.store().delete(path).await;
-            }
-        }
-        if !outcome? {
-            return Ok(None);
+        let outcome = self.commit_actions(table, &out, &mut merged, begun.0).await;
+        let written = match outcome {
+            Ok(true) => Written::Done(merged),
+            Ok(false) => Written::Conflict,
+            Err(error) => match self.find_own_commit(table, merged.version).await {
+                // It was made; what failed came after it.
+                Ok(Some(version)) => {
+                    tracing::warn!(%error, version, "the commit was made, and something after it failed");
+                    Written::Done(Merged { version: Some(version), committed: true, ..merged })
+                }
+                Ok(None) => {
+                    out.discard(table).await;
+                    return Err(error);
+                }
+                Err(_) => return Ok(Written::Unknown(error)),
+            },
+        };
+        if !matches!(written, Written::Done(_)) {
+            out.discard(table).await;
+            return Ok(written);
         }
         for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
             if gone.len() == staged.keys.len() as u64 || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
                 staged.discard(table).await;
             }
         }
-        Ok(Some(merged))
+        Ok(written)
     }
 
     async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<bool> {
@@ -338,6 +358,9 @@ impl Upsert {
         let properties = CommitProperties::default()
             .with_metadata(info)
             .with_max_retries(0)
+            // Made apart, after the commit: their failure must not look like the commit's.
+            .with_create_checkpoint(false)
+            .with_cleanup_expired_logs(Some(false))
             .with_application_transactions(transactions.collect());
         let adds = out.adds.iter().cloned().map(Action::Add);
         let done = if let Some(delta) = &table.delta {
@@ -370,6 +393,7 @@ impl Upsert {
             Ok(version) => {
                 merged.version = version;
                 merged.committed = true;
+                table.checkpoint(version).await;
                 Ok(true)
             }
             Err(
@@ -388,6 +412,23 @@ impl Upsert {
         }
     }
 
+    /// The version that this run committed after `before`, found in the log.
+    async fn find_own_commit(&self, table: &mut Table, before: Option<u64>) -> Result<Option<u64>> {
+        table.refresh().await?;
+        let Some(delta) = &table.delta else { return Ok(None) };
+        let newest = table.version().unwrap_or(0);
+        let newer = newest - before.map_or(0, |version| version.min(newest)) + u64::from(before.is_none());
+        let mut history = delta.history(Some(usize::try_from(newer).unwrap_or(usize::MAX)));
+        let mut version = newest;
+        while let Some(info) = history.try_next().await.map_err(|error| storage(error, "the log cannot be read"))? {
+            if info.info.get("run").and_then(Value::as_str) == Some(self.run.as_str()) {
+                return Ok(Some(version));
+            }
+            version = version.saturating_sub(1);
+        }
+        Ok(None)
+    }
+
     /// Operation metrics by the names of Spark's own merge.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
         let sources: usize = self.files.iter().map(|file| file.keys.len()).sum();
@@ -403,6 +444,24 @@ impl Upsert {
             "numTargetBytesAdded": merged.bytes_written.to_string(),
             "executionTimeMs": started.elapsed().as_millis().to_string(),
         })
+    }
+}
+
+/// What became of an attempt.
+enum Written {
+    Done(Merged),
+    /// Another writer was faster.
+    Conflict,
+    Unknown(Error),
+}
+
+impl Actions {
+    /// Removes the files that were written for this commit alone.
+    async fn discard(&self, table: &Table) {
+        for path in &self.new_files {
+            // Unreferenced; what stays behind, vacuum takes.
+            let _ = table.store().delete(path).await;
+        }
     }
 }
 

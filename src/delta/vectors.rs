@@ -36,10 +36,30 @@ pub(super) fn read(table: &Table, descriptor: &DeletionVectorDescriptor) -> Resu
     descriptor.read(engine.storage_handler(), table.log_store.root_url()).map_err(failed)
 }
 
+/// The id of the file that an attempt of a run writes for a table: made from them, so that a later run finds what a
+/// killed one left. The file's name has no room for the run itself.
+pub(super) fn file_id(run: &str, resource_type: &str, attempt: usize) -> Uuid {
+    let seed = format!("{run}|{resource_type}|{attempt}");
+    uuid::Builder::from_random_bytes(twox_hash::XxHash3_128::oneshot(seed.as_bytes()).to_be_bytes()).into_uuid()
+}
+
+/// Where the file of that id is, in the table's folder.
+pub(super) fn file_path(id: Uuid) -> Path {
+    Path::from(format!("deletion_vector_{id}.bin"))
+}
+
+/// How a descriptor names it.
+pub(super) fn encoded(id: Uuid) -> String {
+    z85::encode(id.as_bytes())
+}
+
 /// Writes `vectors` into one file in the table's folder; a descriptor for each, in order, and the file's path.
-pub(super) async fn write(table: &Table, vectors: Vec<RoaringTreemap>) -> Result<(Vec<DeletionVectorDescriptor>, Path)> {
-    let id = Uuid::new_v4();
-    let path = Path::from(format!("deletion_vector_{id}.bin"));
+pub(super) async fn write(
+    table: &Table,
+    vectors: Vec<RoaringTreemap>,
+    id: Uuid,
+) -> Result<(Vec<DeletionVectorDescriptor>, Path)> {
+    let path = file_path(id);
     let mut bytes = Vec::new();
     let mut writer = StreamingDeletionVectorWriter::new(&mut bytes);
     let mut descriptors = Vec::with_capacity(vectors.len());
@@ -49,7 +69,7 @@ pub(super) async fn write(table: &Table, vectors: Vec<RoaringTreemap>) -> Result
             writer.write_deletion_vector(Rows(vector)).context(ErrorKind::Internal, "a deletion vector cannot be written")?;
         descriptors.push(DeletionVectorDescriptor {
             storage_type: StorageType::UuidRelativePath,
-            path_or_inline_dv: z85::encode(id.as_bytes()),
+            path_or_inline_dv: encoded(id),
             offset: Some(written.offset),
             size_in_bytes: written.size_in_bytes,
             cardinality,

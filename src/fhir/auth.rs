@@ -160,7 +160,8 @@ impl Backend {
             Error::new(ErrorKind::Network, format!("the token endpoint cannot be reached: {}", error.without_url()))
         })?;
         let status = response.status();
-        let body = response.bytes().await.context(ErrorKind::Network, "the token endpoint's answer broke off")?;
+        let body = response.bytes().await.map_err(reqwest::Error::without_url);
+        let body = body.context(ErrorKind::Network, "the token endpoint's answer broke off")?;
         if status.is_server_error() || status.as_u16() == 429 {
             return Err(Error::new(ErrorKind::Network, format!("the token endpoint answered {status}")));
         }

@@ -107,7 +107,8 @@ impl Client {
                 Ok(Poll::Working { progress, wait: retry_after(response.headers()) })
             }
             StatusCode::OK => {
-                let body = response.bytes().await.context(ErrorKind::Network, "the manifest broke off")?;
+                let body = response.bytes().await.map_err(|error| error.without_url());
+                let body = body.context(ErrorKind::Network, "the manifest broke off")?;
                 Ok(Poll::Done(Box::new(Manifest::read(&body, status)?)))
             }
             _ => Err(refusal(response, ask.what).await),

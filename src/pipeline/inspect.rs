@@ -75,8 +75,8 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
         Err(error) => add("token".into(), Err(error)),
     }
     add("tables writable".into(), writable_tables(plan).await);
-    let state = StateFolder::open(&plan.state, plan.state_file.as_deref());
-    let state = state.and_then(|state| {
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = Ok(state).and_then(|state| {
         state.lock().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
         StateFile::read(state.state_file())?;
         Ok(state.path().display().to_string())

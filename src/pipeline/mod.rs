@@ -26,7 +26,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, ExportRequest};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
 use crate::messages::{BadLineSink, Chunk, FlushRequests, Layouts, MergeInput, ResourceType, Rows, instant_text};
-use crate::schema::{Layout, arrow_schema, conform};
+use crate::schema::{Layout, LayoutOptions, arrow_schema, conform};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, FolderExport, Kickoff, ServerExport};
@@ -96,7 +96,7 @@ fn app_id(plan: &Plan) -> String {
 /// Opens the tables, reads their watermarks and groups the types by them. Asks nothing of the server.
 pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let tables = Tables::at(&plan.tables)?;
-    let state = StateFolder::open(&plan.state, plan.state_file.as_deref())?;
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let remembered = StateFile::read(state.state_file())?;
     let app_id = app_id(&plan);
     let types: Vec<ResourceType> = if plan.types.is_empty() {
@@ -109,7 +109,14 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for name in types {
         let table = tables.open(&name).await?;
-        table.check_writable()?;
+        if let Err(error) = table.check_writable() {
+            if !plan.types.is_empty() {
+                return Err(error);
+            }
+            // Nobody asked for this type by name; should the server send it, it fails then, and alone.
+            tracing::warn!(resource_type = %name, %error, "the table cannot be written");
+            continue;
+        }
         let since = match plan.since {
             _ if options.full_refresh => None,
             Since::Everything => None,
@@ -118,7 +125,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             Since::LastSync if table.version().is_none() => None,
             Since::LastSync => {
                 let own = table.transaction(&app_id).await?;
-                own.or_else(|| from_state(&remembered, &app_id))
+                own.or_else(|| from_state(&remembered, &app_id, &name))
                     .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0))
             }
         };
@@ -129,17 +136,24 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let kickoffs = match &plan.source {
         SourcePlan::Folder(_) => Vec::new(),
         SourcePlan::Server { level, .. } if plan.types.is_empty() => {
-            // All types in one export: since the oldest of their watermarks. Tables that are not this scope's
-            // have none and do not count, unless none has one.
-            let since = groups.keys().flatten().min().copied().filter(|_| !options.full_refresh);
+            // All types in one export. Which types the server has is not known beforehand, so it can only be
+            // incremental when a run of this very scope has brought all of them, and each table says so itself:
+            // a type that failed then has no table, and would get its changes only.
+            let whole_before = remembered.scope.as_deref() == Some(app_id.as_str()) || remembered.is_the_recipes();
+            let all_known = !groups.is_empty() && !groups.contains_key(&None);
+            let since = match plan.since {
+                Since::At(micros) if !options.full_refresh => Some(micros),
+                _ => groups.keys().flatten().min().copied().filter(|_| whole_before && all_known),
+            };
             let request = ExportRequest { level: level.clone(), types: Vec::new(), since };
-            vec![Kickoff { request, asked: Vec::new() }]
+            let known = opened.keys().cloned().collect();
+            vec![Kickoff { request, asked: Vec::new(), known }]
         }
         SourcePlan::Server { level, .. } => groups
             .into_iter()
             .map(|(since, asked)| {
                 let types = asked.iter().map(ToString::to_string).collect();
-                Kickoff { request: ExportRequest { level: level.clone(), types, since }, asked }
+                Kickoff { request: ExportRequest { level: level.clone(), types, since }, asked, known: Vec::new() }
             })
             .collect(),
     };
@@ -147,12 +161,13 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
 }
 
-fn from_state(state: &StateFile, app_id: &str) -> Option<i64> {
-    let micros = state.last_sync_time?.timestamp_micros();
+/// The watermark of a type by the state file: the recipe's one time for all, or ours for this type.
+fn from_state(state: &StateFile, app_id: &str, resource_type: &str) -> Option<i64> {
     if state.is_the_recipes() {
-        return Some(micros - RECIPE_OVERLAP_MICROS);
+        return Some(state.last_sync_time?.timestamp_micros() - RECIPE_OVERLAP_MICROS);
     }
-    (state.scope.as_deref() == Some(app_id)).then_some(micros)
+    let ours = state.scope.as_deref() == Some(app_id);
+    state.watermarks.get(resource_type).filter(|_| ours).map(DateTime::timestamp_micros)
 }
 
 /// The client of a plan's server.
@@ -177,27 +192,38 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
     Ok((Arc::new(store), folder))
 }
 
-/// Layouts of the run: an existing table's own, Pathling's for the rest.
-fn layouts(plan: &Plan, opened: &HashMap<ResourceType, Table>) -> Result<Layouts> {
+/// Layouts of the run: an existing table's own, Pathling's for the rest. Types that the run did not open are looked at
+/// when their first row comes.
+fn layouts(plan: &Plan, tables: &Tables, opened: &HashMap<ResourceType, Table>) -> Result<Layouts> {
     let mut known: HashMap<ResourceType, Arc<Layout>> = HashMap::new();
     for (name, table) in opened {
-        let Some(layout) = Layout::pathling(name, &plan.layout) else { continue };
-        let layout = match table.schema()? {
-            Some(schema) if schema != arrow_schema(&layout) => {
-                conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?
-            }
-            _ => layout,
-        };
-        known.insert(name.clone(), Arc::new(layout));
+        match layout_of(name, table, &plan.layout) {
+            Ok(layout) => drop(known.insert(name.clone(), layout)),
+            Err(error) if !plan.types.is_empty() => return Err(error),
+            Err(error) => tracing::warn!(resource_type = %name, %error, "the table cannot be written"),
+        }
     }
-    let (known, options) = (RwLock::new(known), plan.layout.clone());
+    let (known, options, tables) = (RwLock::new(known), plan.layout.clone(), tables.clone());
     Ok(Arc::new(move |name| {
         if let Some(layout) = known.read().unwrap_or_else(PoisonError::into_inner).get(name) {
-            return Some(layout.clone());
+            return Ok(layout.clone());
         }
-        let layout = Arc::new(Layout::pathling(name, &options)?);
+        let table = tokio::runtime::Handle::current().block_on(tables.open(name))?;
+        let layout = layout_of(name, &table, &options)?;
         let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
-        Some(known.entry(name.clone()).or_insert(layout).clone())
+        Ok(known.entry(name.clone()).or_insert(layout).clone())
+    }))
+}
+
+fn layout_of(name: &ResourceType, table: &Table, options: &LayoutOptions) -> Result<Arc<Layout>> {
+    let layout =
+        Layout::pathling(name, options).ok_or_else(|| Error::new(ErrorKind::Internal, format!("{name} is no type of R4")))?;
+    table.check_writable()?;
+    Ok(Arc::new(match table.schema()? {
+        Some(schema) if schema != arrow_schema(&layout) => {
+            conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?
+        }
+        _ => layout,
     }))
 }
 
@@ -210,7 +236,9 @@ pub async fn run(
     waiting: impl Fn(&[&'static str]),
 ) -> Result<RunReport> {
     let name = plan.name.clone();
-    let run = Utc::now().format("%Y%m%dT%H%M%S%3fZ").to_string();
+    // Random letters too: two pipelines that cron starts in one millisecond may share tables.
+    let random = uuid::Uuid::new_v4().simple().to_string();
+    let run = format!("{}-{}", Utc::now().format("%Y%m%dT%H%M%S%3fZ"), &random[..6]);
     let span = tracing::info_span!("run", pipeline = %name, run = %run);
     once(plan, options, watch, stop, waiting, run).instrument(span).await.map_err(|error| error.at(format!("pipeline {name}")))
 }
@@ -224,7 +252,7 @@ async fn once(
     run: String,
 ) -> Result<RunReport> {
     let (began, started) = (Instant::now(), Utc::now());
-    let state = StateFolder::open(&plan.state, plan.state_file.as_deref())?;
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
     let journal = state.journal();
     clean_up(&journal, &Tables::at(&plan.tables)?).await?;
@@ -237,7 +265,7 @@ async fn once(
     }
     journal.write(&JournalEntry::Began { run: run.clone(), types: plan.types.clone() })?;
 
-    let layouts = layouts(plan, &prepared.opened)?;
+    let layouts = layouts(plan, &prepared.tables, &prepared.opened)?;
     let memory = plan.memory;
     let (files_in, files_out, files_gauge) = edge("export->download", 1024, 4 << 20);
     let (chunks_in, chunks_out, chunks_gauge) = edge::<Chunk>("download->parse", 256, memory.chunks);
@@ -274,7 +302,7 @@ async fn once(
             let (store, folder) = source_folder(url)?;
             let source = FolderExport {
                 store: store.clone(),
-                folder: folder.clone(),
+                folder,
                 url: url.clone(),
                 types: plan.types.iter().map(|name| name.as_str().into()).collect(),
                 files: files_in,
@@ -283,7 +311,7 @@ async fn once(
                 stop: stop.clone(),
             };
             crew.spawn("export", async move { source.run().await }.in_current_span());
-            (Origin::Store(store, folder), 1)
+            (Origin::Store(store), 1)
         }
         _ => return Err(Error::new(ErrorKind::Internal, "a server without a client")),
     };
@@ -317,7 +345,7 @@ async fn once(
         crew.spawn_cpu("parse", move |handle| span.in_scope(|| worker.run(handle)));
     }
     let requests = FlushRequests::default();
-    let shared = Shared::new(layouts.clone(), requests.clone(), memory.row_group, memory.open_batches);
+    let shared = Shared::new(layouts, requests.clone(), memory.row_group, memory.open_batches);
     for _ in 0..plan.encode_workers {
         let worker = Encode { rows: rows_out.clone(), merge: merge_in.clone(), shared: shared.clone() };
         let span = span.clone();
@@ -329,7 +357,6 @@ async fn once(
         input: merge_out,
         tables: prepared.tables.clone(),
         opened: prepared.opened,
-        layouts,
         ledger: Ledger::new(exports, plan.max_bad_lines.as_ref().map(max_bad_lines)),
         requests,
         settings: MergeSettings {
@@ -340,6 +367,8 @@ async fn once(
             full_refresh: prepared.full_refresh,
             target_file_bytes: plan.target_file_bytes,
             max_open_files: 64,
+            layout: plan.layout.clone(),
+            exports,
             table: TableSettings { deletion_vectors: plan.deletion_vectors },
             began,
         },
@@ -350,8 +379,12 @@ async fn once(
     crew.spawn("merge", async move { merge.run(report_in).await }.in_current_span());
 
     let ended = crew.join(waiting).await;
-    let merged = report_out.await.unwrap_or_default();
-    journal.write(&JournalEntry::Ended { run: run.clone() })?;
+    let merged = report_out.await;
+    if merged.is_ok() {
+        // Merge has removed what it staged and did not commit. Where it died, the next run does.
+        journal.write(&JournalEntry::Ended { run: run.clone() })?;
+    }
+    let merged = merged.unwrap_or_default();
     let report = report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.is_ok());
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
@@ -413,8 +446,15 @@ fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Re
     let mut remembered = StateFile::read(state.state_file())?;
     remembered.last_completed = Some(Utc::now());
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
-        remembered.last_sync_time = Some(time.to_utc());
-        remembered.scope = Some(app_id.to_owned());
+        if remembered.scope.as_deref() != Some(app_id) {
+            remembered.watermarks.clear();
+        }
+        if !report.watermark_held {
+            remembered.last_sync_time = Some(time.to_utc());
+            remembered.scope = Some(app_id.to_owned());
+            let done = report.types.keys().map(|name| (name.clone(), time.to_utc()));
+            remembered.watermarks.extend(done);
+        }
     }
     remembered.write(state.state_file())
 }

@@ -39,6 +39,10 @@ pub struct RunReport {
     /// Files whose manifest count differs from what came: file, promised, came.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub count_findings: Vec<(String, u64, u64)>,
+    /// Bad lines that belong to no table: of deletion files, error files and types without a table.
+    pub other_bad_lines: u64,
+    /// Whether the watermark stays where it was: the server reports fatal errors of its export.
+    pub watermark_held: bool,
     /// Issues in the export's error files, by severity.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub outcome_issues: BTreeMap<String, u64>,
@@ -84,6 +88,8 @@ pub(super) fn draw_up(
         types,
         excluded,
         count_findings: merged.count_findings,
+        other_bad_lines: merged.other_bad,
+        watermark_held: merged.watermark_held,
         outcome_issues,
         retries,
     }

@@ -24,7 +24,7 @@ pub enum Origin {
     /// A FHIR server and whoever it sends us to.
     Server(Client),
     /// A folder of NDJSON.
-    Store(Arc<dyn ObjectStore>, object_store::path::Path),
+    Store(Arc<dyn ObjectStore>),
 }
 
 /// One download worker; any number share `files`.
@@ -119,18 +119,25 @@ impl Download {
     fn once(&self, handle: &Handle, file: &ExportFile, lines: &mut Lines<'_>) -> Result<(), Broken> {
         let (mut body, encoding) = handle.block_on(self.open(file))?;
         let mut unpack: Option<Unpack> = None;
-        let mut got: u64 = 0;
+        let (mut got, mut head): (u64, Vec<u8>) = (0, Vec::new());
         while let Some(bytes) = handle.block_on(self.stop.or(body.next())).ok_or(Broken::Stopped)? {
             let bytes = bytes.map_err(Broken::Again)?;
             if bytes.is_empty() {
                 continue;
             }
             got += bytes.len() as u64;
-            let unpack = match &mut unpack {
-                Some(unpack) => unpack,
-                none => none.insert(Unpack::of(&encoding, &bytes).map_err(Broken::Never)?),
-            };
-            unpack.push(&bytes, lines)?;
+            if let Some(unpack) = &mut unpack {
+                unpack.push(&bytes, lines)?;
+                continue;
+            }
+            // How it is packed is told by its first bytes, which may come one by one.
+            head.extend_from_slice(&bytes);
+            if head.len() >= 4 {
+                unpack.insert(Unpack::of(&encoding, &head).map_err(Broken::Never)?).push(&head, lines)?;
+            }
+        }
+        if unpack.is_none() && !head.is_empty() {
+            unpack.insert(Unpack::of(&encoding, &head).map_err(Broken::Never)?).push(&head, lines)?;
         }
         tracing::trace!(bytes = got, "the body ended");
         match unpack {
@@ -154,8 +161,8 @@ impl Download {
                 });
                 Ok((body.boxed(), encoding))
             }
-            Origin::Store(store, folder) => {
-                let path = folder.clone().join(file.name.as_str());
+            Origin::Store(store) => {
+                let path = file.location.clone().unwrap_or_default();
                 let failed =
                     |error: object_store::Error| Error::new(ErrorKind::Storage, format!("{} cannot be read: {error}", file.name));
                 let got = store.get(&path).await.map_err(|error| Broken::Never(failed(error)))?;
@@ -174,7 +181,7 @@ enum Unpack {
     Plain,
     Gzip(Box<flate2::write::MultiGzDecoder<Vec<u8>>>),
     Deflate(Box<flate2::write::ZlibDecoder<Vec<u8>>>),
-    Zstd(Box<zstd::stream::write::Decoder<'static, Vec<u8>>>),
+    Zstd(Box<Zstd>),
 }
 
 impl Unpack {
@@ -183,9 +190,9 @@ impl Unpack {
             return Ok(Unpack::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))));
         }
         if first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-            let decoder = zstd::stream::write::Decoder::new(Vec::new())
-                .map_err(|error| Error::new(ErrorKind::Internal, format!("zstd cannot be set up: {error}")))?;
-            return Ok(Unpack::Zstd(Box::new(decoder)));
+            return Zstd::new()
+                .map(|decoder| Unpack::Zstd(Box::new(decoder)))
+                .map_err(|error| Error::new(ErrorKind::Internal, format!("zstd cannot be set up: {error}")));
         }
         match encoding {
             "" | "identity" | "gzip" | "x-gzip" => Ok(Unpack::Plain),
@@ -220,7 +227,7 @@ impl Unpack {
             Unpack::Plain => return Ok(()),
             Unpack::Gzip(decoder) => decoder.get_mut(),
             Unpack::Deflate(decoder) => decoder.get_mut(),
-            Unpack::Zstd(decoder) => decoder.get_mut(),
+            Unpack::Zstd(decoder) => &mut decoder.out,
         };
         lines.push(out)?;
         out.clear();
@@ -235,9 +242,46 @@ impl Unpack {
             Unpack::Plain => {}
             Unpack::Gzip(decoder) => decoder.try_finish().map_err(cut)?,
             Unpack::Deflate(decoder) => decoder.try_finish().map_err(cut)?,
-            Unpack::Zstd(decoder) => decoder.flush().map_err(cut)?,
+            Unpack::Zstd(decoder) => decoder.end().map_err(cut)?,
         }
         self.drain(lines)
+    }
+}
+
+/// zstd, told apart from the crate's own writer by knowing whether the last frame ended.
+struct Zstd {
+    decoder: zstd::stream::raw::Decoder<'static>,
+    out: Vec<u8>,
+    open: bool,
+}
+
+impl Zstd {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { decoder: zstd::stream::raw::Decoder::new()?, out: Vec::new(), open: false })
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        use zstd::stream::raw::{InBuffer, Operation, OutBuffer};
+        let mut input = InBuffer::around(bytes);
+        let mut piece = vec![0; 128 * 1024];
+        loop {
+            let mut output = OutBuffer::around(piece.as_mut_slice());
+            // 0 says that a frame has ended and all of it was given out.
+            let hint = self.decoder.run(&mut input, &mut output)?;
+            let got = output.pos();
+            self.out.extend_from_slice(&piece[..got]);
+            self.open = hint != 0;
+            if input.pos() == bytes.len() && got < piece.len() {
+                return Ok(());
+            }
+            if hint == 0 && input.pos() < bytes.len() {
+                self.decoder.reinit()?;
+            }
+        }
+    }
+
+    fn end(&mut self) -> std::io::Result<()> {
+        if self.open { Err(std::io::Error::other("the last frame did not end")) } else { Ok(()) }
     }
 }
 

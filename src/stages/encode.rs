@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
 
 use crate::delta::PageEncoder;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::flow::{Receiver, Sender};
-use crate::messages::{EncodedBatch, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
+use crate::messages::{EncodedBatch, Fact, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
 use crate::schema::{Encoder, Filled};
 
 /// A batch that still gathers rows.
@@ -61,8 +61,7 @@ impl Shared {
             return Ok(batch);
         }
         drop(bench);
-        let layout = (self.layouts)(resource_type)
-            .ok_or_else(|| Error::new(ErrorKind::Internal, format!("no layout for {resource_type}")))?;
+        let layout = (self.layouts)(resource_type)?;
         Ok(OpenBatch { encoder: Encoder::new(layout), keys: Vec::new() })
     }
 
@@ -162,7 +161,17 @@ impl Encode {
                 Next::Rows(parcel) => {
                     let rows: &Rows = &parcel;
                     for (resource_type, parsed) in &rows.by_type {
-                        let mut batch = self.shared.take(resource_type)?;
+                        let mut batch = match self.shared.take(resource_type) {
+                            Ok(batch) => batch,
+                            // Its table cannot be written: the type fails and the others go on.
+                            Err(error) => {
+                                let failed = Fact::TypeFailed(resource_type.clone(), error.to_string());
+                                if handle.block_on(self.merge.send(MergeInput::Fact(failed))).is_err() {
+                                    return Ok(());
+                                }
+                                continue;
+                            }
+                        };
                         for row in parsed {
                             batch.encoder.push(rows.tape.value(&rows.bytes, row.root), &rows.bytes[row.line.clone()]);
                             batch.keys.push(row.key);

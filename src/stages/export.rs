@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::TryStreamExt;
 use object_store::ObjectStore;
 use url::Url;
 
@@ -11,7 +10,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Client, ExportRequest, Manifest, ManifestFile};
 use crate::flow::{Board, Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, ManifestPage, MergeInput, ResourceType};
-use crate::schema::Model;
+use crate::schema::{EXCLUDED_TYPES, Model};
 use crate::telemetry;
 
 /// One kick-off: types of equal watermark share it.
@@ -21,6 +20,8 @@ pub struct Kickoff {
     pub request: ExportRequest,
     /// The types that it answers for; empty where all were asked for.
     pub asked: Vec<ResourceType>,
+    /// Types that have a table already, where all were asked for.
+    pub known: Vec<ResourceType>,
 }
 
 /// Hears what must be remembered of an export before anything else happens.
@@ -79,7 +80,7 @@ impl ServerExport {
                 // One refused export does not hold the others back; one alone is the run's end.
                 Err(error) if self.kickoffs.len() > 1 && matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) => {
                     tracing::error!(%error, "the export failed; its types are left as they were");
-                    let fact = Fact::ExportFailed(export, error.to_string());
+                    let fact = Fact::ExportFailed { export, asked: kickoff.asked.clone(), why: error.to_string() };
                     if self.merge.send(MergeInput::Fact(fact)).await.is_err() {
                         return Ok(());
                     }
@@ -132,6 +133,7 @@ impl ServerExport {
         let end = ExportEnd {
             export,
             asked: kickoff.asked.clone(),
+            known: kickoff.known.clone(),
             transaction_time: Some(manifest.transaction_time),
             full: kickoff.request.since.is_none(),
         };
@@ -172,6 +174,7 @@ fn export_file(index: u32, export: usize, kind: FileKind, listed: &ManifestFile,
         export,
         name: format!("{}#{index}:{last}", declared.unwrap_or("-")),
         url: listed.url.clone(),
+        location: None,
         kind,
         declared: declared.map(Into::into),
         count: listed.count,
@@ -185,7 +188,7 @@ pub struct FolderExport {
     pub store: Arc<dyn ObjectStore>,
     /// The folder in it.
     pub folder: object_store::path::Path,
-    /// The folder's URL, for the files'.
+    /// The folder's URL.
     pub url: Url,
     /// Types to take; empty for all.
     pub types: Vec<ResourceType>,
@@ -202,13 +205,13 @@ pub struct FolderExport {
 impl FolderExport {
     /// Lists the folder and sends its files on.
     pub async fn run(self) -> Result<()> {
-        let listing: Vec<object_store::ObjectMeta> = match self.stop.or(self.store.list(Some(&self.folder)).try_collect()).await {
+        // One level only: what lies in folders below is none of ours, nor is it an error.
+        let listing = match self.stop.or(self.store.list_with_delimiter(Some(&self.folder))).await {
             Some(listing) => listing.context(ErrorKind::Storage, "the source folder cannot be listed")?,
             None => return Ok(()),
         };
-        let depth = self.folder.parts().count() + 1;
         let mut names: Vec<(object_store::path::Path, ResourceType)> = Vec::new();
-        for object in listing.into_iter().filter(|object| object.location.parts().count() == depth) {
+        for object in listing.objects {
             let Some(file_name) = object.location.filename() else { continue };
             let Some(resource_type) = type_of_file(file_name) else {
                 tracing::debug!(file = file_name, "not [Type].ndjson or [Type].[tag].ndjson; passed over");
@@ -229,12 +232,12 @@ impl FolderExport {
         let mut files = Vec::with_capacity(names.len());
         for (index, (location, resource_type)) in names.into_iter().enumerate() {
             let name = location.filename().unwrap_or("file").to_owned();
-            let url = self.url.join(&name).context(ErrorKind::Storage, "a file's name is no URL")?;
             files.push(Arc::new(ExportFile {
                 index: index as u32,
                 export: 0,
                 name,
-                url,
+                url: self.url.clone(),
+                location: Some(location),
                 kind: FileKind::Output,
                 declared: Some(resource_type),
                 count: None,
@@ -243,8 +246,9 @@ impl FolderExport {
         }
         expect(&self.board, &files);
         let mut asked: Vec<ResourceType> = files.iter().filter_map(|file| file.declared.clone()).collect();
+        asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
         asked.dedup();
-        let end = ExportEnd { export: 0, asked, transaction_time: None, full: true };
+        let end = ExportEnd { export: 0, asked, known: Vec::new(), transaction_time: None, full: true };
         let page = Fact::Page(ManifestPage { export: 0, files: files.clone() });
         for fact in [page, Fact::ExportEnd(end)] {
             if self.merge.send(MergeInput::Fact(fact)).await.is_err() {

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
+use crate::schema::EXCLUDED_TYPES;
 
 /// How many bad lines a type may have.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -111,6 +112,7 @@ impl Ledger {
                 for file in page.files {
                     if let Some(declared) = &file.declared
                         && file.kind == FileKind::Output
+                        && !EXCLUDED_TYPES.contains(&&**declared)
                     {
                         self.types.entry(declared.clone()).or_default();
                     }
@@ -118,8 +120,8 @@ impl Ledger {
                 }
             }
             Fact::ExportEnd(end) => {
-                for asked in &end.asked {
-                    self.types.entry(asked.clone()).or_default();
+                for name in end.asked.iter().chain(&end.known) {
+                    self.types.entry(name.clone()).or_default();
                 }
                 self.ends.insert(end.export, end);
             }
@@ -133,9 +135,13 @@ impl Ledger {
                     book.failed = Some(why);
                 }
             }
-            Fact::ExportFailed(export, why) => {
+            Fact::ExportFailed { export, asked, why } => {
+                for name in asked {
+                    self.fail(&name, why.clone());
+                }
                 self.failed_exports.insert(export, why);
             }
+            Fact::TypeFailed(name, why) => self.fail(&name, why),
             Fact::Parsed(chunk) => self.parsed(chunk),
         }
     }
@@ -146,6 +152,7 @@ impl Ledger {
         book.parsed.lines += chunk.lines;
         book.parsed.blank += chunk.blank;
         book.parsed.headers += chunk.headers;
+        book.parsed.fatal += chunk.fatal;
         for (name, rows) in chunk.rows {
             let stray = declared.as_ref().is_some_and(|declared| *declared != name);
             let book_of_type = self.types.entry(name.clone()).or_default();
@@ -188,6 +195,19 @@ impl Ledger {
         asked.or_else(|| self.ends.values().find(|end| end.asked.is_empty()))
     }
 
+    /// Whether the export's own error files keep its watermark where it is: they tell of fatal issues, or could not be
+    /// read.
+    pub fn holds_watermark(&self, export: usize) -> bool {
+        let outcomes = self.files.values().filter(|book| book.file.kind == FileKind::Outcome && book.file.export == export);
+        outcomes.into_iter().any(|book| book.parsed.fatal > 0 || book.failed.is_some() || book.bad() > 0)
+    }
+
+    /// Bad lines that are held against no type of their own: of deletion files, error files and excluded types.
+    pub fn other_bad(&self) -> u64 {
+        let bad = self.files.values().flat_map(|book| &book.parsed.bad);
+        bad.filter(|(name, _)| name.is_none()).map(|(_, lines)| lines).sum()
+    }
+
     /// Whether each export has said its last.
     pub fn all_ended(&self) -> bool {
         self.ends.len() + self.failed_exports.len() >= self.exports
@@ -217,12 +237,18 @@ impl Ledger {
         }
         // Rows that came in another type's file may come in any: such a type waits for all.
         let concerned = |book: &&FileBook| match book.file.kind {
-            FileKind::Deleted => true,
-            FileKind::Outcome => false,
+            FileKind::Deleted | FileKind::Outcome => true,
             FileKind::Output => self.stray(resource_type) || book.file.declared.as_ref().is_none_or(|name| name == resource_type),
         };
         let mut lines = 0;
         for file in self.files.values().filter(concerned) {
+            if file.file.kind == FileKind::Outcome {
+                // What it says can hold the watermark, so it is waited for; it cannot fail a type.
+                if file.settled() {
+                    continue;
+                }
+                return Standing::Open;
+            }
             if let Some(why) = &file.failed {
                 return Standing::Failed(format!("file {}: {why}", file.file.name));
             }
@@ -235,9 +261,11 @@ impl Ledger {
             if file.file.kind == FileKind::Output {
                 lines += file.parsed.lines - file.parsed.blank - file.parsed.headers;
             }
-            if let (None, Some(most)) = (&file.file.declared, self.max_bad_lines)
-                && file.file.kind == FileKind::Output
-                && most.exceeded(file.bad(), lines)
+            // Bad lines of a file that is of no one type are held against all that it concerns.
+            let of_no_type = file.file.kind == FileKind::Deleted || file.file.declared.is_none();
+            if let Some(most) = self.max_bad_lines
+                && of_no_type
+                && most.exceeded(file.bad(), file.parsed.lines)
             {
                 return Standing::Failed(format!(
                     "file {}: {} bad lines, more than max_bad_lines allows",
@@ -302,6 +330,7 @@ mod tests {
             export: 0,
             name: format!("{index}.ndjson"),
             url: url::Url::parse("file:///x").unwrap(),
+            location: None,
             kind: FileKind::Output,
             declared: declared.map(Into::into),
             count: None,
@@ -309,7 +338,13 @@ mod tests {
         })
     }
     fn end() -> Fact {
-        Fact::ExportEnd(ExportEnd { export: 0, asked: vec!["Patient".into()], transaction_time: Some(1), full: true })
+        Fact::ExportEnd(ExportEnd {
+            export: 0,
+            asked: vec!["Patient".into()],
+            known: vec![],
+            transaction_time: Some(1),
+            full: true,
+        })
     }
     fn parsed(file: u32, lines: u64, rows: &[(&str, u64)], bad: u64) -> Fact {
         Fact::Parsed(ParsedChunk {
@@ -369,6 +404,16 @@ mod tests {
         books.enter(parsed(0, 10, &[("Patient", 9)], 0));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
         assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("balance")));
+    }
+
+    // Breaks if a refused export's types vanish from the report, as if they had succeeded.
+    #[test]
+    fn a_failed_export_fails_the_types_that_it_was_asked_for() {
+        let mut books = Ledger::new(2, None);
+        books.enter(end());
+        books.enter(Fact::ExportFailed { export: 1, asked: vec!["Condition".into()], why: "403".into() });
+        assert_eq!(books.standing(&patient()), Standing::Complete);
+        assert_eq!(books.standing(&"Condition".into()), Standing::Failed("403".into()));
     }
 
     #[test]

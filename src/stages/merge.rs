@@ -14,8 +14,8 @@ use super::ledger::{Ledger, Standing};
 use crate::delta::{Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, Layouts, MergeInput, ResourceType, instant_text};
-use crate::schema::arrow_schema;
+use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
+use crate::schema::{Layout, LayoutOptions, arrow_schema};
 use crate::telemetry;
 
 /// How merge is set.
@@ -35,8 +35,12 @@ pub struct MergeSettings {
     pub target_file_bytes: u64,
     /// Bytes that the open files' footers and buffers may take before the largest is closed.
     pub max_open_files: usize,
+    /// Layout of tables that are created.
+    pub layout: LayoutOptions,
     /// Setup of tables that are created.
     pub table: TableSettings,
+    /// Kick-offs of the run.
+    pub exports: usize,
     /// When the run began.
     pub began: Instant,
 }
@@ -85,6 +89,10 @@ pub struct MergeReport {
     pub types: BTreeMap<String, TypeOutcome>,
     /// Manifest counts that differ from what came: file, promised, came.
     pub count_findings: Vec<(String, u64, u64)>,
+    /// Bad lines that belong to no table.
+    pub other_bad: u64,
+    /// Whether a watermark was held back by the server's own word on its export.
+    pub watermark_held: bool,
     /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
     pub transaction_time: Option<i64>,
 }
@@ -106,8 +114,6 @@ pub struct Merge {
     pub tables: Tables,
     /// Tables by type, as they were opened before the run; others are opened when their rows come.
     pub opened: HashMap<ResourceType, Table>,
-    /// Layouts by type, for tables that are created.
-    pub layouts: Layouts,
     /// The books.
     pub ledger: Ledger,
     /// Asks encode for what it holds.
@@ -290,7 +296,8 @@ impl Merge {
             let name = name.clone();
             return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), 0.0) }));
         }
-        let layout = (self.layouts)(name).ok_or_else(|| Error::new(ErrorKind::Internal, "a type without a layout"))?;
+        let layout = Layout::pathling(name, &self.settings.layout)
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "a type without a layout"))?;
         let upsert = Upsert {
             files,
             deletions,
@@ -299,6 +306,7 @@ impl Merge {
             full_refresh: self.settings.full_refresh,
             settings: self.settings.table.clone(),
             info: info(&self.settings, end),
+            run: self.settings.run.clone(),
         };
         let name = name.clone();
         let span = tracing::info_span!("commit", resource_type = %name);
@@ -306,7 +314,7 @@ impl Merge {
             let started = Instant::now();
             let result = compute(span, async move {
                 let result = upsert.commit(&mut table).await;
-                if !matches!(result, Ok(Commit::Done(_))) {
+                if !matches!(result, Ok(Commit::Done(_) | Commit::Unknown { .. })) {
                     for file in &upsert.files {
                         file.discard(&table).await;
                     }
@@ -332,12 +340,15 @@ impl Merge {
                 outcome.bytes_written += merged.bytes_written;
                 outcome.committed |= merged.committed;
                 outcome.version = merged.version.or(outcome.version);
-                self.opened.remove(name);
                 tracing::info!(
                     resource_type = %name, version = merged.version, inserted = merged.inserted, updated = merged.updated,
                     deleted = merged.deleted, skipped = merged.skipped, seconds,
                     "{}", if merged.committed { "committed" } else { "nothing to commit" }
                 );
+            }
+            Ok(Commit::Unknown { error }) => {
+                let why = format!("{error}; whether the commit was made could not be found out, so its files are kept");
+                self.failed(name, stage, &Error::new(error.kind(), why));
             }
             Ok(Commit::Stale { table }) => {
                 let error = Error::new(
@@ -354,7 +365,7 @@ impl Merge {
     }
 
     fn failed(&mut self, name: &ResourceType, stage: &mut TypeStage, error: &Error) {
-        tracing::error!(resource_type = %name, %error, hint = error.kind().hint(), "the type failed; its table is as it was");
+        tracing::error!(resource_type = %name, %error, hint = error.kind().hint(), "the type failed");
         stage.outcome.error.get_or_insert(error.to_string());
         self.ledger.fail(name, error.to_string());
     }
@@ -390,7 +401,14 @@ impl Merge {
             stage.outcome.quarantined = self.ledger.bad(&name);
             (name.to_string(), stage.outcome)
         });
-        MergeReport { types: types.collect(), count_findings: self.ledger.count_findings(), transaction_time }
+        let watermark_held = (0..self.settings.exports).any(|export| self.ledger.holds_watermark(export));
+        MergeReport {
+            types: types.collect(),
+            count_findings: self.ledger.count_findings(),
+            other_bad: self.ledger.other_bad(),
+            watermark_held,
+            transaction_time,
+        }
     }
 }
 

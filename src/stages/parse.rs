@@ -181,7 +181,7 @@ impl<'a> Work<'a> {
             FileKind::Output => output(self.names, value),
             FileKind::Deleted => deletions(self.names, value, &mut self.deletions).map(|()| Line::Header),
             FileKind::Outcome => {
-                outcome_issues(value, &mut self.outcomes);
+                self.tally.fatal += outcome_issues(value, &mut self.outcomes);
                 Ok(Line::Header)
             }
         };
@@ -220,7 +220,9 @@ impl<'a> Work<'a> {
             full_length,
         };
         self.bad_lines.keep(&bad)?;
-        add(&mut self.tally.bad, self.chunk.file.declared.clone());
+        // Held against the type that the file declares, where that is one with a table.
+        let declared = self.chunk.file.declared.clone().filter(|_| self.chunk.file.kind == FileKind::Output);
+        add(&mut self.tally.bad, declared.filter(|name| !EXCLUDED_TYPES.contains(&&**name)));
         Ok(())
     }
 }
@@ -299,6 +301,8 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, u128)
     if value.get(b"resourceType").and_then(|name| name.str_bytes()) != Some(b"Bundle") {
         return Err("not a Bundle, in a file of deletions");
     }
+    // All of a line or nothing of it: a line that goes to quarantine must not have been applied in part.
+    let mut found = Vec::new();
     for entry in value.get(b"entry").iter().flat_map(Value::items) {
         let Some(request) = entry.get(b"request") else { continue };
         if request.get(b"method").and_then(|method| method.str_bytes()) != Some(b"DELETE") {
@@ -309,12 +313,15 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, u128)
         let mut parts = url.rsplit('/');
         let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
         let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
-        out.push((resource_type.clone(), key_of(id.as_bytes())));
+        found.push((resource_type.clone(), key_of(id.as_bytes())));
     }
+    out.append(&mut found);
     Ok(())
 }
 
-fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) {
+/// Counts the issues of an OperationOutcome by severity; how many were fatal.
+fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> u64 {
+    let mut fatal = 0;
     for issue in value.get(b"issue").iter().flat_map(Value::items) {
         let severity = match issue.get(b"severity").and_then(|severity| severity.str_bytes()) {
             Some(b"fatal") => "fatal",
@@ -322,6 +329,8 @@ fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) {
             Some(b"warning") => "warning",
             _ => "information",
         };
+        fatal += u64::from(severity == "fatal");
         add(out, severity.into());
     }
+    fatal
 }

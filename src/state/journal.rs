@@ -71,7 +71,9 @@ impl Journal {
             Err(error) => return Err(error).context(ErrorKind::State, "the journal cannot be read"),
         };
         let steps: Vec<JournalEntry> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        Ok(if matches!(steps.last(), Some(JournalEntry::Ended { .. })) { Vec::new() } else { steps })
+        // Runs that ended, well or not, are behind their own word.
+        let after = steps.iter().rposition(|step| matches!(step, JournalEntry::Ended { .. })).map_or(0, |at| at + 1);
+        Ok(steps.into_iter().skip(after).collect())
     }
 
     /// Forgets the steps of runs that are over.
@@ -101,5 +103,9 @@ mod tests {
         journal.clear().unwrap();
         journal.write(&JournalEntry::Ended { run: "r1".into() }).unwrap();
         assert!(journal.unfinished().unwrap().is_empty());
+        // A run that failed stays in the journal; the killed one is the one after it.
+        let second = JournalEntry::Began { run: "r2".into(), types: vec![] };
+        journal.write(&second).unwrap();
+        assert_eq!(journal.unfinished().unwrap(), [second]);
     }
 }

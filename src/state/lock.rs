@@ -16,6 +16,19 @@ pub struct Lock {
 }
 
 impl Lock {
+    pub(super) fn holder(path: &Path) -> Option<String> {
+        let mut file = File::open(path).ok()?;
+        match file.try_lock_shared() {
+            Err(std::fs::TryLockError::WouldBlock) => {
+                let mut owner = String::new();
+                // Who it is, is only a help.
+                let _ = file.read_to_string(&mut owner);
+                Some(owner.trim().to_owned())
+            }
+            _ => None,
+        }
+    }
+
     pub(super) fn take(path: &Path) -> Result<Self> {
         let failed = || format!("{} cannot be locked", path.display());
         let mut options = std::fs::OpenOptions::new();
@@ -23,7 +36,16 @@ impl Lock {
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let mut file = options.open(path).context(ErrorKind::State, failed())?;
-        match file.try_lock() {
+        let mut taken = file.try_lock();
+        for _ in 0..10 {
+            // `status` looks at a lock by sharing it for a moment.
+            if !matches!(taken, Err(std::fs::TryLockError::WouldBlock)) {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            taken = file.try_lock();
+        }
+        match taken {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
                 let mut owner = String::new();
@@ -52,7 +74,9 @@ mod tests {
     fn one_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lock");
+        assert_eq!(Lock::holder(&path), None);
         let first = Lock::take(&path).unwrap();
+        assert!(Lock::holder(&path).unwrap().contains("process"));
         let error = Lock::take(&path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Locked);
         assert!(error.to_string().contains("process"), "{error}");

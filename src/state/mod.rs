@@ -24,11 +24,10 @@ pub struct StateFolder {
 }
 
 impl StateFolder {
-    /// State in `folder`, or with `state_file` for its `state.json`.
-    pub fn open(folder: &Path, state_file: Option<&Path>) -> Result<Self> {
-        private_dir(folder)?;
+    /// State in `folder`, or with `state_file` for its `state.json`. Makes nothing.
+    pub fn at(folder: &Path, state_file: Option<&Path>) -> Self {
         let state_file = state_file.map_or_else(|| folder.join("state.json"), Path::to_path_buf);
-        Ok(Self { folder: folder.to_path_buf(), state_file })
+        Self { folder: folder.to_path_buf(), state_file }
     }
 
     /// The folder, for messages.
@@ -43,7 +42,13 @@ impl StateFolder {
 
     /// Takes the lock, or says who holds it.
     pub fn lock(&self) -> Result<Lock> {
+        private_dir(&self.folder)?;
         Lock::take(&self.folder.join("lock"))
+    }
+
+    /// Who holds the lock, if anybody does. Changes nothing.
+    pub fn lock_holder(&self) -> Option<String> {
+        Lock::holder(&self.folder.join("lock"))
     }
 
     /// The journal of the run in flight.

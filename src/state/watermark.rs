@@ -1,5 +1,6 @@
 //! `state.json`: the watermark for people, health checks and those who come from the recipe.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -15,6 +16,8 @@ pub struct StateFile {
     pub last_sync_time: Option<DateTime<Utc>>,
     /// When the last run completed, by our clock; absent in a file that the recipe wrote.
     pub last_completed: Option<DateTime<Utc>>,
+    /// `transactionTime` by type: what the tables' own transactions say, repeated.
+    pub watermarks: BTreeMap<String, DateTime<Utc>>,
     /// The scope that `last_sync_time` belongs to; absent in a file that the recipe wrote.
     pub scope: Option<String>,
 }
@@ -44,6 +47,13 @@ impl StateFile {
         Ok(Self {
             last_sync_time: time("last_sync_time")?,
             last_completed: time("last_completed")?,
+            watermarks: json
+                .get("watermarks")
+                .and_then(Value::as_object)
+                .into_iter()
+                .flatten()
+                .filter_map(|(name, time)| Some((name.clone(), parse_time(time.as_str()?)?)))
+                .collect(),
             scope: json.get("scope").and_then(Value::as_str).map(str::to_owned),
         })
     }
@@ -60,6 +70,8 @@ impl StateFile {
         }
         if let Some(scope) = &self.scope {
             members.insert("scope".into(), json!(scope));
+            let times = self.watermarks.iter().map(|(name, time)| (name.clone(), json!(python_time(time))));
+            members.insert("watermarks".into(), Value::Object(times.collect()));
         }
         if let Some(folder) = path.parent() {
             private_dir(folder)?;

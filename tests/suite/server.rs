@@ -27,7 +27,7 @@ async fn initial_then_incremental_then_nothing() {
     let first = lake.run(&source, "").await.unwrap();
     assert!(first.succeeded && first.full);
     assert_is(&lake, &server.population(), &DEMO_TYPES).await;
-    assert!(server.seen().kickoffs[0].get("_since").is_none());
+    assert!(!server.seen().kickoffs[0].contains_key("_since"));
 
     server.step(80, 40, 3);
     let second = lake.run(&source, "").await.unwrap();
