@@ -3,6 +3,7 @@
 mod adds;
 mod content;
 mod keys;
+mod order;
 mod reader;
 mod staging;
 mod table;

@@ -42,6 +42,10 @@ pub struct Faults {
     pub slow: Option<Duration>,
     /// `transactionTime` instead of the clock's.
     pub transaction_time: Option<DateTime<Utc>>,
+    /// Kick-offs that name this type are answered 403.
+    pub forbidden_type: Option<String>,
+    /// Content of an `error` file.
+    pub errors: Vec<u8>,
     /// Ids put into `deleted`, beside the true ones: `Type/id`.
     pub also_deleted: Vec<String>,
 }
@@ -184,6 +188,11 @@ async fn kick_off(State((world, base)): Shop, Query(query): Query<HashMap<String
     if !prefers.contains("respond-async") {
         return outcome(StatusCode::BAD_REQUEST, "invalid", "the header Prefer must contain respond-async");
     }
+    if let (Some(forbidden), Some(asked)) = (&world.faults.forbidden_type, query.get("_type"))
+        && asked.split(',').any(|name| name == forbidden)
+    {
+        return outcome(StatusCode::FORBIDDEN, "forbidden", "not for this client");
+    }
     let asked: Option<Vec<&str>> = query.get("_type").map(|types| types.split(',').collect());
     let mut kinds = Vec::new();
     for (kind, name) in DEMO_TYPES.iter().enumerate() {
@@ -250,10 +259,14 @@ fn manifest(job: &Job, faults: &Faults, per_file: u32, base: &str, id: usize) ->
         .then(|| json!({"type": "Bundle", "url": format!("{base}/files/{id}/deleted.0.ndjson")}))
         .into_iter()
         .collect();
+    let errors: Vec<Value> = (!faults.errors.is_empty())
+        .then(|| json!({"type": "OperationOutcome", "url": format!("{base}/files/{id}/errors.0.ndjson")}))
+        .into_iter()
+        .collect();
     json!({
         "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true),
         "request": format!("{base}/$export"), "requiresAccessToken": false,
-        "output": output, "deleted": deleted, "error": []
+        "output": output, "deleted": deleted, "error": errors
     })
 }
 
@@ -332,7 +345,9 @@ impl FileWriter {
         let (first, since) = (part * per_file, self.job.since);
         let patients = first..(first + per_file).min(population.patients());
         let mut text = String::with_capacity(PIECE + 8192);
-        if name == "deleted" {
+        if name == "errors" {
+            text.push_str(&String::from_utf8_lossy(&self.faults.errors));
+        } else if name == "deleted" {
             for id in &self.faults.also_deleted {
                 text.push_str(&deletion(id));
             }

@@ -285,6 +285,7 @@ impl Merge {
         }
         let end = self.ledger.end_of(name);
         let watermark = end
+            .filter(|end| !self.ledger.holds_watermark(end.export))
             .and_then(|end| end.transaction_time)
             .map(|transaction_time| Watermark { app_id: self.settings.app_id.clone(), transaction_time });
         let files = std::mem::take(&mut stage.staged);

@@ -41,6 +41,7 @@ async fn every_shape_of_file() {
     assert_eq!(ids(&lake, "Patient").await, ["a", "b", "c", "d", "e", "f"]);
     assert_eq!(report.types["Patient"].files, 6);
     assert_eq!(report.excluded["Bundle"], 1);
+    assert!(!lake.tables().join("Bundle.parquet").exists(), "an excluded type gets no table");
     assert!(report.transaction_time.is_none(), "a folder has no transactionTime");
 }
 
@@ -86,6 +87,37 @@ async fn a_packed_file_that_is_cut_short_fails_its_type() {
     let report = lake.run(&source(data.path()), "").await.unwrap();
     assert!(report.types["Patient"].error.as_ref().unwrap().contains("cut short"), "{report:#?}");
     assert!(report.types["Encounter"].error.is_none());
+}
+
+// A zstd file that ends in the middle of a frame is not whole, even where a line happens to end there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_zstd_file_that_is_cut_short_fails_its_type() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let text: String = (0..20_000).map(|number| format!("{}\n", patient(&number.to_string(), "A"))).collect();
+    let packed = zstd::encode_all(text.as_bytes(), 1).unwrap();
+    let file = data.path().join("Patient.ndjson.zst");
+    std::fs::write(&file, &packed[..packed.len() / 2]).unwrap();
+    let report = lake.run(&source(data.path()), "").await.unwrap();
+    assert!(report.types["Patient"].error.as_ref().unwrap().contains("cut short"), "{report:#?}");
+    // Several frames one after the other are one file.
+    std::fs::write(&file, [packed.clone(), zstd::encode_all(patient("x", "B").as_bytes(), 1).unwrap()].concat()).unwrap();
+    assert!(lake.run(&source(data.path()), "").await.unwrap().succeeded);
+    assert_eq!(lake.count("Patient").await, 20_001);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn file_names_with_odd_letters_and_folders_below() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    for (number, name) in
+        ["Patient.ü.ndjson", "Patient.100%.ndjson", "Patient.a#b.ndjson", "Patient.a [1].ndjson"].iter().enumerate()
+    {
+        std::fs::write(data.path().join(name), patient(&number.to_string(), "A")).unwrap();
+    }
+    std::fs::create_dir(data.path().join("below")).unwrap();
+    std::fs::write(data.path().join("below/Patient.ndjson"), patient("below", "A")).unwrap();
+    let report = lake.run(&source(data.path()), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(ids(&lake, "Patient").await, ["0", "1", "2", "3"]);
 }
 
 // Copies within a run: the newest wins, whatever the order of files and lines.

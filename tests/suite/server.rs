@@ -245,3 +245,84 @@ async fn a_stop_leaves_whole_tables_or_none() {
     }
     assert!(stopped >= 3, "only {stopped} runs were stopped while under way");
 }
+
+// Without `types`, a type that has no table yet must not be asked for by its changes only.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_types_a_type_that_failed_is_exported_in_full() {
+    let (server, lake) = (server(10).await, lake());
+    let source = format!("{{ url: \"{}\" }}", server.base());
+    server.set_faults(Faults { missing_type: Some("Condition".into()), ..Default::default() });
+    assert!(!lake.run(&source, "").await.unwrap().succeeded);
+    server.set_faults(Faults::default());
+    server.step(100, 0, 1);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+    server.step(100, 0, 0);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    let since: Vec<bool> = server.seen().kickoffs.iter().map(|query| query.contains_key("_since")).collect();
+    assert_eq!(since, [false, false, true]);
+    assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+}
+
+// Breaks if a type that the server forbids holds the others back, or is passed over in silence.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forbidden_type_is_reported_and_set_aside() {
+    let (server, lake) = (server(10).await, lake());
+    let first = format!("{{ url: \"{}\", types: [Patient] }}", server.base());
+    assert!(lake.run(&first, "").await.unwrap().succeeded);
+    server.step(300, 0, 1);
+    server.set_faults(Faults { forbidden_type: Some("Condition".into()), ..Default::default() });
+    let both = format!("{{ url: \"{}\", types: [Patient, Condition] }}", server.base());
+    let report = lake.run(&both, "").await.unwrap();
+    assert!(!report.succeeded);
+    assert!(report.types["Condition"].error.as_ref().unwrap().contains("not for this client"), "{report:#?}");
+    assert_is(&lake, &server.population(), &["Patient"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fatal_outcomes_hold_the_watermark_and_warnings_do_not() {
+    let (server, lake) = (server(6).await, lake());
+    let issue = |severity: &str| {
+        format!("{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"x\"}}]}}\n")
+    };
+    server.set_faults(Faults { errors: issue("fatal").into_bytes(), ..Default::default() });
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded && report.watermark_held);
+    assert_eq!(report.outcome_issues["fatal"], 1);
+    assert_is(&lake, &server.population(), &TYPES).await;
+    server.set_faults(Faults { errors: issue("warning").into_bytes(), ..Default::default() });
+    assert!(!lake.run(&source(&server), "").await.unwrap().watermark_held);
+    lake.run(&source(&server), "").await.unwrap();
+    let since: Vec<bool> = server.seen().kickoffs.iter().map(|query| query.contains_key("_since")).collect();
+    assert_eq!(since, [false, false, true]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_lines_of_deletion_files_are_held_against_the_types() {
+    let (server, lake) = (server(6).await, lake());
+    let half = r#"{"resourceType":"Bundle","entry":[{"request":{"method":"DELETE","url":"Immunization/1"}},{"request":{"method":"DELETE"}}]}"#;
+    server.set_faults(Faults {
+        also_deleted: vec!["Immunization/none".into()],
+        junk: [("deleted".to_owned(), format!("rubbish\n{half}\n").into_bytes())].into(),
+        ..Default::default()
+    });
+    let report = lake.run(&source(&server), "stages: { parse: { max_bad_lines: 0 } }\n").await.unwrap();
+    assert!(!report.succeeded);
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded);
+    assert_eq!(report.other_bad_lines, 2);
+}
+
+// Rows that nobody asked for go into the table that is there, in that table's shape.
+#[tokio::test(flavor = "multi_thread")]
+async fn stray_rows_take_the_shape_of_an_existing_table() {
+    let (server, lake) = (server(4).await, lake());
+    let only = |name: &str| format!("{{ url: \"{}\", types: [{name}] }}", server.base());
+    lake.run(&only("Coverage"), "stages: { encode: { extensions: false } }\n").await.unwrap();
+    let stray = r#"{"resourceType":"Coverage","id":"stray","extension":[{"url":"u","valueCode":"x"}]}"#;
+    server.set_faults(Faults { junk: [("Patient".to_owned(), format!("{stray}\n").into_bytes())].into(), ..Default::default() });
+    let report = lake.run(&only("Patient"), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(report.types["Coverage"].not_held["Coverage.extension"], 1);
+    assert!(lake.versions("Coverage").await.contains_key("stray"));
+}

@@ -72,7 +72,8 @@ impl Lake {
         let mut there: Vec<String> = std::fs::read_dir(&folder)
             .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
             .unwrap_or_default();
-        there.retain(|name| name.ends_with(".parquet"));
+        // Those still being written have a suffix of the store's own.
+        there.retain(|name| name.contains(".parquet"));
         there.sort();
         let table = Tables::at(&self.tables().display().to_string()).unwrap().open(&resource_type.into()).await.unwrap();
         let mut named: Vec<String> = match table.delta() {

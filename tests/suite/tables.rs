@@ -157,3 +157,30 @@ async fn a_table_that_cannot_be_written_is_refused_before_any_work() {
     assert_eq!(error.kind(), fhirlake::error::ErrorKind::Table);
     assert!(error.to_string().to_lowercase().contains("changedatafeed"), "{error}");
 }
+
+// Checkpoints are made apart from commits, at the table's own interval.
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_come_at_the_tables_interval_and_their_failure_is_not_the_commits() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let place = lake.tables().join("Patient.parquet");
+    std::fs::create_dir_all(&place).unwrap();
+    let schema = arrow_schema(&Layout::pathling("Patient", &LayoutOptions::default()).unwrap());
+    deltalake::operations::create::CreateBuilder::new()
+        .with_location(place.display().to_string())
+        .with_columns(fhirlake::delta::delta_schema(&schema).unwrap().fields().cloned())
+        .with_configuration_property(deltalake::TableProperty::CheckpointInterval, Some("2"))
+        .await
+        .unwrap();
+    for version in 1..=2 {
+        lake.run(&write(data.path(), "Patient.ndjson", &[patient("a", version, "")]), "").await.unwrap();
+    }
+    assert!(place.join("_delta_log/_last_checkpoint").exists());
+    // A folder where the next checkpoint's file would go.
+    lake.run(&write(data.path(), "Patient.ndjson", &[patient("a", 3, "")]), "").await.unwrap();
+    std::fs::create_dir_all(place.join("_delta_log/00000000000000000004.checkpoint.parquet/x")).unwrap();
+    let report = lake.run(&write(data.path(), "Patient.ndjson", &[patient("a", 4, "")]), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(report.types["Patient"].version, Some(4));
+    let (there, named) = lake.files("Patient").await;
+    assert!(named.iter().all(|file| there.contains(file)), "a committed file is gone: {named:?} of {there:?}");
+}

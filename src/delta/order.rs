@@ -1,0 +1,62 @@
+//! Which of two copies of a resource is the newer (DESIGN section 5, "Order").
+
+use crate::messages::RowKey;
+
+/// How a staged row stands to the table's.
+pub(super) enum Verdict {
+    /// It replaces it.
+    Newer,
+    /// It is skipped.
+    Older,
+    /// Nothing but the content can tell.
+    Compare,
+}
+
+/// A staged row against the table's, by DESIGN section 5 "Order".
+pub(super) fn judge(staged: &RowKey, table: &RowKey, full_refresh: bool) -> Verdict {
+    const ABSENT: i64 = RowKey::ABSENT;
+    if staged.subsetted != table.subsetted {
+        return if staged.subsetted { Verdict::Older } else { Verdict::Newer };
+    }
+    // What lacks the order that the table's row has comes from the newer export.
+    let lacks = |staged: i64, table: i64| staged == ABSENT && table != ABSENT;
+    if lacks(staged.last_updated, table.last_updated) || lacks(staged.version, table.version) {
+        return Verdict::Newer;
+    }
+    match (staged.last_updated, staged.version).cmp(&(table.last_updated, table.version)) {
+        std::cmp::Ordering::Less => Verdict::Older,
+        std::cmp::Ordering::Greater => Verdict::Newer,
+        std::cmp::Ordering::Equal if staged.version != ABSENT && !full_refresh => Verdict::Older,
+        std::cmp::Ordering::Equal => Verdict::Compare,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::messages::Arrival;
+
+    fn key(last_updated: i64, version: i64, subsetted: bool) -> RowKey {
+        RowKey { key: 1, last_updated, version, arrival: Arrival::default(), subsetted }
+    }
+    const NONE: i64 = RowKey::ABSENT;
+
+    // Every sentence of DESIGN section 5 "Order" that concerns the table.
+    #[test]
+    fn order_against_the_table() {
+        let newer = |staged, table| matches!(judge(&staged, &table, false), Verdict::Newer);
+        let older = |staged, table| matches!(judge(&staged, &table, false), Verdict::Older);
+        let compare = |staged, table| matches!(judge(&staged, &table, false), Verdict::Compare);
+        assert!(older(key(1, 1, false), key(2, 2, false)), "older is skipped");
+        assert!(newer(key(2, 1, false), key(1, 1, false)), "lastUpdated comes first");
+        assert!(newer(key(1, 10, false), key(1, 9, false)), "versions are numbers");
+        assert!(newer(key(NONE, 1, false), key(5, 1, false)), "lacks lastUpdated: newer");
+        assert!(newer(key(1, NONE, false), key(5, 3, false)), "lacks versionId: newer");
+        assert!(older(key(1, 1, false), key(1, 1, false)), "equal and both with a version: skipped");
+        assert!(compare(key(1, NONE, false), key(1, NONE, false)), "no version: compared");
+        assert!(compare(key(NONE, NONE, false), key(NONE, NONE, false)), "nothing at all: compared");
+        assert!(older(key(9, 9, true), key(1, 1, false)), "SUBSETTED never overwrites a complete one");
+        assert!(newer(key(1, 1, false), key(9, 9, true)), "a complete one replaces a SUBSETTED one");
+        assert!(matches!(judge(&key(1, 1, false), &key(1, 1, false), true), Verdict::Compare), "full refresh compares");
+    }
+}
