@@ -24,7 +24,6 @@ use super::staging::StagedFile;
 use super::table::{Table, TableSettings, delta_schema, storage};
 use super::vectors;
 use crate::error::{Error, ErrorKind, Result};
-use crate::messages::RowKey;
 
 /// How often a match is made again when another writer committed in between.
 pub(super) const MAX_ATTEMPTS: usize = 10;
