@@ -55,7 +55,7 @@ impl ErrorKind {
     const fn row(self) -> (u8, bool, &'static str) {
         match self {
             Self::Internal => (1, false, "this is a fault of fhirlake: please report it with the log"),
-            Self::Config => (2, false, "correct the named place; `fhirlake validate` checks the whole file"),
+            Self::Config => (2, false, "correct what is named above"),
             Self::Network => (3, true, "check that the server is up and reachable from here, then run again"),
             Self::Auth => (4, false, "check the client id, its key and the scopes that the server grants"),
             Self::Server => (5, true, "read the server's own words above; its administrator may have to help"),

@@ -16,7 +16,7 @@ use crate::pipeline::RunOptions;
 #[derive(Debug, Args)]
 pub(super) struct DemoArgs {
     /// Patients; about 74 kB of NDJSON each.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     patients: u32,
     /// NDJSON to make, instead of a number of patients: 50MB, 2GB.
     #[arg(long, value_parser = size, conflicts_with = "patients")]
@@ -71,6 +71,8 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
         Some(folder) => folder.clone(),
         None => std::env::temp_dir().join(format!("fhirlake-demo-{}", uuid::Uuid::new_v4().simple())),
     };
+    // The pipeline file must work from wherever it is read.
+    let folder = std::path::absolute(&folder).context(ErrorKind::Config, "the demo's folder")?;
     std::fs::create_dir_all(&folder).context(ErrorKind::Storage, format!("{} cannot be made", folder.display()))?;
     let tables = folder.join("tables");
     let yaml = pipeline_yaml(server.base(), &tables, args.memory);
@@ -92,8 +94,10 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     let text = arrow::util::pretty::pretty_format_batches(&batches).context(ErrorKind::Internal, "the answer cannot be shown")?;
     output.line(&text.to_string())?;
     let shown = tables.display();
+    // As it can be typed: a demo by `cargo run` has no `fhirlake` on the PATH.
+    let program = std::env::current_exe().map_or_else(|_| "fhirlake".into(), |path| path.display().to_string());
     output.remark(&format!(
-        "\nThe tables are in {shown}, one Delta table a resource type.\nTry next:\n  fhirlake query \"SELECT status, count(*) FROM Encounter GROUP BY status\" --tables {shown}\n  fhirlake status {}\n  fhirlake schema Observation\n  fhirlake demo --size 1GB",
+        "\nThe tables are in {shown}, one Delta table a resource type.\nTry next:\n  {program} query \"SELECT status, count(*) FROM Encounter GROUP BY status\" --tables {shown}\n  {program} status {}\n  {program} schema Observation\n  {program} demo --size 1GB",
         file.display()
     ));
     Ok(())

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::output::{Output, peak_memory, report};
 use crate::config::Plan;
@@ -144,11 +144,16 @@ impl Progress {
             let expected = value(telemetry::RESOURCES_EXPECTED);
             let bar = self.bars.entry(label.to_string()).or_insert_with(|| {
                 let template = if expected > 0 {
-                    "{prefix:24} {bar:28} {pos:>9}/{len} {per_sec:>12} {msg}"
+                    "{prefix:24} {bar:28} {pos:>9}/{len:9} {rate:>10} {msg}"
                 } else {
-                    "{prefix:24} {spinner} {pos:>9} {per_sec:>12} {msg}"
+                    "{prefix:24} {spinner} {pos:>9} {rate:>10} {msg}"
+                };
+                let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+                    // Writing to the bar's own text cannot fail.
+                    let _ = write!(text, "{:.0}/s", state.per_sec());
                 };
                 let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+                let style = style.with_key("rate", rate);
                 let bar = ProgressBar::new(expected).with_style(style.progress_chars("━╸─")).with_prefix(label.to_string());
                 self.output.bars().add(bar)
             });

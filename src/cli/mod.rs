@@ -3,6 +3,7 @@
 mod completions;
 mod demo;
 mod drive;
+mod json;
 mod output;
 mod query;
 mod run;
@@ -77,7 +78,13 @@ pub fn main() -> ExitCode {
     let output = Output::new(cli.global.quiet);
     let filter = cli.global.log.clone().or_else(|| environment("FHIRLAKE_LOG"));
     // Where bars show the progress, lines of information would only tear them.
-    let usual = if output.shows_bars() || cli.global.quiet { "warn" } else { "info" };
+    let usual = match &cli.command {
+        _ if cli.global.quiet => "error",
+        // The demo tells its own story.
+        Command::Demo(_) => "warn",
+        _ if output.shows_bars() => "warn",
+        _ => "info",
+    };
     // The libraries' own warnings speak of things that we handle ourselves and report in our words.
     let filter = filter.unwrap_or_else(|| format!("error,buoyant_kernel=off,delta_kernel=off,fhirlake={usual}"));
     telemetry::init(cli.global.log_format, &filter, output.log_writer());

@@ -23,11 +23,13 @@ pub(super) struct LogWriter(MultiProgress);
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.suspend(|| std::io::stderr().write_all(bytes))?;
+        // Whoever read the log may have gone away (`2>&1 | head`): that is no reason to end a run.
+        let _ = self.0.suspend(|| std::io::stderr().write_all(bytes));
         Ok(bytes.len())
     }
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        let _ = std::io::stderr().flush();
+        Ok(())
     }
 }
 

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use clap::{Args, ValueEnum};
-use deltalake::datafusion::prelude::{SessionConfig, SessionContext};
+use deltalake::datafusion::prelude::{SQLOptions, SessionConfig, SessionContext};
 
+use super::json::{write_row, write_value};
 use super::output::Output;
 use super::run::plan_of;
 use crate::delta::Tables;
@@ -52,11 +53,14 @@ pub(super) async fn query(args: QueryArgs, output: &Output) -> Result<()> {
         }
         Format::Csv => output.raw(&csv(&batches)?),
         Format::Json => {
-            let mut lines = arrow::json::LineDelimitedWriter::new(Vec::new());
-            let failed = "the answer cannot be written as JSON";
-            lines.write_batches(&batches.iter().collect::<Vec<_>>()).context(ErrorKind::Config, failed)?;
-            lines.finish().context(ErrorKind::Internal, failed)?;
-            output.raw(&lines.into_inner())
+            let mut lines = String::new();
+            for batch in &batches {
+                for row in 0..batch.num_rows() {
+                    write_row(batch, row, &mut lines).context(ErrorKind::Internal, "the answer cannot be written as JSON")?;
+                    lines.push('\n');
+                }
+            }
+            output.raw(lines.as_bytes())
         }
     }
 }
@@ -83,7 +87,9 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
             .context(ErrorKind::Internal, format!("table {name}"))?;
     }
     let asked = async {
-        let frame = session.sql(sql).await?;
+        // A question only: nothing that writes a table or a file, or opens another.
+        let questions = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+        let frame = session.sql_with_options(sql, questions).await?;
         let schema = Arc::new(frame.schema().as_arrow().clone());
         let mut batches = frame.collect().await?;
         if batches.is_empty() {
@@ -99,7 +105,7 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
 
 /// Columns that CSV cannot hold become JSON texts.
 fn csv(batches: &[RecordBatch]) -> Result<Vec<u8>> {
-    use arrow::array::{ArrayRef, StringArray};
+    use arrow::array::{Array, ArrayRef, StringArray};
     use arrow::datatypes::{DataType, Field, Schema};
     let failed = "the answer cannot be written as CSV";
     let mut writer = arrow::csv::WriterBuilder::new().with_header(true).build(Vec::new());
@@ -111,20 +117,13 @@ fn csv(batches: &[RecordBatch]) -> Result<Vec<u8>> {
                 columns.push(column.clone());
                 continue;
             }
-            let one = RecordBatch::try_new(
-                Arc::new(Schema::new(vec![Field::new("v", field.data_type().clone(), true)])),
-                vec![column.clone()],
-            )
-            .context(ErrorKind::Internal, failed)?;
-            let mut lines = arrow::json::LineDelimitedWriter::new(Vec::new());
-            lines.write(&one).context(ErrorKind::Config, failed)?;
-            lines.finish().context(ErrorKind::Internal, failed)?;
-            let text = String::from_utf8(lines.into_inner()).context(ErrorKind::Internal, failed)?;
-            let values = text.lines().map(|line| {
-                let row: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-                row.get("v").map(ToString::to_string)
+            let values = (0..column.len()).map(|row| {
+                let mut text = String::new();
+                let written = column.is_valid(row).then(|| write_value(column, row, &mut text)).transpose();
+                written.map(|written| written.map(|()| text))
             });
-            columns.push(Arc::new(StringArray::from(values.collect::<Vec<_>>())));
+            let values: Vec<Option<String>> = values.collect::<Result<_, _>>().context(ErrorKind::Internal, failed)?;
+            columns.push(Arc::new(StringArray::from(values)));
             fields.push(Field::new(field.name(), DataType::Utf8, true));
         }
         let flat = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).context(ErrorKind::Internal, failed)?;

@@ -8,6 +8,7 @@ use super::drive::drive;
 use super::output::Output;
 use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SourcePlan, Text, environment, read_pipeline};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fhir::Level;
 use crate::pipeline::{self, RunOptions};
 
 #[derive(Debug, Args)]
@@ -166,7 +167,9 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     output.line(&format!("pipeline  {}", plan.name))?;
     match &plan.source {
         SourcePlan::Folder(url) => output.line(&format!("source    {}", url.path()))?,
-        SourcePlan::Server { base, level, .. } => output.line(&format!("source    {} ({level:?})", base.as_str()))?,
+        SourcePlan::Server { base, level, .. } => {
+            output.line(&format!("source    {} ({})", base.as_str(), level_words(level)))?
+        }
     }
     output.line(&format!("tables    {}", plan.tables))?;
     output.line(&format!("state     {}", plan.state.display()))?;
@@ -189,6 +192,14 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     }
     output.line(&format!("workers   {downloads} downloads, {parsers} parse, {encoders} encode"))?;
     output.line(&explain_memory(memory))
+}
+
+fn level_words(level: &Level) -> String {
+    match level {
+        Level::System => "everything".into(),
+        Level::Patient => "all patients".into(),
+        Level::Group(id) => format!("group {id}"),
+    }
 }
 
 fn explain_memory(memory: MemorySplit) -> String {

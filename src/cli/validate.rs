@@ -40,18 +40,19 @@ pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> 
     for key in &plan.unused {
         output.remark(&format!("note: this version reads `{key}` and does not act on it yet"));
     }
-    let mut failed = 0;
+    let mut failed: Vec<ErrorKind> = Vec::new();
     for dependency in check_dependencies(&plan).await {
         match dependency.outcome {
             Ok(found) => output.check(true, &format!("{}: {found}", dependency.name))?,
             Err(why) => {
-                failed += 1;
+                failed.push(why.kind());
                 output.check(false, &format!("{}: {why}", dependency.name))?;
             }
         }
     }
-    if failed > 0 {
-        return Err(Error::new(ErrorKind::Config, format!("{failed} of the pipeline's dependencies would fail a run")));
+    // The exit code that a run would have.
+    if let Some(kind) = failed.first() {
+        return Err(Error::new(*kind, format!("{} of the pipeline's dependencies would fail a run", failed.len())));
     }
     Ok(())
 }

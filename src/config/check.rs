@@ -228,6 +228,11 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     if !(1 << 16..=1 << 30).contains(&file.stages.encode.row_group.0) {
         add("stages.encode.row_group", "must be from 64KiB to 1GiB", None);
     }
+    for (path, text) in [("tables", Some(&file.tables)), ("state", file.state.as_ref())] {
+        if text.is_some_and(|text| text.0.trim().is_empty()) {
+            add(path, "must not be empty", None);
+        }
+    }
     if file.name.contains(['/', '\\', '\0']) || file.name.starts_with('.') {
         add("name", "a name with slashes, or beginning with a dot", Some("it names a folder"));
     }

@@ -28,10 +28,10 @@ pub struct PipelineFile {
     /// Folder of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<Text>,
-    /// When `fhirlake serve` runs it.
+    /// When it is to run; read, and not acted on in this version.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schedule: Vec<Schedule>,
-    /// Where traces and metrics go.
+    /// Where traces and metrics go; read, and not acted on in this version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<TelemetrySection>,
 }

@@ -194,7 +194,10 @@ impl<'a> Checker<'a> {
                 if checker.problems.is_empty() {
                     return;
                 }
-                if nearest.as_ref().is_none_or(|known| checker.problems.len() < known.len()) {
+                // An option of the value's own kind comes nearer than any other.
+                let other_kind = |problems: &[Problem]| problems.iter().any(|problem| problem.what.starts_with("expected"));
+                let weight = |problems: &[Problem]| (other_kind(problems), problems.len());
+                if nearest.as_ref().is_none_or(|known| weight(&checker.problems) < weight(known)) {
                     nearest = Some(checker.problems);
                 }
             }

@@ -7,7 +7,7 @@ use arrow::datatypes::Schema;
 use deltalake::kernel::StructType;
 use deltalake::kernel::engine::arrow_conversion::{TryIntoArrow, TryIntoKernel};
 use deltalake::logstore::LogStoreRef;
-use deltalake::{DeltaTable, DeltaTableBuilder, DeltaTableError};
+use deltalake::{DeltaTable, DeltaTableBuilder};
 use object_store::ObjectStore;
 use url::Url;
 
@@ -257,19 +257,15 @@ impl Table {
 
     /// Reads the newest snapshot.
     pub async fn refresh(&mut self) -> Result<()> {
-        let mut delta = DeltaTable::new(self.log_store.clone());
-        self.delta = match delta.load().await {
-            Ok(()) => Some(delta),
-            Err(DeltaTableError::NotATable(_)) => None,
-            Err(error) => {
-                // Whether the log is empty is the store's word, not the error's.
-                let is_table = self.log_store.is_delta_table_location().await.unwrap_or(true);
-                if is_table {
-                    return Err(storage(error, "the table cannot be read").at(self.resource_type.to_string()));
-                }
-                None
-            }
-        };
+        // Asked first: loading what is not there is an error that the kernel logs as one.
+        let there = self.log_store.is_delta_table_location().await;
+        let failed = |error| storage(error, "the table cannot be read").at(self.resource_type.to_string());
+        self.delta = None;
+        if there.map_err(failed)? {
+            let mut delta = DeltaTable::new(self.log_store.clone());
+            delta.load().await.map_err(failed)?;
+            self.delta = Some(delta);
+        }
         Ok(())
     }
 

@@ -63,6 +63,14 @@ pub(super) struct Ask<'a> {
     pub what: &'a str,
 }
 
+/// A URL for messages: without its query, which may hold a secret.
+fn shown(url: &Url) -> String {
+    let mut url = url.clone();
+    url.set_query(None);
+    url.set_fragment(None);
+    url.to_string()
+}
+
 fn network(error: &reqwest::Error, what: &str) -> Error {
     // reqwest's own text repeats the URL, query string and all.
     let mut cause: &dyn std::error::Error = error;
@@ -178,7 +186,7 @@ impl Client {
             }
             let sent = self.stop.or(request.send()).await;
             let sent = sent.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))?;
-            let response = sent.map_err(|error| network(&error, ask.what))?;
+            let response = sent.map_err(|error| network(&error, ask.what).at(shown(&url)))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
             }
@@ -213,10 +221,12 @@ pub(super) async fn refusal(response: Response, what: &str) -> Error {
         401 | 403 => ErrorKind::Auth,
         _ => ErrorKind::Server,
     };
+    let url = response.url().clone();
     let body = first_bytes(response).await;
     let words = server_words(&body);
+    let place = shown(&url);
     let words = if words.is_empty() { String::new() } else { format!(": {words}") };
-    Error::new(kind, format!("{what}: the server answered {status}{words}"))
+    Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place)
 }
 
 async fn first_bytes(mut response: Response) -> Vec<u8> {

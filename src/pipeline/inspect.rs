@@ -37,19 +37,19 @@ pub async fn table_states(plan: &Plan) -> Result<Vec<TableState>> {
 }
 
 /// One thing that a run depends on, and how it stands.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Dependency {
     /// What it is.
     pub name: String,
     /// `Ok` with what was found, or what is wrong.
-    pub outcome: std::result::Result<String, String>,
+    pub outcome: Result<String>,
 }
 
 /// Looks at everything that a run of `plan` depends on.
 pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
     let mut found = Vec::new();
     let mut add = |name: String, outcome: Result<String>| {
-        found.push(Dependency { name, outcome: outcome.map_err(|error| error.to_string()) });
+        found.push(Dependency { name, outcome });
     };
     match client(plan, &Board::default(), &Stop::default()) {
         Ok(None) => {

@@ -185,7 +185,7 @@ pub fn client(plan: &Plan, board: &Board, stop: &Stop) -> Result<Option<Client>>
 fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, object_store::path::Path)> {
     let path = url.to_file_path().map_err(|()| Error::new(ErrorKind::Config, "source.url is no folder"))?;
     if !path.is_dir() {
-        return Err(Error::new(ErrorKind::Storage, format!("{} is not a folder", path.display())));
+        return Err(Error::new(ErrorKind::Config, format!("source.url: {} is not a folder", path.display())));
     }
     let store = object_store::local::LocalFileSystem::new();
     let folder = object_store::path::Path::from_absolute_path(&path).context(ErrorKind::Config, "source.url")?;
@@ -388,11 +388,11 @@ async fn once(
     let report = report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.is_ok());
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
-    if stop.is_pulled() {
+    if stop.is_pulled() && !report.succeeded {
         let done = report.types.values().filter(|outcome| outcome.committed).count();
         return Err(Error::new(
             ErrorKind::Interrupted,
-            format!("stopped; {done} types were committed, nothing of the others was kept"),
+            format!("stopped; {done} types were committed and are whole, the next run brings the others"),
         ));
     }
     if report.succeeded {

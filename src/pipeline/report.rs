@@ -82,7 +82,7 @@ pub(super) fn draw_up(
         run,
         started: time.0,
         seconds: time.1.as_secs_f64(),
-        succeeded: ended_well && types.values().all(|outcome| outcome.error.is_none()),
+        succeeded: ended_well && merged.whole && types.values().all(|outcome| outcome.error.is_none()),
         full,
         transaction_time: merged.transaction_time.map(instant_text),
         types,

@@ -208,6 +208,8 @@ fn put_member(
             Put::NoValueButScale(_) | Put::Decimal(_) => {}
         }
         if let Some(at) = derived {
+            // Other ids of the resource's own (`ImplementationGuide.packageId`) have no type and version before them.
+            let full_id = full_id.filter(|_| name == b"id");
             put_derived(structs.child(at), &group.fields[at], slot, value, put, full_id);
         }
         if let Put::NoValueButScale(_) = put {

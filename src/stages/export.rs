@@ -214,7 +214,9 @@ impl FolderExport {
         for object in listing.objects {
             let Some(file_name) = object.location.filename() else { continue };
             let Some(resource_type) = type_of_file(file_name) else {
-                tracing::debug!(file = file_name, "not [Type].ndjson or [Type].[tag].ndjson; passed over");
+                if file_name.contains(".ndjson") {
+                    tracing::warn!(file = file_name, "not [Type].ndjson or [Type].[tag].ndjson of an R4 type; passed over");
+                }
                 continue;
             };
             if self.types.is_empty() || self.types.contains(&resource_type) {

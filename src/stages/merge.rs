@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
 use object_store::path::Path;
@@ -17,6 +17,9 @@ use crate::flow::{Board, Receiver, Stop, compute};
 use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
 use crate::schema::{Layout, LayoutOptions, arrow_schema};
 use crate::telemetry;
+
+/// How often merge looks whether a type is complete.
+const SETTLE_EVERY: Duration = Duration::from_millis(15);
 
 /// How merge is set.
 #[derive(Debug, Clone)]
@@ -89,6 +92,8 @@ pub struct MergeReport {
     pub types: BTreeMap<String, TypeOutcome>,
     /// Manifest counts that differ from what came: file, promised, came.
     pub count_findings: Vec<(String, u64, u64)>,
+    /// Whether every export said its last.
+    pub whole: bool,
     /// Bad lines that belong to no table.
     pub other_bad: u64,
     /// Whether a watermark was held back by the server's own word on its export.
@@ -137,6 +142,11 @@ impl Merge {
         let mut outcome = Ok(());
         let mut files = 0usize;
         let mut open = true;
+        // Looking whether a type is complete goes through all files, so it is done now and then, not at every message:
+        // an export may have twenty thousand files, and each of them several messages.
+        let mut tick = tokio::time::interval(SETTLE_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut settled = Instant::now();
         loop {
             while committing.len() < self.settings.tables_at_once.max(1)
                 && let Some(name) = ready.pop()
@@ -167,9 +177,11 @@ impl Merge {
                     let stage = stages.entry(name.clone()).or_default();
                     self.record(&name, stage, result, seconds);
                 }
+                _ = tick.tick() => {}
             }
-            if outcome.is_ok() {
+            if outcome.is_ok() && (!open || settled.elapsed() >= SETTLE_EVERY) {
                 self.settle(&stages, &mut ready);
+                settled = Instant::now();
             }
         }
         let report = self.close(stages).await;
@@ -406,6 +418,7 @@ impl Merge {
         MergeReport {
             types: types.collect(),
             count_findings: self.ledger.count_findings(),
+            whole: self.ledger.all_ended(),
             other_bad: self.ledger.other_bad(),
             watermark_held,
             transaction_time,

@@ -30,11 +30,35 @@ fn the_demo_does_the_main_job() {
     let tables = format!("{folder}/tables");
     let json = fhirlake(&["query", "SELECT count(*) AS n FROM Patient", "--tables", &tables, "--output", "json"]);
     assert_eq!(text(&json.stdout).trim(), "{\"n\":21}");
-    let csv = fhirlake(&["query", "SELECT id, name FROM Patient ORDER BY id LIMIT 1", &pipeline, "--output", "csv"]);
-    assert!(text(&csv.stdout).starts_with("id,name\n") && text(&csv.stdout).contains("family"), "{}", text(&csv.stdout));
+    let all = fhirlake(&["query", "SELECT * FROM Patient LIMIT 1", &pipeline, "--output", "json"]);
+    let row: serde_json::Value = serde_json::from_slice(&all.stdout).unwrap();
+    assert!(row["_extension"]["0"][0]["url"].as_str().unwrap().contains("us-core-race"), "{row}");
+    let csv = fhirlake(&["query", "SELECT id, name, _extension FROM Patient ORDER BY id LIMIT 1", &pipeline, "--output", "csv"]);
+    assert!(
+        text(&csv.stdout).starts_with("id,name,_extension\n") && text(&csv.stdout).contains("family"),
+        "{}",
+        text(&csv.stdout)
+    );
+    let write = fhirlake(&["query", "INSERT INTO Patient (id) VALUES ('x')", "--tables", &tables]);
+    assert_eq!(write.status.code(), Some(2), "a question changes nothing");
     let wrong = fhirlake(&["query", "SELECT * FROM Pateint", "--tables", &tables]);
     assert_eq!(wrong.status.code(), Some(2));
     assert!(text(&wrong.stderr).contains("tables here:"), "{}", text(&wrong.stderr));
+}
+
+// A reader of the log that goes away must not end the run.
+#[test]
+fn a_closed_pipe_is_no_reason_to_fail() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_fhirlake"))
+        .args(["--log", "info", "demo", "--patients", "5", "--folder"])
+        .arg(folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stderr.take());
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

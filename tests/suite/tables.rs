@@ -140,6 +140,18 @@ async fn values_of_every_kind() {
     }
 }
 
+// `id_versioned` is the full id; the partner of any other id is that id.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_resources_own_id_is_versioned_in_full() {
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    let line = r#"{"resourceType":"ImplementationGuide","id":"g","meta":{"versionId":"3"},"packageId":"a.b"}"#;
+    lake.run(&write(data.path(), "ImplementationGuide.ndjson", &[line.to_owned()]), "").await.unwrap();
+    let sql = "SELECT id_versioned AS i, packageId_versioned AS p, meta['versionId_versioned'] AS v FROM ImplementationGuide";
+    let batches = lake.sql(sql).await;
+    let value = |name: &str| strings(&batches[0], name)[0].clone().unwrap();
+    assert_eq!((value("i").as_str(), value("p").as_str(), value("v").as_str()), ("ImplementationGuide/g/_history/3", "a.b", "3"));
+}
+
 // Breaks if a feature that our commits would break is passed over.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_cannot_be_written_is_refused_before_any_work() {
