@@ -318,6 +318,8 @@ struct Lines<'a> {
     handle: &'a Handle,
     file: Arc<ExportFile>,
     buffer: Vec<u8>,
+    /// How much of the buffer is known to have no line end: a line of 200 MB is not to be searched at every piece of it.
+    searched: usize,
     /// Lines sent.
     lines: u64,
     /// Bytes before the buffer.
@@ -339,6 +341,7 @@ impl<'a> Lines<'a> {
             handle,
             file,
             buffer: Vec::new(),
+            searched: 0,
             lines: 0,
             offset: 0,
             passed: RunningHash::default(),
@@ -392,7 +395,8 @@ impl<'a> Lines<'a> {
                 }
             }
             if self.buffer.len() >= chunk_bytes {
-                let end = memchr::memrchr(b'\n', &self.buffer).map(|at| at + 1);
+                let end = memchr::memrchr(b'\n', &self.buffer[self.searched..]).map(|at| self.searched + at + 1);
+                self.searched = self.buffer.len() - end.unwrap_or(0);
                 match end {
                     Some(end) => self.send(end)?,
                     None if self.buffer.len() > self.stage.max_line => self.begin_oversized(),
@@ -433,6 +437,7 @@ impl<'a> Lines<'a> {
     /// The buffer is the beginning of a line that is too long: its beginning is kept, the rest passed over.
     fn begin_oversized(&mut self) {
         self.oversized = Some(self.buffer.len() as u64);
+        self.searched = 0;
         self.buffer.truncate(KEPT_OF_OVERSIZED);
         self.buffer.shrink_to_fit();
     }
