@@ -203,6 +203,8 @@ pub struct EncodeSection {
     pub source_json: bool,
     /// NDJSON that makes a row group.
     pub row_group: ByteSize,
+    /// Whether Parquet files hold columns that none of their rows fills.
+    pub all_columns: bool,
 }
 
 /// Pages to commits.
@@ -300,6 +302,7 @@ impl Default for EncodeSection {
             open_types: layout.open_types,
             source_json: layout.source_json,
             row_group: ByteSize(16 << 20),
+            all_columns: false,
         }
     }
 }

@@ -101,6 +101,8 @@ pub struct Plan {
     pub encode_workers: usize,
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
+    /// Whether files hold columns that none of their rows fills.
+    pub all_columns: bool,
     /// Tables at once.
     pub tables_at_once: usize,
     /// Size at which a file is closed.
@@ -235,6 +237,7 @@ impl Plan {
                 open_types: stages.encode.open_types.clone(),
                 source_json: stages.encode.source_json,
             },
+            all_columns: stages.encode.all_columns,
             tables_at_once: stages.merge.tables_at_once,
             target_file_bytes: stages.merge.target_file.0,
             deletion_vectors: stages.merge.deletion_vectors,

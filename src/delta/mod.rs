@@ -4,12 +4,14 @@ mod adds;
 mod content;
 mod keys;
 mod order;
+mod pages;
 mod reader;
 mod staging;
 mod table;
 mod upsert;
 mod vectors;
 
-pub use staging::{PageEncoder, StagedFile, StagingFile};
+pub use pages::PageEncoder;
+pub use staging::{StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};
 pub use upsert::{Commit, Merged, Upsert, Watermark};

@@ -4,18 +4,11 @@
 //! appends those bytes and shifts the offsets in their metadata, so that one writer keeps up with any
 //! number of encoders.
 
-use arrow::array::RecordBatch;
-use bytes::Bytes;
 use object_store::ObjectStoreExt;
 use object_store::buffered::BufWriter;
 use object_store::path::Path;
-use parquet::arrow::ArrowSchemaConverter;
-use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
-use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
-use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties};
 use parquet::file::statistics::Statistics;
-use parquet::schema::types::ColumnPath;
 use tokio::io::AsyncWriteExt;
 
 use super::table::{Table, storage};
@@ -24,64 +17,7 @@ use crate::messages::{EncodedBatch, RowKey};
 use crate::schema::Filled;
 
 const MAGIC: &[u8] = b"PAR1";
-const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
-
-/// Turns record batches into the bytes of a row group.
-#[derive(Debug, Clone, Default)]
-pub struct PageEncoder;
-
-/// Whether readers filter by this column, so that statistics of it are worth their place in a footer that
-/// may describe a thousand others.
-fn is_filtered_by(path: &str) -> bool {
-    let name = path.rsplit('.').next().unwrap_or(path);
-    matches!(name, "id" if path == "id")
-        || matches!(name, "lastUpdated" | "versionId" | "code" | "reference" | "status" | "issued" | "start" | "end")
-        || name.ends_with("Date")
-        || name.ends_with("DateTime")
-}
-
-/// What the footer and the writer's settings hold of each column costs more than an empty column's data,
-/// so settings are made only for the columns that are there.
-fn properties(schema: &parquet::schema::types::SchemaDescriptor, rows: usize) -> WriterProperties {
-    let mut builder = WriterProperties::builder()
-        .set_created_by(CREATED_BY.to_owned())
-        .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        .set_statistics_enabled(EnabledStatistics::None)
-        .set_offset_index_disabled(true)
-        .set_bloom_filter_position(BloomFilterPosition::AfterRowGroup)
-        .set_max_row_group_row_count(None);
-    for column in schema.columns() {
-        let path = column.path();
-        if is_filtered_by(&path.string()) {
-            builder = builder.set_column_statistics_enabled(path.clone(), EnabledStatistics::Chunk);
-        }
-    }
-    let id = ColumnPath::from("id");
-    // Ids never repeat in a row group, so a dictionary of them is wasted work.
-    builder
-        .set_column_dictionary_enabled(id.clone(), false)
-        .set_column_dictionary_enabled(ColumnPath::from("id_versioned"), false)
-        .set_column_bloom_filter_enabled(id.clone(), true)
-        .set_column_bloom_filter_max_ndv(id, rows as u64)
-        .build()
-}
-
-impl PageEncoder {
-    /// One batch as a Parquet file of one row group, and its metadata.
-    pub fn encode(&self, batch: &RecordBatch) -> Result<(Bytes, ParquetMetaData)> {
-        let failed = |error| Error::new(ErrorKind::Internal, format!("a record batch cannot be written: {error}"));
-        let schema = ArrowSchemaConverter::new().convert(&batch.schema()).map_err(failed)?;
-        let options = ArrowWriterOptions::new()
-            .with_properties(properties(&schema, batch.num_rows()))
-            .with_parquet_schema(schema)
-            .with_skip_arrow_metadata(true);
-        let mut bytes = Vec::with_capacity(batch.get_array_memory_size() / 4);
-        let mut writer = ArrowWriter::try_new_with_options(&mut bytes, batch.schema(), options).map_err(failed)?;
-        writer.write(batch).map_err(failed)?;
-        let metadata = writer.close().map_err(failed)?;
-        Ok((bytes.into(), metadata))
-    }
-}
+pub(super) const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
 
 /// A file that is being written.
 pub struct StagingFile {

@@ -345,7 +345,7 @@ async fn once(
         crew.spawn_cpu("parse", move |handle| span.in_scope(|| worker.run(handle)));
     }
     let requests = FlushRequests::default();
-    let shared = Shared::new(layouts, requests.clone(), memory.row_group, memory.open_batches);
+    let shared = Shared::new(layouts, requests.clone(), memory.row_group, memory.open_batches, plan.all_columns);
     for _ in 0..plan.encode_workers {
         let worker = Encode { rows: rows_out.clone(), merge: merge_in.clone(), shared: shared.clone() };
         let span = span.clone();

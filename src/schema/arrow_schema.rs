@@ -73,6 +73,8 @@ fn conform_group(group: &Arc<Group>, table: &Fields) -> Result<Group> {
                 repeats: false,
                 node: Node::Foreign(theirs.data_type().clone()),
                 source: Source::Foreign,
+                aliases: Vec::new(),
+                filtered: false,
             });
             continue;
         };

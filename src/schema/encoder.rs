@@ -8,9 +8,12 @@ use base64::Engine;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
-use super::columns::{Column, Filled, Structs};
-use super::layout::{Field, Layout, Node, Source};
+use super::columns::{Column, List, Structs};
+use super::filled::Filled;
+use super::layout::{Field, Group, Layout, Node, Source};
+use super::names::Key;
 use super::scalars::{parse_decimal, parse_i32, parse_instant};
+use super::ucum::Units;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tape::{Kind, Value};
 
@@ -21,6 +24,8 @@ pub struct EncodedRows {
     pub batch: RecordBatch,
     /// Which those are.
     pub filled: Filled,
+    /// Of each leaf column, in Parquet's order: whether readers filter by it.
+    pub filtered: Vec<bool>,
 }
 
 /// Fills the columns of one layout. Memory follows what the rows hold.
@@ -39,12 +44,17 @@ struct Row {
     next_fid: i32,
     /// `extension` arrays met: the `_fid` of the element that carries them and their place on the tape.
     extensions: Vec<(i32, usize)>,
+    /// Places of the resource's own `id` and `meta` on the tape.
+    id: Option<usize>,
+    meta: Option<usize>,
     /// What could not be held, by path.
     losses: BTreeMap<String, u64>,
     path: String,
+    units: Units,
 }
 
 impl Row {
+    #[cold]
     fn lose(&mut self, path: &str, member: &[u8]) {
         self.path.clear();
         self.path.push_str(path);
@@ -73,7 +83,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 impl Encoder {
     /// An empty encoder.
     pub fn new(layout: Arc<Layout>) -> Self {
-        let root = Structs::new(layout.root.clone());
+        let root = Structs::new(layout.root.clone(), None);
         Self { layout, root, rows: 0, json_bytes: 0, row: Row::default() }
     }
 
@@ -87,25 +97,32 @@ impl Encoder {
         self.json_bytes
     }
 
+    /// Every column of the layout, for files that are to hold them all.
+    pub fn all_columns(&self) -> Filled {
+        Filled::all(&self.layout.root)
+    }
+
     /// Encodes one resource; `line` is its text. What cannot be held is counted, never an error: a row is
     /// never lost for one of its values.
     pub fn push(&mut self, resource: Value<'_>, line: &[u8]) {
         let slot = self.rows;
-        self.row.next_fid = 0;
-        self.row.extensions.clear();
-        let row = &mut self.row;
-        let version = resource.get(b"meta").and_then(|meta| meta.get(b"versionId")).and_then(|id| id.str_bytes());
-        let full_id = FullId { resource_type: self.layout.resource_type.as_bytes(), version };
-        if !put_group(row, &mut self.root, slot, resource, Some(&full_id)) {
-            self.root.put(slot);
+        let Self { layout, root, row, .. } = self;
+        let group = &*layout.root;
+        row.next_fid = 0;
+        row.extensions.clear();
+        (row.id, row.meta) = (None, None);
+        if !put_group::<true>(row, group, root, slot, resource) {
+            root.put(slot);
         }
-        let group = self.root.group.clone();
         for (index, field) in group.fields.iter().enumerate() {
-            match field.source {
-                Source::Extensions if !row.extensions.is_empty() => {
-                    put_extensions(row, self.root.child(index), slot, resource);
+            match (field.source, &field.node) {
+                (Source::Extensions, Node::Extensions(inner)) if !row.extensions.is_empty() => {
+                    put_extensions(row, inner, root.child(index), slot, resource);
                 }
-                Source::Json => self.root.child(index).put_bytes(slot, &[line]),
+                (Source::Versioned, _) if field.name == "id_versioned" => {
+                    put_full_id(row, root.child(index), slot, resource, &layout.resource_type);
+                }
+                (Source::Json, _) => root.child(index).put_bytes(slot, &[line]),
                 _ => {}
             }
         }
@@ -118,13 +135,15 @@ impl Encoder {
     pub fn finish(&mut self, known: &mut Filled) -> Result<EncodedRows> {
         let rows = std::mem::take(&mut self.rows);
         self.json_bytes = 0;
-        let root = std::mem::replace(&mut self.root, Structs::new(self.layout.root.clone()));
+        let next = Structs::new(self.layout.root.clone(), Some(Box::new(self.root.sizes())));
+        let root = std::mem::replace(&mut self.root, next);
         known.merge(&root.filled());
         let columns = root.finish(rows, known).map_err(|error| {
             Error::new(ErrorKind::Internal, format!("columns do not fit together: {error}"))
                 .at(self.layout.resource_type.to_string())
         })?;
-        Ok(EncodedRows { batch: RecordBatch::from(columns), filled: known.clone() })
+        let filtered = known.filtered(&self.layout.root);
+        Ok(EncodedRows { batch: RecordBatch::from(columns), filled: known.clone(), filtered })
     }
 
     /// What could not be held since the last call: count by path.
@@ -133,40 +152,56 @@ impl Encoder {
     }
 }
 
-/// What `id_versioned` is put together from.
-struct FullId<'a> {
-    resource_type: &'a [u8],
-    version: Option<&'a [u8]>,
+/// `id_versioned` as HAPI prints an id in full: `Patient/p1/_history/3`, or `Patient/p1` without a version.
+fn put_full_id(row: &Row, column: &mut Column, slot: usize, resource: Value<'_>, resource_type: &str) {
+    let text = |place: Option<usize>| place.and_then(|place| resource.at(place).str_bytes());
+    let Some(id) = text(row.id) else { return };
+    let version = row.meta.and_then(|meta| resource.at(meta).get(b"versionId")).and_then(|version| version.str_bytes());
+    match version {
+        Some(version) => column.put_bytes(slot, &[resource_type.as_bytes(), b"/", id, b"/_history/", version]),
+        None => column.put_bytes(slot, &[resource_type.as_bytes(), b"/", id]),
+    }
 }
 
-/// Encodes an object into the struct at `slot`; whether there was anything in it.
-fn put_group(row: &mut Row, structs: &mut Structs, slot: usize, object: Value<'_>, full_id: Option<&FullId<'_>>) -> bool {
-    let group = structs.group.clone();
+/// Encodes an object into the struct at `slot`; whether there was anything in it. `ROOT` for the resource itself.
+fn put_group<const ROOT: bool>(row: &mut Row, group: &Group, structs: &mut Structs, slot: usize, object: Value<'_>) -> bool {
     let fid = row.next_fid;
     if group.fid.is_some() {
         row.next_fid += 1;
     }
     let mut touched = false;
-    let mut expected = 0;
+    let mut last = 0;
     for (name, value) in object.entries() {
-        let known = match group.members.get(expected) {
-            Some(at) if group.fields[*at].name.as_bytes() == name => Some(expected),
-            _ => group.by_name.get(name).copied(),
-        };
-        let Some(place) = known else {
+        let key = Key::new(name);
+        let guess = usize::from(structs.followers[last]);
+        let place = if group.names.is(guess, key) {
+            guess
+        } else if let Some(place) = group.names.find(key) {
+            structs.followers[last] = place as u16;
+            place
+        } else {
             if name == b"extension" && group.fid.is_some() && value.kind() == Kind::Array {
                 row.extensions.push((fid, value.index()));
                 touched = true;
-            } else if !(full_id.is_some() && name == b"resourceType") {
+            } else if !(ROOT && name == b"resourceType") {
                 row.lose(&group.path, name);
             }
             continue;
         };
-        expected = place + 1;
-        let index = group.members[place];
-        touched |= put_member(row, structs, index, slot, name, value, full_id);
+        last = place + 1;
+        if ROOT {
+            match name {
+                b"id" => row.id = row.id.or(Some(value.index())),
+                b"meta" => row.meta = row.meta.or(Some(value.index())),
+                _ => {}
+            }
+        }
+        touched |= put_member::<ROOT>(row, group, structs, group.members[place], slot, value);
     }
     if touched {
+        if let Some(fields) = group.canonical {
+            put_canonical(row, structs, fields, slot, object);
+        }
         if let Some(index) = group.fid {
             structs.child(index).put_i32(slot, fid);
         }
@@ -176,80 +211,75 @@ fn put_group(row: &mut Row, structs: &mut Structs, slot: usize, object: Value<'_
 }
 
 #[inline]
-fn put_member(
+fn put_member<const ROOT: bool>(
     row: &mut Row,
+    group: &Group,
     structs: &mut Structs,
     index: usize,
     slot: usize,
-    name: &[u8],
     value: Value<'_>,
-    full_id: Option<&FullId<'_>>,
 ) -> bool {
-    let group = structs.group.clone();
+    if value.kind() == Kind::Null {
+        return false;
+    }
     let field = &group.fields[index];
     let derived = group.derived[index];
-    if structs.children[index].as_ref().is_some_and(|child| child.len() > slot) {
-        // The member came twice. Readers differ on which counts; the first is kept and the other counted.
-        row.lose(&group.path, name);
-        return false;
-    }
-    if !field.repeats {
-        if value.kind() == Kind::Null {
-            return false;
-        }
-        let put = put_one(row, structs.child(index), field, slot, value);
-        match put {
-            Put::Nothing => return false,
-            Put::Wrong => {
-                row.lose(&group.path, name);
-                return false;
+    let column = structs.child(index);
+    let put = match column {
+        Column::List(list) => {
+            if list.len() > slot {
+                Put::Twice
+            } else if value.kind() == Kind::Array {
+                return put_list(row, group, structs, index, slot, value);
+            } else {
+                Put::Wrong
             }
-            Put::Value => {}
-            Put::NoValueButScale(_) | Put::Decimal(_) => {}
         }
-        if let Some(at) = derived {
-            // Other ids of the resource's own (`ImplementationGuide.packageId`) have no type and version before them.
-            let full_id = full_id.filter(|_| name == b"id");
-            put_derived(structs.child(at), &group.fields[at], slot, value, put, full_id);
+        column => put_one(row, field, column, slot, value),
+    };
+    match put {
+        Put::Value => {
+            if let Some(at) = derived
+                && !(ROOT && field.name == "id")
+                && let Some(text) = value.str_bytes()
+            {
+                structs.child(at).put_bytes(slot, &[text]);
+            }
+            true
         }
-        if let Put::NoValueButScale(_) = put {
-            row.lose(&group.path, name);
+        Put::Decimal { scale, held } => {
+            if let Some(at) = derived {
+                structs.child(at).put_i32(slot, scale);
+            }
+            if !held {
+                row.lose(&group.path, field.name.as_bytes());
+            }
+            true
         }
-        return true;
+        Put::Nothing => false,
+        // The member came twice: readers differ on which counts; the first is kept and the other counted.
+        Put::Wrong | Put::Twice => {
+            row.lose(&group.path, field.name.as_bytes());
+            false
+        }
     }
-    if value.kind() != Kind::Array {
-        if value.kind() != Kind::Null {
-            row.lose(&group.path, name);
-        }
-        return false;
-    }
-    put_list(row, structs, index, slot, name, value, derived)
 }
 
-fn put_list(
-    row: &mut Row,
-    structs: &mut Structs,
-    index: usize,
-    slot: usize,
-    name: &[u8],
-    array: Value<'_>,
-    derived: Option<usize>,
-) -> bool {
-    let group = structs.group.clone();
+fn put_list(row: &mut Row, group: &Group, structs: &mut Structs, index: usize, slot: usize, array: Value<'_>) -> bool {
     let field = &group.fields[index];
     let Column::List(list) = structs.child(index) else { return false };
     let begin = list.begin(slot);
-    let (mut end, mut touched, mut wrong) = (begin, false, 0);
+    let (mut end, mut touched, mut lost) = (begin, false, 0);
     for item in array.items() {
         if item.kind() != Kind::Null {
-            match put_one(row, &mut list.items, field, end, item) {
-                Put::Nothing => {}
-                Put::Wrong => wrong += 1,
-                Put::NoValueButScale(_) => {
-                    wrong += 1;
+            match put_one(row, field, &mut list.items, end, item) {
+                Put::Value | Put::Decimal { held: true, .. } => touched = true,
+                Put::Decimal { held: false, .. } => {
+                    lost += 1;
                     touched = true;
                 }
-                Put::Value | Put::Decimal(_) => touched = true,
+                Put::Wrong | Put::Twice => lost += 1,
+                Put::Nothing => {}
             }
         }
         end += 1;
@@ -257,117 +287,114 @@ fn put_list(
     if touched {
         list.end(end);
     }
-    for _ in 0..wrong {
-        row.lose(&group.path, name);
+    for _ in 0..lost {
+        row.lose(&group.path, field.name.as_bytes());
     }
-    if let (true, Some(at), Node::Decimal) = (touched, derived, &field.node)
-        && let Column::List(scales) = structs.child(at)
+    if let (true, Some(at)) = (touched, group.derived[index])
+        && let Column::List(derived) = structs.child(at)
     {
-        let mut place = scales.begin(slot);
-        for item in array.items() {
-            if let Some(decimal) = item.number_text().and_then(parse_decimal) {
-                scales.items.put_i32(place, decimal.scale);
-            }
-            place += 1;
-        }
-        scales.end(place);
-    } else if let (true, Some(at)) = (touched, derived)
-        && let Column::List(copies) = structs.child(at)
-    {
-        let mut place = copies.begin(slot);
-        for item in array.items() {
-            if let Some(text) = item.str_bytes() {
-                copies.items.put_bytes(place, &[text]);
-            }
-            place += 1;
-        }
-        copies.end(place);
+        put_derived_list(derived, &field.node, slot, array);
     }
     touched
+}
+
+/// The list beside a list of decimals or ids: scales, or the ids again.
+fn put_derived_list(list: &mut List, node: &Node, slot: usize, array: Value<'_>) {
+    let mut place = list.begin(slot);
+    for item in array.items() {
+        if matches!(node, Node::Decimal) {
+            if let Some(decimal) = item.number_text().and_then(parse_decimal) {
+                list.items.put_i32(place, decimal.scale);
+            }
+        } else if let Some(text) = item.str_bytes() {
+            list.items.put_bytes(place, &[text]);
+        }
+        place += 1;
+    }
+    list.end(place);
 }
 
 /// What became of one value.
 #[derive(Clone, Copy)]
 enum Put {
     Value,
-    Decimal(i32),
-    /// A decimal that is too large: its scale is kept.
-    NoValueButScale(i32),
+    /// A decimal with its scale; not held where it is too large: then its scale is kept all the same.
+    Decimal {
+        scale: i32,
+        held: bool,
+    },
     /// An empty object.
     Nothing,
     /// Not of the column's type.
     Wrong,
+    /// The slot has a value already.
+    Twice,
 }
 
 #[inline]
-fn put_one(row: &mut Row, column: &mut Column, field: &Field, slot: usize, value: Value<'_>) -> Put {
-    let done = |put: bool| if put { Put::Value } else { Put::Wrong };
-    match &field.node {
-        Node::String => match value.str_bytes() {
-            Some(text) => {
-                column.put_bytes(slot, &[text]);
-                Put::Value
+fn put_one(row: &mut Row, field: &Field, column: &mut Column, slot: usize, value: Value<'_>) -> Put {
+    let put = match column {
+        Column::String(bytes) => value.text().map(|text| bytes.put(slot, |data| text.append_to(data))),
+        Column::Structs(structs) => {
+            let Node::Group(group) = &field.node else { return Put::Wrong };
+            if value.kind() != Kind::Object {
+                return Put::Wrong;
             }
-            None => Put::Wrong,
-        },
-        Node::Group(_) => match column {
-            Column::Structs(structs) if value.kind() == Kind::Object => {
-                if put_group(row, structs, slot, value, None) {
-                    Put::Value
-                } else {
-                    Put::Nothing
-                }
+            if structs.len() > slot {
+                return Put::Twice;
             }
-            _ => Put::Wrong,
-        },
-        Node::Boolean => done(value.as_bool().map(|flag| column.put_bool(slot, flag)).is_some()),
-        Node::Integer => done(value.number_text().and_then(parse_i32).map(|number| column.put_i32(slot, number)).is_some()),
-        Node::Instant => done(value.str_bytes().and_then(parse_instant).map(|micros| column.put_i64(slot, micros)).is_some()),
-        Node::Decimal => match value.number_text().and_then(parse_decimal) {
-            Some(decimal) => match decimal.value {
-                Some(number) => {
-                    column.put_i128(slot, number);
-                    Put::Decimal(decimal.scale)
-                }
-                None => Put::NoValueButScale(decimal.scale),
-            },
-            None => Put::Wrong,
-        },
-        Node::Binary => {
-            let decoded = value.str_bytes().and_then(|text| {
-                if text.iter().any(u8::is_ascii_whitespace) {
-                    let text: Vec<u8> = text.iter().copied().filter(|b| !b.is_ascii_whitespace()).collect();
-                    BASE64.decode(text).ok()
-                } else {
-                    BASE64.decode(text).ok()
-                }
-            });
-            done(decoded.map(|bytes| column.put_bytes(slot, &[&bytes])).is_some())
+            return if put_group::<false>(row, group, structs, slot, value) { Put::Value } else { Put::Nothing };
         }
-        Node::Unscaled | Node::Extensions(_) | Node::Foreign(_) => Put::Wrong,
+        Column::Boolean(values) => value.as_bool().map(|flag| values.put(slot, flag)),
+        Column::Integer(values) => value.number_text().and_then(parse_i32).map(|number| values.put(slot, number)),
+        Column::Instant(values) => value.str_bytes().and_then(parse_instant).map(|micros| values.put(slot, micros)),
+        Column::Decimal(values, _) => {
+            let Some(decimal) = value.number_text().and_then(parse_decimal) else { return Put::Wrong };
+            return match decimal.value {
+                Some(number) if values.put(slot, number) => Put::Decimal { scale: decimal.scale, held: true },
+                Some(_) => Put::Twice,
+                None => Put::Decimal { scale: decimal.scale, held: false },
+            };
+        }
+        Column::Binary(bytes) => {
+            // Into the column at once: it may be hundreds of megabytes.
+            let Some(text) = value.str_bytes() else { return Put::Wrong };
+            if text.iter().any(u8::is_ascii_whitespace) {
+                let text: Vec<u8> = text.iter().copied().filter(|b| !b.is_ascii_whitespace()).collect();
+                bytes.try_put(slot, |data| BASE64.decode_vec(text, data).is_ok())
+            } else {
+                bytes.try_put(slot, |data| BASE64.decode_vec(text, data).is_ok())
+            }
+        }
+        Column::List(_) | Column::Map { .. } => None,
+    };
+    match put {
+        Some(true) => Put::Value,
+        Some(false) => Put::Twice,
+        None => Put::Wrong,
     }
 }
 
-fn put_derived(column: &mut Column, field: &Field, slot: usize, value: Value<'_>, put: Put, full_id: Option<&FullId<'_>>) {
-    match (field.source, put) {
-        (Source::Scale, Put::Decimal(scale) | Put::NoValueButScale(scale)) => column.put_i32(slot, scale),
-        (Source::Versioned, _) => {
-            let id = value.str_bytes().unwrap_or_default();
-            match full_id {
-                Some(FullId { resource_type, version: Some(version) }) => {
-                    column.put_bytes(slot, &[resource_type, b"/", id, b"/_history/", version]);
-                }
-                Some(FullId { resource_type, version: None }) => column.put_bytes(slot, &[resource_type, b"/", id]),
-                None => column.put_bytes(slot, &[id]),
-            }
+/// The canonical value and code of a Quantity (`QuantitySupport.scala`): whatever its `system` says.
+fn put_canonical(row: &mut Row, structs: &mut Structs, fields: (usize, usize), slot: usize, quantity: Value<'_>) {
+    let Some(value) = quantity.get(b"value").and_then(|value| value.number_text()) else { return };
+    let Some(code) = quantity.get(b"code").and_then(|code| code.str_bytes()) else { return };
+    let Some(canonical) = row.units.canonical(value, code) else { return };
+    structs.child(fields.1).put_bytes(slot, &[canonical.code.as_bytes()]);
+    if let (Some((unscaled, scale)), Column::Structs(inner)) = (canonical.value, structs.child(fields.0)) {
+        // `value` and `scale`, in the order that the layout gives them.
+        let places = ["value", "scale"].map(|name| inner.group.fields.iter().position(|field| field.name == name));
+        if let [Some(at_value), Some(at_scale)] = places {
+            inner.child(at_value).put_i128(slot, unscaled);
+            inner.child(at_scale).put_i32(slot, scale);
+            inner.put(slot);
         }
-        _ => {}
     }
 }
 
 /// Encodes the extensions met in the row into the map at `slot`. An extension's own extensions are met on
 /// the way and become further entries, under the `_fid` of the extension that carries them.
-fn put_extensions(row: &mut Row, map: &mut Column, slot: usize, resource: Value<'_>) {
+fn put_extensions(row: &mut Row, group: &Group, map: &mut Column, slot: usize, resource: Value<'_>) {
     let Column::Map { offsets, keys } = map else { return };
     offsets.begin(slot);
     let mut next = 0;
@@ -378,7 +405,7 @@ fn put_extensions(row: &mut Row, map: &mut Column, slot: usize, resource: Value<
         let mut end = begin;
         for extension in resource.at(index).items() {
             let Column::Structs(structs) = &mut per_key.items else { return };
-            if extension.kind() == Kind::Object && put_group(row, structs, end, extension, None) {
+            if extension.kind() == Kind::Object && put_group::<false>(row, group, structs, end, extension) {
                 end += 1;
             }
         }

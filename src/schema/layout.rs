@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::definitions::{Element, Model};
+use super::names::Names;
 
 /// Types that the layout excludes: their lines are counted and reported.
 pub const EXCLUDED_TYPES: [&str; 4] = ["Bundle", "Parameters", "StructureDefinition", "StructureMap"];
@@ -65,22 +66,32 @@ pub struct Group {
     pub fields: Vec<Field>,
     /// Fields that JSON members fill, in order: members of a resource mostly come in it.
     pub members: Vec<usize>,
-    /// Place in `members` by name.
-    pub by_name: HashMap<Box<[u8]>, usize>,
+    /// The names of `members`; aliases come last.
+    pub names: Names,
     /// For each field, the one derived from it (`_scale`, `_versioned`).
     pub derived: Vec<Option<usize>>,
     /// The `_fid` field.
     pub fid: Option<usize>,
+    /// The fields `_value_canonicalized` and `_code_canonicalized`.
+    pub canonical: Option<(usize, usize)>,
 }
 
 impl Group {
     /// A group of `fields` at `path`.
     pub fn new(path: String, fields: Vec<Field>) -> Self {
         let place = |source: Source| fields.iter().position(|field| field.source == source);
-        let members: Vec<usize> = (0..fields.len()).filter(|at| fields[*at].source == Source::Member).collect();
-        let by_name = members.iter().enumerate();
-        let by_name = by_name.map(|(place, at)| (fields[*at].name.as_bytes().into(), place)).collect();
+        let mut members: Vec<usize> = (0..fields.len()).filter(|at| fields[*at].source == Source::Member).collect();
+        let mut names: Vec<&str> = members.iter().map(|at| fields[*at].name.as_str()).collect();
+        for (at, field) in fields.iter().enumerate() {
+            members.extend(field.aliases.iter().map(|_| at));
+            names.extend(field.aliases.iter().map(String::as_str));
+        }
+        let names = Names::new(names.into_iter());
+        let has_derived = fields.iter().any(|field| matches!(field.source, Source::Scale | Source::Versioned));
         let derived = fields.iter().map(|field| {
+            if !has_derived {
+                return None;
+            }
             let of = |suffix: &str, source| {
                 let name = format!("{}{suffix}", field.name);
                 fields.iter().position(|other| other.source == source && other.name == name)
@@ -88,7 +99,9 @@ impl Group {
             of("_scale", Source::Scale).or_else(|| of("_versioned", Source::Versioned))
         });
         let (derived, fid) = (derived.collect(), place(Source::Fid));
-        Self { path, members, by_name, derived, fid, fields }
+        let named = |name: &str| fields.iter().position(|field| field.source == Source::Canonical && field.name == name);
+        let canonical = named("_value_canonicalized").zip(named("_code_canonicalized"));
+        Self { path, members, names, derived, fid, canonical, fields }
     }
 }
 
@@ -103,6 +116,11 @@ pub struct Field {
     pub node: Node,
     /// Where its value comes from.
     pub source: Source,
+    /// Names of other JSON members that it takes in as well: `valuePositiveInt` for `valueInteger`, where the choice has
+    /// no column of its own for it.
+    pub aliases: Vec<String>,
+    /// Whether readers filter by it (ids, dates, codes, references), so that files keep statistics of it.
+    pub filtered: bool,
 }
 
 /// Where a column's value comes from.
@@ -166,6 +184,14 @@ const METADATA_RESOURCE: [(&str, &[&str]); 10] = [
     ("SearchParameter", &["title"]),
 ];
 
+/// Types whose HAPI class has subclasses that are types too.
+const SUBCLASSES: [(&str, &[&str]); 4] = [
+    ("string", &["code", "markdown"]),
+    ("uri", &["canonical", "id", "oid", "url", "uuid"]),
+    ("integer", &["positiveInt", "unsignedInt"]),
+    ("Quantity", &["Age", "Count", "Distance", "Duration"]),
+];
+
 /// Types whose HAPI class is a subclass of its `Quantity`: they carry the canonical columns.
 const QUANTITIES: [&str; 7] = ["Quantity", "Age", "Count", "Distance", "Duration", "SimpleQuantity", "MoneyQuantity"];
 
@@ -184,7 +210,7 @@ fn hapi_class(code: &str) -> String {
 }
 
 fn field(name: impl Into<String>, repeats: bool, node: Node, source: Source) -> Field {
-    Field { name: name.into(), repeats, node, source }
+    Field { name: name.into(), repeats, node, source, aliases: Vec::new(), filtered: false }
 }
 
 struct Builder<'a> {
@@ -284,8 +310,16 @@ impl Builder<'_> {
             codes.sort_by_key(|code| hapi_class(code));
             codes.dedup();
             let codes: Vec<String> = codes.into_iter().map(str::to_owned).collect();
-            for code in codes {
-                self.typed(path, &(name.clone() + &capitalised(&code)), false, &code, fields);
+            for code in &codes {
+                let at = fields.len();
+                self.typed(path, &(name.clone() + &capitalised(code)), false, code, fields);
+                // An open choice of a subclass of one of its types: HAPI's class of the value decides, so Pathling's column
+                // of the type has it. Where the subclass has a column of its own, the value is only there.
+                let subclasses = SUBCLASSES.iter().find(|(class, _)| class == code).map_or(&[][..], |row| row.1);
+                if let (true, Some(field)) = (open, fields.get_mut(at)) {
+                    let without_column = subclasses.iter().filter(|subclass| !codes.iter().any(|code| code == **subclass));
+                    field.aliases = without_column.map(|subclass| name.clone() + &capitalised(subclass)).collect();
+                }
             }
         } else if let Some(code) = element.types.first() {
             // `Resource.id` is typed string in the definitions, through an extension; in HAPI it is an id.
@@ -295,7 +329,8 @@ impl Builder<'_> {
     }
 
     fn typed(&mut self, path: &str, name: &str, repeats: bool, code: &str, fields: &mut Vec<Field>) {
-        let leaf = |node| field(name, repeats, node, Source::Member);
+        let filtered = matches!(code, "id" | "date" | "dateTime" | "instant" | "code") || name == "reference" && code == "string";
+        let leaf = |node| Field { filtered, ..field(name, repeats, node, Source::Member) };
         match code {
             "boolean" => fields.push(leaf(Node::Boolean)),
             "integer" | "positiveInt" | "unsignedInt" => fields.push(leaf(Node::Integer)),

@@ -8,12 +8,17 @@ mod arrow_schema;
 mod columns;
 mod definitions;
 mod encoder;
+mod filled;
+mod finish;
 mod layout;
+mod names;
 mod scalars;
+mod ucum;
+mod ucum_fractions;
 
 pub use arrow_schema::{arrow_schema, conform};
-pub use columns::Filled;
 pub use definitions::Model;
 pub use encoder::{EncodedRows, Encoder};
+pub use filled::Filled;
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};
 pub use scalars::parse_instant;

@@ -42,12 +42,15 @@ pub struct Shared {
     batch_bytes: usize,
     /// JSON bytes that all open batches may stand for.
     budget: usize,
+    /// Whether files hold columns that none of their rows fills.
+    all_columns: bool,
 }
 
 impl Shared {
     /// Batches are closed at `batch_bytes` bytes of JSON, or when all open ones together pass `budget`.
-    pub fn new(layouts: Layouts, requests: FlushRequests, batch_bytes: usize, budget: usize) -> Arc<Self> {
-        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget })
+    /// With `all_columns`, files hold every column of the table.
+    pub fn new(layouts: Layouts, requests: FlushRequests, batch_bytes: usize, budget: usize, all_columns: bool) -> Arc<Self> {
+        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget, all_columns })
     }
 
     fn bench(&self) -> MutexGuard<'_, Bench> {
@@ -122,10 +125,19 @@ impl Shared {
         }
         let json_bytes = batch.encoder.json_bytes() as u64;
         let losses: BTreeMap<String, u64> = batch.encoder.take_losses();
-        let mut known = self.bench().known.get(&resource_type).cloned().unwrap_or_default();
+        let known = self.bench().known.get(&resource_type).cloned();
+        let mut known = known.unwrap_or_else(|| if self.all_columns { batch.encoder.all_columns() } else { Filled::default() });
         let encoded = batch.encoder.finish(&mut known)?;
-        self.bench().known.entry(resource_type.clone()).or_default().merge(&known);
-        let (parquet, metadata) = PageEncoder.encode(&encoded.batch).map_err(|error| error.at(resource_type.to_string()))?;
+        let mut bench = self.bench();
+        bench.known.entry(resource_type.clone()).or_default().merge(&known);
+        if json_bytes as usize >= self.batch_bytes {
+            // More of the type is likely: the encoder knows how large its columns become.
+            let next = OpenBatch { encoder: batch.encoder, keys: Vec::with_capacity(batch.keys.len()) };
+            bench.idle.entry(resource_type.clone()).or_default().push(next);
+        }
+        drop(bench);
+        let (parquet, metadata) =
+            PageEncoder.encode(&encoded.batch, &encoded.filtered).map_err(|error| error.at(resource_type.to_string()))?;
         Ok(Some(EncodedBatch { resource_type, filled: encoded.filled, parquet, metadata, keys: batch.keys, json_bytes, losses }))
     }
 }
@@ -160,6 +172,7 @@ impl Encode {
             match next {
                 Next::Rows(parcel) => {
                     let rows: &Rows = &parcel;
+                    let document = rows.tape.over(&rows.bytes);
                     for (resource_type, parsed) in &rows.by_type {
                         let mut batch = match self.shared.take(resource_type) {
                             Ok(batch) => batch,
@@ -173,7 +186,7 @@ impl Encode {
                             }
                         };
                         for row in parsed {
-                            batch.encoder.push(rows.tape.value(&rows.bytes, row.root), &rows.bytes[row.line.clone()]);
+                            batch.encoder.push(document.value(row.root), &rows.bytes[row.line.clone()]);
                             batch.keys.push(row.key);
                         }
                         let due = self.shared.put_back(resource_type, batch, parsed.len() as u64);

@@ -59,22 +59,18 @@ impl Names {
 impl Parse {
     /// Parses until the edge closes.
     pub fn run(self, handle: &Handle) -> Result<()> {
-        let names = Names::new();
+        let parser = ChunkParser::new(self.max_line, self.bad_lines.clone());
         while let Some(parcel) = handle.block_on(self.chunks.recv()) {
             let chunk: &Chunk = &parcel;
-            let mut work = Work::new(chunk, &names, self.max_line, &self.bad_lines);
-            work.chunk()?;
-            if !work.tally.bad.is_empty() {
+            let Parsed { rows, tally, deletions, outcomes } = parser.parse(chunk)?;
+            if !tally.bad.is_empty() {
                 self.bad_lines.sync()?;
             }
-            let Work { tape, by_type, tally, deletions, outcomes, .. } = work;
             for (severity, count) in outcomes {
                 self.board.add(telemetry::OUTCOME_ISSUES, &severity, count);
             }
             self.count(chunk, &tally);
-            let bytes = chunk.bytes.clone();
-            if !by_type.is_empty() {
-                let rows = Rows { bytes, tape, by_type };
+            if !rows.by_type.is_empty() {
                 // The bytes now belong to the next edge's budget; holding both shares could never block
                 // this worker alone for ever, but would halve what the edges hold.
                 drop(parcel);
@@ -108,6 +104,51 @@ impl Parse {
     }
 }
 
+/// What a chunk holds.
+#[derive(Debug)]
+pub struct Parsed {
+    /// Its resources.
+    pub rows: Rows,
+    /// What became of its lines.
+    pub tally: ParsedChunk,
+    /// Ids that are gone.
+    pub deletions: Vec<(ResourceType, u128)>,
+    /// Issues of OperationOutcomes, by severity.
+    pub outcomes: Vec<(Arc<str>, u64)>,
+}
+
+/// Reads chunks: bytes in, tapes out, and nothing else.
+pub struct ChunkParser {
+    names: Names,
+    max_line: usize,
+    bad_lines: BadLineSink,
+}
+
+impl ChunkParser {
+    /// A parser that reads lines of at most `max_line` bytes and hands what it cannot read to `bad_lines`.
+    pub fn new(max_line: usize, bad_lines: BadLineSink) -> Self {
+        Self { names: Names::new(), max_line, bad_lines }
+    }
+
+    /// Reads one chunk; fails only where a bad line cannot be kept.
+    pub fn parse(&self, chunk: &Chunk) -> Result<Parsed> {
+        let mut work = Work {
+            chunk,
+            names: &self.names,
+            max_line: self.max_line,
+            bad_lines: &self.bad_lines,
+            tape: Tape::default(),
+            by_type: Vec::new(),
+            tally: ParsedChunk { file: chunk.file.index, ..ParsedChunk::default() },
+            deletions: Vec::new(),
+            outcomes: Vec::new(),
+        };
+        work.chunk()?;
+        let Work { tape, by_type, tally, deletions, outcomes, .. } = work;
+        Ok(Parsed { rows: Rows { bytes: chunk.bytes.clone(), tape, by_type }, tally, deletions, outcomes })
+    }
+}
+
 /// The work on one chunk.
 struct Work<'a> {
     chunk: &'a Chunk,
@@ -128,22 +169,7 @@ fn add<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K) {
     }
 }
 
-impl<'a> Work<'a> {
-    fn new(chunk: &'a Chunk, names: &'a Names, max_line: usize, bad_lines: &'a BadLineSink) -> Self {
-        let tally = ParsedChunk { file: chunk.file.index, ..ParsedChunk::default() };
-        Self {
-            chunk,
-            names,
-            max_line,
-            bad_lines,
-            tape: Tape::default(),
-            by_type: Vec::new(),
-            tally,
-            deletions: Vec::new(),
-            outcomes: Vec::new(),
-        }
-    }
-
+impl Work<'_> {
     fn chunk(&mut self) -> Result<()> {
         let bytes: Bytes = self.chunk.bytes.clone();
         if let Some(length) = self.chunk.oversized {
@@ -176,7 +202,8 @@ impl<'a> Work<'a> {
             Ok(root) => root,
             Err(fault) => return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64),
         };
-        let value = self.tape.value(bytes, root);
+        let document = self.tape.over(bytes);
+        let value = document.value(root);
         let meant = match self.chunk.file.kind {
             FileKind::Output => output(self.names, value),
             FileKind::Deleted => deletions(self.names, value, &mut self.deletions).map(|()| Line::Header),
@@ -250,7 +277,10 @@ fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
             b"resourceType" => resource_type = resource_type.or(Some(member)),
             b"id" => id = id.or(Some(member)),
             b"meta" => meta = meta.or(Some(member)),
-            _ => {}
+            _ => continue,
+        }
+        if resource_type.is_some() && id.is_some() && meta.is_some() {
+            break;
         }
     }
     let resource_type = resource_type.ok_or("no resourceType")?.str_bytes().ok_or("resourceType is not a string")?;

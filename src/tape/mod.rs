@@ -89,46 +89,102 @@ impl Tape {
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
-    /// The value at `index`, over the bytes that the tape was parsed from.
+    /// The tape with the bytes that it was parsed from.
     #[inline]
-    pub fn value<'a>(&'a self, bytes: &'a [u8], index: usize) -> Value<'a> {
-        Value { tape: self, bytes, index }
+    pub fn over<'a>(&'a self, bytes: &'a [u8]) -> Document<'a> {
+        Document { nodes: &self.nodes, text: &self.text, bytes }
+    }
+}
+
+/// A tape and the bytes that it stands for.
+#[derive(Clone, Copy)]
+pub struct Document<'a> {
+    nodes: &'a [Node],
+    text: &'a [u8],
+    bytes: &'a [u8],
+}
+
+impl<'a> Document<'a> {
+    /// The value at `index`.
+    #[inline]
+    pub fn value(&'a self, index: usize) -> Value<'a> {
+        Value { document: self, index, node: self.nodes[index] }
+    }
+}
+
+/// A string within the bytes that it stands in: who copies it may read past its end.
+#[derive(Clone, Copy)]
+pub struct Text<'a> {
+    source: &'a [u8],
+    at: usize,
+    length: usize,
+}
+
+impl<'a> Text<'a> {
+    /// Its bytes. They are UTF-8.
+    #[inline]
+    pub fn bytes(&self) -> &'a [u8] {
+        &self.source[self.at..self.at + self.length]
+    }
+
+    /// Appends it. Most of FHIR's strings are short: those are copied at a fixed width and cut, which costs a few
+    /// instructions instead of a call.
+    #[inline]
+    pub fn append_to(&self, out: &mut Vec<u8>) {
+        const WIDTH: usize = 32;
+        if self.length <= WIDTH
+            && let Some(wide) = self.source.get(self.at..).and_then(|rest| rest.first_chunk::<WIDTH>())
+        {
+            let end = out.len() + self.length;
+            out.extend_from_slice(wide);
+            out.truncate(end);
+        } else {
+            out.extend_from_slice(self.bytes());
+        }
     }
 }
 
 /// One JSON value on a tape.
 #[derive(Clone, Copy)]
 pub struct Value<'a> {
-    tape: &'a Tape,
-    bytes: &'a [u8],
+    document: &'a Document<'a>,
     index: usize,
+    node: Node,
 }
 
 impl<'a> Value<'a> {
-    #[inline]
-    fn node(&self) -> Node {
-        self.tape.nodes[self.index]
-    }
     /// Its kind.
     #[inline]
     pub fn kind(&self) -> Kind {
-        self.node().kind()
+        self.node.kind()
     }
-    /// Its place on the tape: the argument of [`Tape::value`] that gives it again.
+    /// Its place on the tape: the argument of [`Document::value`] that gives it again.
     #[inline]
     pub fn index(&self) -> usize {
         self.index
     }
+    #[inline]
+    fn slice(&self, source: &'a [u8]) -> &'a [u8] {
+        &source[self.node.position()..self.node.position() + self.node.length()]
+    }
     /// The bytes of a string, or `None` for another kind. They are UTF-8.
     #[inline]
     pub fn str_bytes(&self) -> Option<&'a [u8]> {
-        let node = self.node();
-        let at = node.position()..node.position() + node.length();
-        match node.kind() {
-            Kind::String => Some(&self.bytes[at]),
-            Kind::Unescaped => Some(&self.tape.text[at]),
+        match self.kind() {
+            Kind::String => Some(self.slice(self.document.bytes)),
+            Kind::Unescaped => Some(self.slice(self.document.text)),
             _ => None,
         }
+    }
+    /// Where a string stands, or `None` for another kind.
+    #[inline]
+    pub fn text(&self) -> Option<Text<'a>> {
+        let source = match self.kind() {
+            Kind::String => self.document.bytes,
+            Kind::Unescaped => self.document.text,
+            _ => return None,
+        };
+        Some(Text { source, at: self.node.position(), length: self.node.length() })
     }
     /// A string, or `None` for another kind.
     pub fn as_str(&self) -> Option<&'a str> {
@@ -137,8 +193,7 @@ impl<'a> Value<'a> {
     /// The text of a number, or `None` for another kind.
     #[inline]
     pub fn number_text(&self) -> Option<&'a [u8]> {
-        let node = self.node();
-        (node.kind() == Kind::Number).then(|| &self.bytes[node.position()..node.position() + node.length()])
+        (self.kind() == Kind::Number).then(|| self.slice(self.document.bytes))
     }
     /// `true` or `false`, or `None` for another kind.
     #[inline]
@@ -152,26 +207,24 @@ impl<'a> Value<'a> {
     /// Another value of the same tape, by its [`Value::index`].
     #[inline]
     pub fn at(&self, index: usize) -> Value<'a> {
-        Value { index, ..*self }
+        self.document.value(index)
     }
+    /// The index after its last node.
     #[inline]
     fn end(&self) -> usize {
-        match self.kind() {
-            Kind::Object | Kind::Array => self.node().position(),
-            _ => self.index + 1,
-        }
+        if self.node.0 >> 60 >= Kind::Object as u64 { self.node.position() } else { self.index + 1 }
     }
     /// Key and value pairs of an object; nothing for another kind.
     #[inline]
     pub fn entries(&self) -> Entries<'a> {
         let end = if self.kind() == Kind::Object { self.end() } else { 0 };
-        Entries { tape: self.tape, bytes: self.bytes, next: self.index + 1, end }
+        Entries { document: self.document, next: self.index + 1, end }
     }
     /// Items of an array; nothing for another kind.
     #[inline]
     pub fn items(&self) -> Items<'a> {
         let end = if self.kind() == Kind::Array { self.end() } else { 0 };
-        Items { tape: self.tape, bytes: self.bytes, next: self.index + 1, end }
+        Items { document: self.document, next: self.index + 1, end }
     }
     /// The value of an object's first entry with this key.
     pub fn get(&self, key: &[u8]) -> Option<Value<'a>> {
@@ -181,8 +234,7 @@ impl<'a> Value<'a> {
 
 /// Iterator of an object's entries.
 pub struct Entries<'a> {
-    tape: &'a Tape,
-    bytes: &'a [u8],
+    document: &'a Document<'a>,
     next: usize,
     end: usize,
 }
@@ -194,17 +246,18 @@ impl<'a> Iterator for Entries<'a> {
         if self.next >= self.end {
             return None;
         }
-        let key = self.tape.value(self.bytes, self.next).str_bytes().unwrap_or_default();
-        let value = self.tape.value(self.bytes, self.next + 1);
+        let [key, node] = *self.document.nodes.get(self.next..)?.first_chunk::<2>()?;
+        let (from, length) = (key.position(), key.length());
+        let source = if key.kind() == Kind::String { self.document.bytes } else { self.document.text };
+        let value = Value { document: self.document, index: self.next + 1, node };
         self.next = value.end();
-        Some((key, value))
+        Some((&source[from..from + length], value))
     }
 }
 
 /// Iterator of an array's items.
 pub struct Items<'a> {
-    tape: &'a Tape,
-    bytes: &'a [u8],
+    document: &'a Document<'a>,
     next: usize,
     end: usize,
 }
@@ -216,7 +269,7 @@ impl<'a> Iterator for Items<'a> {
         if self.next >= self.end {
             return None;
         }
-        let value = self.tape.value(self.bytes, self.next);
+        let value = self.document.value(self.next);
         self.next = value.end();
         Some(value)
     }

@@ -28,6 +28,11 @@ impl fmt::Display for Fault {
 /// returns the index of its node. On a fault the tape is as it was.
 pub fn parse_value(tape: &mut Tape, bytes: &[u8], start: usize, end: usize) -> Result<usize, Fault> {
     let (nodes, text) = (tape.nodes.len(), tape.text.len());
+    // No string or number is longer than its line, and no line has more nodes than bytes: what a node can hold is
+    // looked at once here and not at every node.
+    if end - start > MAX_LENGTH || end > u32::MAX as usize || nodes + (end - start) >= u32::MAX as usize {
+        return Err(Fault { reason: "line too long", offset: 0 });
+    }
     let mut parser = Parser { bytes: &bytes[..end], at: start, tape };
     let outcome = parser.document();
     let at = parser.at;
@@ -68,8 +73,16 @@ impl Parser<'_> {
         self.bytes.get(self.at).copied().unwrap_or(0)
     }
 
+    /// Passes over white space, of which NDJSON has next to none.
     #[inline]
     fn space(&mut self) {
+        if self.peek() <= b' ' {
+            self.spaces();
+        }
+    }
+
+    #[cold]
+    fn spaces(&mut self) {
         while matches!(self.peek(), b' ' | b'\t' | b'\n' | b'\r') && self.at < self.bytes.len() {
             self.at += 1;
         }
@@ -87,9 +100,6 @@ impl Parser<'_> {
 
     #[inline]
     fn push(&mut self, kind: Kind, length: usize, position: usize) -> Step {
-        if length > MAX_LENGTH || self.tape.nodes.len() >= u32::MAX as usize {
-            return Err("value too long");
-        }
         self.tape.nodes.push(Node::new(kind, length, position));
         Ok(())
     }
@@ -169,9 +179,6 @@ impl Parser<'_> {
             }
         }
         let end = self.tape.nodes.len();
-        if end > u32::MAX as usize {
-            return Err("value too long");
-        }
         self.tape.nodes[head] = Node::new(kind, count.min(MAX_LENGTH), end);
         Ok(())
     }
@@ -264,8 +271,9 @@ impl Parser<'_> {
                 b'"' => {
                     self.at += 1;
                     let length = self.tape.text.len() - from;
+                    // Text gathers over the lines of a chunk.
                     if self.tape.text.len() > u32::MAX as usize {
-                        return Err("value too long");
+                        return Err("line too long");
                     }
                     return self.push(Kind::Unescaped, length, from);
                 }
@@ -359,7 +367,7 @@ mod tests {
     fn parse(text: &str) -> Result<serde_json::Value, Fault> {
         let mut tape = Tape::default();
         let root = parse_value(&mut tape, text.as_bytes(), 0, text.len())?;
-        Ok(to_serde(tape.value(text.as_bytes(), root)))
+        Ok(to_serde(tape.over(text.as_bytes()).value(root)))
     }
 
     #[test]

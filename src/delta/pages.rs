@@ -1,0 +1,100 @@
+//! Columns → Parquet pages: a row group as the bytes of a Parquet file of its own.
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::datatypes::DataType;
+use bytes::Bytes;
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::metadata::ParquetMetaData;
+use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties};
+use parquet::schema::types::{ColumnPath, SchemaDescriptor};
+
+use super::staging::CREATED_BY;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Turns record batches into the bytes of a row group.
+#[derive(Debug, Clone, Default)]
+pub struct PageEncoder;
+
+/// What the footer and the writer's settings hold of each column costs more than an empty column's data, so settings
+/// are made only for the columns that are there. `filtered` says of each leaf whether readers filter by it.
+fn properties(schema: &SchemaDescriptor, batch: &RecordBatch, filtered: &[bool]) -> WriterProperties {
+    let mut builder = WriterProperties::builder()
+        .set_created_by(CREATED_BY.to_owned())
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_offset_index_disabled(true)
+        .set_bloom_filter_position(BloomFilterPosition::AfterRowGroup)
+        .set_max_row_group_row_count(None);
+    let mut arrays = Vec::with_capacity(schema.num_columns());
+    batch.columns().iter().for_each(|column| leaves(column, &mut arrays));
+    for (leaf, column) in schema.columns().iter().enumerate() {
+        if filtered.get(leaf).is_some_and(|filtered| *filtered) {
+            builder = builder.set_column_statistics_enabled(column.path().clone(), EnabledStatistics::Chunk);
+        }
+        if arrays.get(leaf).is_some_and(hardly_repeats) {
+            builder = builder.set_column_dictionary_enabled(column.path().clone(), false);
+        }
+    }
+    let id = ColumnPath::from("id");
+    builder.set_column_bloom_filter_enabled(id.clone(), true).set_column_bloom_filter_max_ndv(id, batch.num_rows() as u64).build()
+}
+
+/// The arrays of the leaves, in the order of Parquet's columns.
+fn leaves(array: &ArrayRef, out: &mut Vec<ArrayRef>) {
+    match array.data_type() {
+        DataType::Struct(_) => array.as_struct().columns().iter().for_each(|child| leaves(child, out)),
+        DataType::List(_) => leaves(array.as_list::<i32>().values(), out),
+        DataType::Map(_, _) => array.as_map().entries().columns().iter().for_each(|child| leaves(child, out)),
+        _ => out.push(array.clone()),
+    }
+}
+
+/// Blocks of values that are looked at, and values in each: neighbours, since that is where FHIR's values repeat.
+const BLOCKS: usize = 8;
+const BLOCK: usize = 64;
+
+/// Whether strings are nearly all different (ids, instants, narratives): a dictionary of them would be work and bytes
+/// for nothing. The same values give the same answer.
+fn hardly_repeats(array: &ArrayRef) -> bool {
+    let (offsets, bytes) = match array.data_type() {
+        DataType::Utf8 => (array.as_string::<i32>().value_offsets(), array.as_string::<i32>().value_data()),
+        DataType::Binary => (array.as_binary::<i32>().value_offsets(), array.as_binary::<i32>().value_data()),
+        _ => return false,
+    };
+    let mut seen: Vec<u128> = Vec::with_capacity(BLOCKS * BLOCK);
+    let values = array.len();
+    for block in 0..BLOCKS {
+        let start = values / BLOCKS * block;
+        for window in offsets[start..(start + BLOCK + 1).min(values + 1)].windows(2) {
+            // Null or empty.
+            if window[0] < window[1] {
+                seen.push(twox_hash::XxHash3_128::oneshot(&bytes[window[0] as usize..window[1] as usize]));
+            }
+        }
+    }
+    let looked_at = seen.len();
+    seen.sort_unstable();
+    seen.dedup();
+    looked_at >= BLOCK && seen.len() * 10 > looked_at * 9
+}
+
+impl PageEncoder {
+    /// One batch as a Parquet file of one row group, and its metadata. `filtered` has an entry for each leaf column:
+    /// whether readers filter by it, so that statistics of it are worth their place in a footer that may describe a
+    /// thousand others.
+    pub fn encode(&self, batch: &RecordBatch, filtered: &[bool]) -> Result<(Bytes, ParquetMetaData)> {
+        let failed = |error| Error::new(ErrorKind::Internal, format!("a record batch cannot be written: {error}"));
+        let schema = ArrowSchemaConverter::new().convert(&batch.schema()).map_err(failed)?;
+        let options = ArrowWriterOptions::new()
+            .with_properties(properties(&schema, batch, filtered))
+            .with_parquet_schema(schema)
+            .with_skip_arrow_metadata(true);
+        let mut bytes = Vec::with_capacity(batch.get_array_memory_size() / 4);
+        let mut writer = ArrowWriter::try_new_with_options(&mut bytes, batch.schema(), options).map_err(failed)?;
+        writer.write(batch).map_err(failed)?;
+        let metadata = writer.close().map_err(failed)?;
+        Ok((bytes.into(), metadata))
+    }
+}
