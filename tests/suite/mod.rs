@@ -1,7 +1,9 @@
 mod architecture;
 mod documents;
+mod encoding;
 mod folder;
 mod golden;
+mod golden_rows;
 mod process;
 mod server;
 mod support;

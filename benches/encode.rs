@@ -1,0 +1,493 @@
+//! How fast NDJSON becomes Parquet, on one core, beside two yardsticks on the same bytes in the same run.
+//!
+//! ```text
+//! cargo bench --bench encode                        # the demo's population, 200 MB a corpus
+//! cargo bench --bench encode -- --data FOLDER       # <Type>.ndjson files of your own, their values varied
+//! cargo bench --bench encode -- --megabytes 50 --rounds 3 --only Observation
+//! cargo bench --bench encode -- --only mix --ours   # ours alone, for a profiler
+//! ```
+//!
+//! Ours: `parse` (bytes → tape, keys), `encode` (tape → columns), `pages` (columns → Parquet, zstd), and the three
+//! one after the other, a chunk at a time, as the pipeline's workers do it. The yardsticks:
+//!
+//! * **(b) off the shelf**: arrow-json's decoder with the full schema of the type, plus `ArrowWriter` with zstd.
+//! * **(a) the limit**: simd-json building its tape, plus Parquet pages from batches that are built already and hold
+//!   only their filled columns.
+//!
+//! Every figure is the median of the rounds; a ratio is the median of the rounds' own ratios, since all of a round is
+//! measured within seconds. Megabytes are 10⁶ bytes of NDJSON. What is measured holds no more than one core.
+
+#![allow(clippy::disallowed_macros, clippy::unwrap_used, missing_docs)]
+
+use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow::datatypes::{DataType, Field, Schema};
+use bytes::Bytes;
+use fhirlake::delta::PageEncoder;
+use fhirlake::demo::{DEMO_TYPES, Population};
+use fhirlake::messages::{BadLine, BadLines, Chunk, ExportFile, FileKind};
+use fhirlake::schema::{EXCLUDED_TYPES, EncodedRows, Encoder, Filled, Layout, LayoutOptions, Model, arrow_schema};
+use fhirlake::stages::parse::{ChunkParser, Parsed};
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+
+/// The pipeline's own sizes.
+const CHUNK: usize = 1 << 20;
+const ROW_GROUP: usize = 16 << 20;
+const MAX_LINE: usize = 64 << 20;
+
+struct Arguments {
+    data: Option<PathBuf>,
+    megabytes: usize,
+    rounds: usize,
+    only: Option<String>,
+    ours: bool,
+}
+
+fn arguments() -> Arguments {
+    let mut found = Arguments { data: None, megabytes: 200, rounds: 5, only: None, ours: false };
+    let mut given = std::env::args().skip(1);
+    while let Some(argument) = given.next() {
+        let mut value = || given.next().unwrap_or_else(|| panic!("{argument} needs a value"));
+        match argument.as_str() {
+            "--data" => found.data = Some(value().into()),
+            "--megabytes" => found.megabytes = value().parse().expect("a number of megabytes"),
+            "--rounds" => found.rounds = value().parse().expect("a number of rounds"),
+            "--only" => found.only = Some(value()),
+            "--ours" => found.ours = true,
+            // What cargo itself passes.
+            "--bench" => {}
+            other => panic!("unknown argument {other}"),
+        }
+    }
+    found
+}
+
+/// NDJSON of one or more types, in chunks of one type each.
+struct Corpus {
+    name: String,
+    chunks: Vec<(Arc<str>, Chunk)>,
+    bytes: usize,
+}
+
+impl Corpus {
+    fn new(name: &str, files: Vec<(Arc<str>, Vec<u8>)>) -> Self {
+        let mut chunks = Vec::new();
+        for (index, (resource_type, bytes)) in files.into_iter().enumerate() {
+            let file = Arc::new(ExportFile {
+                index: index as u32,
+                export: 0,
+                name: format!("{resource_type}.ndjson"),
+                url: url::Url::parse("file:///bench").unwrap(),
+                location: None,
+                kind: FileKind::Output,
+                declared: Some(resource_type.clone()),
+                count: None,
+                requires_access_token: false,
+            });
+            let bytes = Bytes::from(bytes);
+            let (mut at, mut first_line) = (0, 1);
+            while at < bytes.len() {
+                let end = (at + CHUNK).min(bytes.len());
+                let end = memchr::memchr(b'\n', &bytes[end..]).map_or(bytes.len(), |more| end + more + 1);
+                let piece = bytes.slice(at..end);
+                let lines = memchr::memchr_iter(b'\n', &piece).count() as u64;
+                let chunk = Chunk { file: file.clone(), first_line, offset: at as u64, bytes: piece, oversized: None };
+                chunks.push((resource_type.clone(), chunk));
+                (at, first_line) = (end, first_line + lines);
+            }
+        }
+        let bytes = chunks.iter().map(|(_, chunk)| chunk.bytes.len()).sum();
+        Self { name: name.into(), chunks, bytes }
+    }
+
+    fn types(&self) -> Vec<Arc<str>> {
+        let mut types: Vec<Arc<str>> = self.chunks.iter().map(|(name, _)| name.clone()).collect();
+        types.sort();
+        types.dedup();
+        types
+    }
+}
+
+/// The demo's population, Synthea's shape: about `bytes` of `types` in the proportions that patients have.
+fn population(types: &[&str], bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
+    let population = Population::new(42, u32::MAX / 2);
+    let mut files: Vec<(Arc<str>, String)> = types.iter().map(|name| (Arc::from(*name), String::new())).collect();
+    for patient in 0.. {
+        for (name, text) in &mut files {
+            let kind = DEMO_TYPES.iter().position(|known| **known == **name).expect("a type of the demo");
+            population.for_each(kind, patient, |number, fate| population.write(kind, patient, number, fate, text));
+        }
+        if files.iter().map(|(_, text)| text.len()).sum::<usize>() >= bytes {
+            break;
+        }
+    }
+    files.into_iter().map(|(name, text)| (name, text.into_bytes())).collect()
+}
+
+/// `<Type>.ndjson` of a folder, repeated with other values until there are about `bytes`.
+fn folder(folder: &Path, types: Option<&str>, bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
+    let mut files: Vec<(Arc<str>, Vec<u8>)> = Vec::new();
+    for name in Model::r4().resource_types() {
+        if EXCLUDED_TYPES.contains(&name.as_str()) || types.is_some_and(|only| only != name) {
+            continue;
+        }
+        if let Ok(text) = std::fs::read(folder.join(format!("{name}.ndjson"))) {
+            files.push((Arc::from(name.as_str()), text));
+        }
+    }
+    let base: usize = files.iter().map(|(_, text)| text.len()).sum();
+    assert!(base > 0, "{} has no NDJSON file of {}", folder.display(), types.unwrap_or("any type"));
+    for (_, text) in &mut files {
+        let original = text.clone();
+        for copy in 1..bytes.div_ceil(base) as u64 {
+            vary(&original, copy, text);
+        }
+    }
+    files
+}
+
+fn hash(parts: impl Hash) -> u64 {
+    #[allow(deprecated)]
+    let mut hasher = std::hash::SipHasher::new();
+    parts.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Appends `text` with other UUIDs (the same for the same), dates, times and decimals.
+fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
+    let digits = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_digit);
+    let is_uuid = |bytes: &[u8]| {
+        bytes.iter().enumerate().all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
+    };
+    let mut at = 0;
+    while at < text.len() {
+        let rest = &text[at..];
+        let starts_value = at > 0 && matches!(text[at - 1], b'"' | b'/' | b':' | b'|');
+        if starts_value && rest.len() > 36 && is_uuid(&rest[..36]) {
+            let (a, b) = (hash((copy, &rest[..36])), hash((&rest[..36], copy)));
+            let hex = format!("{a:016x}{b:016x}");
+            out.extend_from_slice(
+                format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]).as_bytes(),
+            );
+            at += 36;
+        } else if starts_value
+            && rest.len() > 10
+            && digits(&rest[..4])
+            && rest[4] == b'-'
+            && digits(&rest[5..7])
+            && rest[7] == b'-'
+        {
+            let year = 1950 + hash((copy, &rest[..10])) % 75;
+            out.extend_from_slice(year.to_string().as_bytes());
+            out.extend_from_slice(&rest[4..10]);
+            at += 10;
+            if rest.len() > 19 && rest[10] == b'T' {
+                let moment = hash((copy, &rest[..19]));
+                out.extend_from_slice(
+                    format!("T{:02}:{:02}:{:02}", moment % 24, moment / 24 % 60, moment / 1440 % 60).as_bytes(),
+                );
+                at += 9;
+            }
+        } else if starts_value && text[at - 1] == b':' && (rest[0].is_ascii_digit() || rest[0] == b'-') {
+            let end = rest.iter().position(|b| !matches!(b, b'0'..=b'9' | b'.' | b'-')).unwrap_or(rest.len());
+            let point = rest[..end].iter().position(|b| *b == b'.');
+            let random = hash((copy, at));
+            for (place, b) in rest[..end].iter().enumerate() {
+                let varies = point.is_some_and(|point| place > point) && b.is_ascii_digit();
+                out.push(if varies { b'0' + (random >> (place % 16 * 4)) as u8 % 10 } else { *b });
+            }
+            at += end;
+        } else {
+            out.push(rest[0]);
+            at += 1;
+        }
+    }
+}
+
+struct NoBadLines;
+
+impl BadLines for NoBadLines {
+    fn keep(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
+        panic!("{} line {}: {}", bad.file.name, bad.line, bad.reason);
+    }
+    fn sync(&self) -> fhirlake::error::Result<()> {
+        Ok(())
+    }
+}
+
+/// Ours, over a corpus.
+struct Ours {
+    parser: ChunkParser,
+    layouts: HashMap<Arc<str>, Arc<Layout>>,
+    filled: HashMap<Arc<str>, Filled>,
+    pages: PageEncoder,
+}
+
+impl Ours {
+    fn new(types: &[Arc<str>]) -> Self {
+        let layout = |name: &Arc<str>| Arc::new(Layout::pathling(name, &LayoutOptions::default()).expect("a type of R4"));
+        Self {
+            parser: ChunkParser::new(MAX_LINE, Arc::new(NoBadLines)),
+            layouts: types.iter().map(|name| (name.clone(), layout(name))).collect(),
+            filled: HashMap::new(),
+            pages: PageEncoder,
+        }
+    }
+
+    fn parse(&self, chunk: &Chunk) -> Parsed {
+        self.parser.parse(chunk).expect("a chunk that is read")
+    }
+
+    /// The batches that the parsed chunks make, handed over as they are closed.
+    fn encode(&mut self, parsed: impl Iterator<Item = Parsed>, mut out: impl FnMut(&PageEncoder, EncodedRows)) {
+        let mut open: HashMap<Arc<str>, Encoder> = HashMap::new();
+        let mut close = |name: &Arc<str>, encoder: &mut Encoder, filled: &mut HashMap<Arc<str>, Filled>| {
+            let encoded = encoder.finish(filled.entry(name.clone()).or_default()).expect("columns");
+            std::hint::black_box(encoder.take_losses());
+            out(&self.pages, encoded);
+        };
+        for parsed in parsed {
+            let rows = &parsed.rows;
+            let document = rows.tape.over(&rows.bytes);
+            for (name, resources) in &rows.by_type {
+                let mut encoder = open.remove(name).unwrap_or_else(|| Encoder::new(self.layouts[name].clone()));
+                for row in resources {
+                    encoder.push(document.value(row.root), &rows.bytes[row.line.clone()]);
+                }
+                if encoder.json_bytes() >= ROW_GROUP {
+                    close(name, &mut encoder, &mut self.filled);
+                }
+                open.insert(name.clone(), encoder);
+            }
+        }
+        for (name, encoder) in &mut open {
+            if encoder.rows() > 0 {
+                close(name, encoder, &mut self.filled);
+            }
+        }
+    }
+}
+
+fn timed<T>(work: impl FnOnce() -> T) -> (Duration, T) {
+    let start = Instant::now();
+    let result = std::hint::black_box(work());
+    (start.elapsed(), result)
+}
+
+/// The three stages, a chunk at a time.
+fn together(ours: &mut Ours, chunks: &[(Arc<str>, Chunk)]) -> usize {
+    let parser = ChunkParser::new(MAX_LINE, Arc::new(NoBadLines));
+    let parsed = chunks.iter().map(|(_, chunk)| parser.parse(chunk).expect("a chunk that is read"));
+    let mut size = 0;
+    ours.encode(parsed, |pages, rows| size += pages.encode(&rows.batch, &rows.filtered).expect("pages").0.len());
+    size
+}
+
+/// simd-json's tape of every line.
+fn simd_json_tapes(chunks: &mut [Vec<u8>]) -> usize {
+    let mut buffers = simd_json::Buffers::new(CHUNK);
+    let mut nodes = 0;
+    for chunk in chunks {
+        for line in chunk.split_mut(|b| *b == b'\n').filter(|line| !line.is_empty()) {
+            let tape = simd_json::to_tape_with_buffers(line, &mut buffers).expect("JSON");
+            nodes += std::hint::black_box(tape).0.len();
+        }
+    }
+    nodes
+}
+
+/// arrow-json with the type's full schema, and `ArrowWriter` with zstd.
+fn off_the_shelf(corpus: &Corpus, schemas: &HashMap<Arc<str>, Arc<Schema>>) -> usize {
+    let mut size = 0;
+    for name in corpus.types() {
+        let schema = schemas[&name].clone();
+        let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+        let mut writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties)).expect("a writer");
+        let mut decoder = arrow::json::ReaderBuilder::new(schema).with_batch_size(8192).build_decoder().expect("a decoder");
+        let chunks = corpus.chunks.iter().filter(|(known, _)| *known == name);
+        for (_, chunk) in chunks {
+            let mut rest = &chunk.bytes[..];
+            while !rest.is_empty() {
+                let read = decoder.decode(rest).expect("JSON of the schema");
+                rest = &rest[read..];
+                if !rest.is_empty()
+                    && let Some(batch) = decoder.flush().expect("a batch")
+                {
+                    writer.write(&batch).expect("pages");
+                }
+            }
+        }
+        if let Some(batch) = decoder.flush().expect("a batch") {
+            writer.write(&batch).expect("pages");
+        }
+        size += writer.into_inner().expect("a footer").len();
+    }
+    size
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// arrow-json wants bytes in hexadecimal and fails on base64: it gets them as strings.
+fn without_binary(schema: &Schema) -> Schema {
+    fn as_text(field: &Field) -> Field {
+        let inner = |inner: &Arc<Field>| Arc::new(as_text(inner));
+        let data_type = match field.data_type() {
+            DataType::Binary => DataType::Utf8,
+            DataType::Struct(fields) => DataType::Struct(fields.iter().map(inner).collect()),
+            DataType::List(item) => DataType::List(inner(item)),
+            DataType::Map(entries, sorted) => DataType::Map(inner(entries), *sorted),
+            other => other.clone(),
+        };
+        field.clone().with_data_type(data_type)
+    }
+    Schema::new(schema.fields().iter().map(|inner| as_text(inner)).collect::<Vec<_>>())
+}
+
+fn leaf_columns(schema: &Schema) -> usize {
+    let schema = parquet::arrow::ArrowSchemaConverter::new().convert(schema).expect("a Parquet schema");
+    schema.num_columns()
+}
+
+#[derive(Default)]
+struct Rounds {
+    parse: Vec<f64>,
+    encode: Vec<f64>,
+    pages: Vec<f64>,
+    together: Vec<f64>,
+    two: Vec<f64>,
+    tape: Vec<f64>,
+    shelf: Vec<f64>,
+    to_limit: Vec<f64>,
+    to_shelf: Vec<f64>,
+    scaling: Vec<f64>,
+}
+
+fn measure(corpus: &Corpus, rounds: usize) -> Rounds {
+    let types = corpus.types();
+    let layout = |name: &Arc<str>, options: &LayoutOptions| Layout::pathling(name, options).expect("a type of R4");
+    let full: HashMap<_, _> = types
+        .iter()
+        .map(|name| (name.clone(), Arc::new(without_binary(&arrow_schema(&layout(name, &LayoutOptions::default()))))))
+        .collect();
+    let rate = |time: Duration| corpus.bytes as f64 / 1e6 / time.as_secs_f64();
+    let mut found = Rounds::default();
+    let (mut our_size, mut shelf_size) = (0, 0);
+    for _ in 0..rounds {
+        let mut ours = Ours::new(&types);
+        let (parse, parsed) = timed(|| corpus.chunks.iter().map(|(_, chunk)| ours.parse(chunk)).collect::<Vec<_>>());
+        let mut batches = Vec::new();
+        let (encode, ()) = timed(|| ours.encode(parsed.into_iter(), |_, batch| batches.push(batch)));
+        let (pages, _) = timed(|| {
+            batches.iter().map(|rows| ours.pages.encode(&rows.batch, &rows.filtered).expect("pages").0.len()).sum::<usize>()
+        });
+        drop(batches);
+        let mut ours = Ours::new(&types);
+        let (all, size) = timed(|| together(&mut ours, &corpus.chunks));
+        our_size = size;
+        let (first, second) = corpus.chunks.split_at(corpus.chunks.len() / 2);
+        let (two, ()) = timed(|| {
+            std::thread::scope(|scope| {
+                for half in [first, second] {
+                    let types = &types;
+                    scope.spawn(move || together(&mut Ours::new(types), half));
+                }
+            });
+        });
+        let mut copies: Vec<Vec<u8>> = corpus.chunks.iter().map(|(_, chunk)| chunk.bytes.to_vec()).collect();
+        let (tape, _) = timed(|| simd_json_tapes(&mut copies));
+        drop(copies);
+        let (shelf, size) = timed(|| off_the_shelf(corpus, &full));
+        shelf_size = size;
+        for (list, time) in [
+            (&mut found.parse, parse),
+            (&mut found.encode, encode),
+            (&mut found.pages, pages),
+            (&mut found.together, all),
+            (&mut found.two, two),
+            (&mut found.tape, tape),
+            (&mut found.shelf, shelf),
+        ] {
+            list.push(rate(time));
+        }
+        found.to_limit.push((tape + pages).as_secs_f64() / all.as_secs_f64());
+        found.to_shelf.push(shelf.as_secs_f64() / all.as_secs_f64());
+        found.scaling.push(all.as_secs_f64() / two.as_secs_f64());
+    }
+    let columns: usize = full.values().map(|schema| leaf_columns(schema)).sum();
+    println!(
+        "\n{}: {:.0} MB of NDJSON, {} types, {columns} leaf columns; Parquet {:.1} MB, by (b) {:.1} MB",
+        corpus.name,
+        corpus.bytes as f64 / 1e6,
+        types.len(),
+        our_size as f64 / 1e6,
+        shelf_size as f64 / 1e6
+    );
+    found
+}
+
+fn report(name: &str, found: &Rounds) {
+    let m = |values: &Vec<f64>| median(values.clone());
+    let limit = 1.0 / (1.0 / m(&found.tape) + 1.0 / m(&found.pages));
+    println!("  two cores: {:.0} MB/s, {:.2} times one", m(&found.two), m(&found.scaling));
+    println!(
+        "  {name} MB/s a core: parse {:.0} encode {:.0} pages {:.0} together {:.0} | (b) arrow-json, ArrowWriter {:.0} ratio {:.2} | (a) simd-json {:.0}, pages: {limit:.0} ratio {:.2}",
+        m(&found.parse),
+        m(&found.encode),
+        m(&found.pages),
+        m(&found.together),
+        m(&found.shelf),
+        m(&found.to_shelf),
+        m(&found.tape),
+        m(&found.to_limit),
+    );
+}
+
+/// `VmHWM` of this process, where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").parse().ok()
+}
+
+fn main() {
+    let arguments = arguments();
+    let bytes = arguments.megabytes * 1_000_000;
+    let mut rates = HashMap::new();
+    for name in ["Observation", "Encounter", "ExplanationOfBenefit", "mix"] {
+        if arguments.only.as_deref().is_some_and(|only| only != name) {
+            continue;
+        }
+        let one = (name != "mix").then_some(name);
+        let files = match (&arguments.data, one) {
+            (Some(data), one) => folder(data, one, bytes),
+            (None, Some(one)) => population(&[one], bytes),
+            (None, None) => population(&DEMO_TYPES, bytes),
+        };
+        let corpus = Corpus::new(name, files);
+        if arguments.ours {
+            for _ in 0..arguments.rounds {
+                let (time, _) = timed(|| together(&mut Ours::new(&corpus.types()), &corpus.chunks));
+                println!("{name}: together {:.0} MB/s", corpus.bytes as f64 / 1e6 / time.as_secs_f64());
+            }
+            continue;
+        }
+        let found = measure(&corpus, arguments.rounds);
+        report(name, &found);
+        rates.insert(name, median(found.together));
+    }
+    if let (Some(wide), Some(narrow)) = (rates.get("ExplanationOfBenefit"), rates.get("Encounter")) {
+        println!("\nwide against narrow: ExplanationOfBenefit's MB/s to Encounter's: ratio {:.2}", wide / narrow);
+    }
+    if let Some(kilobytes) = peak_memory() {
+        println!("peak memory of this process, the corpora included: {} MB", kilobytes / 1000);
+    }
+}
