@@ -1,11 +1,15 @@
 //! How fast NDJSON becomes Parquet, on one core, beside two yardsticks on the same bytes in the same run.
 //!
 //! ```text
-//! cargo bench --bench encode                        # the demo's population, 200 MB a corpus
-//! cargo bench --bench encode -- --data FOLDER       # <Type>.ndjson files of your own, their values varied
+//! cargo bench --bench encode                        # 200 MB a corpus
+//! cargo bench --bench encode -- --data FOLDER       # <Type>.ndjson files of your own
+//! cargo bench --bench encode -- --demo              # the demo's population
 //! cargo bench --bench encode -- --megabytes 50 --rounds 3 --only Observation
 //! cargo bench --bench encode -- --only mix --ours   # ours alone, for a profiler
 //! ```
+//!
+//! The data are the Synthea sample of the tests where it lies beside the project, else the demo's population, which has its
+//! shape. A folder's files are repeated to the size with other UUIDs, dates, times and decimals in every copy.
 //!
 //! Ours: `parse` (bytes → tape, keys), `encode` (tape → columns), `pages` (columns → Parquet, zstd), and the three
 //! one after the other, a chunk at a time, as the pipeline's workers do it. The yardsticks:
@@ -43,6 +47,7 @@ const MAX_LINE: usize = 64 << 20;
 
 struct Arguments {
     data: Option<PathBuf>,
+    demo: bool,
     megabytes: usize,
     rounds: usize,
     only: Option<String>,
@@ -50,7 +55,7 @@ struct Arguments {
 }
 
 fn arguments() -> Arguments {
-    let mut found = Arguments { data: None, megabytes: 200, rounds: 5, only: None, ours: false };
+    let mut found = Arguments { data: None, demo: false, megabytes: 200, rounds: 5, only: None, ours: false };
     let mut given = std::env::args().skip(1);
     while let Some(argument) = given.next() {
         let mut value = || given.next().unwrap_or_else(|| panic!("{argument} needs a value"));
@@ -59,6 +64,7 @@ fn arguments() -> Arguments {
             "--megabytes" => found.megabytes = value().parse().expect("a number of megabytes"),
             "--rounds" => found.rounds = value().parse().expect("a number of rounds"),
             "--only" => found.only = Some(value()),
+            "--demo" => found.demo = true,
             "--ours" => found.ours = true,
             // What cargo itself passes.
             "--bench" => {}
@@ -458,8 +464,25 @@ fn peak_memory() -> Option<u64> {
     line.trim().trim_end_matches(" kB").parse().ok()
 }
 
+/// The Synthea sample, unpacked, where it lies beside the project.
+fn synthea() -> Option<tempfile::TempDir> {
+    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/synthea-100.tar.gz");
+    let folder = archive.exists().then(tempfile::tempdir)?.ok()?;
+    let unpacked = std::process::Command::new("tar").arg("xzf").arg(&archive).arg("-C").arg(folder.path()).status();
+    unpacked.is_ok_and(|status| status.success()).then_some(folder)
+}
+
 fn main() {
-    let arguments = arguments();
+    let mut arguments = arguments();
+    let synthea = if arguments.demo || arguments.data.is_some() { None } else { synthea() };
+    if let Some(folder) = &synthea {
+        arguments.data = Some(folder.path().to_owned());
+    }
+    match (&arguments.data, &synthea) {
+        (_, Some(_)) => println!("data: the Synthea sample, its values varied"),
+        (Some(data), _) => println!("data: {}, its values varied", data.display()),
+        (None, _) => println!("data: the demo's population"),
+    }
     let bytes = arguments.megabytes * 1_000_000;
     let mut rates = HashMap::new();
     for name in ["Observation", "Encounter", "ExplanationOfBenefit", "mix"] {

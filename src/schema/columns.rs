@@ -201,10 +201,12 @@ impl Structs {
     #[inline]
     pub fn child(&mut self, index: usize) -> &mut Column {
         let Self { group, children, sizes, .. } = self;
-        children[index].get_or_insert_with(|| {
-            let sizes = sizes.as_mut().and_then(|sizes| sizes.child(index));
-            Box::new(Column::new(&group.fields[index], sizes))
-        })
+        children[index].get_or_insert_with(|| Self::make(group, sizes, index))
+    }
+    #[cold]
+    fn make(group: &Group, sizes: &mut Option<Box<Sizes>>, index: usize) -> Box<Column> {
+        let sizes = sizes.as_mut().and_then(|sizes| sizes.child(index));
+        Box::new(Column::new(&group.fields[index], sizes))
     }
     /// How large it and its children are.
     pub fn sizes(&self) -> Sizes {

@@ -2,13 +2,13 @@
 //!
 //! Each worker has a thread of its own, since it unpacks; it waits for the network on the reactor.
 
-use std::io::Write;
+use std::io::{ErrorKind as IoErrorKind, Read, Write};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt};
 use tokio::runtime::Handle;
 use twox_hash::XxHash3_128;
 
@@ -17,6 +17,9 @@ use crate::fhir::Client;
 use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, MergeInput};
 use crate::telemetry;
+
+/// Bytes that are read of a local file at once: below the size from which the allocator maps and unmaps memory.
+const LOCAL_READ: usize = 64 << 10;
 
 /// Where files are read from.
 #[derive(Clone)]
@@ -146,7 +149,7 @@ impl Download {
         }
     }
 
-    async fn open(&self, file: &ExportFile) -> Result<(BoxStream<'static, Result<Bytes>>, String), Broken> {
+    async fn open(&self, file: &ExportFile) -> Result<(Body, String), Broken> {
         match &self.origin {
             Origin::Server(client) => {
                 let response = match client.open_file(&file.url, file.requires_access_token).await {
@@ -159,7 +162,7 @@ impl Download {
                 let body = response.bytes_stream().map(|bytes| {
                     bytes.map_err(|error| Error::new(ErrorKind::Network, format!("the body broke off: {}", error.without_url())))
                 });
-                Ok((body.boxed(), encoding))
+                Ok((Body::Stream(body.boxed()), encoding))
             }
             Origin::Store(store) => {
                 let path = file.location.clone().unwrap_or_default();
@@ -167,10 +170,46 @@ impl Download {
                     |error: object_store::Error| Error::new(ErrorKind::Storage, format!("{} cannot be read: {error}", file.name));
                 let got = store.get(&path).await.map_err(|error| Broken::Never(failed(error)))?;
                 let name = file.name.clone();
+                let end = got.range.end;
+                if let GetResultPayload::File(local, _) = got.payload {
+                    return Ok((Body::Local(local.take(end), name), String::new()));
+                }
                 let body = got.into_stream().map(move |bytes| {
                     bytes.map_err(|error| Error::new(ErrorKind::Storage, format!("{name} cannot be read: {error}")))
                 });
-                Ok((body.boxed(), String::new()))
+                Ok((Body::Stream(body.boxed()), String::new()))
+            }
+        }
+    }
+}
+
+/// The bytes of a file as they come.
+enum Body {
+    Stream(BoxStream<'static, Result<Bytes>>),
+    /// Read on this thread, which may block: the store's own stream hands each 8 KiB to another thread and back.
+    Local(std::io::Take<std::fs::File>, String),
+}
+
+impl Body {
+    async fn next(&mut self) -> Option<Result<Bytes>> {
+        match self {
+            Body::Stream(stream) => stream.next().await,
+            Body::Local(file, name) => {
+                let mut buffer = vec![0; LOCAL_READ];
+                let read = loop {
+                    match file.read(&mut buffer) {
+                        Err(error) if error.kind() == IoErrorKind::Interrupted => {}
+                        read => break read,
+                    }
+                };
+                match read {
+                    Ok(0) => None,
+                    Ok(read) => {
+                        buffer.truncate(read);
+                        Some(Ok(buffer.into()))
+                    }
+                    Err(error) => Some(Err(Error::new(ErrorKind::Storage, format!("{name} cannot be read: {error}")))),
+                }
             }
         }
     }
