@@ -58,6 +58,13 @@ pub fn arrow_schema(layout: &Layout) -> Schema {
 /// it is met. A column whose type we cannot write is an error that names it.
 pub fn conform(layout: &Layout, table: &Schema) -> Result<Layout> {
     let root = conform_group(&layout.root, table.fields())?;
+    let asked = |layout: &Group| layout.fields.iter().any(|field| field.source == Source::Json);
+    if asked(&layout.root) && !asked(&root) {
+        return Err(Error::new(
+            ErrorKind::Table,
+            "the table has no column `_source`, which source_json asks for: turn source_json off, or have the table made anew",
+        ));
+    }
     if !root.fields.iter().any(|field| field.name == "id" && field.source == Source::Member) {
         return Err(Error::new(ErrorKind::Table, "the table has no column `id`, so rows cannot be matched"));
     }

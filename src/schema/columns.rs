@@ -49,6 +49,14 @@ impl<T: Clone + Default> Values<T> {
             self.values.resize(slot, T::default());
         }
     }
+    /// Takes the slot without a value; whether it was free.
+    pub fn put_null(&mut self, slot: usize) -> bool {
+        let free = slot >= self.values.len();
+        if free {
+            self.pad(slot + 1);
+        }
+        free
+    }
     /// Whether the slot was free.
     #[inline]
     pub fn put(&mut self, slot: usize, value: T) -> bool {
@@ -135,19 +143,21 @@ impl List {
     pub fn len(&self) -> usize {
         self.offsets.len() - 1
     }
+    /// Items so far, those included that end a list and are null, which the items' column was not told.
+    fn end_of_items(&self) -> usize {
+        self.offsets.last().copied().unwrap_or(0) as usize
+    }
     fn pad(&mut self, slot: usize) {
         if slot > self.len() {
             self.valid.append_n_nulls(slot - self.len());
-            // Not as many as there are items: a list may end in nulls, which its items were not told.
-            let ends = self.offsets.last().copied().unwrap_or(0);
-            self.offsets.resize(slot + 1, ends);
+            self.offsets.resize(slot + 1, self.end_of_items() as i32);
         }
     }
     /// Where the items of the list that `slot` is about to get begin.
     #[inline]
     pub fn begin(&mut self, slot: usize) -> usize {
         self.pad(slot);
-        self.offsets.last().copied().unwrap_or(0) as usize
+        self.end_of_items()
     }
     /// Ends the list begun last: its items end at item slot `end`.
     #[inline]
@@ -208,6 +218,10 @@ impl Structs {
         let sizes = sizes.as_mut().and_then(|sizes| sizes.child(index));
         Box::new(Column::new(&group.fields[index], sizes))
     }
+    /// About the bytes that it and its children take as arrays of `len` slots.
+    pub fn bytes(&self, len: usize) -> usize {
+        len / 8 + self.children.iter().flatten().map(|child| child.bytes(len)).sum::<usize>()
+    }
     /// How large it and its children are.
     pub fn sizes(&self) -> Sizes {
         let children = self.children.iter().map(|child| child.as_ref().map(|child| Box::new(child.sizes())));
@@ -263,6 +277,19 @@ impl Column {
             Node::Group(group) | Node::Extensions(group) => Column::Structs(Structs::new(group.clone(), sizes)),
             // Foreign columns are never filled.
             Node::String | Node::Foreign(_) => Column::String(Bytes::new(sizes.as_deref())),
+        }
+    }
+
+    fn bytes(&self, len: usize) -> usize {
+        match self {
+            Column::Boolean(_) => len,
+            Column::Integer(_) => len * 4,
+            Column::Decimal(_, _) => len * 16,
+            Column::Instant(_) => len * 8,
+            Column::String(bytes) | Column::Binary(bytes) => len * 4 + bytes.data.len(),
+            Column::Structs(structs) => structs.bytes(len),
+            Column::List(list) => len * 4 + list.items.bytes(list.end_of_items()),
+            Column::Map { offsets, keys } => len * 4 + keys.len() * 4 + offsets.items.bytes(keys.len()),
         }
     }
 

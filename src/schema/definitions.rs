@@ -90,6 +90,11 @@ impl Model {
         Model { definitions, resource_types }
     }
 
+    /// Whether some element of FHIR R4 has this name; of a choice, without its type.
+    pub fn is_element_name(&self, name: &str) -> bool {
+        self.definitions.values().any(|definition| definition.elements.iter().any(|element| element.name == name))
+    }
+
     /// Every concrete resource type, sorted.
     pub fn resource_types(&self) -> &[String] {
         &self.resource_types

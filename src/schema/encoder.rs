@@ -9,6 +9,7 @@ use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use super::columns::{Column, List, Structs};
+use super::definitions::Model;
 use super::filled::Filled;
 use super::layout::{Field, Group, Layout, Node, Source};
 use super::names::Key;
@@ -35,8 +36,13 @@ pub struct Encoder {
     root: Structs,
     rows: usize,
     json_bytes: usize,
+    measured_at: usize,
+    column_bytes: usize,
     row: Row,
 }
+
+/// JSON after which the size of the columns is looked at again.
+const MEASURE_EVERY: usize = 64 << 10;
 
 /// What is gathered while one row is encoded.
 #[derive(Debug, Default)]
@@ -60,20 +66,30 @@ impl Row {
         self.path.push_str(path);
         self.path.push('.');
         // A member's name comes from outside: only what looks like one of FHIR's is repeated in a report.
+        let looks_like_fhir = |name: &str| {
+            let name = name.strip_prefix('_').unwrap_or(name);
+            name.len() <= 40
+                && name.starts_with(|c: char| c.is_ascii_lowercase())
+                && name.bytes().all(|b| b.is_ascii_alphabetic())
+        };
         match std::str::from_utf8(member) {
-            Ok(name) if name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') => {
-                self.path.push_str(name);
-            }
+            Ok(name) if looks_like_fhir(name) || Model::r4().is_element_name(name) => self.path.push_str(name),
             _ => self.path.push('?'),
         }
-        match self.losses.get_mut(&self.path) {
-            Some(count) => *count += 1,
-            None => {
-                self.losses.insert(self.path.clone(), 1);
-            }
+        if let Some(count) = self.losses.get_mut(&self.path) {
+            *count += 1;
+            return;
         }
+        if self.losses.len() >= MAX_LOSS_PATHS {
+            self.path.truncate(path.len() + 1);
+            self.path.push('?');
+        }
+        *self.losses.entry(self.path.clone()).or_default() += 1;
     }
 }
+
+/// Paths of losses that are told apart for a type: far more than FHIR's own, far fewer than a server can invent.
+pub const MAX_LOSS_PATHS: usize = 1_000;
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
@@ -84,7 +100,12 @@ impl Encoder {
     /// An empty encoder.
     pub fn new(layout: Arc<Layout>) -> Self {
         let root = Structs::new(layout.root.clone(), None);
-        Self { layout, root, rows: 0, json_bytes: 0, row: Row::default() }
+        Self { layout, root, rows: 0, json_bytes: 0, measured_at: 0, column_bytes: 0, row: Row::default() }
+    }
+
+    /// What it fills.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
     }
 
     /// Rows encoded and not yet finished.
@@ -100,6 +121,16 @@ impl Encoder {
     /// Every column of the layout, for files that are to hold them all.
     pub fn all_columns(&self) -> Filled {
         Filled::all(&self.layout.root)
+    }
+
+    /// Bytes that the rows will take as columns, about. Rows that fill many columns beside many that fill none cost
+    /// far more than their JSON: what is null takes its place too. Looked at every 64 KiB of JSON.
+    pub fn column_bytes(&mut self) -> usize {
+        if self.json_bytes >= self.measured_at + MEASURE_EVERY {
+            self.measured_at = self.json_bytes;
+            self.column_bytes = self.root.bytes(self.rows);
+        }
+        self.column_bytes
     }
 
     /// Encodes one resource; `line` is its text. What cannot be held is counted, never an error: a row is
@@ -134,7 +165,7 @@ impl Encoder {
     /// the encoder is empty again.
     pub fn finish(&mut self, known: &mut Filled) -> Result<EncodedRows> {
         let rows = std::mem::take(&mut self.rows);
-        self.json_bytes = 0;
+        (self.json_bytes, self.measured_at, self.column_bytes) = (0, 0, 0);
         let next = Structs::new(self.layout.root.clone(), Some(Box::new(self.root.sizes())));
         let root = std::mem::replace(&mut self.root, next);
         known.merge(&root.filled());
@@ -170,6 +201,7 @@ fn put_group<const ROOT: bool>(row: &mut Row, group: &Group, structs: &mut Struc
         row.next_fid += 1;
     }
     let mut touched = false;
+    let mut has_extensions = false;
     let mut last = 0;
     for (name, value) in object.entries() {
         let key = Key::new(name);
@@ -180,9 +212,9 @@ fn put_group<const ROOT: bool>(row: &mut Row, group: &Group, structs: &mut Struc
             structs.followers[last] = place as u16;
             place
         } else {
-            if name == b"extension" && group.fid.is_some() && value.kind() == Kind::Array {
-                row.extensions.push((fid, value.index()));
-                touched = true;
+            if name == b"extension" && group.fid.is_some() && value.kind() == Kind::Array && !has_extensions {
+                has_extensions = note_extensions(row, group, fid, value);
+                touched |= has_extensions;
             } else if !(ROOT && name == b"resourceType") {
                 row.lose(&group.path, name);
             }
@@ -208,6 +240,23 @@ fn put_group<const ROOT: bool>(row: &mut Row, group: &Group, structs: &mut Struc
         structs.put(slot);
     }
     touched
+}
+
+/// Notes an element's extensions, which are encoded when the rest of the row is; whether there are any. What is no
+/// extension in the array is lost.
+fn note_extensions(row: &mut Row, group: &Group, fid: i32, array: Value<'_>) -> bool {
+    let mut any = false;
+    for item in array.items() {
+        match item.kind() {
+            Kind::Object => any |= item.entries().next().is_some(),
+            Kind::Null => {}
+            _ => row.lose(&group.path, b"extension"),
+        }
+    }
+    if any {
+        row.extensions.push((fid, array.index()));
+    }
+    any
 }
 
 #[inline]
@@ -350,11 +399,11 @@ fn put_one(row: &mut Row, field: &Field, column: &mut Column, slot: usize, value
         Column::Instant(values) => value.str_bytes().and_then(parse_instant).map(|micros| values.put(slot, micros)),
         Column::Decimal(values, _) => {
             let Some(decimal) = value.number_text().and_then(parse_decimal) else { return Put::Wrong };
-            return match decimal.value {
-                Some(number) if values.put(slot, number) => Put::Decimal { scale: decimal.scale, held: true },
-                Some(_) => Put::Twice,
-                None => Put::Decimal { scale: decimal.scale, held: false },
+            let put = match decimal.value {
+                Some(number) => values.put(slot, number),
+                None => values.put_null(slot),
             };
+            return if put { Put::Decimal { scale: decimal.scale, held: decimal.value.is_some() } } else { Put::Twice };
         }
         Column::Binary(bytes) => {
             // Into the column at once: it may be hundreds of megabytes.
@@ -377,8 +426,16 @@ fn put_one(row: &mut Row, field: &Field, column: &mut Column, slot: usize, value
 
 /// The canonical value and code of a Quantity (`QuantitySupport.scala`): whatever its `system` says.
 fn put_canonical(row: &mut Row, structs: &mut Structs, fields: (usize, usize), slot: usize, quantity: Value<'_>) {
-    let Some(value) = quantity.get(b"value").and_then(|value| value.number_text()) else { return };
-    let Some(code) = quantity.get(b"code").and_then(|code| code.str_bytes()) else { return };
+    // Those that the columns have: the first of their type, should a member come twice.
+    let (mut value, mut code) = (None, None);
+    for (name, member) in quantity.entries() {
+        match name {
+            b"value" => value = value.or(member.number_text()),
+            b"code" => code = code.or(member.str_bytes()),
+            _ => {}
+        }
+    }
+    let (Some(value), Some(code)) = (value, code) else { return };
     let Some(canonical) = row.units.canonical(value, code) else { return };
     structs.child(fields.1).put_bytes(slot, &[canonical.code.as_bytes()]);
     if let (Some((unscaled, scale)), Column::Structs(inner)) = (canonical.value, structs.child(fields.0)) {
@@ -397,6 +454,7 @@ fn put_canonical(row: &mut Row, structs: &mut Structs, fields: (usize, usize), s
 fn put_extensions(row: &mut Row, group: &Group, map: &mut Column, slot: usize, resource: Value<'_>) {
     let Column::Map { offsets, keys } = map else { return };
     offsets.begin(slot);
+    let before = keys.len();
     let mut next = 0;
     while let Some((fid, index)) = row.extensions.get(next).copied() {
         next += 1;
@@ -414,5 +472,7 @@ fn put_extensions(row: &mut Row, group: &Group, map: &mut Column, slot: usize, r
             keys.push(fid);
         }
     }
-    offsets.end(keys.len());
+    if keys.len() > before {
+        offsets.end(keys.len());
+    }
 }

@@ -67,7 +67,7 @@ pub struct Group {
     /// Fields that JSON members fill, in order: members of a resource mostly come in it.
     pub members: Vec<usize>,
     /// The names of `members`; aliases come last.
-    pub names: Names,
+    pub(super) names: Names,
     /// For each field, the one derived from it (`_scale`, `_versioned`).
     pub derived: Vec<Option<usize>>,
     /// The `_fid` field.
@@ -356,5 +356,68 @@ impl Builder<'_> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The columns at a path of `resource_type`, by name.
+    fn names(resource_type: &str, path: &[&str], options: &LayoutOptions) -> Option<Vec<String>> {
+        let mut group = Layout::pathling(resource_type, options)?.root;
+        for step in path {
+            let field = group.fields.iter().find(|field| field.name == *step)?.clone();
+            match field.node {
+                Node::Group(inner) | Node::Extensions(inner) => group = inner,
+                _ => return None,
+            }
+        }
+        Some(group.fields.iter().map(|field| field.name.clone()).collect())
+    }
+
+    // SchemaProcessor.includeElement: a definition may be on its own path as often as the level says, a Reference never.
+    #[test]
+    fn nesting_stops_at_the_level() {
+        for level in [0, 1, 3, 5] {
+            let options = LayoutOptions { max_nesting_level: level, ..Default::default() };
+            let deepest = vec!["item"; level + 1];
+            let items = names("QuestionnaireResponse", &deepest, &options).unwrap();
+            assert!(items.contains(&"answer".to_owned()) && !items.contains(&"item".to_owned()), "level {level}: {items:?}");
+            let identifier = names("QuestionnaireResponse", &["subject", "identifier"], &options).unwrap();
+            assert!(!identifier.contains(&"assigner".to_owned()), "level {level}: {identifier:?}");
+            let assigner = names("QuestionnaireResponse", &["identifier", "assigner", "identifier"], &options);
+            // Level 0 leaves no second Identifier below the first.
+            assert_eq!(assigner.is_some(), level > 0, "level {level}");
+        }
+    }
+
+    // Open choices have the types that are asked for, in the order of HAPI's classes, with their partners.
+    #[test]
+    fn open_types_in_hapis_order_with_partners() {
+        let open_types = ["uri", "Quantity", "decimal", "id", "CodeableConcept", "code"].map(str::to_owned).to_vec();
+        let options = LayoutOptions { open_types, ..Default::default() };
+        let input = names("Task", &["input"], &options).unwrap();
+        let expected = [
+            "id",
+            "type",
+            "valueCode",
+            "valueCodeableConcept",
+            "valueDecimal",
+            "valueDecimal_scale",
+            "valueId",
+            "valueId_versioned",
+            "valueQuantity",
+            "valueUri",
+            "_fid",
+        ];
+        assert_eq!(input, expected);
+        let quantity = names("Task", &["input", "valueQuantity"], &options).unwrap();
+        assert!(
+            quantity.ends_with(&["_value_canonicalized".into(), "_code_canonicalized".into(), "_fid".into()]),
+            "{quantity:?}"
+        );
+        let none = LayoutOptions { open_types: Vec::new(), ..Default::default() };
+        assert_eq!(names("Patient", &["_extension"], &none).unwrap(), ["id", "url", "_fid"]);
     }
 }

@@ -18,7 +18,7 @@ mod ucum_fractions;
 
 pub use arrow_schema::{arrow_schema, conform};
 pub use definitions::Model;
-pub use encoder::{EncodedRows, Encoder};
+pub use encoder::{EncodedRows, Encoder, MAX_LOSS_PATHS};
 pub use filled::Filled;
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};
 pub use scalars::parse_instant;

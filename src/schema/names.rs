@@ -77,16 +77,6 @@ impl Names {
         Self { names, table, shift }
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.names.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.names.is_empty()
-    }
-
     /// Whether `key` is the name at `place`.
     #[inline]
     pub fn is(&self, place: usize, key: Key<'_>) -> bool {

@@ -15,6 +15,9 @@ use crate::flow::{Receiver, Sender};
 use crate::messages::{EncodedBatch, Fact, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
 use crate::schema::{Encoder, Filled};
 
+/// Columns of a batch may take so many times the bytes of JSON at which it is closed. Usual resources take once or twice.
+const COLUMNS_TO_JSON: usize = 4;
+
 /// A batch that still gathers rows.
 struct OpenBatch {
     encoder: Encoder,
@@ -66,6 +69,11 @@ impl Shared {
         drop(bench);
         let layout = (self.layouts)(resource_type)?;
         Ok(OpenBatch { encoder: Encoder::new(layout), keys: Vec::new() })
+    }
+
+    /// An empty batch like `batch`.
+    fn fresh(&self, batch: &OpenBatch) -> OpenBatch {
+        OpenBatch { encoder: Encoder::new(batch.encoder.layout().clone()), keys: Vec::new() }
     }
 
     /// Puts a batch back that saw `rows` new rows; what has to be closed now.
@@ -186,6 +194,13 @@ impl Encode {
                             }
                         };
                         for row in parsed {
+                            if batch.encoder.column_bytes() > self.shared.batch_bytes.saturating_mul(COLUMNS_TO_JSON) {
+                                let fresh = self.shared.fresh(&batch);
+                                let full = std::mem::replace(&mut batch, fresh);
+                                if !self.close_all(handle, vec![(resource_type.clone(), full)])? {
+                                    return Ok(());
+                                }
+                            }
                             batch.encoder.push(document.value(row.root), &rows.bytes[row.line.clone()]);
                             batch.keys.push(row.key);
                         }

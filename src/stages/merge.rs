@@ -15,7 +15,7 @@ use crate::delta::{Commit, Merged, StagedFile, StagingFile, Table, TableSettings
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
 use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
-use crate::schema::{Layout, LayoutOptions, arrow_schema};
+use crate::schema::{Layout, LayoutOptions, MAX_LOSS_PATHS, arrow_schema};
 use crate::telemetry;
 
 /// How often merge looks whether a type is complete.
@@ -243,7 +243,10 @@ impl Merge {
         stage.outcome.resources += rows;
         stage.outcome.bytes += batch.json_bytes;
         for (path, count) in std::mem::take(&mut batch.losses) {
-            *stage.outcome.not_held.entry(path).or_default() += count;
+            let not_held = &mut stage.outcome.not_held;
+            // Batches bring paths of their own: a server that invents members must not fill the report with them.
+            let path = if not_held.len() < MAX_LOSS_PATHS || not_held.contains_key(&path) { path } else { format!("{name}.?") };
+            *not_held.entry(path).or_default() += count;
         }
         if let Some(full) = stage.open.take_if(|file| !file.takes(&batch.filled)) {
             stage.staged.push(full.close(table).await?);

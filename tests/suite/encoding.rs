@@ -182,6 +182,61 @@ async fn what_cannot_be_held_is_counted_by_path_and_kept_in_source() {
     assert_eq!(found, [some(&[line, "1"])]);
 }
 
+// What comes twice is kept once and counted; what is no extension is counted; nothing makes an element that has nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn twice_and_hollow() {
+    let lines = concat!(
+        r#"{"resourceType":"Patient","id":"a","gender":"male","gender":"female","extension":[{"url":"u"}],"extension":[{"url":"v"}],"maritalStatus":{"extension":["lost"]}}"#,
+        "\n",
+        r#"{"resourceType":"Patient","id":"b","maritalStatus":{"extension":[]},"extension":[7,{}],"name":[{"family":null}],"Smith_1970":1}"#,
+        "\n",
+    );
+    let quantity = r#"{"resourceType":"Observation","id":"o","valueQuantity":{"value":1e30,"value":5.25,"code":"kg"}}"#;
+    let (_data, source) = folder(&[("Patient.ndjson", lines), ("Observation.ndjson", quantity)]);
+    let lake = lake();
+    let report = lake.run(&source, "").await.unwrap();
+    let question = "SELECT id, gender, \"maritalStatus\" IS NULL AS m, CAST(cardinality(_extension) AS VARCHAR) AS e, _extension IS NULL AS n FROM \"Patient\" ORDER BY id";
+    let found = answer(&lake, question).await;
+    assert_eq!(found[0], some(&["a", "male", "true", "1", "false"]));
+    assert_eq!(found[1][..3], some(&["b", "NULL", "true"]));
+    assert_eq!(found[1][4].as_deref(), Some("true"));
+    // A member's name that does not look like one of FHIR's is not repeated: it may be anything.
+    let expected = [("Patient.gender", 1), ("Patient.extension", 2), ("Patient.maritalStatus.extension", 1), ("Patient.?", 1)];
+    let expected = BTreeMap::from(expected.map(|(path, count)| (path.to_owned(), count)));
+    assert_eq!(report.types["Patient"].not_held, expected);
+    let question = "SELECT \"valueQuantity\"['value'] IS NULL AS v, CAST(\"valueQuantity\"['value_scale'] AS VARCHAR) AS s, CAST(\"valueQuantity\"['_value_canonicalized']['value'] AS VARCHAR) AS c FROM \"Observation\"";
+    assert_eq!(answer(&lake, question).await, [some(&["true", "0", "1000000000000000000000000000000000"])]);
+}
+
+// One rich row among millions of small ones must not multiply memory by its columns.
+#[tokio::test(flavor = "multi_thread")]
+async fn sparse_rows_close_a_batch_by_their_columns() {
+    let rich: Vec<String> = (0..300).map(|n| format!("{{\"url\":\"u{n}\",\"valueAddress\":{{\"city\":\"c\"}}}}")).collect();
+    let mut lines = format!(
+        "{{\"resourceType\":\"Patient\",\"id\":\"rich\",\"extension\":[{}],\"name\":[{{\"family\":\"f\",\"period\":{{\"start\":\"2020\",\"end\":\"2021\"}}}}],\"contact\":[{{\"name\":{{\"text\":\"t\"}}}}]}}\n",
+        rich.join(",")
+    );
+    for n in 0..40_000 {
+        lines.push_str(&format!("{{\"resourceType\":\"Patient\",\"id\":\"{n}\"}}\n"));
+    }
+    let (_data, source) = folder(&[("Patient.ndjson", &lines)]);
+    let lake = lake();
+    let settings = "stages: { parse: { workers: 1 }, encode: { workers: 1, row_group: 256KiB } }\n";
+    assert!(lake.run(&source, settings).await.unwrap().succeeded);
+    assert_eq!(lake.count("Patient").await, 40_001);
+}
+
+// The table cannot keep what it has no column for: asked to keep the source there, the run says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn source_json_needs_its_column() {
+    let (_data, source) = folder(&[("Patient.ndjson", "{\"resourceType\":\"Patient\",\"id\":\"a\"}\n")]);
+    let lake = lake();
+    lake.run(&source, "").await.unwrap();
+    let report = lake.run(&source, "stages: { encode: { source_json: true } }\n").await.unwrap();
+    assert!(!report.succeeded);
+    assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("_source")), "{report:#?}");
+}
+
 // Breaks if a file's bytes depend on anything but its lines: with one worker a stage, in whatever order threads run.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_lines_give_the_same_bytes() {

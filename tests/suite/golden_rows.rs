@@ -269,6 +269,7 @@ fn rows_are_pathlings() {
     let wrong = &comparison.unexplained;
     assert!(wrong.is_empty(), "{} differences without a reason:\n{}", wrong.len(), wrong[..wrong.len().min(40)].join("\n"));
     assert_eq!(rows, 1_891);
+    assert_eq!(comparison.used.get("orphan"), Some(&8));
     for (rule, _) in DIFFERENCES {
         assert!(comparison.used.contains_key(rule), "{rule} explains nothing any more: {:?}", comparison.used);
     }
