@@ -109,7 +109,11 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for name in types {
         let table = tables.open(&name).await?;
-        if let Err(error) = table.check_writable() {
+        let fits = || match (Layout::pathling(&name, &plan.layout), table.schema()?) {
+            (Some(layout), Some(schema)) => conform(&layout, &schema).map(drop).map_err(|error| error.at(name.to_string())),
+            _ => Ok(()),
+        };
+        if let Err(error) = table.check_writable().and_then(|()| fits()) {
             if !plan.types.is_empty() {
                 return Err(error);
             }

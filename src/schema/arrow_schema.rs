@@ -62,7 +62,7 @@ pub fn conform(layout: &Layout, table: &Schema) -> Result<Layout> {
     if asked(&layout.root) && !asked(&root) {
         return Err(Error::new(
             ErrorKind::Table,
-            "the table has no column `_source`, which source_json asks for: turn source_json off, or have the table made anew",
+            "the table has no column `_source`, which source_json asks for: turn source_json off, or move the table's folder away and run again, which makes it anew",
         ));
     }
     if !root.fields.iter().any(|field| field.name == "id" && field.source == Source::Member) {

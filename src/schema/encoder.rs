@@ -367,7 +367,7 @@ fn put_derived_list(list: &mut List, node: &Node, slot: usize, array: Value<'_>)
 #[derive(Clone, Copy)]
 enum Put {
     Value,
-    /// A decimal with its scale; not held where it is too large: then its scale is kept all the same.
+    /// A decimal with its scale; not held where it has too many digits: then its scale is kept all the same.
     Decimal {
         scale: i32,
         held: bool,
@@ -403,7 +403,7 @@ fn put_one(row: &mut Row, field: &Field, column: &mut Column, slot: usize, value
                 Some(number) => values.put(slot, number),
                 None => values.put_null(slot),
             };
-            return if put { Put::Decimal { scale: decimal.scale, held: decimal.value.is_some() } } else { Put::Twice };
+            return if put { Put::Decimal { scale: decimal.scale, held: decimal.exact } } else { Put::Twice };
         }
         Column::Binary(bytes) => {
             // Into the column at once: it may be hundreds of megabytes.

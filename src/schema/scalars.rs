@@ -7,6 +7,8 @@ pub(super) struct Decimal {
     pub value: Option<i128>,
     /// Digits after the point as written, exponent applied; never negative.
     pub scale: i32,
+    /// Whether the value is all that was written.
+    pub exact: bool,
 }
 
 /// Places after the point that the table keeps.
@@ -39,29 +41,31 @@ pub(super) fn parse_decimal(text: &[u8]) -> Option<Decimal> {
     let scale = (fraction.len() as i64).saturating_sub(exponent).clamp(0, i32::MAX as i64) as i32;
     let all = (integer.len() + fraction.len()) as i64;
     if leading_zeros == all {
-        return Some(Decimal { value: Some(0), scale });
+        return Some(Decimal { value: Some(0), scale, exact: true });
     }
     // Digits before the point, those of the leading zeros not counted.
     let before_point = (integer.len() as i64).saturating_add(exponent) - leading_zeros;
     if before_point > INTEGER_DIGITS {
-        return Some(Decimal { value: None, scale });
+        return Some(Decimal { value: None, scale, exact: false });
     }
     let kept = before_point + PLACES;
     if kept < 0 {
-        return Some(Decimal { value: Some(0), scale });
+        return Some(Decimal { value: Some(0), scale, exact: false });
     }
     let mut significant = digits.by_ref().skip(leading_zeros as usize);
     let mut value: i128 = 0;
     for _ in 0..kept {
         value = value * 10 + i128::from(significant.next().unwrap_or(b'0') - b'0');
     }
-    if significant.next().unwrap_or(b'0') >= b'5' {
+    let next = significant.next().unwrap_or(b'0');
+    let exact = next == b'0' && significant.all(|digit| digit == b'0');
+    if next >= b'5' {
         value += 1;
     }
     if value >= 10i128.pow((INTEGER_DIGITS + PLACES) as u32) {
-        return Some(Decimal { value: None, scale });
+        return Some(Decimal { value: None, scale, exact: false });
     }
-    Some(Decimal { value: Some(if negative { -value } else { value }), scale })
+    Some(Decimal { value: Some(if negative { -value } else { value }), scale, exact })
 }
 
 fn parse_exponent(text: &[u8]) -> Option<i64> {
@@ -148,6 +152,11 @@ mod tests {
         assert_eq!(decimal("-0.0000005"), (Some(-1), 7));
         assert_eq!(decimal("1.2345675"), (Some(1_234_568), 7));
         assert_eq!(decimal("0e400"), (Some(0), 0));
+        for (text, exact) in
+            [("1.2345670", true), ("1.2345671", false), ("4e-7", false), ("1e-9", false), ("0.000", true), ("1e30", false)]
+        {
+            assert_eq!(parse_decimal(text.as_bytes()).unwrap().exact, exact, "{text}");
+        }
         assert_eq!(decimal("12345678901234567890123456"), (Some(12_345_678_901_234_567_890_123_456_000_000), 0));
         assert_eq!(decimal("123456789012345678901234567"), (None, 0));
         assert_eq!(decimal("99999999999999999999999999.9999999"), (None, 7));

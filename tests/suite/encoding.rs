@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use fhirlake::error::ErrorKind;
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
@@ -75,7 +76,7 @@ async fn decimals_keep_value_and_scale() {
     .await;
     let expected: Vec<_> = written.iter().map(|(id, _, value, scale)| some(&[id, value, scale])).collect();
     assert_eq!(found, expected);
-    assert_eq!(report.types["Observation"].not_held, BTreeMap::from([("Observation.valueQuantity.value".to_owned(), 2)]));
+    assert_eq!(report.types["Observation"].not_held, BTreeMap::from([("Observation.valueQuantity.value".to_owned(), 3)]));
 }
 
 // 76 kg is 76000 g, in every place where a quantity can stand; what is not UCUM has no canonical form.
@@ -232,7 +233,13 @@ async fn source_json_needs_its_column() {
     let (_data, source) = folder(&[("Patient.ndjson", "{\"resourceType\":\"Patient\",\"id\":\"a\"}\n")]);
     let lake = lake();
     lake.run(&source, "").await.unwrap();
-    let report = lake.run(&source, "stages: { encode: { source_json: true } }\n").await.unwrap();
+    let settings = "stages: { encode: { source_json: true } }\n";
+    // Before anything is read, where the type is asked for by name.
+    let named = source.replace(" }", ", types: [Patient] }");
+    let error = lake.run(&named, settings).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Table && error.to_string().contains("_source"), "{error}");
+    // Else the type fails when it comes.
+    let report = lake.run(&source, settings).await.unwrap();
     assert!(!report.succeeded);
     assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("_source")), "{report:#?}");
 }
