@@ -252,6 +252,8 @@ pub struct ParsedChunk {
     pub excluded: Vec<(ResourceType, u64)>,
     /// Issues of severity fatal, in a file of OperationOutcomes.
     pub fatal: u64,
+    /// Issues of severity fatal or error.
+    pub errors: u64,
 }
 
 /// What stages tell merge, so that it knows when a type is complete.

@@ -175,11 +175,11 @@ pub enum Bad {
     Fail,
 }
 
-/// A number of lines or a share of them.
+/// A number of lines or rows, or a share of them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum MaxBad {
-    /// So many lines.
+    /// So many.
     Lines(u64),
     /// A share, such as `0.5%`.
     Share(#[schemars(pattern(r"^\d+(\.\d+)?%$"))] String),
@@ -216,6 +216,8 @@ pub struct MergeSection {
     pub tables_at_once: usize,
     /// What becomes of rows that the export does not name.
     pub mode: Mode,
+    /// How many rows of a table `reconcile` and `overwrite` may delete: a number, or a share such as `10%`. More fail the type.
+    pub max_deleted: MaxBad,
     /// Size at which a Parquet file is closed.
     pub target_file: ByteSize,
     /// Deletion vectors in tables that are created.
@@ -229,6 +231,10 @@ pub enum Mode {
     /// They stay.
     #[default]
     Merge,
+    /// They are deleted; only after a full export.
+    Reconcile,
+    /// They are deleted, and all others replaced by the export's copies, newer or not; only after a full export.
+    Overwrite,
 }
 
 /// When `fhirlake serve` runs the pipeline.
@@ -309,7 +315,13 @@ impl Default for EncodeSection {
 
 impl Default for MergeSection {
     fn default() -> Self {
-        Self { tables_at_once: 2, mode: Mode::Merge, target_file: ByteSize(128 << 20), deletion_vectors: true }
+        Self {
+            tables_at_once: 2,
+            mode: Mode::Merge,
+            max_deleted: MaxBad::Share("10%".to_owned()),
+            target_file: ByteSize(128 << 20),
+            deletion_vectors: true,
+        }
     }
 }
 

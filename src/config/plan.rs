@@ -6,7 +6,7 @@ use std::time::Duration;
 use url::Url;
 
 use super::check::{Problem, Read};
-use super::file::{Bad, DeleteExport, LevelName, MaxBad};
+use super::file::{Bad, DeleteExport, LevelName, MaxBad, Mode};
 use super::values::{Instant, Text};
 use crate::fhir::{AuthSettings, HttpSettings, Level};
 use crate::schema::LayoutOptions;
@@ -105,6 +105,10 @@ pub struct Plan {
     pub all_columns: bool,
     /// Tables at once.
     pub tables_at_once: usize,
+    /// What becomes of rows that the export does not name.
+    pub mode: Mode,
+    /// How many of them may be deleted.
+    pub max_deleted: MaxBad,
     /// Size at which a file is closed.
     pub target_file_bytes: u64,
     /// Deletion vectors in new tables.
@@ -239,6 +243,8 @@ impl Plan {
             },
             all_columns: stages.encode.all_columns,
             tables_at_once: stages.merge.tables_at_once,
+            mode: stages.merge.mode,
+            max_deleted: stages.merge.max_deleted.clone(),
             target_file_bytes: stages.merge.target_file.0,
             deletion_vectors: stages.merge.deletion_vectors,
             memory: MemorySplit::of(file.memory.0, encode_workers, stages.encode.row_group.0),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
 use arrow::datatypes::{DataType, TimeUnit};
-use futures::TryStreamExt;
+use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::ObjectStore;
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
@@ -95,6 +95,32 @@ pub(super) fn selection(rows: impl Iterator<Item = u64>) -> RowSelection {
     RowSelection::from(selectors)
 }
 
+/// All rows of a file with their keys, batch by batch; `None` for a row without id.
+pub(super) async fn ids(
+    store: &Arc<dyn ObjectStore>,
+    file: &DataFile,
+) -> Result<impl Stream<Item = Result<Vec<(u64, Option<u128>)>>> + use<>> {
+    let builder = open(store, &file.path, file.size).await?;
+    let total = builder.metadata().file_metadata().num_rows() as u64;
+    let path = file.path.clone();
+    let failed = move |error| storage(error, &format!("the ids of {path} cannot be read"));
+    let Some(mask) = leaves(&builder, &["id"]) else {
+        // A file without the column: no row of it has an id.
+        let rows = (0..total).map(|row| (row, None)).collect();
+        return Ok(futures::stream::iter([Ok(rows)]).left_stream());
+    };
+    let batches = builder.with_projection(mask).with_batch_size(64 * 1024).build().map_err(&failed)?;
+    let mut next = 0u64;
+    let keys = batches.map(move |batch| {
+        let batch = batch.map_err(&failed)?;
+        let mut keys = Vec::with_capacity(batch.num_rows());
+        for_each_string(batch.column(0), |at, id| keys.push((next + at as u64, id.map(|id| key_of(id.as_bytes())))))?;
+        next += batch.num_rows() as u64;
+        Ok(keys)
+    });
+    Ok(keys.right_stream())
+}
+
 /// Reads the ids of `file` and returns the rows whose key `wanted` has, with their ranks.
 pub(super) async fn find(
     store: &Arc<dyn ObjectStore>,
@@ -102,20 +128,14 @@ pub(super) async fn find(
     file: &DataFile,
     wanted: impl Fn(u128) -> bool,
 ) -> Result<Vec<Match>> {
-    let builder = open(store, &file.path, file.size).await?;
-    let Some(mask) = leaves(&builder, &["id"]) else { return Ok(Vec::new()) };
-    let failed = |error| storage(error, &format!("the ids of {} cannot be read", file.path));
-    let mut batches = builder.with_projection(mask).with_batch_size(64 * 1024).build().map_err(failed)?;
-    let (mut row, mut found) = (0u64, Vec::new());
-    while let Some(batch) = batches.try_next().await.map_err(failed)? {
-        for_each_string(batch.column(0), |at, id| {
-            let (Some(id), place) = (id, row + at as u64) else { return };
-            let key = key_of(id.as_bytes());
-            if wanted(key) && !file.gone.contains(place) {
-                found.push((place, key));
+    let mut batches = Box::pin(ids(store, file).await?);
+    let mut found = Vec::new();
+    while let Some(batch) = batches.try_next().await? {
+        for (row, key) in batch {
+            if let Some(key) = key.filter(|key| wanted(*key) && !file.gone.contains(row)) {
+                found.push((row, key));
             }
-        })?;
-        row += batch.num_rows() as u64;
+        }
     }
     if found.is_empty() {
         return Ok(Vec::new());

@@ -1,5 +1,6 @@
 //! Delta tables: open and create, stage files, match keys, mark rows, commit once.
 
+mod absent;
 mod adds;
 mod content;
 mod keys;
@@ -11,6 +12,7 @@ mod table;
 mod upsert;
 mod vectors;
 
+pub use absent::{Absent, MaxDeleted};
 pub use pages::PageEncoder;
 pub use staging::{StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};

@@ -16,6 +16,7 @@ use object_store::path::Path;
 use roaring::RoaringTreemap;
 use serde_json::{Value, json};
 
+use super::absent::{self, Absent};
 use super::adds::{loose_bounds, rewrite, staged_add};
 use super::content::row_hashes;
 use super::keys::{ByKey, DataFile, Match, find, rows, selection};
@@ -50,6 +51,8 @@ pub struct Upsert {
     pub watermark: Option<Watermark>,
     /// Rewrites rows of equal version whose content differs.
     pub full_refresh: bool,
+    /// What becomes of rows that the run does not bring.
+    pub absent: Absent,
     /// For a table that does not exist yet.
     pub settings: TableSettings,
     /// Further members of the commit's info; `run` among them tells whose commit it is.
@@ -156,6 +159,14 @@ impl Upsert {
                 plan.merged.skipped += 1;
             }
         }
+        if let Absent::Replace(most) = self.absent {
+            let found = absent::find(table, targets.iter().map(|target| &target.data), &winners, most).await?;
+            plan.merged.deleted = found.absent.iter().map(RoaringTreemap::len).sum();
+            plan.merged.updated = found.live.iter().map(RoaringTreemap::len).sum::<u64>() - plan.merged.deleted;
+            plan.merged.inserted = (winners.len() as u64).saturating_sub(plan.merged.updated);
+            plan.gone = found.live.into_iter().enumerate().filter(|(_, live)| !live.is_empty()).collect();
+            return Ok(plan);
+        }
         // An id that is both deleted and in the output is kept.
         let mut deletions: ByKey<bool> = ByKey::default();
         deletions.extend(self.deletions.iter().filter(|key| !winners.contains_key(key)).map(|key| (*key, false)));
@@ -197,6 +208,15 @@ impl Upsert {
         }
         plan.merged.inserted = (winners.len() - matches.keys().filter(|key| winners.contains_key(key)).count()) as u64;
         self.compare(table, targets, undecided, &mut plan).await?;
+        if let Absent::Delete(most) = self.absent {
+            let found = absent::find(table, targets.iter().map(|target| &target.data), &winners, most).await?;
+            for (index, absent) in found.absent.into_iter().enumerate().filter(|(_, absent)| !absent.is_empty()) {
+                // Those that the manifest deletes too were counted.
+                let gone = plan.gone.entry(index).or_default();
+                plan.merged.deleted += absent.len() - absent.intersection_len(gone);
+                *gone |= absent;
+            }
+        }
         Ok(plan)
     }
 

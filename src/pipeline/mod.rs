@@ -20,8 +20,8 @@ use chrono::{DateTime, Utc};
 use tracing::Instrument;
 use url::Url;
 
-use crate::config::{MaxBad, Plan, Since, SourcePlan};
-use crate::delta::{Table, TableSettings, Tables};
+use crate::config::{MaxBad, Mode, Plan, Since, SourcePlan};
+use crate::delta::{Absent, MaxDeleted, Table, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, ExportRequest};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
@@ -162,6 +162,11 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             .collect(),
     };
     let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
+    let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
+    if plan.mode != Mode::Merge && !all_are_full {
+        let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
+        return Err(Error::new(ErrorKind::Config, why));
+    }
     Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
 }
 
@@ -369,6 +374,7 @@ async fn once(
             app_id: prepared.app_id.clone(),
             tables_at_once: plan.tables_at_once,
             full_refresh: prepared.full_refresh,
+            absent: absent(plan),
             target_file_bytes: plan.target_file_bytes,
             max_open_files: 64,
             layout: plan.layout.clone(),
@@ -437,6 +443,18 @@ async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
     }
     tracing::warn!(run = %run, removed, "the last run ended without a word; its staged files were removed");
     journal.clear()
+}
+
+fn absent(plan: &Plan) -> Absent {
+    let most = match max_bad_lines(&plan.max_deleted) {
+        MaxBadLines::Number(rows) => MaxDeleted::Rows(rows),
+        MaxBadLines::Share(share) => MaxDeleted::Share(share),
+    };
+    match plan.mode {
+        Mode::Merge => Absent::Stay,
+        Mode::Reconcile => Absent::Delete(most),
+        Mode::Overwrite => Absent::Replace(most),
+    }
 }
 
 fn max_bad_lines(most: &MaxBad) -> MaxBadLines {

@@ -153,6 +153,7 @@ impl Ledger {
         book.parsed.blank += chunk.blank;
         book.parsed.headers += chunk.headers;
         book.parsed.fatal += chunk.fatal;
+        book.parsed.errors += chunk.errors;
         for (name, rows) in chunk.rows {
             let stray = declared.as_ref().is_some_and(|declared| *declared != name);
             let book_of_type = self.types.entry(name.clone()).or_default();
@@ -200,6 +201,12 @@ impl Ledger {
     pub fn holds_watermark(&self, export: usize) -> bool {
         let outcomes = self.files.values().filter(|book| book.file.kind == FileKind::Outcome && book.file.export == export);
         outcomes.into_iter().any(|book| book.parsed.fatal > 0 || book.failed.is_some() || book.bad() > 0)
+    }
+
+    /// Whether the export's own error files tell of errors, or could not be read.
+    pub fn has_errors(&self, export: usize) -> bool {
+        let outcomes = self.files.values().filter(|book| book.file.kind == FileKind::Outcome && book.file.export == export);
+        outcomes.into_iter().any(|book| book.parsed.errors > 0 || book.failed.is_some() || book.bad() > 0)
     }
 
     /// Bad lines that are held against no type of their own: of deletion files, error files and excluded types.

@@ -11,7 +11,7 @@ use object_store::path::Path;
 use serde_json::{Value, json};
 
 use super::ledger::{Ledger, Standing};
-use crate::delta::{Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
+use crate::delta::{Absent, Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
 use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
@@ -34,6 +34,8 @@ pub struct MergeSettings {
     pub tables_at_once: usize,
     /// Rows of equal version are compared and rewritten where they differ.
     pub full_refresh: bool,
+    /// What becomes of rows that the run does not bring.
+    pub absent: Absent,
     /// Bytes at which a staged file is closed.
     pub target_file_bytes: u64,
     /// Bytes that the open files' footers and buffers may take before the largest is closed.
@@ -303,6 +305,9 @@ impl Merge {
             .filter(|end| !self.ledger.holds_watermark(end.export))
             .and_then(|end| end.transaction_time)
             .map(|transaction_time| Watermark { app_id: self.settings.app_id.clone(), transaction_time });
+        if self.settings.absent != Absent::Stay && table.version().is_some() {
+            self.may_delete_absent(name, end, stage)?;
+        }
         let files = std::mem::take(&mut stage.staged);
         let deletions = std::mem::take(&mut stage.deletions);
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
@@ -320,6 +325,7 @@ impl Merge {
             schema: Arc::new(arrow_schema(&layout)),
             watermark,
             full_refresh: self.settings.full_refresh,
+            absent: self.settings.absent,
             settings: self.settings.table.clone(),
             info: info(&self.settings, end),
             run: self.settings.run.clone(),
@@ -341,6 +347,21 @@ impl Merge {
             .and_then(|result| result);
             (name, result, started.elapsed().as_secs_f64())
         }))
+    }
+
+    /// Rows may be deleted for being absent only where it is certain that the export names all there are.
+    fn may_delete_absent(&self, name: &ResourceType, end: Option<&ExportEnd>, stage: &TypeStage) -> Result<()> {
+        let bad = self.ledger.bad(name);
+        let why = match end {
+            Some(end) if !end.full => "the export is not a full one".to_owned(),
+            Some(end) if self.ledger.has_errors(end.export) => "the server reports errors of its export".to_owned(),
+            None => "the export did not say its last".to_owned(),
+            _ if bad > 0 => format!("{bad} lines could not be read"),
+            _ if stage.staged.is_empty() => "the export brings no resource of the type".to_owned(),
+            _ => return Ok(()),
+        };
+        let why = format!("what the export does not name would be deleted, but {why}; nothing was changed");
+        Err(Error::new(ErrorKind::Data, why))
     }
 
     fn record(&mut self, name: &ResourceType, stage: &mut TypeStage, result: Result<Commit>, seconds: f64) {

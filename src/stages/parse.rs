@@ -208,7 +208,9 @@ impl Work<'_> {
             FileKind::Output => output(self.names, value),
             FileKind::Deleted => deletions(self.names, value, &mut self.deletions).map(|()| Line::Header),
             FileKind::Outcome => {
-                self.tally.fatal += outcome_issues(value, &mut self.outcomes);
+                let (fatal, errors) = outcome_issues(value, &mut self.outcomes);
+                self.tally.fatal += fatal;
+                self.tally.errors += errors;
                 Ok(Line::Header)
             }
         };
@@ -349,9 +351,9 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, u128)
     Ok(())
 }
 
-/// Counts the issues of an OperationOutcome by severity; how many were fatal.
-fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> u64 {
-    let mut fatal = 0;
+/// Counts the issues of an OperationOutcome by severity; how many were fatal, and how many fatal or errors.
+fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64) {
+    let (mut fatal, mut errors) = (0, 0);
     for issue in value.get(b"issue").iter().flat_map(Value::items) {
         let severity = match issue.get(b"severity").and_then(|severity| severity.str_bytes()) {
             Some(b"fatal") => "fatal",
@@ -360,7 +362,8 @@ fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> u64 {
             _ => "information",
         };
         fatal += u64::from(severity == "fatal");
+        errors += u64::from(matches!(severity, "fatal" | "error"));
         add(out, severity.into());
     }
-    fatal
+    (fatal, errors)
 }
