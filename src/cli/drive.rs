@@ -18,6 +18,7 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
         tracing::warn!(key, "this version reads the key and does not act on it yet");
     }
     let (watch, stop) = (Watch::default(), Stop::default());
+    let state = plan.state.clone();
     let remark = output.clone();
     let run = pipeline::run(plan, options, &watch, &stop, |names| {
         remark.remark(&format!("still waiting for: {}", names.join(", ")));
@@ -43,6 +44,11 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
     progress.end();
     let outcome = outcome?;
     output.remark(&report(&outcome));
+    if outcome.other_bad_lines > 0 || outcome.types.values().any(|kept| kept.quarantined > 0) {
+        let quarantine = state.join("quarantine").join(format!("{}.ndjson", outcome.run));
+        output.remark(&format!("quarantined lines, each with its place and reason: {}", quarantine.display()));
+    }
+    output.remark(&format!("report: {}", state.join("runs").join(format!("{}.json", outcome.run)).display()));
     if let Some(peak) = peak_memory() {
         output.remark(&format!("peak memory {:.0} MB", peak as f64 / 1e6));
     }

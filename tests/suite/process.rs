@@ -162,3 +162,24 @@ async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
     assert_eq!(output.status.code(), Some(130), "{err}");
     assert!(err.contains("stopping: waiting for what is under way"), "{err}");
 }
+
+// What a run could not read or hold must be found by who reads its last lines.
+#[test]
+fn a_run_says_where_quarantine_and_report_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::create_dir(path("in")).unwrap();
+    std::fs::write(path("in/Patient.ndjson"), "{\"resourceType\":\"Patient\",\"id\":\"a\"}\n{broken\n").unwrap();
+    let yaml = format!("version: 1\nname: x\nsource: {{ url: \"file://{}\" }}\ntables: {}\n", path("in"), path("lake"));
+    std::fs::write(path("x.yaml"), yaml).unwrap();
+    let output = fhirlake(&["--log", "off", "run", &path("x.yaml")]);
+    let err = text(&output.stderr);
+    assert!(output.status.success(), "{err}");
+    for (label, expected) in
+        [("quarantined lines, each with its place and reason: ", "{broken"), ("report: ", "\"quarantined\": 1")]
+    {
+        let line = err.lines().find_map(|line| line.strip_prefix(label)).unwrap_or_else(|| panic!("{label}: {err}"));
+        let kept = std::fs::read_to_string(line).unwrap();
+        assert!(kept.contains(expected), "{line}: {kept}");
+    }
+}
