@@ -25,6 +25,25 @@ pub fn instant_text(micros: i64) -> String {
         .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
 }
 
+/// How many of a number of lines or rows something may happen to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum AtMost {
+    /// So many.
+    Number(u64),
+    /// That share of them.
+    Share(f64),
+}
+
+impl AtMost {
+    /// How many of `all`.
+    pub fn of(self, all: u64) -> u64 {
+        match self {
+            AtMost::Number(number) => number,
+            AtMost::Share(share) => (all as f64 * share) as u64,
+        }
+    }
+}
+
 /// What a file of an export holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {

@@ -6,6 +6,7 @@ use roaring::RoaringTreemap;
 use super::keys::{ByKey, DataFile, ids};
 use super::table::Table;
 use crate::error::{Error, ErrorKind, Result};
+use crate::messages::AtMost;
 
 /// What becomes of rows that a run does not bring.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,18 +14,9 @@ pub enum Absent {
     /// They stay.
     Stay,
     /// They are deleted, up to so many.
-    Delete(MaxDeleted),
+    Delete(AtMost),
     /// They are deleted, up to so many, and every other row is replaced by what the run brings, newer or not.
-    Replace(MaxDeleted),
-}
-
-/// How many rows of a table a run may delete for being absent.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum MaxDeleted {
-    /// So many.
-    Rows(u64),
-    /// That share of the table's rows.
-    Share(f64),
+    Replace(AtMost),
 }
 
 /// Rows of a table's files, by file.
@@ -32,8 +24,10 @@ pub enum MaxDeleted {
 pub(super) struct Found {
     /// Live rows whose id the run does not bring.
     pub absent: Vec<RoaringTreemap>,
-    /// All live rows.
-    pub live: Vec<RoaringTreemap>,
+    /// How many rows there are, those included that are gone.
+    pub rows: Vec<u64>,
+    /// How many of all are live.
+    pub live: u64,
 }
 
 /// Goes through the ids of all `files`; an error where more rows are absent than may be deleted.
@@ -41,32 +35,23 @@ pub(super) async fn find<T>(
     table: &Table,
     files: impl Iterator<Item = &DataFile>,
     brought: &ByKey<T>,
-    most: MaxDeleted,
+    most: AtMost,
 ) -> Result<Found> {
     let mut found = Found::default();
     for file in files {
-        let (mut absent, mut live) = (RoaringTreemap::new(), RoaringTreemap::new());
+        let (mut absent, mut rows) = (RoaringTreemap::new(), 0);
         let mut batches = Box::pin(ids(&table.store(), file).await?);
         while let Some(batch) = batches.try_next().await? {
-            for (row, key) in batch {
-                if file.gone.contains(row) {
-                    continue;
-                }
-                live.insert(row);
-                if key.is_none_or(|key| !brought.contains_key(&key)) {
-                    absent.insert(row);
-                }
-            }
+            rows += batch.len() as u64;
+            let missing = batch.into_iter().filter(|(_, key)| key.is_none_or(|key| !brought.contains_key(&key)));
+            absent.extend(missing.map(|(row, _)| row));
         }
-        found.absent.push(absent);
-        found.live.push(live);
+        found.absent.push(absent - &file.gone);
+        found.rows.push(rows);
+        found.live += rows - file.gone.len();
     }
-    let count = |rows: &[RoaringTreemap]| rows.iter().map(RoaringTreemap::len).sum::<u64>();
-    let (absent, live) = (count(&found.absent), count(&found.live));
-    let allowed = match most {
-        MaxDeleted::Rows(rows) => rows,
-        MaxDeleted::Share(share) => (live as f64 * share) as u64,
-    };
+    let absent: u64 = found.absent.iter().map(RoaringTreemap::len).sum();
+    let (live, allowed) = (found.live, most.of(found.live));
     if absent > allowed {
         return Err(Error::new(
             ErrorKind::Data,

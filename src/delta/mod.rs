@@ -12,7 +12,7 @@ mod table;
 mod upsert;
 mod vectors;
 
-pub use absent::{Absent, MaxDeleted};
+pub use absent::Absent;
 pub use pages::PageEncoder;
 pub use staging::{StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};

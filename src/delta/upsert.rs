@@ -162,9 +162,11 @@ impl Upsert {
         if let Absent::Replace(most) = self.absent {
             let found = absent::find(table, targets.iter().map(|target| &target.data), &winners, most).await?;
             plan.merged.deleted = found.absent.iter().map(RoaringTreemap::len).sum();
-            plan.merged.updated = found.live.iter().map(RoaringTreemap::len).sum::<u64>() - plan.merged.deleted;
+            plan.merged.updated = found.live - plan.merged.deleted;
             plan.merged.inserted = (winners.len() as u64).saturating_sub(plan.merged.updated);
-            plan.gone = found.live.into_iter().enumerate().filter(|(_, live)| !live.is_empty()).collect();
+            for (index, rows) in found.rows.into_iter().enumerate() {
+                plan.gone.entry(index).or_default().insert_range(0..rows);
+            }
             return Ok(plan);
         }
         // An id that is both deleted and in the output is kept.

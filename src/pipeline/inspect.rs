@@ -1,12 +1,11 @@
 //! Looking at what a pipeline depends on and what it has made.
 
-use super::{app_id, client, source_folder};
+use super::{app_id, check_table, client, source_folder};
 use crate::config::{Plan, SourcePlan};
 use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, instant_text};
-use crate::schema::{Layout, conform};
 use crate::state::{StateFile, StateFolder};
 
 /// How a table stands.
@@ -91,10 +90,7 @@ async fn writable_tables(plan: &Plan) -> Result<String> {
     let mut existing = 0;
     for name in tables.existing().await? {
         let table = tables.open(&name).await?;
-        table.check_writable()?;
-        if let (Some(layout), Some(schema)) = (Layout::pathling(&name, &plan.layout), table.schema()?) {
-            conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?;
-        }
+        check_table(&table, plan)?;
         existing += 1;
     }
     Ok(format!("{} ({existing} tables there)", tables.display()))

@@ -21,16 +21,16 @@ use tracing::Instrument;
 use url::Url;
 
 use crate::config::{MaxBad, Mode, Plan, Since, SourcePlan};
-use crate::delta::{Absent, MaxDeleted, Table, TableSettings, Tables};
+use crate::delta::{Absent, Table, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, ExportRequest};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
-use crate::messages::{BadLineSink, Chunk, FlushRequests, Layouts, MergeInput, ResourceType, Rows, instant_text};
+use crate::messages::{AtMost, BadLineSink, Chunk, FlushRequests, Layouts, MergeInput, ResourceType, Rows, instant_text};
 use crate::schema::{Layout, LayoutOptions, arrow_schema, conform};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, FolderExport, Kickoff, ServerExport};
-use crate::stages::ledger::{Ledger, MaxBadLines};
+use crate::stages::ledger::Ledger;
 use crate::stages::merge::{Merge, MergeSettings};
 use crate::stages::parse::Parse;
 use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
@@ -109,11 +109,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for name in types {
         let table = tables.open(&name).await?;
-        let fits = || match (Layout::pathling(&name, &plan.layout), table.schema()?) {
-            (Some(layout), Some(schema)) => conform(&layout, &schema).map(drop).map_err(|error| error.at(name.to_string())),
-            _ => Ok(()),
-        };
-        if let Err(error) = table.check_writable().and_then(|()| fits()) {
+        if let Err(error) = check_table(&table, &plan) {
             if !plan.types.is_empty() {
                 return Err(error);
             }
@@ -168,6 +164,17 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         return Err(Error::new(ErrorKind::Config, why));
     }
     Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
+}
+
+/// Whether a run can write `table`: its features, and its columns where it exists.
+fn check_table(table: &Table, plan: &Plan) -> Result<()> {
+    table.check_writable()?;
+    match (Layout::pathling(&table.resource_type, &plan.layout), table.schema()?) {
+        (Some(layout), Some(schema)) => {
+            conform(&layout, &schema).map(drop).map_err(|error| error.at(table.resource_type.to_string()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The watermark of a type by the state file: the recipe's one time for all, or ours for this type.
@@ -366,7 +373,7 @@ async fn once(
         input: merge_out,
         tables: prepared.tables.clone(),
         opened: prepared.opened,
-        ledger: Ledger::new(exports, plan.max_bad_lines.as_ref().map(max_bad_lines)),
+        ledger: Ledger::new(exports, plan.max_bad_lines.as_ref().map(at_most)),
         requests,
         settings: MergeSettings {
             pipeline: plan.name.clone(),
@@ -446,10 +453,7 @@ async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
 }
 
 fn absent(plan: &Plan) -> Absent {
-    let most = match max_bad_lines(&plan.max_deleted) {
-        MaxBadLines::Number(rows) => MaxDeleted::Rows(rows),
-        MaxBadLines::Share(share) => MaxDeleted::Share(share),
-    };
+    let most = at_most(&plan.max_deleted);
     match plan.mode {
         Mode::Merge => Absent::Stay,
         Mode::Reconcile => Absent::Delete(most),
@@ -457,10 +461,10 @@ fn absent(plan: &Plan) -> Absent {
     }
 }
 
-fn max_bad_lines(most: &MaxBad) -> MaxBadLines {
+fn at_most(most: &MaxBad) -> AtMost {
     match most {
-        MaxBad::Lines(number) => MaxBadLines::Number(*number),
-        MaxBad::Share(text) => MaxBadLines::Share(text.trim_end_matches('%').parse::<f64>().unwrap_or(0.0) / 100.0),
+        MaxBad::Lines(number) => AtMost::Number(*number),
+        MaxBad::Share(text) => AtMost::Share(text.trim_end_matches('%').parse::<f64>().unwrap_or(0.0) / 100.0),
     }
 }
 

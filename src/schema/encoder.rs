@@ -1,5 +1,6 @@
 //! Resources on a tape → the columns of a layout.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -39,6 +40,15 @@ pub struct Encoder {
     measured_at: usize,
     column_bytes: usize,
     row: Row,
+    places: Places,
+}
+
+/// Fields of a resource that are put once its members are.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    full_id: Option<usize>,
+    extensions: Option<usize>,
+    json: Option<usize>,
 }
 
 /// JSON after which the size of the columns is looked at again.
@@ -100,7 +110,13 @@ impl Encoder {
     /// An empty encoder.
     pub fn new(layout: Arc<Layout>) -> Self {
         let root = Structs::new(layout.root.clone(), None);
-        Self { layout, root, rows: 0, json_bytes: 0, measured_at: 0, column_bytes: 0, row: Row::default() }
+        let place = |fits: &dyn Fn(&Field) -> bool| layout.root.fields.iter().position(fits);
+        let places = Places {
+            full_id: place(&|field| field.source == Source::Versioned && field.name == "id_versioned"),
+            extensions: place(&|field| field.source == Source::Extensions),
+            json: place(&|field| field.source == Source::Json),
+        };
+        Self { layout, root, rows: 0, json_bytes: 0, measured_at: 0, column_bytes: 0, row: Row::default(), places }
     }
 
     /// What it fills.
@@ -137,7 +153,7 @@ impl Encoder {
     /// never lost for one of its values.
     pub fn push(&mut self, resource: Value<'_>, line: &[u8]) {
         let slot = self.rows;
-        let Self { layout, root, row, .. } = self;
+        let Self { layout, root, row, places, .. } = self;
         let group = &*layout.root;
         row.next_fid = 0;
         row.extensions.clear();
@@ -145,17 +161,16 @@ impl Encoder {
         if !put_group::<true>(row, group, root, slot, resource) {
             root.put(slot);
         }
-        for (index, field) in group.fields.iter().enumerate() {
-            match (field.source, &field.node) {
-                (Source::Extensions, Node::Extensions(inner)) if !row.extensions.is_empty() => {
-                    put_extensions(row, inner, root.child(index), slot, resource);
-                }
-                (Source::Versioned, _) if field.name == "id_versioned" => {
-                    put_full_id(row, root.child(index), slot, resource, &layout.resource_type);
-                }
-                (Source::Json, _) => root.child(index).put_bytes(slot, &[line]),
-                _ => {}
-            }
+        if let Some(index) = places.full_id {
+            put_full_id(row, root.child(index), slot, resource, &layout.resource_type);
+        }
+        if let Some(index) = places.extensions
+            && let (Node::Extensions(inner), false) = (&group.fields[index].node, row.extensions.is_empty())
+        {
+            put_extensions(row, inner, root.child(index), slot, resource);
+        }
+        if let Some(index) = places.json {
+            root.child(index).put_bytes(slot, &[line]);
         }
         self.rows += 1;
         self.json_bytes += line.len();
@@ -408,12 +423,11 @@ fn put_one(row: &mut Row, field: &Field, column: &mut Column, slot: usize, value
         Column::Binary(bytes) => {
             // Into the column at once: it may be hundreds of megabytes.
             let Some(text) = value.str_bytes() else { return Put::Wrong };
+            let mut text = Cow::Borrowed(text);
             if text.iter().any(u8::is_ascii_whitespace) {
-                let text: Vec<u8> = text.iter().copied().filter(|b| !b.is_ascii_whitespace()).collect();
-                bytes.try_put(slot, |data| BASE64.decode_vec(text, data).is_ok())
-            } else {
-                bytes.try_put(slot, |data| BASE64.decode_vec(text, data).is_ok())
+                text.to_mut().retain(|b| !b.is_ascii_whitespace());
             }
+            bytes.try_put(slot, |data| BASE64.decode_vec(&text, data).is_ok())
         }
         Column::List(_) | Column::Map { .. } => None,
     };

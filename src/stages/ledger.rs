@@ -7,26 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
+use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
 use crate::schema::EXCLUDED_TYPES;
-
-/// How many bad lines a type may have.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum MaxBadLines {
-    /// So many.
-    Number(u64),
-    /// That share of its lines.
-    Share(f64),
-}
-
-impl MaxBadLines {
-    fn exceeded(self, bad: u64, lines: u64) -> bool {
-        match self {
-            MaxBadLines::Number(most) => bad > most,
-            MaxBadLines::Share(most) => bad as f64 > most * lines as f64,
-        }
-    }
-}
 
 #[derive(Debug)]
 struct FileBook {
@@ -40,6 +22,9 @@ struct FileBook {
 impl FileBook {
     fn rows(&self) -> u64 {
         self.parsed.rows.iter().map(|row| row.1).sum()
+    }
+    fn unread(&self) -> bool {
+        self.failed.is_some() || self.bad() > 0
     }
     fn bad(&self) -> u64 {
         self.parsed.bad.iter().map(|bad| bad.1).sum()
@@ -74,7 +59,7 @@ pub struct Ledger {
     failed_exports: BTreeMap<usize, String>,
     /// Kick-offs that the run makes.
     exports: usize,
-    max_bad_lines: Option<MaxBadLines>,
+    max_bad_lines: Option<AtMost>,
 }
 
 /// How a type stands.
@@ -94,7 +79,7 @@ pub enum Standing {
 
 impl Ledger {
     /// Books for a run of `exports` kick-offs. `max_bad_lines` of `None` allows any number.
-    pub fn new(exports: usize, max_bad_lines: Option<MaxBadLines>) -> Self {
+    pub fn new(exports: usize, max_bad_lines: Option<AtMost>) -> Self {
         Self {
             files: BTreeMap::new(),
             types: BTreeMap::new(),
@@ -199,14 +184,16 @@ impl Ledger {
     /// Whether the export's own error files keep its watermark where it is: they tell of fatal issues, or could not be
     /// read.
     pub fn holds_watermark(&self, export: usize) -> bool {
-        let outcomes = self.files.values().filter(|book| book.file.kind == FileKind::Outcome && book.file.export == export);
-        outcomes.into_iter().any(|book| book.parsed.fatal > 0 || book.failed.is_some() || book.bad() > 0)
+        self.outcomes(export).any(|book| book.parsed.fatal > 0 || book.unread())
     }
 
     /// Whether the export's own error files tell of errors, or could not be read.
     pub fn has_errors(&self, export: usize) -> bool {
-        let outcomes = self.files.values().filter(|book| book.file.kind == FileKind::Outcome && book.file.export == export);
-        outcomes.into_iter().any(|book| book.parsed.errors > 0 || book.failed.is_some() || book.bad() > 0)
+        self.outcomes(export).any(|book| book.parsed.errors > 0 || book.unread())
+    }
+
+    fn outcomes(&self, export: usize) -> impl Iterator<Item = &FileBook> {
+        self.files.values().filter(move |book| book.file.kind == FileKind::Outcome && book.file.export == export)
     }
 
     /// Bad lines that are held against no type of their own: of deletion files, error files and excluded types.
@@ -272,7 +259,7 @@ impl Ledger {
             let of_no_type = file.file.kind == FileKind::Deleted || file.file.declared.is_none();
             if let Some(most) = self.max_bad_lines
                 && of_no_type
-                && most.exceeded(file.bad(), file.parsed.lines)
+                && file.bad() > most.of(file.parsed.lines)
             {
                 return Standing::Failed(format!(
                     "file {}: {} bad lines, more than max_bad_lines allows",
@@ -282,7 +269,7 @@ impl Ledger {
             }
         }
         if let Some(most) = self.max_bad_lines
-            && most.exceeded(book.bad, lines)
+            && book.bad > most.of(lines)
         {
             return Standing::Failed(format!("{} bad lines of {lines}, more than max_bad_lines allows", book.bad));
         }
@@ -398,7 +385,7 @@ mod tests {
 
     #[test]
     fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
-        let mut books = Ledger::new(1, Some(MaxBadLines::Share(0.1)));
+        let mut books = Ledger::new(1, Some(AtMost::Share(0.1)));
         books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
         books.enter(end());
         books.enter(parsed(0, 10, &[("Patient", 8)], 2));

@@ -7,20 +7,7 @@ use fhirlake::error::ErrorKind;
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use super::support::{Lake, lake, strings};
-
-fn folder(files: &[(&str, &str)]) -> (tempfile::TempDir, String) {
-    let data = tempfile::tempdir().unwrap();
-    for (name, text) in files {
-        std::fs::write(data.path().join(name), text).unwrap();
-    }
-    let source = source(data.path());
-    (data, source)
-}
-
-fn source(folder: &Path) -> String {
-    format!("{{ url: \"file://{}\" }}", folder.display())
-}
+use super::support::{Lake, folder, folder_source, lake, strings};
 
 async fn answer(lake: &Lake, question: &str) -> Vec<Vec<Option<String>>> {
     let batches = lake.sql(question).await;
@@ -344,7 +331,7 @@ async fn one_giant_resource_passes_or_is_refused() {
     std::fs::write(data.path().join("Binary.ndjson"), binary("small", 1) + &binary("giant", 200) + &binary("last", 1)).unwrap();
     for (settings, binaries, refused) in [("", 2, 1), ("stages: { parse: { max_line: 256MiB } }\n", 3, 0)] {
         let lake = lake();
-        let report = lake.run(&source(data.path()), settings).await.unwrap();
+        let report = lake.run(&folder_source(data.path()), settings).await.unwrap();
         assert!(report.succeeded, "{report:#?}");
         assert_eq!(lake.count("Patient").await, 2_000);
         assert_eq!(lake.count("Binary").await, binaries);

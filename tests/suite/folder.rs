@@ -1,18 +1,13 @@
 //! Folders of NDJSON, in every shape that files come in.
 
 use std::io::Write;
-use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::support::{Lake, lake, strings};
+use super::support::{Lake, folder_source, lake, strings};
 
 fn patient(id: &str, family: &str) -> String {
     format!(r#"{{"resourceType":"Patient","id":"{id}","name":[{{"family":"{family}"}}]}}"#)
-}
-
-fn source(folder: &Path) -> String {
-    format!("{{ url: \"file://{}\" }}", folder.display())
 }
 
 async fn ids(lake: &Lake, resource_type: &str) -> Vec<String> {
@@ -36,7 +31,7 @@ async fn every_shape_of_file() {
     put("Patient.003.ndjson", &gzip.finish().unwrap());
     put("notes.txt", b"not ours");
     put("Bundle.ndjson", b"{\"resourceType\":\"Bundle\",\"id\":\"1\",\"type\":\"collection\"}\n");
-    let report = lake.run(&source(data.path()), "").await.unwrap();
+    let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(ids(&lake, "Patient").await, ["a", "b", "c", "d", "e", "f"]);
     assert_eq!(report.types["Patient"].files, 6);
@@ -51,7 +46,7 @@ async fn lines_go_to_the_table_of_their_own_type() {
     let (data, lake) = (tempfile::tempdir().unwrap(), lake());
     let mixed = format!("{}\n{{\"resourceType\":\"Encounter\",\"id\":\"e1\"}}\n", patient("p1", "A"));
     std::fs::write(data.path().join("Observation.ndjson"), mixed).unwrap();
-    let report = lake.run(&source(data.path()), "").await.unwrap();
+    let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(ids(&lake, "Patient").await, ["p1"]);
     assert_eq!(ids(&lake, "Encounter").await, ["e1"]);
@@ -64,7 +59,7 @@ async fn a_line_that_is_too_long_goes_to_quarantine_and_its_neighbours_do_not() 
     let text = format!("{}\n{long}\n{}\n{}\n", patient("a", "A"), patient("b", &"y".repeat(5000)), patient("c", "C"));
     std::fs::write(data.path().join("Patient.ndjson"), &text).unwrap();
     let rest = "stages: { parse: { max_line: 64KiB }, download: { chunk: 4KiB } }\n";
-    let report = lake.run(&source(data.path()), rest).await.unwrap();
+    let report = lake.run(&folder_source(data.path()), rest).await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(report.types["Patient"].quarantined, 1);
     assert_eq!(ids(&lake, "Patient").await, ["a", "b", "c"]);
@@ -84,7 +79,7 @@ async fn a_packed_file_that_is_cut_short_fails_its_type() {
     let packed = gzip.finish().unwrap();
     std::fs::write(data.path().join("Patient.ndjson.gz"), &packed[..packed.len() / 2]).unwrap();
     std::fs::write(data.path().join("Encounter.ndjson"), "{\"resourceType\":\"Encounter\",\"id\":\"e\"}").unwrap();
-    let report = lake.run(&source(data.path()), "").await.unwrap();
+    let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert!(report.types["Patient"].error.as_ref().unwrap().contains("cut short"), "{report:#?}");
     assert!(report.types["Encounter"].error.is_none());
 }
@@ -97,11 +92,11 @@ async fn a_zstd_file_that_is_cut_short_fails_its_type() {
     let packed = zstd::encode_all(text.as_bytes(), 1).unwrap();
     let file = data.path().join("Patient.ndjson.zst");
     std::fs::write(&file, &packed[..packed.len() / 2]).unwrap();
-    let report = lake.run(&source(data.path()), "").await.unwrap();
+    let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert!(report.types["Patient"].error.as_ref().unwrap().contains("cut short"), "{report:#?}");
     // Several frames one after the other are one file.
     std::fs::write(&file, [packed.clone(), zstd::encode_all(patient("x", "B").as_bytes(), 1).unwrap()].concat()).unwrap();
-    assert!(lake.run(&source(data.path()), "").await.unwrap().succeeded);
+    assert!(lake.run(&folder_source(data.path()), "").await.unwrap().succeeded);
     assert_eq!(lake.count("Patient").await, 20_001);
 }
 
@@ -115,7 +110,7 @@ async fn file_names_with_odd_letters_and_folders_below() {
     }
     std::fs::create_dir(data.path().join("below")).unwrap();
     std::fs::write(data.path().join("below/Patient.ndjson"), patient("below", "A")).unwrap();
-    let report = lake.run(&source(data.path()), "").await.unwrap();
+    let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(ids(&lake, "Patient").await, ["0", "1", "2", "3"]);
 }
@@ -138,23 +133,23 @@ async fn duplicates_within_a_run_leave_the_newest() {
         copy("s", r#""lastUpdated":"2026-01-09T00:00:00Z","tag":[{"code":"SUBSETTED"}]"#, "old"),
     ];
     std::fs::write(data.path().join("Patient.ndjson"), lines.join("\n")).unwrap();
-    let report = lake.run(&source(data.path()), "").await.unwrap();
+    let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert_eq!((report.types["Patient"].inserted, report.types["Patient"].skipped), (4, 4));
     let batches = lake.sql("SELECT id, name[1]['family'] AS f FROM Patient ORDER BY id").await;
     let families: Vec<_> = batches.iter().flat_map(|batch| strings(batch, "f")).collect();
     assert_eq!(families, vec![Some("new".to_owned()); 4]);
     // And against the table: the older copy alone changes nothing, the newer one does.
     std::fs::write(data.path().join("Patient.ndjson"), &lines[1]).unwrap();
-    assert_eq!(lake.run(&source(data.path()), "").await.unwrap().types["Patient"].skipped, 1);
+    assert_eq!(lake.run(&folder_source(data.path()), "").await.unwrap().types["Patient"].skipped, 1);
     std::fs::write(data.path().join("Patient.ndjson"), copy("t", r#""lastUpdated":"2026-01-03T00:00:00Z""#, "newer")).unwrap();
-    assert_eq!(lake.run(&source(data.path()), "").await.unwrap().types["Patient"].updated, 1);
+    assert_eq!(lake.run(&folder_source(data.path()), "").await.unwrap().types["Patient"].updated, 1);
     assert_eq!(lake.count("Patient").await, 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_folder_is_an_error_that_says_what_was_looked_for() {
     let (data, lake) = (tempfile::tempdir().unwrap(), lake());
-    let error = lake.run(&source(data.path()), "").await.unwrap_err();
+    let error = lake.run(&folder_source(data.path()), "").await.unwrap_err();
     assert!(error.to_string().contains("[Type].ndjson"), "{error}");
 }
 
@@ -183,7 +178,7 @@ proptest! {
             if !ends { text.truncate(text.trim_end().len()); }
             if good.is_empty() { return Ok(()); }
             std::fs::write(data.path().join("Patient.ndjson"), text).unwrap();
-            let report = lake.run(&source(data.path()), &format!("stages: {{ download: {{ chunk: {chunk}B }} }}\n")).await.unwrap();
+            let report = lake.run(&folder_source(data.path()), &format!("stages: {{ download: {{ chunk: {chunk}B }} }}\n")).await.unwrap();
             prop_assert_eq!(ids(&lake, "Patient").await, good);
             prop_assert_eq!(report.types["Patient"].quarantined, bad);
             Ok(())

@@ -3,7 +3,7 @@
 use fhirlake::demo::{DemoServer, Faults, Population};
 use fhirlake::error::ErrorKind;
 
-use super::support::{Lake, lake};
+use super::support::{Lake, folder, lake};
 
 /// Patients `ids` at a version, one a line.
 fn patients(ids: impl Iterator<Item = u32>, version: u32) -> String {
@@ -13,15 +13,6 @@ fn patients(ids: impl Iterator<Item = u32>, version: u32) -> String {
         )
     })
     .collect()
-}
-
-fn folder(files: &[(&str, String)]) -> (tempfile::TempDir, String) {
-    let data = tempfile::tempdir().unwrap();
-    for (name, text) in files {
-        std::fs::write(data.path().join(name), text).unwrap();
-    }
-    let source = format!("{{ url: \"file://{}\" }}", data.path().display());
-    (data, source)
 }
 
 fn mode(name: &str, rest: &str) -> String {
@@ -35,7 +26,7 @@ async fn ids(lake: &Lake) -> Vec<String> {
 /// A lake with Patients p0 to p19 at version 2.
 async fn twenty() -> Lake {
     let lake = lake();
-    let (_data, source) = folder(&[("Patient.ndjson", patients(0..20, 2))]);
+    let (_data, source) = folder(&[("Patient.ndjson", &patients(0..20, 2))]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     lake
 }
@@ -45,12 +36,12 @@ async fn twenty() -> Lake {
 async fn reconcile_deletes_what_the_export_does_not_name() {
     for vectors in [true, false] {
         let lake = lake();
-        let (_data, source) = folder(&[("Patient.ndjson", patients(0..20, 2))]);
+        let (_data, source) = folder(&[("Patient.ndjson", &patients(0..20, 2))]);
         let setting = format!("stages: {{ merge: {{ deletion_vectors: {vectors} }} }}\n");
         assert!(lake.run(&source, &setting).await.unwrap().succeeded);
         // p0 and p1 are gone; p2 is new as 3; p3 comes older than the table has it; p20 arrives.
         let text = patients(2..3, 3) + &patients(3..4, 1) + &patients(4..21, 2);
-        let (_data, source) = folder(&[("Patient.ndjson", text)]);
+        let (_data, source) = folder(&[("Patient.ndjson", &text)]);
         let report = lake.run(&source, &mode("reconcile", "")).await.unwrap();
         let outcome = &report.types["Patient"];
         assert!(report.succeeded, "{report:#?}");
@@ -69,10 +60,8 @@ async fn reconcile_deletes_what_the_export_does_not_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn never_more_than_max_deleted() {
     let lake = twenty().await;
-    let (_data, source) = folder(&[
-        ("Patient.ndjson", patients(0..17, 2)),
-        ("Device.ndjson", "{\"resourceType\":\"Device\",\"id\":\"d\"}\n".into()),
-    ]);
+    let (_data, source) =
+        folder(&[("Patient.ndjson", &patients(0..17, 2)), ("Device.ndjson", "{\"resourceType\":\"Device\",\"id\":\"d\"}\n")]);
     for name in ["reconcile", "overwrite"] {
         let report = lake.run(&source, &mode(name, "")).await.unwrap();
         let error = report.types["Patient"].error.as_deref().unwrap();
@@ -89,7 +78,7 @@ async fn never_more_than_max_deleted() {
 async fn only_where_the_export_surely_names_all() {
     let lake = twenty().await;
     for (text, why) in [(patients(0..19, 2) + "{\n", "1 lines could not be read"), (String::new(), "brings no resource")] {
-        let (_data, source) = folder(&[("Patient.ndjson", text)]);
+        let (_data, source) = folder(&[("Patient.ndjson", &text)]);
         let report = lake.run(&source, &mode("reconcile", "")).await.unwrap();
         let error = report.types["Patient"].error.as_deref().unwrap();
         assert!(error.contains(why), "{error}");
@@ -118,7 +107,7 @@ async fn not_after_errors_of_the_export() {
 #[tokio::test(flavor = "multi_thread")]
 async fn overwrite_replaces_the_table() {
     let lake = twenty().await;
-    let (_data, source) = folder(&[("Patient.ndjson", patients(1..21, 1))]);
+    let (_data, source) = folder(&[("Patient.ndjson", &patients(1..21, 1))]);
     let report = lake.run(&source, &mode("overwrite", "")).await.unwrap();
     let outcome = &report.types["Patient"];
     assert_eq!((outcome.inserted, outcome.updated, outcome.deleted), (1, 19, 1), "{report:#?}");

@@ -127,6 +127,21 @@ pub async fn assert_is(lake: &Lake, population: &Population, types: &[&str]) {
     }
 }
 
+/// A folder of NDJSON as a pipeline's source.
+pub fn folder_source(folder: &Path) -> String {
+    format!("{{ url: \"file://{}\" }}", folder.display())
+}
+
+/// A folder with these files, and it as a pipeline's source.
+pub fn folder(files: &[(&str, &str)]) -> (tempfile::TempDir, String) {
+    let data = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        std::fs::write(data.path().join(name), text).unwrap();
+    }
+    let source = folder_source(data.path());
+    (data, source)
+}
+
 /// The folder of shared data, where it is there; says so where it is not.
 pub fn shared() -> Option<PathBuf> {
     let shared = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("shared");
