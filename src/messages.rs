@@ -116,6 +116,16 @@ impl Arrival {
     pub fn new(file: u32, line: u64) -> Self {
         Self(u64::from(file.min(0xff_ffff)) << 40 | line.min((1 << 40) - 1))
     }
+
+    /// As a number that keeps the order.
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// The place of such a number.
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
 }
 
 /// What merging needs to know of a row: which resource it is and how it ranks among its copies.
@@ -202,7 +212,7 @@ pub enum MergeInput {
     /// Rows to stage.
     Batch(Box<EncodedBatch>),
     /// Ids that are gone.
-    Deletions(Vec<(ResourceType, u128)>),
+    Deletions(Vec<(ResourceType, Box<str>)>),
     /// A fact for the books.
     Fact(Fact),
 }
@@ -213,7 +223,9 @@ impl Weighed for MergeInput {
             MergeInput::Batch(batch) => {
                 batch.parquet.len() + batch.metadata.memory_size() + batch.keys.len() * size_of::<RowKey>()
             }
-            MergeInput::Deletions(keys) => keys.len() * size_of::<(ResourceType, u128)>(),
+            MergeInput::Deletions(ids) => {
+                ids.len() * size_of::<(ResourceType, Box<str>)>() + ids.iter().map(|(_, id)| id.len()).sum::<usize>()
+            }
             MergeInput::Fact(_) => size_of::<Fact>(),
         }
     }

@@ -205,11 +205,13 @@ fn level_words(level: &Level) -> String {
 fn explain_memory(memory: MemorySplit) -> String {
     let mib = |bytes: usize| format!("{} MiB", bytes >> 20);
     format!(
-        "memory    download->parse {}, parse->encode {}, encode->merge {}, open batches {} (a row group at {} of NDJSON)",
+        "memory    download->parse {}, parse->encode {}, encode->merge {}, open batches {} (a row group at {} of NDJSON), keys {}, matching {}",
         mib(memory.chunks),
         mib(memory.rows),
         mib(memory.batches),
         mib(memory.open_batches),
-        mib(memory.row_group)
+        mib(memory.row_group),
+        mib(memory.keys),
+        mib(memory.matching)
     )
 }

@@ -56,6 +56,10 @@ pub struct MemorySplit {
     pub open_batches: usize,
     /// JSON at which a batch is closed.
     pub row_group: usize,
+    /// Keys of staged rows; beyond it they go to disk.
+    pub keys: usize,
+    /// Matching, all tables at once together; beyond it, by parts of the key space.
+    pub matching: usize,
 }
 
 impl MemorySplit {
@@ -63,10 +67,18 @@ impl MemorySplit {
     /// one as columns, and a fifth of that as pages; closing a batch needs its columns and pages at once.
     pub fn of(memory: u64, encode_workers: usize, row_group: u64) -> Self {
         let share = |percent: u64| usize::try_from(memory / 100 * percent).unwrap_or(usize::MAX);
-        let open_batches = share(40);
+        let open_batches = share(36);
         // Each worker may be closing a batch while the others are open.
         let row_group = usize::try_from(row_group).unwrap_or(usize::MAX).min(open_batches / (encode_workers + 1));
-        Self { chunks: share(15), rows: share(20), batches: share(10), open_batches, row_group }
+        Self {
+            chunks: share(14),
+            rows: share(18),
+            batches: share(9),
+            open_batches,
+            row_group,
+            keys: share(11),
+            matching: share(12),
+        }
     }
 }
 

@@ -25,15 +25,14 @@ fn new_add(path: &Path, size: u64, stats: Value) -> Add {
 }
 
 pub(super) fn staged_add(staged: &StagedFile) -> Add {
-    let mut stats = json!({ "numRecords": staged.keys.len(), "tightBounds": true });
+    let mut stats = json!({ "numRecords": staged.rows, "tightBounds": true });
     let (mut min, mut max) = (json!({}), json!({}));
     if let Some((least, greatest)) = &staged.id_range {
         min["id"] = json!(least);
         max["id"] = json!(greatest);
         stats["nullCount"] = json!({ "id": 0 });
     }
-    let times = staged.keys.iter().map(|key| key.last_updated);
-    if let (Some(first), Some(last)) = (times.clone().min(), times.max())
+    if let Some((first, last)) = staged.updated
         && first != RowKey::ABSENT
     {
         // The log keeps milliseconds: the greatest is rounded up, so that no reader skips a row.

@@ -1,44 +1,22 @@
-//! Which rows of the table have the ids that a run brings.
+//! What the table's files say of their rows' keys and ranks.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
 use arrow::datatypes::{DataType, TimeUnit};
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use object_store::ObjectStore;
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{RowSelection, RowSelector};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
 use parquet::arrow::async_reader::{ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder};
+use parquet::file::metadata::RowGroupMetaData;
 use roaring::RoaringTreemap;
 
 use super::reader::StoreReader;
 use super::table::storage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{Arrival, RowKey, key_of};
-
-/// Hashes a key that is a hash already.
-#[derive(Default)]
-pub(super) struct Identity(u64);
-
-impl Hasher for Identity {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-    fn write_u128(&mut self, key: u128) {
-        self.0 = key as u64;
-    }
-}
-
-/// A map by key.
-pub(super) type ByKey<T> = HashMap<u128, T, BuildHasherDefault<Identity>>;
 
 /// A data file of the table at the snapshot that is merged into.
 #[derive(Debug, Clone)]
@@ -47,35 +25,190 @@ pub(super) struct DataFile {
     pub size: u64,
     /// Rows that are gone by its deletion vector.
     pub gone: RoaringTreemap,
+    /// Least and greatest `id` by the log's statistics.
+    pub ids: (Option<String>, Option<String>),
 }
 
-/// A row of the table whose id the run brings.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Match {
-    /// Index of the data file.
-    pub file: usize,
-    /// Row in the file.
-    pub row: u64,
-    /// Its key, and its rank as far as the table knows it; `arrival` is its place.
-    pub key: RowKey,
+/// A file whose footer is read, once for all that is read of it.
+pub(super) struct OpenFile<'a> {
+    store: &'a Arc<dyn ObjectStore>,
+    file: &'a DataFile,
+    metadata: ArrowReaderMetadata,
 }
 
-async fn open(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<ParquetRecordBatchStreamBuilder<StoreReader>> {
-    ParquetRecordBatchStreamBuilder::new(StoreReader::new(store, path, size))
-        .await
-        .map_err(|error| storage(error, &format!("{path} cannot be read")))
+impl<'a> OpenFile<'a> {
+    pub async fn open(store: &'a Arc<dyn ObjectStore>, file: &'a DataFile) -> Result<Self> {
+        let mut reader = StoreReader::new(store, &file.path, file.size);
+        let metadata = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await;
+        let metadata = metadata.map_err(|error| storage(error, &format!("{} cannot be read", file.path)))?;
+        Ok(Self { store, file, metadata })
+    }
+
+    fn reader(&self) -> ParquetRecordBatchStreamBuilder<StoreReader> {
+        let reader = StoreReader::new(self.store, &self.file.path, self.file.size);
+        ParquetRecordBatchStreamBuilder::new_with_metadata(reader, self.metadata.clone())
+    }
+
+    fn groups(&self) -> &[RowGroupMetaData] {
+        self.metadata.metadata().row_groups()
+    }
+
+    /// Leaf columns by their dotted paths, list levels left out; paths that the file lacks are passed over.
+    fn leaves(&self, wanted: &[&str]) -> Option<ProjectionMask> {
+        let schema = self.metadata.parquet_schema();
+        let found = schema.columns().iter().enumerate().filter(|(_, column)| {
+            let parts = column.path().parts().iter().map(String::as_str);
+            let parts: Vec<&str> = parts.filter(|part| !matches!(*part, "list" | "element")).collect();
+            wanted.contains(&parts.join(".").as_str())
+        });
+        let found: Vec<usize> = found.map(|(index, _)| index).collect();
+        if found.is_empty() { None } else { Some(ProjectionMask::leaves(schema, found)) }
+    }
+
+    /// Rows of the file, those included that are gone.
+    pub fn rows(&self) -> u64 {
+        self.groups().iter().map(|group| group.num_rows() as u64).sum()
+    }
+
+    /// Goes through the live rows with their keys (`None` for a row without id), row groups that can have none of `ids`
+    /// left out.
+    pub async fn for_each_id(&self, ids: Option<&Ids>, mut each: impl FnMut(u64, Option<u128>)) -> Result<()> {
+        let file = self.file;
+        let groups = match ids {
+            Some(ids) => self.groups_with(ids).await?,
+            None => (0..self.groups().len()).collect(),
+        };
+        let Some(mask) = self.leaves(&["id"]) else {
+            // A file without the column: no row of it has an id.
+            (0..self.rows()).filter(|row| !file.gone.contains(*row)).for_each(|row| each(row, None));
+            return Ok(());
+        };
+        let failed = |error| storage(error, &format!("the ids of {} cannot be read", file.path));
+        let mut places = Places::new(self.groups(), &groups);
+        let builder = self.reader().with_projection(mask).with_row_groups(groups).with_batch_size(BATCH);
+        let mut batches = builder.build().map_err(failed)?;
+        while let Some(batch) = batches.try_next().await.map_err(failed)? {
+            for_each_string(batch.column(0), |_, id| {
+                let row = places.next();
+                if !file.gone.contains(row) {
+                    each(row, id.map(|id| key_of(id.as_bytes())));
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Goes through the live rows, or those of them that are `wanted`, with their keys and ranks.
+    pub async fn for_each_ranked(
+        &self,
+        wanted: Option<&RoaringTreemap>,
+        mut each: impl FnMut(u64, Option<RowKey>) -> Result<()>,
+    ) -> Result<()> {
+        let rows: &mut (dyn Iterator<Item = u64> + Send) = match wanted {
+            Some(wanted) if wanted.is_empty() => return Ok(()),
+            Some(wanted) => &mut wanted.iter(),
+            None => &mut (0..self.rows()),
+        };
+        let mut live = rows.map(|row| (row, !self.file.gone.contains(row)));
+        let Some(mask) = self.leaves(&["id", RANK[0], RANK[1], RANK[2]]) else {
+            return live.filter(|(_, live)| *live).try_for_each(|(row, _)| each(row, None));
+        };
+        let failed = |error| storage(error, &format!("the ids and versions in {} cannot be read", self.file.path));
+        let mut builder = self.reader().with_projection(mask).with_batch_size(BATCH);
+        if let Some(wanted) = wanted {
+            builder = builder.with_row_selection(selection(wanted.iter()));
+        }
+        let mut batches = builder.build().map_err(failed)?;
+        while let Some(batch) = batches.try_next().await.map_err(failed)? {
+            let mut ranks = vec![NO_RANK; batch.num_rows()];
+            read_ranks(&batch, &mut ranks)?;
+            let mut keys = vec![None; batch.num_rows()];
+            if let Some(ids) = batch.column_by_name("id") {
+                for_each_string(ids, |at, id| keys[at] = id.map(|id| key_of(id.as_bytes())))?;
+            }
+            for ((key, rank), (row, live)) in keys.into_iter().zip(ranks).zip(&mut live) {
+                if live {
+                    each(row, key.map(|key| RowKey { key, ..rank }))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `lastUpdated`, `versionId` and SUBSETTED of some rows, in their order.
+    pub async fn ranks(&self, rows: &[u64]) -> Result<Vec<RowKey>> {
+        let file = self.file;
+        let Some(mask) = self.leaves(&RANK) else {
+            return Ok(vec![NO_RANK; rows.len()]);
+        };
+        let failed = |error| storage(error, &format!("the versions in {} cannot be read", file.path));
+        let builder = self.reader().with_projection(mask).with_row_selection(selection(rows.iter().copied()));
+        let mut batches = builder.build().map_err(failed)?;
+        let mut ranks = Vec::with_capacity(rows.len());
+        while let Some(batch) = batches.try_next().await.map_err(failed)? {
+            let from = ranks.len();
+            ranks.resize(from + batch.num_rows(), NO_RANK);
+            read_ranks(&batch, &mut ranks[from..])?;
+        }
+        if ranks.len() != rows.len() {
+            return Err(Error::new(ErrorKind::Storage, format!("{} gave other rows than asked for", file.path)));
+        }
+        Ok(ranks)
+    }
+
+    /// Row groups that may hold one of `ids`, by statistics and, where few ids are in their range, bloom filter.
+    async fn groups_with(&self, ids: &Ids) -> Result<Vec<usize>> {
+        let Some(column) = self.metadata.parquet_schema().columns().iter().position(|column| column.path().string() == "id")
+        else {
+            return Ok(Vec::new());
+        };
+        let mut bloom_reader = None;
+        let mut found = Vec::new();
+        for (at, group) in self.groups().iter().enumerate() {
+            let chunk = group.column(column);
+            let statistics = chunk.statistics().filter(|statistics| !statistics.is_min_max_deprecated());
+            let text = |bytes: Option<&'_ [u8]>| bytes.and_then(|bytes| std::str::from_utf8(bytes).ok()).map(str::to_owned);
+            let least = text(statistics.and_then(|statistics| statistics.min_bytes_opt()));
+            let greatest = text(statistics.and_then(|statistics| statistics.max_bytes_opt()));
+            let candidates = ids.between(least.as_deref(), greatest.as_deref());
+            if candidates.is_empty() {
+                continue;
+            }
+            if candidates.len() <= MAX_PROBES && chunk.bloom_filter_offset().is_some() {
+                let reader = bloom_reader.get_or_insert_with(|| self.reader());
+                let bloom = reader.get_row_group_column_bloom_filter(at, column).await;
+                let bloom =
+                    bloom.map_err(|error| storage(error, &format!("a bloom filter of {} cannot be read", self.file.path)))?;
+                if bloom.is_some_and(|bloom| !candidates.iter().any(|id| bloom.check(&**id))) {
+                    continue;
+                }
+            }
+            found.push(at);
+        }
+        Ok(found)
+    }
 }
 
-/// Leaf columns of the file by their dotted paths, list levels left out; paths that it lacks are passed over.
-fn leaves(builder: &ParquetRecordBatchStreamBuilder<StoreReader>, wanted: &[&str]) -> Option<ProjectionMask> {
-    let schema = builder.parquet_schema();
-    let found = schema.columns().iter().enumerate().filter(|(_, column)| {
-        let parts = column.path().parts().iter().map(String::as_str);
-        let parts: Vec<&str> = parts.filter(|part| !matches!(*part, "list" | "element")).collect();
-        wanted.contains(&parts.join(".").as_str())
-    });
-    let found: Vec<usize> = found.map(|(index, _)| index).collect();
-    if found.is_empty() { None } else { Some(ProjectionMask::leaves(schema, found)) }
+/// Ids in the range of a row group up to which its bloom filter is asked: each may be there by the filter's mistake,
+/// one in a hundred, and reading the ids themselves costs only some times as much.
+const MAX_PROBES: usize = 64;
+
+/// The ids that a run brings, in order: what the statistics of files can be compared with.
+#[derive(Debug)]
+pub(super) struct Ids(Vec<Box<str>>);
+
+impl Ids {
+    pub fn new(mut ids: Vec<Box<str>>) -> Self {
+        ids.sort_unstable();
+        Self(ids)
+    }
+
+    /// Those from `least` to `greatest`, both included; statistics may be cut, never so that they exclude a value.
+    pub fn between(&self, least: Option<&str>, greatest: Option<&str>) -> &[Box<str>] {
+        let from = least.map_or(0, |least| self.0.partition_point(|id| &**id < least));
+        let until = greatest.map_or(self.0.len(), |greatest| self.0.partition_point(|id| &**id <= greatest));
+        self.0.get(from..until).unwrap_or_default()
+    }
 }
 
 /// The selection of `rows` (ascending) out of a file.
@@ -95,82 +228,58 @@ pub(super) fn selection(rows: impl Iterator<Item = u64>) -> RowSelection {
     RowSelection::from(selectors)
 }
 
-/// All rows of a file with their keys, batch by batch; `None` for a row without id.
-pub(super) async fn ids(
-    store: &Arc<dyn ObjectStore>,
-    file: &DataFile,
-) -> Result<impl Stream<Item = Result<Vec<(u64, Option<u128>)>>> + use<>> {
-    let builder = open(store, &file.path, file.size).await?;
-    let total = builder.metadata().file_metadata().num_rows() as u64;
-    let path = file.path.clone();
-    let failed = move |error| storage(error, &format!("the ids of {path} cannot be read"));
-    let Some(mask) = leaves(&builder, &["id"]) else {
-        // A file without the column: no row of it has an id.
-        let rows = (0..total).map(|row| (row, None)).collect();
-        return Ok(futures::stream::iter([Ok(rows)]).left_stream());
-    };
-    let batches = builder.with_projection(mask).with_batch_size(64 * 1024).build().map_err(&failed)?;
-    let mut next = 0u64;
-    let keys = batches.map(move |batch| {
-        let batch = batch.map_err(&failed)?;
-        let mut keys = Vec::with_capacity(batch.num_rows());
-        for_each_string(batch.column(0), |at, id| keys.push((next + at as u64, id.map(|id| key_of(id.as_bytes())))))?;
-        next += batch.num_rows() as u64;
-        Ok(keys)
-    });
-    Ok(keys.right_stream())
+const BATCH: usize = 16 * 1024;
+
+/// The rows of some row groups, one after the other.
+struct Places {
+    ranges: std::vec::IntoIter<std::ops::Range<u64>>,
+    now: std::ops::Range<u64>,
 }
 
-/// Reads the ids of `file` and returns the rows whose key `wanted` has, with their ranks.
-pub(super) async fn find(
-    store: &Arc<dyn ObjectStore>,
-    index: usize,
-    file: &DataFile,
-    wanted: impl Fn(u128) -> bool,
-) -> Result<Vec<Match>> {
-    let mut batches = Box::pin(ids(store, file).await?);
-    let mut found = Vec::new();
-    while let Some(batch) = batches.try_next().await? {
-        for (row, key) in batch {
-            if let Some(key) = key.filter(|key| wanted(*key) && !file.gone.contains(row)) {
-                found.push((row, key));
+impl Places {
+    fn new(all: &[RowGroupMetaData], wanted: &[usize]) -> Self {
+        let mut start = 0;
+        let starts: Vec<std::ops::Range<u64>> = all
+            .iter()
+            .map(|group| {
+                let range = start..start + group.num_rows() as u64;
+                start = range.end;
+                range
+            })
+            .collect();
+        let ranges: Vec<_> = wanted.iter().filter_map(|at| starts.get(*at).cloned()).collect();
+        Self { ranges: ranges.into_iter(), now: 0..0 }
+    }
+
+    fn next(&mut self) -> u64 {
+        loop {
+            if let Some(row) = self.now.next() {
+                return row;
             }
+            // More rows than the footer says there are: a place that no file has.
+            self.now = self.ranges.next().unwrap_or(u64::MAX - 1..u64::MAX);
         }
     }
-    if found.is_empty() {
-        return Ok(Vec::new());
-    }
-    let ranks = ranks(store, file, found.iter().map(|(row, _)| *row)).await?;
-    let matches = found.iter().zip(ranks).map(|((row, key), rank)| Match {
-        file: index,
-        row: *row,
-        key: RowKey { key: *key, arrival: Arrival::new(index as u32, *row), ..rank },
-    });
-    Ok(matches.collect())
 }
 
-/// `lastUpdated`, `versionId` and SUBSETTED of some rows, in their order.
-async fn ranks(store: &Arc<dyn ObjectStore>, file: &DataFile, rows: impl Iterator<Item = u64>) -> Result<Vec<RowKey>> {
-    let rows: Vec<u64> = rows.collect();
-    let none =
-        RowKey { key: 0, last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: Arrival::default(), subsetted: false };
-    let builder = open(store, &file.path, file.size).await?;
-    let Some(mask) = leaves(&builder, &["meta.lastUpdated", "meta.versionId", "meta.tag.code"]) else {
-        return Ok(vec![none; rows.len()]);
-    };
-    let failed = |error| storage(error, &format!("the versions in {} cannot be read", file.path));
-    let mut batches =
-        builder.with_projection(mask).with_row_selection(selection(rows.iter().copied())).build().map_err(failed)?;
-    let mut ranks = Vec::with_capacity(rows.len());
+/// Columns that say how a row ranks among its copies.
+const RANK: [&str; 3] = ["meta.lastUpdated", "meta.versionId", "meta.tag.code"];
+
+const NO_RANK: RowKey =
+    RowKey { key: 0, last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: Arrival::from_bits(0), subsetted: false };
+
+/// The ids in a file, for files that are small.
+pub(super) async fn all_ids(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<Vec<Box<str>>> {
+    let file = DataFile { path: path.clone(), size, gone: RoaringTreemap::new(), ids: (None, None) };
+    let footer = OpenFile::open(store, &file).await?;
+    let mut found = Vec::new();
+    let Some(mask) = footer.leaves(&["id"]) else { return Ok(found) };
+    let failed = |error| storage(error, &format!("the ids of {path} cannot be read"));
+    let mut batches = footer.reader().with_projection(mask).build().map_err(failed)?;
     while let Some(batch) = batches.try_next().await.map_err(failed)? {
-        let from = ranks.len();
-        ranks.resize(from + batch.num_rows(), none);
-        read_ranks(&batch, &mut ranks[from..])?;
+        for_each_string(batch.column(0), |_, id| found.extend(id.map(Box::from)))?;
     }
-    if ranks.len() != rows.len() {
-        return Err(Error::new(ErrorKind::Storage, format!("{} gave other rows than asked for", file.path)));
-    }
-    Ok(ranks)
+    Ok(found)
 }
 
 fn read_ranks(batch: &RecordBatch, ranks: &mut [RowKey]) -> Result<()> {
@@ -206,7 +315,7 @@ fn read_ranks(batch: &RecordBatch, ranks: &mut [RowKey]) -> Result<()> {
     Ok(())
 }
 
-fn for_each_string(column: &ArrayRef, mut f: impl FnMut(usize, Option<&str>)) -> Result<()> {
+pub(super) fn for_each_string(column: &ArrayRef, mut f: impl FnMut(usize, Option<&str>)) -> Result<()> {
     let column = match column.data_type() {
         DataType::Utf8 => column.clone(),
         _ => arrow::compute::cast(column, &DataType::Utf8)
@@ -221,6 +330,12 @@ fn for_each_string(column: &ArrayRef, mut f: impl FnMut(usize, Option<&str>)) ->
 /// Rows of a file, by its footer.
 pub(super) async fn row_count(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<u64> {
     Ok(open(store, path, size).await?.metadata().file_metadata().num_rows() as u64)
+}
+
+async fn open(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<ParquetRecordBatchStreamBuilder<StoreReader>> {
+    ParquetRecordBatchStreamBuilder::new(StoreReader::new(store, path, size))
+        .await
+        .map_err(|error| storage(error, &format!("{path} cannot be read")))
 }
 
 /// Some rows of a file, all columns.

@@ -11,9 +11,10 @@ use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataWrit
 use parquet::file::statistics::Statistics;
 use tokio::io::AsyncWriteExt;
 
+use super::spill::{KeyAt, Spill};
 use super::table::{Table, storage};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::messages::{EncodedBatch, RowKey};
+use crate::messages::EncodedBatch;
 use crate::schema::Filled;
 
 const MAGIC: &[u8] = b"PAR1";
@@ -26,7 +27,9 @@ pub struct StagingFile {
     offset: u64,
     row_groups: Vec<RowGroupMetaData>,
     filled: Filled,
-    keys: Vec<RowKey>,
+    keys: Spill<KeyAt>,
+    /// Least and greatest `lastUpdated`.
+    updated: Option<(i64, i64)>,
 }
 
 /// A file that is whole and not committed.
@@ -36,26 +39,37 @@ pub struct StagedFile {
     pub path: Path,
     /// Its size in bytes.
     pub size: u64,
-    /// Keys of its rows, in row order.
-    pub keys: Vec<RowKey>,
+    /// Its rows.
+    pub rows: u64,
+    /// Keys of its rows.
+    pub(super) keys: Spill<KeyAt>,
+    /// Least and greatest `lastUpdated`, absent ones the least.
+    pub(super) updated: Option<(i64, i64)>,
     /// Least and greatest `id`, where the file's statistics know.
     pub id_range: Option<(String, String)>,
 }
 
 impl StagingFile {
-    /// Begins a file at `path` in the table's folder for row groups with the columns of `filled`.
-    pub async fn create(table: &Table, path: Path, filled: Filled) -> Result<Self> {
+    /// Begins a file at `path` in the table's folder for row groups with the columns of `filled`. Keys of its rows that
+    /// are put on disk go into the folder `scratch`.
+    pub async fn create(table: &Table, path: Path, filled: Filled, scratch: &std::path::Path) -> Result<Self> {
         table.make_folder()?;
         // The smallest part that every store takes; less where parts cost nothing.
         let part = if table.local().is_some() { 1 << 20 } else { 5 << 20 };
         let mut writer = BufWriter::with_capacity(table.store(), path.clone(), part);
         writer.write_all(MAGIC).await.map_err(|error| storage(error, &format!("{path} cannot be written")))?;
-        Ok(Self { writer, path, offset: MAGIC.len() as u64, row_groups: Vec::new(), filled, keys: Vec::new() })
+        let keys = Spill::new(scratch, usize::MAX);
+        Ok(Self { writer, path, offset: MAGIC.len() as u64, row_groups: Vec::new(), filled, keys, updated: None })
     }
 
     /// Whether row groups with the columns of `filled` fit into the file: all of a file's have the same.
     pub fn takes(&self, filled: &Filled) -> bool {
         self.filled == *filled
+    }
+
+    /// Bytes of memory that the keys of its rows take.
+    pub fn keys_memory(&self) -> usize {
+        self.keys.memory()
     }
 
     /// Bytes so far.
@@ -77,7 +91,14 @@ impl StagingFile {
             self.row_groups.push(moved);
             self.offset += until - from;
         }
-        self.keys.extend(batch.keys);
+        for key in batch.keys {
+            let (first, last) = self.updated.unwrap_or((key.last_updated, key.last_updated));
+            self.updated = Some((first.min(key.last_updated), last.max(key.last_updated)));
+            let row = self.keys.rows();
+            let row = u32::try_from(row).ok().filter(|_| row < KeyAt::MAX_ROWS);
+            let row = row.ok_or_else(|| Error::new(ErrorKind::Internal, "a staged file with two billion rows"))?;
+            self.keys.push(KeyAt::new(key, 0, row))?;
+        }
         Ok(())
     }
 
@@ -101,7 +122,8 @@ impl StagingFile {
             sync_file(folder.join(self.path.as_ref())).await.map_err(|error| failed(&error))?;
         }
         let size = self.offset + footer.len() as u64;
-        Ok(StagedFile { path: self.path, size, keys: self.keys, id_range })
+        let rows = self.keys.rows();
+        Ok(StagedFile { path: self.path, size, rows, keys: self.keys, updated: self.updated, id_range })
     }
 
     /// Gives the file up.
@@ -112,6 +134,16 @@ impl StagingFile {
 }
 
 impl StagedFile {
+    /// Bytes of memory that the keys of its rows take.
+    pub fn keys_memory(&self) -> usize {
+        self.keys.memory()
+    }
+
+    /// Puts the keys of its rows on disk.
+    pub fn put_keys_on_disk(&mut self) -> Result<()> {
+        self.keys.put_on_disk()
+    }
+
     /// Removes the file.
     pub async fn discard(&self, table: &Table) {
         if let Err(error) = table.store().delete(&self.path).await {

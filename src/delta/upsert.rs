@@ -16,13 +16,13 @@ use object_store::path::Path;
 use roaring::RoaringTreemap;
 use serde_json::{Value, json};
 
-use super::absent::{self, Absent};
+use super::absent::Absent;
 use super::adds::{loose_bounds, rewrite, staged_add};
-use super::content::row_hashes;
-use super::keys::{ByKey, DataFile, Match, find, rows, selection};
-use super::order::{Verdict, judge};
+use super::deletions::{Deletions, Scratch};
+use super::matching::{Marks, Matching};
 use super::staging::StagedFile;
 use super::table::{Table, TableSettings, delta_schema, storage};
+use super::targets::{TargetFile, targets};
 use super::vectors;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -43,8 +43,8 @@ pub struct Watermark {
 pub struct Upsert {
     /// Staged files.
     pub files: Vec<StagedFile>,
-    /// Keys of resources that are gone.
-    pub deletions: Vec<u128>,
+    /// Resources that are gone.
+    pub deletions: Deletions,
     /// Schema for a table that does not exist yet.
     pub schema: Arc<Schema>,
     /// Watermark to set; `None` leaves it.
@@ -53,6 +53,8 @@ pub struct Upsert {
     pub full_refresh: bool,
     /// What becomes of rows that the run does not bring.
     pub absent: Absent,
+    /// For keys that do not fit into memory.
+    pub scratch: Scratch,
     /// For a table that does not exist yet.
     pub settings: TableSettings,
     /// Further members of the commit's info; `run` among them tells whose commit it is.
@@ -97,23 +99,6 @@ pub enum Commit {
     },
 }
 
-/// Rows to be marked, before any file is written.
-#[derive(Default)]
-struct Plan {
-    merged: Merged,
-    /// By data file of the table.
-    gone: BTreeMap<usize, RoaringTreemap>,
-    /// By staged file.
-    staged_gone: Vec<RoaringTreemap>,
-}
-
-struct TargetFile {
-    data: DataFile,
-    rows: Option<u64>,
-    add: Add,
-    remove: Remove,
-}
-
 impl Upsert {
     /// Matches, marks and commits; matches again when another writer was faster.
     pub async fn commit(&self, table: &mut Table) -> Result<Commit> {
@@ -126,8 +111,8 @@ impl Upsert {
                 return Ok(Commit::Stale { table: newest });
             }
             let targets = targets(table)?;
-            let plan = self.plan(table, &targets).await?;
-            match self.write(table, targets, plan, (started, attempt)).await? {
+            let marks = self.matching(table, &targets).marks().await?;
+            match self.write(table, targets, marks, (started, attempt)).await? {
                 Written::Done(merged) => return Ok(Commit::Done(merged)),
                 Written::Unknown(error) => return Ok(Commit::Unknown { error }),
                 Written::Conflict if attempt < MAX_ATTEMPTS => {
@@ -140,127 +125,25 @@ impl Upsert {
         Err(Error::new(ErrorKind::Table, format!("other writers committed first {MAX_ATTEMPTS} times in a row")))
     }
 
-    async fn plan(&self, table: &Table, targets: &[TargetFile]) -> Result<Plan> {
-        let mut plan = Plan { staged_gone: vec![RoaringTreemap::new(); self.files.len()], ..Plan::default() };
-        // Among the run's own copies the newest wins.
-        let rows = self.files.iter().map(|file| file.keys.len()).sum();
-        let mut winners: ByKey<(u32, u32)> = ByKey::with_capacity_and_hasher(rows, Default::default());
-        let key_at = |(file, row): (u32, u32)| &self.files[file as usize].keys[row as usize];
-        for (file, staged) in self.files.iter().enumerate() {
-            for (row, key) in staged.keys.iter().enumerate() {
-                let candidate = (file as u32, row as u32);
-                let Some(best) = winners.get_mut(&key.key) else {
-                    winners.insert(key.key, candidate);
-                    continue;
-                };
-                let newer = key.rank() > key_at(*best).rank();
-                let loser = if newer { std::mem::replace(best, candidate) } else { candidate };
-                plan.staged_gone[loser.0 as usize].insert(u64::from(loser.1));
-                plan.merged.skipped += 1;
-            }
+    fn matching<'a>(&'a self, table: &'a Table, targets: &'a [TargetFile]) -> Matching<'a> {
+        Matching {
+            table,
+            targets,
+            files: &self.files,
+            deletions: &self.deletions,
+            full_refresh: self.full_refresh,
+            absent: self.absent,
+            scratch: &self.scratch,
         }
-        if let Absent::Replace(most) = self.absent {
-            let found = absent::find(table, targets.iter().map(|target| &target.data), &winners, most).await?;
-            plan.merged.deleted = found.absent.iter().map(RoaringTreemap::len).sum();
-            plan.merged.updated = found.live - plan.merged.deleted;
-            plan.merged.inserted = (winners.len() as u64).saturating_sub(plan.merged.updated);
-            for (index, rows) in found.rows.into_iter().enumerate() {
-                plan.gone.entry(index).or_default().insert_range(0..rows);
-            }
-            return Ok(plan);
-        }
-        // An id that is both deleted and in the output is kept.
-        let mut deletions: ByKey<bool> = ByKey::default();
-        deletions.extend(self.deletions.iter().filter(|key| !winners.contains_key(key)).map(|key| (*key, false)));
-
-        let mut matches: ByKey<Vec<Match>> = ByKey::default();
-        if !(winners.is_empty() && deletions.is_empty()) {
-            for (index, target) in targets.iter().enumerate() {
-                let wanted = |key| winners.contains_key(&key) || deletions.contains_key(&key);
-                for found in find(&table.store(), index, &target.data, wanted).await? {
-                    matches.entry(found.key.key).or_default().push(found);
-                }
-            }
-        }
-        let mut undecided = Vec::new();
-        for (key, copies) in &matches {
-            let mark = |plan: &mut Plan, copy: &Match| {
-                plan.gone.entry(copy.file).or_default().insert(copy.row);
-            };
-            let Some(winner) = winners.get(key).copied() else {
-                copies.iter().for_each(|copy| mark(&mut plan, copy));
-                plan.merged.deleted += 1;
-                continue;
-            };
-            // A table may hold an id twice, by the recipe's doing: the best copy stays at most.
-            let Some(best) = copies.iter().max_by_key(|copy| copy.key.rank()) else { continue };
-            copies.iter().filter(|copy| (copy.file, copy.row) != (best.file, best.row)).for_each(|copy| mark(&mut plan, copy));
-            let (file, row) = (winner.0 as usize, u64::from(winner.1));
-            match judge(key_at(winner), &best.key, self.full_refresh) {
-                Verdict::Newer => {
-                    mark(&mut plan, best);
-                    plan.merged.updated += 1;
-                }
-                Verdict::Older => {
-                    plan.staged_gone[file].insert(row);
-                    plan.merged.skipped += 1;
-                }
-                Verdict::Compare => undecided.push((file, row, *best)),
-            }
-        }
-        plan.merged.inserted = (winners.len() - matches.keys().filter(|key| winners.contains_key(key)).count()) as u64;
-        self.compare(table, targets, undecided, &mut plan).await?;
-        if let Absent::Delete(most) = self.absent {
-            let found = absent::find(table, targets.iter().map(|target| &target.data), &winners, most).await?;
-            for (index, absent) in found.absent.into_iter().enumerate().filter(|(_, absent)| !absent.is_empty()) {
-                // Those that the manifest deletes too were counted.
-                let gone = plan.gone.entry(index).or_default();
-                plan.merged.deleted += absent.len() - absent.intersection_len(gone);
-                *gone |= absent;
-            }
-        }
-        Ok(plan)
     }
 
-    /// Reads the rows that only their content can tell apart: equal ones are skipped.
-    async fn compare(
-        &self,
-        table: &Table,
-        targets: &[TargetFile],
-        undecided: Vec<(usize, u64, Match)>,
-        plan: &mut Plan,
-    ) -> Result<()> {
-        let mut by_staged: BTreeMap<usize, BTreeMap<u64, u128>> = BTreeMap::new();
-        let mut by_target: BTreeMap<usize, BTreeMap<u64, u128>> = BTreeMap::new();
-        for (file, row, best) in &undecided {
-            by_staged.entry(*file).or_default().insert(*row, 0);
-            by_target.entry(best.file).or_default().insert(best.row, 0);
-        }
-        for (file, wanted) in &mut by_staged {
-            hash_rows(table, &self.files[*file].path, self.files[*file].size, wanted).await?;
-        }
-        for (file, wanted) in &mut by_target {
-            hash_rows(table, &targets[*file].data.path, targets[*file].data.size, wanted).await?;
-        }
-        for (file, row, best) in undecided {
-            if by_staged[&file][&row] == by_target[&best.file][&best.row] {
-                plan.staged_gone[file].insert(row);
-                plan.merged.skipped += 1;
-            } else {
-                plan.gone.entry(best.file).or_default().insert(best.row);
-                plan.merged.updated += 1;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes what the plan needs and commits. `begun` is when, and the number of the attempt.
-    async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, plan: Plan, begun: (Instant, usize)) -> Result<Written> {
-        let mut merged = plan.merged;
+    /// Writes what the marks need and commits. `begun` is when, and the number of the attempt.
+    async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, marks: Marks, begun: (Instant, usize)) -> Result<Written> {
+        let mut merged = marks.merged;
         let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut out = Actions::default();
         let mut marked: Vec<(Add, RoaringTreemap)> = Vec::new();
-        for (index, gone) in &plan.gone {
+        for (index, gone) in &marks.gone {
             let target = &targets[*index];
             let all_gone = &target.data.gone | gone;
             out.removes.push(target.remove.clone());
@@ -275,8 +158,8 @@ impl Upsert {
                 out.adds.push(add);
             }
         }
-        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
-            let total = staged.keys.len() as u64;
+        for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
+            let total = staged.rows;
             if gone.len() == total {
                 continue;
             }
@@ -328,8 +211,8 @@ impl Upsert {
             out.discard(table).await;
             return Ok(written);
         }
-        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
-            if gone.len() == staged.keys.len() as u64 || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
+        for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
+            if gone.len() == staged.rows || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
                 staged.discard(table).await;
             }
         }
@@ -427,7 +310,7 @@ impl Upsert {
 
     /// Operation metrics by the names of Spark's own merge.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
-        let sources: usize = self.files.iter().map(|file| file.keys.len()).sum();
+        let sources: u64 = self.files.iter().map(|file| file.rows).sum();
         json!({
             "numSourceRows": sources.to_string(),
             "numTargetRowsInserted": merged.inserted.to_string(),
@@ -469,42 +352,4 @@ struct Actions {
     vectors: usize,
     /// Files written for this commit alone.
     new_files: Vec<Path>,
-}
-
-fn targets(table: &Table) -> Result<Vec<TargetFile>> {
-    let Some(delta) = &table.delta else { return Ok(Vec::new()) };
-    let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
-    let mut targets = Vec::new();
-    for view in snapshot.log_data().iter() {
-        let gone = match view.deletion_vector_descriptor() {
-            Some(descriptor) => vectors::read(table, &descriptor)?,
-            None => RoaringTreemap::new(),
-        };
-        let data = DataFile { path: view.object_store_path(), size: view.size() as u64, gone };
-        let rows = view.num_records().map(|rows| rows as u64);
-        let add = Add {
-            path: view.path().into_owned(),
-            partition_values: view.partition_values_map(),
-            size: view.size(),
-            modification_time: view.modification_time(),
-            data_change: true,
-            stats: view.stats(),
-            deletion_vector: view.deletion_vector_descriptor(),
-            ..Add::default()
-        };
-        targets.push(TargetFile { data, rows, add, remove: view.remove_action(true) });
-    }
-    Ok(targets)
-}
-
-/// Fills in the content hash of each wanted row of a file.
-async fn hash_rows(table: &Table, path: &Path, size: u64, wanted: &mut BTreeMap<u64, u128>) -> Result<()> {
-    let mut batches = rows(&table.store(), path, size, selection(wanted.keys().copied())).await?;
-    let mut places = wanted.values_mut();
-    while let Some(batch) = batches.try_next().await.map_err(|error| storage(error, &format!("{path} cannot be read")))? {
-        for (hash, place) in row_hashes(&batch)?.into_iter().zip(&mut places) {
-            *place = hash;
-        }
-    }
-    Ok(())
 }

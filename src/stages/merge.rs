@@ -3,6 +3,7 @@
 //! Staging never waits for a commit; `tables_at_once` limits matching and committing only.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,9 @@ use object_store::path::Path;
 use serde_json::{Value, json};
 
 use super::ledger::{Ledger, Standing};
-use crate::delta::{Absent, Commit, Merged, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark};
+use crate::delta::{
+    Absent, Commit, Deletions, Merged, Scratch, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
 use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
@@ -40,6 +43,12 @@ pub struct MergeSettings {
     pub target_file_bytes: u64,
     /// Bytes that the open files' footers and buffers may take before the largest is closed.
     pub max_open_files: usize,
+    /// Bytes of memory that the keys of staged rows may take.
+    pub keys_in_memory: usize,
+    /// Bytes of memory that matching one table may take.
+    pub match_memory: usize,
+    /// Folder for keys beyond that.
+    pub scratch: PathBuf,
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
     /// Setup of tables that are created.
@@ -109,8 +118,27 @@ pub struct MergeReport {
 struct TypeStage {
     open: Option<StagingFile>,
     staged: Vec<StagedFile>,
-    deletions: Vec<u128>,
+    deletions: Option<Deletions>,
     outcome: TypeOutcome,
+}
+
+impl TypeStage {
+    /// Bytes of memory that the keys of staged rows take.
+    fn keys_memory(&self) -> usize {
+        self.open.as_ref().map_or(0, StagingFile::keys_memory) + self.closed_keys_memory()
+    }
+
+    fn closed_keys_memory(&self) -> usize {
+        let deletions = self.deletions.as_ref().map_or(0, Deletions::memory);
+        self.staged.iter().map(StagedFile::keys_memory).sum::<usize>() + deletions
+    }
+
+    fn put_keys_on_disk(&mut self) -> Result<()> {
+        if let Some(deletions) = &mut self.deletions {
+            deletions.put_on_disk()?;
+        }
+        self.staged.iter_mut().try_for_each(StagedFile::put_keys_on_disk)
+    }
 }
 
 /// The merge stage: one worker owns the books and all staged files.
@@ -199,7 +227,7 @@ impl Merge {
         }
         // Deletions may concern types that no file names.
         for (name, stage) in stages {
-            if !stage.deletions.is_empty() {
+            if stage.deletions.is_some() {
                 self.ledger.staged(name, 0);
             }
         }
@@ -218,9 +246,10 @@ impl Merge {
     async fn take(&mut self, input: MergeInput, stages: &mut BTreeMap<ResourceType, TypeStage>, files: &mut usize) -> Result<()> {
         match input {
             MergeInput::Fact(fact) => self.ledger.enter(fact),
-            MergeInput::Deletions(keys) => {
-                for (name, key) in keys {
-                    stages.entry(name).or_default().deletions.push(key);
+            MergeInput::Deletions(ids) => {
+                for (name, id) in ids {
+                    let deletions = &mut stages.entry(name).or_default().deletions;
+                    deletions.get_or_insert_with(|| Deletions::new(&self.settings.scratch)).push(id)?;
                 }
             }
             MergeInput::Batch(batch) => {
@@ -258,7 +287,7 @@ impl Merge {
             none => {
                 *files += 1;
                 let path = Path::from(format!("part-{}-{files:05}.zstd.parquet", self.settings.run));
-                none.insert(StagingFile::create(table, path, batch.filled.clone()).await?)
+                none.insert(StagingFile::create(table, path, batch.filled.clone(), &self.settings.scratch).await?)
             }
         };
         file.append(batch).await?;
@@ -275,6 +304,28 @@ impl Merge {
             let Some((name, stage)) = largest else { break };
             let Some(file) = stage.open.take() else { break };
             stage.staged.push(file.close(&self.opened[name]).await?);
+        }
+        self.keep_to_memory(stages).await
+    }
+
+    /// Keys of staged rows beyond the budget go to disk: those of closed files first, then of the file that has most,
+    /// which is closed.
+    async fn keep_to_memory(&mut self, stages: &mut BTreeMap<ResourceType, TypeStage>) -> Result<()> {
+        while stages.values().map(TypeStage::keys_memory).sum::<usize>() > self.settings.keys_in_memory {
+            let Some((name, stage)) = stages.iter_mut().max_by_key(|(_, stage)| stage.keys_memory()) else { break };
+            if stage.closed_keys_memory() == 0
+                && let Some(file) = stage.open.take()
+            {
+                stage.staged.push(file.close(&self.opened[name]).await?);
+            }
+            let mut keys = std::mem::take(stage);
+            let (kept, result) = compute(tracing::Span::current(), async move {
+                let result = keys.put_keys_on_disk();
+                (keys, result)
+            })
+            .await?;
+            *stage = kept;
+            result?;
         }
         Ok(())
     }
@@ -309,7 +360,7 @@ impl Merge {
             self.may_delete_absent(name, end, stage)?;
         }
         let files = std::mem::take(&mut stage.staged);
-        let deletions = std::mem::take(&mut stage.deletions);
+        let deletions = stage.deletions.take().unwrap_or_else(|| Deletions::new(&self.settings.scratch));
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
         // for gets its table though nothing came.
         let asked = end.is_some_and(|end| end.asked.contains(name));
@@ -326,6 +377,7 @@ impl Merge {
             watermark,
             full_refresh: self.settings.full_refresh,
             absent: self.settings.absent,
+            scratch: Scratch { folder: self.settings.scratch.clone(), memory: self.settings.match_memory },
             settings: self.settings.table.clone(),
             info: info(&self.settings, end),
             run: self.settings.run.clone(),

@@ -112,7 +112,7 @@ pub struct Parsed {
     /// What became of its lines.
     pub tally: ParsedChunk,
     /// Ids that are gone.
-    pub deletions: Vec<(ResourceType, u128)>,
+    pub deletions: Vec<(ResourceType, Box<str>)>,
     /// Issues of OperationOutcomes, by severity.
     pub outcomes: Vec<(Arc<str>, u64)>,
 }
@@ -158,7 +158,7 @@ struct Work<'a> {
     tape: Tape,
     by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
     tally: ParsedChunk,
-    deletions: Vec<(ResourceType, u128)>,
+    deletions: Vec<(ResourceType, Box<str>)>,
     outcomes: Vec<(Arc<str>, u64)>,
 }
 
@@ -329,7 +329,7 @@ fn rank(meta: Value<'_>, key: &mut RowKey) {
 
 /// A line of a `deleted` file: a transaction Bundle with one or more DELETE entries (Bulk Data 2.0,
 /// "Deleted Output"); entries with other methods are none of ours.
-fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, u128)>) -> Result<(), &'static str> {
+fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, Box<str>)>) -> Result<(), &'static str> {
     if value.get(b"resourceType").and_then(|name| name.str_bytes()) != Some(b"Bundle") {
         return Err("not a Bundle, in a file of deletions");
     }
@@ -345,7 +345,7 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, u128)
         let mut parts = url.rsplit('/');
         let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
         let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
-        found.push((resource_type.clone(), key_of(id.as_bytes())));
+        found.push((resource_type.clone(), id.into()));
     }
     out.append(&mut found);
     Ok(())

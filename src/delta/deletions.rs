@@ -1,0 +1,66 @@
+//! Ids that the server says are gone.
+
+use std::path::{Path, PathBuf};
+
+use super::spill::{KeyAt, Spill};
+use crate::error::Result;
+use crate::messages::{Arrival, RowKey, key_of};
+
+/// Memory and, beyond it, disk for keys.
+#[derive(Debug, Clone)]
+pub struct Scratch {
+    /// Folder of files without names.
+    pub folder: PathBuf,
+    /// Bytes of memory that matching one table may take.
+    pub memory: usize,
+}
+
+/// Ids that are gone.
+#[derive(Debug)]
+pub struct Deletions {
+    pub(super) keys: Spill<KeyAt>,
+    /// The ids themselves, as long as they are few.
+    pub(super) ids: Option<Vec<Box<str>>>,
+}
+
+impl Deletions {
+    /// None yet.
+    pub fn new(folder: &Path) -> Self {
+        Self { keys: Spill::new(folder, usize::MAX), ids: Some(Vec::new()) }
+    }
+
+    /// Adds an id.
+    pub fn push(&mut self, id: Box<str>) -> Result<()> {
+        let key = RowKey {
+            key: key_of(id.as_bytes()),
+            last_updated: RowKey::ABSENT,
+            version: RowKey::ABSENT,
+            arrival: Arrival::default(),
+            subsetted: false,
+        };
+        self.ids = self.ids.take().filter(|ids| ids.len() < MAX_IDS);
+        if let Some(ids) = &mut self.ids {
+            ids.push(id);
+        }
+        self.keys.push(KeyAt::new(key, 0, 0))
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.keys.rows() == 0
+    }
+
+    /// Bytes that they take of memory.
+    pub fn memory(&self) -> usize {
+        self.keys.memory() + self.ids.iter().flatten().map(|id| id.len() + 32).sum::<usize>()
+    }
+
+    /// Puts them on disk.
+    pub fn put_on_disk(&mut self) -> Result<()> {
+        self.ids = None;
+        self.keys.put_on_disk()
+    }
+}
+
+/// Ids up to which statistics are asked before a file's ids are read. With more, hardly a row group can be left out.
+pub(super) const MAX_IDS: usize = 100_000;

@@ -1,0 +1,400 @@
+//! Which rows go: copies that lose within the run, and rows of the table that are replaced or deleted.
+//!
+//! Where the keys that the run brings fit into memory, they are indexed, and the table's ids go by once. Where they do
+//! not, both sides are laid out by partitions of the key space on disk, and the same is done partition by partition.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+use futures::TryStreamExt;
+use hashbrown::HashTable;
+use object_store::path::Path;
+use roaring::RoaringTreemap;
+
+use super::absent::Absent;
+use super::content::row_hashes;
+use super::deletions::{Deletions, MAX_IDS, Scratch};
+use super::filter::Filter;
+use super::keys::{Ids, OpenFile, all_ids, for_each_string, rows, selection};
+use super::order::{Verdict, judge};
+use super::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
+use super::staging::StagedFile;
+use super::table::{Table, storage};
+use super::targets::TargetFile;
+use super::upsert::Merged;
+use crate::error::{Error, ErrorKind, Result};
+use crate::messages::{RowKey, key_of};
+
+/// Memory that a row of the run takes while it is matched: its key and place in the index, and its match.
+const BYTES_A_ROW: u64 = 136;
+
+/// Hashes a key that is a hash already.
+#[derive(Default)]
+struct Identity(u64);
+
+impl Hasher for Identity {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+}
+
+type ByKey<T> = HashMap<u128, T, BuildHasherDefault<Identity>>;
+
+/// Rows to be marked, before any file is written.
+#[derive(Debug, Default)]
+pub(super) struct Marks {
+    pub merged: Merged,
+    /// By data file of the table.
+    pub gone: BTreeMap<usize, RoaringTreemap>,
+    /// By staged file.
+    pub staged_gone: Vec<RoaringTreemap>,
+    /// Live rows of the table, and those of them that the run does not bring; counted where that matters.
+    live: u64,
+    absent: u64,
+    /// Winners that the table has in the same version: only their content can tell.
+    equal: Vec<RoaringTreemap>,
+    /// The table's rows that they are equal to.
+    equal_held: BTreeMap<usize, RoaringTreemap>,
+}
+
+impl Marks {
+    fn mark(&mut self, held: &KeyAt) {
+        self.gone.entry(held.file as usize).or_default().insert(held.row());
+    }
+    fn mark_staged(&mut self, staged: &KeyAt) {
+        self.staged_gone[staged.file as usize].insert(staged.row());
+        self.merged.skipped += 1;
+    }
+}
+
+/// What the run brings in a part of the key space.
+#[derive(Default)]
+struct Brought {
+    /// The newest copy of each id.
+    winners: Vec<KeyAt>,
+    /// Indexes of them.
+    by_key: HashTable<u32>,
+    /// Ids to delete; one that is in the output too is kept.
+    deletions: ByKey<()>,
+}
+
+impl Brought {
+    fn winner(&self, key: u128) -> Option<usize> {
+        self.by_key.find(key as u64, |at| self.winners[*at as usize].key == key).map(|at| *at as usize)
+    }
+
+    fn has(&self, key: u128) -> bool {
+        self.winner(key).is_some() || (!self.deletions.is_empty() && self.deletions.contains_key(&key))
+    }
+
+    /// Adds a copy; the one that loses against another.
+    fn add(&mut self, staged: KeyAt) -> Option<KeyAt> {
+        if let Some(at) = self.winner(staged.key) {
+            let best = &mut self.winners[at];
+            let newer = staged.row_key().rank() > best.row_key().rank();
+            return Some(if newer { std::mem::replace(best, staged) } else { staged });
+        }
+        let at = self.winners.len() as u32;
+        self.winners.push(staged);
+        self.by_key.insert_unique(staged.key as u64, at, |at| self.winners[*at as usize].key as u64);
+        None
+    }
+}
+
+/// One match of what a run brings with a table's files.
+pub(super) struct Matching<'a> {
+    pub table: &'a Table,
+    pub targets: &'a [TargetFile],
+    pub files: &'a [StagedFile],
+    pub deletions: &'a Deletions,
+    pub full_refresh: bool,
+    pub absent: Absent,
+    pub scratch: &'a Scratch,
+}
+
+impl Matching<'_> {
+    /// The rows that go.
+    pub async fn marks(&self) -> Result<Marks> {
+        let none = || vec![RoaringTreemap::new(); self.files.len()];
+        let mut marks = Marks { staged_gone: none(), equal: none(), ..Marks::default() };
+        let brought: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
+        if brought * BYTES_A_ROW <= self.scratch.memory as u64 {
+            self.at_once(&mut marks).await?;
+        } else {
+            self.part_by_part(brought, &mut marks).await?;
+        }
+        self.absent.check(marks.absent, marks.live)?;
+        if let Absent::Replace(_) = self.absent {
+            marks.merged.updated = marks.live - marks.absent;
+            marks.merged.inserted = marks.merged.inserted.saturating_sub(marks.merged.updated);
+        }
+        self.compare(&mut marks).await?;
+        Ok(marks)
+    }
+
+    async fn at_once(&self, marks: &mut Marks) -> Result<()> {
+        let brought = self.brought(&Part::ALL, marks)?;
+        let mut held = Vec::new();
+        let stays = self.absent == Absent::Stay;
+        let ids = if stays { self.ids().await? } else { None };
+        // What a run without a row looks for, no file has.
+        let targets = if stays && brought.winners.is_empty() && brought.deletions.is_empty() { &[] } else { self.targets };
+        let store = self.table.store();
+        for (index, target) in targets.iter().enumerate() {
+            let (least, greatest) = &target.data.ids;
+            if ids.as_ref().is_some_and(|ids| ids.between(least.as_deref(), greatest.as_deref()).is_empty()) {
+                continue;
+            }
+            let file = self.open(&store, target).await?;
+            let (mut found, mut keys) = (Vec::new(), Vec::new());
+            let each = |row, key: Option<u128>| match key.filter(|key| brought.has(*key)) {
+                Some(key) => {
+                    found.push(row);
+                    keys.push(key);
+                }
+                None => self.absent_row(index, row, marks),
+            };
+            file.for_each_id(ids.as_ref(), each).await?;
+            self.count_live(index, &file, marks);
+            if found.is_empty() || matches!(self.absent, Absent::Replace(_)) {
+                continue;
+            }
+            let ranks = file.ranks(&found).await?;
+            let matches = found.iter().zip(keys).zip(ranks);
+            held.extend(matches.map(|((row, key), rank)| KeyAt::new(RowKey { key, ..rank }, index as u32, *row as u32)));
+        }
+        self.settle(&brought, held, marks);
+        Ok(())
+    }
+
+    /// With memory for a part of the keys only.
+    async fn part_by_part(&self, brought: u64, marks: &mut Marks) -> Result<()> {
+        let quarter = self.scratch.memory / 4;
+        let mut filter = Filter::new(brought, quarter);
+        let mut rows = [0; PARTITIONS];
+        for keys in self.files.iter().map(|file| &file.keys).chain([&self.deletions.keys]) {
+            keys.read(0..PARTITIONS, |staged| {
+                filter.put(staged.key);
+                rows[partition(staged.key)] += 1;
+                Ok(())
+            })?;
+        }
+        let mut held = Spill::new(&self.scratch.folder, quarter);
+        let store = self.table.store();
+        for (index, target) in self.targets.iter().enumerate() {
+            let file = self.open(&store, target).await?;
+            let mut maybe = None;
+            // Reading the ranks of all rows costs more than reading the ids twice, unless most rows match.
+            if brought * 4 < file.rows() {
+                let mut rows = RoaringTreemap::new();
+                let each = |row, key: Option<u128>| match key.filter(|key| filter.may_have(*key)) {
+                    Some(_) => drop(rows.insert(row)),
+                    None => self.absent_row(index, row, marks),
+                };
+                file.for_each_id(None, each).await?;
+                maybe = Some(rows);
+            }
+            let each = |row, key: Option<RowKey>| match key.filter(|key| filter.may_have(key.key)) {
+                Some(key) => held.push(KeyAt::new(key, index as u32, row as u32)),
+                None => {
+                    self.absent_row(index, row, marks);
+                    Ok(())
+                }
+            };
+            file.for_each_ranked(maybe.as_ref(), each).await?;
+            self.count_live(index, &file, marks);
+        }
+        drop(filter);
+        held.put_on_disk()?;
+        for part in Part::of(&rows, self.scratch.memory as u64 / BYTES_A_ROW) {
+            let brought = self.brought(&part, marks)?;
+            let mut matches = Vec::new();
+            held.read(part.partitions.clone(), |held| {
+                if brought.has(held.key) {
+                    matches.push(held);
+                } else if part.has(held.key) {
+                    self.absent_row(held.file as usize, held.row(), marks);
+                }
+                Ok(())
+            })?;
+            self.settle(&brought, matches, marks);
+        }
+        Ok(())
+    }
+
+    async fn open<'b>(
+        &self,
+        store: &'b std::sync::Arc<dyn object_store::ObjectStore>,
+        target: &'b TargetFile,
+    ) -> Result<OpenFile<'b>> {
+        let file = OpenFile::open(store, &target.data).await?;
+        if file.rows() > KeyAt::MAX_ROWS {
+            return Err(Error::new(ErrorKind::Table, format!("{} has more than two billion rows", target.data.path)));
+        }
+        Ok(file)
+    }
+
+    /// A row of the table that the run neither brings nor deletes by name.
+    fn absent_row(&self, file: usize, row: u64, marks: &mut Marks) {
+        if self.absent == Absent::Stay {
+            return;
+        }
+        marks.absent += 1;
+        marks.merged.deleted += 1;
+        marks.gone.entry(file).or_default().insert(row);
+    }
+
+    fn count_live(&self, index: usize, file: &OpenFile<'_>, marks: &mut Marks) {
+        marks.live += file.rows() - self.targets[index].data.gone.len();
+        if let Absent::Replace(_) = self.absent {
+            marks.gone.entry(index).or_default().insert_range(0..file.rows());
+        }
+    }
+
+    /// The ids that the run brings, where they are few enough for statistics to leave something out.
+    async fn ids(&self) -> Result<Option<Ids>> {
+        let rows: u64 = self.files.iter().map(|file| file.rows).sum();
+        let Some(deleted) = self.deletions.ids.as_ref().filter(|ids| rows as usize + ids.len() <= MAX_IDS) else {
+            return Ok(None);
+        };
+        let mut ids = deleted.clone();
+        for file in self.files {
+            ids.extend(all_ids(&self.table.store(), &file.path, file.size).await?);
+        }
+        Ok(Some(Ids::new(ids)))
+    }
+
+    /// What the run brings in `part`: among its own copies the newest wins.
+    fn brought(&self, part: &Part, marks: &mut Marks) -> Result<Brought> {
+        let mut brought = Brought::default();
+        if part.partitions.len() == PARTITIONS {
+            let rows = self.files.iter().map(|file| file.rows as usize).sum();
+            brought.winners.reserve_exact(rows);
+            brought.by_key.reserve(rows, |_| 0);
+        }
+        for (file, staged) in self.files.iter().enumerate() {
+            staged.keys.read(part.partitions.clone(), |key| {
+                if part.has(key.key)
+                    && let Some(loser) = brought.add(key.of_file(file))
+                {
+                    marks.mark_staged(&loser);
+                }
+                Ok(())
+            })?;
+        }
+        self.deletions.keys.read(part.partitions.clone(), |deleted| {
+            if part.has(deleted.key) && brought.winner(deleted.key).is_none() {
+                brought.deletions.insert(deleted.key, ());
+            }
+            Ok(())
+        })?;
+        Ok(brought)
+    }
+
+    /// Decides about each id that the table has: `held` are its rows in the table.
+    fn settle(&self, brought: &Brought, mut held: Vec<KeyAt>, marks: &mut Marks) {
+        marks.merged.inserted += brought.winners.len() as u64;
+        if let Absent::Replace(_) = self.absent {
+            return;
+        }
+        held.sort_unstable_by_key(|held| (held.key, held.file, held.row()));
+        for copies in held.chunk_by(|a, b| a.key == b.key) {
+            let Some(winner) = brought.winner(copies[0].key).map(|at| brought.winners[at]) else {
+                copies.iter().for_each(|copy| marks.mark(copy));
+                marks.merged.deleted += 1;
+                continue;
+            };
+            marks.merged.inserted -= 1;
+            // A table may hold an id twice, by the recipe's doing: the best copy stays at most.
+            let best = |a: &&KeyAt, b: &&KeyAt| (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()));
+            let Some(best) = copies.iter().max_by(best) else { continue };
+            copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| marks.mark(copy));
+            match judge(&winner.row_key(), &best.row_key(), self.full_refresh) {
+                Verdict::Newer => {
+                    marks.mark(best);
+                    marks.merged.updated += 1;
+                }
+                Verdict::Older => marks.mark_staged(&winner),
+                Verdict::Compare => {
+                    marks.equal[winner.file as usize].insert(winner.row());
+                    marks.equal_held.entry(best.file as usize).or_default().insert(best.row());
+                }
+            }
+        }
+    }
+
+    /// Reads the rows that only their content can tell apart: those that say the same are skipped.
+    async fn compare(&self, marks: &mut Marks) -> Result<()> {
+        let (equal, equal_held) = (std::mem::take(&mut marks.equal), std::mem::take(&mut marks.equal_held));
+        let quarter = self.scratch.memory / 4;
+        let (mut staged, mut held) = (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));
+        for (index, rows) in equal.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+            let file = &self.files[index];
+            contents(self.table, (&file.path, file.size), index, rows, &mut staged).await?;
+        }
+        for (index, rows) in &equal_held {
+            let file = &self.targets[*index].data;
+            contents(self.table, (&file.path, file.size), *index, rows, &mut held).await?;
+        }
+        let mut rows = [0; PARTITIONS];
+        held.read(0..PARTITIONS, |held: ContentAt| {
+            rows[partition(held.key)] += 1;
+            Ok(())
+        })?;
+        for part in Part::of(&rows, quarter as u64 / 96) {
+            let mut by_key: ByKey<ContentAt> = ByKey::default();
+            held.read(part.partitions.clone(), |held| {
+                if part.has(held.key) {
+                    by_key.insert(held.key, held);
+                }
+                Ok(())
+            })?;
+            staged.read(part.partitions.clone(), |staged: ContentAt| {
+                match by_key.get(&staged.key) {
+                    Some(held) if held.content == staged.content => {
+                        marks.staged_gone[staged.file as usize].insert(u64::from(staged.row));
+                        marks.merged.skipped += 1;
+                    }
+                    Some(held) => {
+                        marks.gone.entry(held.file as usize).or_default().insert(u64::from(held.row));
+                        marks.merged.updated += 1;
+                    }
+                    // In another slice of its partition.
+                    None => {}
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Adds what some rows of a file say to `out`.
+async fn contents(
+    table: &Table,
+    (path, size): (&Path, u64),
+    file: usize,
+    wanted: &RoaringTreemap,
+    out: &mut Spill<ContentAt>,
+) -> Result<()> {
+    let mut batches = rows(&table.store(), path, size, selection(wanted.iter())).await?;
+    let mut places = wanted.iter();
+    while let Some(batch) = batches.try_next().await.map_err(|error| storage(error, &format!("{path} cannot be read")))? {
+        let mut keys = vec![0; batch.num_rows()];
+        if let Some(ids) = batch.column_by_name("id") {
+            for_each_string(ids, |at, id| keys[at] = key_of(id.unwrap_or_default().as_bytes()))?;
+        }
+        for ((content, key), row) in row_hashes(&batch)?.into_iter().zip(keys).zip(&mut places) {
+            out.push(ContentAt { key, content, file: file as u32, row: row as u32 })?;
+        }
+    }
+    Ok(())
+}
