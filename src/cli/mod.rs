@@ -4,6 +4,7 @@ mod completions;
 mod demo;
 mod drive;
 mod json;
+mod maintain;
 mod output;
 mod query;
 mod run;
@@ -56,6 +57,10 @@ enum Command {
     Validate(validate::ValidateArgs),
     /// Shows a pipeline's tables, watermarks and last run.
     Status(status::StatusArgs),
+    /// Tidies a pipeline's tables: small files together, marked rows away. Changes no answer.
+    Optimize(maintain::OptimizeArgs),
+    /// Names, or removes, files that no version of a table needs any more.
+    Vacuum(maintain::VacuumArgs),
     /// Asks the tables a question in SQL; each is named by its resource type.
     Query(query::QueryArgs),
     /// Shows the table schema of a resource type.
@@ -114,6 +119,8 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
         Command::Demo(args) => demo::demo(args, output).await,
         Command::Validate(args) => validate::validate(args, output).await,
         Command::Status(args) => status::status(args, output).await,
+        Command::Optimize(args) => maintain::optimize(args, output).await,
+        Command::Vacuum(args) => maintain::vacuum(args, output).await,
         Command::Query(args) => query::query(args, output).await,
         Command::Schema(args) => schema::schema(&args, output),
         Command::Completions(args) => completions::completions(&args, output),

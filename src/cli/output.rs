@@ -128,6 +128,15 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     lines.join("\n")
 }
 
+/// Bytes as people say them.
+pub(super) fn bytes(number: u64) -> String {
+    match number {
+        0..1_000 => format!("{number} B"),
+        1_000..1_000_000 => format!("{:.1} kB", number as f64 / 1e3),
+        _ => format!("{:.1} MB", number as f64 / 1e6),
+    }
+}
+
 /// A run's report as a table.
 pub(super) fn report(report: &RunReport) -> String {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;

@@ -28,6 +28,12 @@ pub struct PipelineFile {
     /// Folder of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<Text>,
+    /// Tidies the tables' files after some runs.
+    #[serde(default)]
+    pub optimize: OptimizeSection,
+    /// Removes old files after some runs.
+    #[serde(default)]
+    pub vacuum: VacuumSection,
     /// When it is to run; read, and not acted on in this version.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schedule: Vec<Schedule>,
@@ -222,6 +228,56 @@ pub struct MergeSection {
     pub target_file: ByteSize,
     /// Deletion vectors in tables that are created.
     pub deletion_vectors: bool,
+    /// Turns deletion vectors on in tables that exist and have them off. Raises their protocol: older readers cannot read
+    /// them any more.
+    pub upgrade_deletion_vectors: bool,
+    /// What becomes of columns that an existing table lacks.
+    pub schema_evolution: SchemaEvolution,
+}
+
+/// What becomes of columns that an existing table lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SchemaEvolution {
+    /// They are not written; what resources say in them is counted and reported.
+    #[default]
+    None,
+    /// They are added to the table.
+    AddColumns,
+}
+
+/// Tidies a table's files: small ones together, marked rows away.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizeSection {
+    /// After so many successful runs; 0 for never.
+    pub after: u64,
+    /// Resource types; empty for all that have a table.
+    #[schemars(schema_with = "resource_types_schema")]
+    pub types: Vec<String>,
+    /// Rows in the order of their ids, so that a later run reads less of a table that it changes little of. Writes the
+    /// whole table anew.
+    pub cluster: bool,
+    /// Rows of a file, or the share of them, that are marked as gone from which it is written anew.
+    pub min_deleted: MaxBad,
+}
+
+/// Removes files that no version of a table names any more.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct VacuumSection {
+    /// After so many successful runs; 0 for never.
+    pub after: u64,
+    /// How long files stay that older versions name. Default: the table's own setting, a week where it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Span>,
+}
+
+impl Default for OptimizeSection {
+    fn default() -> Self {
+        // Five in a hundred is Spark's own.
+        Self { after: 0, types: Vec::new(), cluster: false, min_deleted: MaxBad::Share("5%".to_owned()) }
+    }
 }
 
 /// What becomes of rows that the export does not name.
@@ -321,6 +377,8 @@ impl Default for MergeSection {
             max_deleted: MaxBad::Share("10%".to_owned()),
             target_file: ByteSize(128 << 20),
             deletion_vectors: true,
+            upgrade_deletion_vectors: false,
+            schema_evolution: SchemaEvolution::None,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use url::Url;
 
 use super::check::{Problem, Read};
-use super::file::{Bad, DeleteExport, LevelName, MaxBad, Mode};
+use super::file::{Bad, DeleteExport, LevelName, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
 use super::values::{Instant, Text};
 use crate::fhir::{AuthSettings, HttpSettings, Level};
 use crate::schema::LayoutOptions;
@@ -60,6 +60,8 @@ pub struct MemorySplit {
     pub keys: usize,
     /// Matching, all tables at once together; beyond it, by parts of the key space.
     pub matching: usize,
+    /// All of it.
+    pub total: usize,
 }
 
 impl MemorySplit {
@@ -78,6 +80,7 @@ impl MemorySplit {
             row_group,
             keys: share(11),
             matching: share(12),
+            total: share(100),
         }
     }
 }
@@ -125,6 +128,12 @@ pub struct Plan {
     pub target_file_bytes: u64,
     /// Deletion vectors in new tables.
     pub deletion_vectors: bool,
+    /// Deletion vectors in tables that exist and have them off.
+    pub upgrade_deletion_vectors: bool,
+    /// When and how the tables' files are tidied.
+    pub optimize: OptimizeSection,
+    /// When old files are removed.
+    pub vacuum: VacuumSection,
     /// Memory.
     pub memory: MemorySplit,
     /// The tables' folder.
@@ -252,6 +261,7 @@ impl Plan {
                 max_nesting_level: stages.encode.max_nesting_level,
                 open_types: stages.encode.open_types.clone(),
                 source_json: stages.encode.source_json,
+                add_columns: stages.merge.schema_evolution == SchemaEvolution::AddColumns,
             },
             all_columns: stages.encode.all_columns,
             tables_at_once: stages.merge.tables_at_once,
@@ -259,6 +269,9 @@ impl Plan {
             max_deleted: stages.merge.max_deleted.clone(),
             target_file_bytes: stages.merge.target_file.0,
             deletion_vectors: stages.merge.deletion_vectors,
+            upgrade_deletion_vectors: stages.merge.upgrade_deletion_vectors,
+            optimize: file.optimize.clone(),
+            vacuum: file.vacuum.clone(),
             memory: MemorySplit::of(file.memory.0, encode_workers, stages.encode.row_group.0),
             tables,
             state,

@@ -25,17 +25,23 @@ impl Filter {
         (block, (key >> 64) as u64)
     }
 
+    /// The bits of a key: a word of its block, and a bit in it.
+    fn bits(&self, bits: u64) -> impl Iterator<Item = (usize, u64)> + use<> {
+        let first = (bits >> 48) as usize;
+        (0..self.words).map(move |at| ((first + at) % 8, 1 << (bits >> (at * 6) & 63)))
+    }
+
     pub fn put(&mut self, key: u128) {
         let (block, bits) = self.place(key);
-        for (at, word) in self.blocks[block].iter_mut().take(self.words).enumerate() {
-            *word |= 1 << (bits >> (at * 6) & 63);
+        for (word, bit) in self.bits(bits) {
+            self.blocks[block][word] |= bit;
         }
     }
 
     /// Whether the key may have been put in; never `false` for one that was.
     pub fn may_have(&self, key: u128) -> bool {
         let (block, bits) = self.place(key);
-        self.blocks[block].iter().take(self.words).enumerate().all(|(at, word)| word >> (bits >> (at * 6) & 63) & 1 == 1)
+        self.bits(bits).all(|(word, bit)| self.blocks[block][word] & bit != 0)
     }
 }
 

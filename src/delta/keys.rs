@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
-use arrow::datatypes::{DataType, TimeUnit};
+use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use futures::TryStreamExt;
 use object_store::ObjectStore;
 use object_store::path::Path;
@@ -29,6 +29,13 @@ pub(super) struct DataFile {
     pub ids: (Option<String>, Option<String>),
 }
 
+impl DataFile {
+    /// A file of which nothing is known yet.
+    pub fn new(path: &Path, size: u64) -> Self {
+        Self { path: path.clone(), size, gone: RoaringTreemap::new(), ids: (None, None) }
+    }
+}
+
 /// A file whose footer is read, once for all that is read of it.
 pub(super) struct OpenFile<'a> {
     store: &'a Arc<dyn ObjectStore>,
@@ -39,8 +46,13 @@ pub(super) struct OpenFile<'a> {
 impl<'a> OpenFile<'a> {
     pub async fn open(store: &'a Arc<dyn ObjectStore>, file: &'a DataFile) -> Result<Self> {
         let mut reader = StoreReader::new(store, &file.path, file.size);
-        let metadata = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await;
-        let metadata = metadata.map_err(|error| storage(error, &format!("{} cannot be read", file.path)))?;
+        let failed = |error| storage(error, &format!("{} cannot be read", file.path));
+        let mut metadata = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await.map_err(failed)?;
+        // Spark's INT96 would come as nanoseconds, which reach from 1677 to 2262 only; Delta's timestamps are microseconds.
+        if let Some(schema) = in_micros(metadata.schema().fields()) {
+            let options = ArrowReaderOptions::new().with_schema(Arc::new(Schema::new(schema)));
+            metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options).map_err(failed)?;
+        }
         Ok(Self { store, file, metadata })
     }
 
@@ -49,7 +61,19 @@ impl<'a> OpenFile<'a> {
         ParquetRecordBatchStreamBuilder::new_with_metadata(reader, self.metadata.clone())
     }
 
-    fn groups(&self) -> &[RowGroupMetaData] {
+    /// Its columns.
+    pub fn schema(&self) -> &SchemaRef {
+        self.metadata.schema()
+    }
+
+    /// Some rows, all columns.
+    pub fn batches(&self, rows: RowSelection) -> Result<ParquetRecordBatchStream<StoreReader>> {
+        let builder = self.reader().with_row_selection(rows).with_batch_size(1024);
+        builder.build().map_err(|error| storage(error, &format!("{} cannot be read", self.file.path)))
+    }
+
+    /// Its row groups.
+    pub fn groups(&self) -> &[RowGroupMetaData] {
         self.metadata.metadata().row_groups()
     }
 
@@ -189,6 +213,26 @@ impl<'a> OpenFile<'a> {
     }
 }
 
+/// The columns with timestamps of microseconds, where some are of nanoseconds.
+fn in_micros(fields: &Fields) -> Option<Fields> {
+    fn field(of: &FieldRef) -> Option<FieldRef> {
+        let data_type = match of.data_type() {
+            DataType::Timestamp(TimeUnit::Nanosecond, zone) => {
+                // INT96 says nothing of a zone; Spark means UTC.
+                DataType::Timestamp(TimeUnit::Microsecond, Some(zone.clone().unwrap_or_else(|| "UTC".into())))
+            }
+            DataType::Struct(fields) => DataType::Struct(in_micros(fields)?),
+            DataType::List(item) => DataType::List(field(item)?),
+            DataType::Map(entries, sorted) => DataType::Map(field(entries)?, *sorted),
+            _ => return None,
+        };
+        Some(Arc::new(of.as_ref().clone().with_data_type(data_type)))
+    }
+    let changed: Vec<Option<FieldRef>> = fields.iter().map(field).collect();
+    let some = changed.iter().any(Option::is_some);
+    some.then(|| changed.into_iter().zip(fields).map(|(changed, field)| changed.unwrap_or_else(|| field.clone())).collect())
+}
+
 /// Ids in the range of a row group up to which its bloom filter is asked: each may be there by the filter's mistake,
 /// one in a hundred, and reading the ids themselves costs only some times as much.
 const MAX_PROBES: usize = 64;
@@ -270,7 +314,7 @@ const NO_RANK: RowKey =
 
 /// The ids in a file, for files that are small.
 pub(super) async fn all_ids(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<Vec<Box<str>>> {
-    let file = DataFile { path: path.clone(), size, gone: RoaringTreemap::new(), ids: (None, None) };
+    let file = DataFile::new(path, size);
     let footer = OpenFile::open(store, &file).await?;
     let mut found = Vec::new();
     let Some(mask) = footer.leaves(&["id"]) else { return Ok(found) };
@@ -325,32 +369,6 @@ pub(super) fn for_each_string(column: &ArrayRef, mut f: impl FnMut(usize, Option
         f(at, text);
     }
     Ok(())
-}
-
-/// Rows of a file, by its footer.
-pub(super) async fn row_count(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<u64> {
-    Ok(open(store, path, size).await?.metadata().file_metadata().num_rows() as u64)
-}
-
-async fn open(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<ParquetRecordBatchStreamBuilder<StoreReader>> {
-    ParquetRecordBatchStreamBuilder::new(StoreReader::new(store, path, size))
-        .await
-        .map_err(|error| storage(error, &format!("{path} cannot be read")))
-}
-
-/// Some rows of a file, all columns.
-pub(super) async fn rows(
-    store: &Arc<dyn ObjectStore>,
-    path: &Path,
-    size: u64,
-    rows: RowSelection,
-) -> Result<ParquetRecordBatchStream<StoreReader>> {
-    open(store, path, size)
-        .await?
-        .with_row_selection(rows)
-        .with_batch_size(1024)
-        .build()
-        .map_err(|error| storage(error, &format!("{path} cannot be read")))
 }
 
 #[cfg(test)]

@@ -8,14 +8,13 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use futures::TryStreamExt;
 use hashbrown::HashTable;
-use object_store::path::Path;
 use roaring::RoaringTreemap;
 
 use super::absent::Absent;
 use super::content::row_hashes;
 use super::deletions::{Deletions, MAX_IDS, Scratch};
 use super::filter::Filter;
-use super::keys::{Ids, OpenFile, all_ids, for_each_string, rows, selection};
+use super::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, selection};
 use super::order::{Verdict, judge};
 use super::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
 use super::staging::StagedFile;
@@ -338,11 +337,10 @@ impl Matching<'_> {
         let (mut staged, mut held) = (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));
         for (index, rows) in equal.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
             let file = &self.files[index];
-            contents(self.table, (&file.path, file.size), index, rows, &mut staged).await?;
+            contents(self.table, &DataFile::new(&file.path, file.size), index, rows, &mut staged).await?;
         }
         for (index, rows) in &equal_held {
-            let file = &self.targets[*index].data;
-            contents(self.table, (&file.path, file.size), *index, rows, &mut held).await?;
+            contents(self.table, &self.targets[*index].data, *index, rows, &mut held).await?;
         }
         let mut rows = [0; PARTITIONS];
         held.read(0..PARTITIONS, |held: ContentAt| {
@@ -377,23 +375,25 @@ impl Matching<'_> {
     }
 }
 
-/// Adds what some rows of a file say to `out`.
+/// Adds what some rows of a file say to `out`. `index` is the file's.
 async fn contents(
     table: &Table,
-    (path, size): (&Path, u64),
-    file: usize,
+    file: &DataFile,
+    index: usize,
     wanted: &RoaringTreemap,
     out: &mut Spill<ContentAt>,
 ) -> Result<()> {
-    let mut batches = rows(&table.store(), path, size, selection(wanted.iter())).await?;
+    let store = table.store();
+    let mut batches = OpenFile::open(&store, file).await?.batches(selection(wanted.iter()))?;
     let mut places = wanted.iter();
-    while let Some(batch) = batches.try_next().await.map_err(|error| storage(error, &format!("{path} cannot be read")))? {
+    let failed = |error| storage(error, &format!("{} cannot be read", file.path));
+    while let Some(batch) = batches.try_next().await.map_err(failed)? {
         let mut keys = vec![0; batch.num_rows()];
         if let Some(ids) = batch.column_by_name("id") {
             for_each_string(ids, |at, id| keys[at] = key_of(id.unwrap_or_default().as_bytes()))?;
         }
         for ((content, key), row) in row_hashes(&batch)?.into_iter().zip(keys).zip(&mut places) {
-            out.push(ContentAt { key, content, file: file as u32, row: row as u32 })?;
+            out.push(ContentAt { key, content, file: index as u32, row: row as u32 })?;
         }
     }
     Ok(())

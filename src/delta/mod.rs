@@ -1,25 +1,34 @@
-//! Delta tables: open and create, stage files, match keys, mark rows, commit once.
+//! Delta tables: open and create, stage files, match keys, mark rows, commit once, keep the files in order.
 
 mod absent;
 mod adds;
+mod commit;
 mod content;
 mod deletions;
+mod evolve;
+mod features;
 mod filter;
 mod keys;
 mod matching;
+mod optimize;
 mod order;
 mod pages;
 mod reader;
+mod shape;
 mod spill;
 mod staging;
 mod table;
 mod targets;
 mod upsert;
+mod vacuum;
 mod vectors;
+mod writer;
 
 pub use absent::Absent;
 pub use deletions::{Deletions, Scratch};
+pub use optimize::{OptimizeSettings, Optimized};
 pub use pages::PageEncoder;
 pub use staging::{StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};
 pub use upsert::{Commit, Merged, Upsert, Watermark};
+pub use vacuum::{VacuumSettings, Vacuumed};

@@ -152,7 +152,7 @@ impl StagedFile {
     }
 }
 
-async fn sync_file(path: std::path::PathBuf) -> std::io::Result<()> {
+pub(super) async fn sync_file(path: std::path::PathBuf) -> std::io::Result<()> {
     let file = tokio::fs::File::open(path).await?;
     file.sync_all().await
 }
@@ -199,7 +199,7 @@ fn moved(group: &RowGroupMetaData, shift: i64, ordinal: usize) -> parquet::error
 }
 
 /// Least and greatest `id` by the row groups' statistics, where those are exact and short enough for the log.
-fn id_range(groups: &[RowGroupMetaData]) -> Option<(String, String)> {
+pub(super) fn id_range(groups: &[RowGroupMetaData]) -> Option<(String, String)> {
     let mut range: Option<(String, String)> = None;
     for group in groups {
         let column = group.columns().iter().find(|column| column.column_path().string() == "id")?;

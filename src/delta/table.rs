@@ -22,11 +22,13 @@ pub struct Tables {
     root: Url,
 }
 
-/// How tables that fhirlake creates are set up.
+/// How tables are set up.
 #[derive(Debug, Clone)]
 pub struct TableSettings {
     /// Whether rows are marked as gone by deletion vectors, so that nothing is rewritten.
     pub deletion_vectors: bool,
+    /// Whether deletion vectors are turned on in tables that exist and have them off.
+    pub upgrade: bool,
 }
 
 /// One table, which may not exist yet.
@@ -320,52 +322,6 @@ impl Table {
             rows += (file.num_records()? as u64).saturating_sub(gone as u64);
         }
         Some(rows)
-    }
-
-    /// Refuses, before any work, a table with a feature that our commits would break.
-    pub fn check_writable(&self) -> Result<()> {
-        let Some(delta) = &self.delta else { return Ok(()) };
-        let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
-        let refuse = |what: String| {
-            Err(Error::new(ErrorKind::Table, format!("the table has {what}, which fhirlake does not write"))
-                .at(self.resource_type.to_string()))
-        };
-        let protocol = snapshot.protocol();
-        let known = ["appendOnly", "invariants", "deletionVectors", "checkConstraints", "v2Checkpoint", "vacuumProtocolCheck"];
-        if let Some(features) = protocol.writer_features() {
-            if let Some(feature) = features.iter().map(ToString::to_string).find(|name| !known.contains(&name.as_str())) {
-                return refuse(format!("the writer feature {feature}"));
-            }
-        } else if protocol.min_writer_version() > 4 {
-            return refuse(format!("writer version {}", protocol.min_writer_version()));
-        }
-        if !snapshot.metadata().partition_columns().is_empty() {
-            return refuse("partition columns".into());
-        }
-        let settings = snapshot.metadata().configuration();
-        for (key, value) in settings {
-            let refused = match key.as_str() {
-                "delta.appendOnly" | "delta.enableChangeDataFeed" | "delta.enableRowTracking" => value == "true",
-                "delta.columnMapping.mode" => value != "none",
-                key => key.starts_with("delta.constraints."),
-            };
-            if refused {
-                return refuse(format!("the setting {key}={value}"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the table has deletion vectors on.
-    pub fn has_deletion_vectors(&self) -> bool {
-        let on = |delta: &DeltaTable| {
-            let snapshot = delta.snapshot().ok()?;
-            let setting = snapshot.metadata().configuration().get("delta.enableDeletionVectors").cloned();
-            let features = snapshot.protocol().writer_features().map(<[_]>::to_vec).unwrap_or_default();
-            let supported = features.iter().any(|feature| feature.to_string() == "deletionVectors");
-            Some(setting.as_deref() == Some("true") && supported)
-        };
-        self.delta.as_ref().and_then(on).unwrap_or(false)
     }
 }
 

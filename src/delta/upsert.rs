@@ -5,12 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arrow::datatypes::Schema;
-use deltalake::DeltaTableError;
-use deltalake::kernel::transaction::{CommitBuilder, CommitProperties, TransactionError};
 use deltalake::kernel::{Action, Add, Remove, Transaction};
 use deltalake::operations::create::CreateBuilder;
 use deltalake::protocol::{DeltaOperation, SaveMode};
-use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 use roaring::RoaringTreemap;
@@ -18,13 +15,16 @@ use serde_json::{Value, json};
 
 use super::absent::Absent;
 use super::adds::{loose_bounds, rewrite, staged_add};
+use super::commit::{self, Attempt};
 use super::deletions::{Deletions, Scratch};
+use super::keys::DataFile;
 use super::matching::{Marks, Matching};
 use super::staging::StagedFile;
 use super::table::{Table, TableSettings, delta_schema, storage};
 use super::targets::{TargetFile, targets};
 use super::vectors;
 use crate::error::{Error, ErrorKind, Result};
+use crate::schema::{same_types, widen};
 
 /// How often a match is made again when another writer committed in between.
 pub(super) const MAX_ATTEMPTS: usize = 10;
@@ -45,8 +45,10 @@ pub struct Upsert {
     pub files: Vec<StagedFile>,
     /// Resources that are gone.
     pub deletions: Deletions,
-    /// Schema for a table that does not exist yet.
+    /// Columns of the rows: those of the table where it exists.
     pub schema: Arc<Schema>,
+    /// Whether the table gets those of them that it lacks.
+    pub add_columns: bool,
     /// Watermark to set; `None` leaves it.
     pub watermark: Option<Watermark>,
     /// Rewrites rows of equal version whose content differs.
@@ -103,7 +105,16 @@ impl Upsert {
     /// Matches, marks and commits; matches again when another writer was faster.
     pub async fn commit(&self, table: &mut Table) -> Result<Commit> {
         let started = Instant::now();
+        if self.settings.upgrade {
+            table.turn_on_deletion_vectors(&self.info).await?;
+        }
+        if self.add_columns {
+            table.add_columns(&self.schema, &self.info).await?;
+        }
         for attempt in 1.. {
+            if attempt > 1 {
+                self.check_fits(table)?;
+            }
             if let Some(watermark) = &self.watermark
                 && let Some(newest) = table.transaction(&watermark.app_id).await?
                 && newest > watermark.transaction_time
@@ -123,6 +134,21 @@ impl Upsert {
             }
         }
         Err(Error::new(ErrorKind::Table, format!("other writers committed first {MAX_ATTEMPTS} times in a row")))
+    }
+
+    /// Whether the staged rows still fit a table that another writer has changed.
+    fn check_fits(&self, table: &Table) -> Result<()> {
+        table.check_writable()?;
+        let Some(now) = table.schema()? else { return Ok(()) };
+        // What another writer adds, our rows have null in.
+        let lacks = !self.add_columns && widen(&now, &self.schema).is_some();
+        if lacks || !same_types(now.fields(), self.schema.fields()) {
+            return Err(Error::new(
+                ErrorKind::Table,
+                "another writer changed the table's columns during the run; nothing was merged: run again",
+            ));
+        }
+        Ok(())
     }
 
     fn matching<'a>(&'a self, table: &'a Table, targets: &'a [TargetFile]) -> Matching<'a> {
@@ -153,7 +179,7 @@ impl Upsert {
             if with_vectors {
                 marked.push((target.add.clone(), all_gone));
             } else {
-                let add = rewrite(table, (&target.data.path, target.data.size), &all_gone, target.rows, &self.run).await?;
+                let add = rewrite(table, &target.data, &all_gone, &self.run).await?;
                 out.new_files.push(Path::from(add.path.as_str()));
                 out.adds.push(add);
             }
@@ -171,7 +197,7 @@ impl Upsert {
                 merged.bytes_written += staged.size;
                 marked.push((add, gone.clone()));
             } else {
-                let add = rewrite(table, (&staged.path, staged.size), gone, Some(total), &self.run).await?;
+                let add = rewrite(table, &DataFile::new(&staged.path, staged.size), gone, &self.run).await?;
                 merged.bytes_written += add.size as u64;
                 out.new_files.push(Path::from(add.path.as_str()));
                 out.adds.push(add);
@@ -194,7 +220,7 @@ impl Upsert {
         let written = match outcome {
             Ok(true) => Written::Done(merged),
             Ok(false) => Written::Conflict,
-            Err(error) => match self.find_own_commit(table, merged.version).await {
+            Err(error) => match table.find_commit_of(&self.run, merged.version).await {
                 // It was made; what failed came after it.
                 Ok(Some(version)) => {
                     tracing::warn!(%error, version, "the commit was made, and something after it failed");
@@ -232,18 +258,10 @@ impl Upsert {
             let now = chrono::Utc::now().timestamp_millis();
             Transaction::new_with_last_update(&watermark.app_id, watermark.transaction_time, Some(now))
         });
-        let mut info: Vec<(String, Value)> = self.info.clone().into_iter().collect();
-        info.push(("operationMetrics".into(), self.metrics(out, merged, started)));
-        let properties = CommitProperties::default()
-            .with_metadata(info)
-            .with_max_retries(0)
-            // Made apart, after the commit: their failure must not look like the commit's.
-            .with_create_checkpoint(false)
-            .with_cleanup_expired_logs(Some(false))
-            .with_application_transactions(transactions.collect());
+        let mut info = self.info.clone();
+        info.insert("operationMetrics".into(), self.metrics(out, merged, started));
         let adds = out.adds.iter().cloned().map(Action::Add);
-        let done = if let Some(delta) = &table.delta {
-            let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+        if table.delta.is_some() {
             let operation = DeltaOperation::Merge {
                 predicate: None,
                 merge_predicate: Some("target.id = source.id".into()),
@@ -251,61 +269,35 @@ impl Upsert {
                 not_matched_predicates: vec![],
                 not_matched_by_source_predicates: vec![],
             };
-            CommitBuilder::from(properties)
-                .with_actions(out.removes.iter().cloned().map(Action::Remove).chain(adds).collect())
-                .build(Some(snapshot), table.log_store.clone(), operation)
-                .await
-                .map(|commit| Some(commit.version()))
-        } else {
-            table.make_folder()?;
-            CreateBuilder::new()
-                .with_log_store(table.log_store.clone())
-                .with_save_mode(SaveMode::ErrorIfExists)
-                .with_columns(delta_schema(&self.schema)?.fields().cloned())
-                .with_configuration(self.settings.configuration())
-                .with_actions(adds)
-                .with_commit_properties(properties)
-                .await
-                .map(|table| table.version())
-        };
-        match done {
-            Ok(version) => {
-                merged.version = version;
-                merged.committed = true;
-                table.checkpoint(version).await;
+            let actions = out.removes.iter().cloned().map(Action::Remove).chain(adds).collect();
+            return Ok(match commit::attempt(table, actions, &info, transactions.collect(), operation).await? {
+                Attempt::Done(version) => {
+                    (merged.version, merged.committed) = (version, true);
+                    true
+                }
+                Attempt::Conflict => false,
+            });
+        }
+        table.make_folder()?;
+        let created = CreateBuilder::new()
+            .with_log_store(table.log_store.clone())
+            .with_save_mode(SaveMode::ErrorIfExists)
+            .with_columns(delta_schema(&self.schema)?.fields().cloned())
+            .with_configuration(self.settings.configuration())
+            .with_actions(adds)
+            .with_commit_properties(commit::properties(&info, transactions.collect()))
+            .await;
+        match created {
+            Ok(created) => {
+                (merged.version, merged.committed) = (created.version(), true);
                 Ok(true)
             }
-            Err(
-                DeltaTableError::VersionAlreadyExists(_)
-                | DeltaTableError::Transaction {
-                    source: TransactionError::CommitConflict(_) | TransactionError::MaxCommitAttempts(_),
-                },
-            ) => Ok(false),
+            // Two that create the same table: the loser merges into the winner's.
             Err(error) => {
-                // Two that create the same table: the loser merges into the winner's.
-                if table.version().is_none() && table.log_store.is_delta_table_location().await.unwrap_or(false) {
-                    return Ok(false);
-                }
-                Err(storage(error, "the commit failed"))
+                let conflict = commit::is_conflict(&error) || table.log_store.is_delta_table_location().await.unwrap_or(false);
+                if conflict { Ok(false) } else { Err(storage(error, "the commit failed")) }
             }
         }
-    }
-
-    /// The version that this run committed after `before`, found in the log.
-    async fn find_own_commit(&self, table: &mut Table, before: Option<u64>) -> Result<Option<u64>> {
-        table.refresh().await?;
-        let Some(delta) = &table.delta else { return Ok(None) };
-        let newest = table.version().unwrap_or(0);
-        let newer = newest - before.map_or(0, |version| version.min(newest)) + u64::from(before.is_none());
-        let mut history = delta.history(Some(usize::try_from(newer).unwrap_or(usize::MAX)));
-        let mut version = newest;
-        while let Some(info) = history.try_next().await.map_err(|error| storage(error, "the log cannot be read"))? {
-            if info.info.get("run").and_then(Value::as_str) == Some(self.run.as_str()) {
-                return Ok(Some(version));
-            }
-            version = version.saturating_sub(1);
-        }
-        Ok(None)
     }
 
     /// Operation metrics by the names of Spark's own merge.

@@ -7,9 +7,11 @@
 //! ```
 
 mod inspect;
+mod maintain;
 mod report;
 
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
+pub use maintain::{ByTable, OptimizeOptions, VacuumOptions, optimize, vacuum};
 pub use report::RunReport;
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,7 +28,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, ExportRequest};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
 use crate::messages::{AtMost, BadLineSink, Chunk, FlushRequests, Layouts, MergeInput, ResourceType, Rows, instant_text};
-use crate::schema::{Layout, LayoutOptions, arrow_schema, conform};
+use crate::schema::{Layout, LayoutOptions, layout_for};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, FolderExport, Kickoff, ServerExport};
@@ -168,13 +170,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
 
 /// Whether a run can write `table`: its features, and its columns where it exists.
 fn check_table(table: &Table, plan: &Plan) -> Result<()> {
-    table.check_writable()?;
-    match (Layout::pathling(&table.resource_type, &plan.layout), table.schema()?) {
-        (Some(layout), Some(schema)) => {
-            conform(&layout, &schema).map(drop).map_err(|error| error.at(table.resource_type.to_string()))
-        }
-        _ => Ok(()),
-    }
+    layout_of(&table.resource_type, table, &plan.layout).map(drop)
 }
 
 /// The watermark of a type by the state file: the recipe's one time for all, or ours for this type.
@@ -232,15 +228,8 @@ fn layouts(plan: &Plan, tables: &Tables, opened: &HashMap<ResourceType, Table>) 
 }
 
 fn layout_of(name: &ResourceType, table: &Table, options: &LayoutOptions) -> Result<Arc<Layout>> {
-    let layout =
-        Layout::pathling(name, options).ok_or_else(|| Error::new(ErrorKind::Internal, format!("{name} is no type of R4")))?;
     table.check_writable()?;
-    Ok(Arc::new(match table.schema()? {
-        Some(schema) if schema != arrow_schema(&layout) => {
-            conform(&layout, &schema).map_err(|error| error.at(name.to_string()))?
-        }
-        _ => layout,
-    }))
+    Ok(Arc::new(layout_for(name, options, table.schema()?.as_ref())?))
 }
 
 /// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself.
@@ -252,9 +241,7 @@ pub async fn run(
     waiting: impl Fn(&[&'static str]),
 ) -> Result<RunReport> {
     let name = plan.name.clone();
-    // Random letters too: two pipelines that cron starts in one millisecond may share tables.
-    let random = uuid::Uuid::new_v4().simple().to_string();
-    let run = format!("{}-{}", Utc::now().format("%Y%m%dT%H%M%S%3fZ"), &random[..6]);
+    let run = maintain::run_id();
     let span = tracing::info_span!("run", pipeline = %name, run = %run);
     once(plan, options, watch, stop, waiting, run).instrument(span).await.map_err(|error| error.at(format!("pipeline {name}")))
 }
@@ -389,7 +376,7 @@ async fn once(
             scratch: state.path().to_path_buf(),
             layout: plan.layout.clone(),
             exports,
-            table: TableSettings { deletion_vectors: plan.deletion_vectors },
+            table: TableSettings { deletion_vectors: plan.deletion_vectors, upgrade: plan.upgrade_deletion_vectors },
             began,
         },
         board: watch.board.clone(),
@@ -424,6 +411,9 @@ async fn once(
             }
         }
         journal.clear()?;
+        if let Err(error) = maintain::after_run(plan, &state, stop).await {
+            tracing::warn!(%error, "the run is done; the maintenance after it failed");
+        }
     }
     Ok(report)
 }

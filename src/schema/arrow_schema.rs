@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field as ArrowField, Fields, Schema, TimeUnit};
 
-use super::layout::{Field, Group, Layout, Node, Source};
+use super::layout::{Field, Group, Layout, LayoutOptions, Node, Source};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Time zone of every timestamp column.
@@ -69,6 +69,59 @@ pub fn conform(layout: &Layout, table: &Schema) -> Result<Layout> {
         return Err(Error::new(ErrorKind::Table, "the table has no column `id`, so rows cannot be matched"));
     }
     Ok(Layout { resource_type: layout.resource_type.clone(), root: Arc::new(root) })
+}
+
+/// The layout that rows of a type are written in: `options` say it, and a table that exists, `table` its columns, as far
+/// as it goes. With `add_columns` that is a table to which the columns that it lacks are added.
+pub fn layout_for(resource_type: &str, options: &LayoutOptions, table: Option<&Schema>) -> Result<Layout> {
+    let layout = Layout::pathling(resource_type, options)
+        .ok_or_else(|| Error::new(ErrorKind::Internal, format!("{resource_type} is no type of R4")))?;
+    let full = arrow_schema(&layout);
+    match table {
+        Some(table) if *table != full => {
+            let widened = if options.add_columns { widen(table, &full) } else { None };
+            conform(&layout, widened.as_ref().unwrap_or(table)).map_err(|error| error.at(resource_type.to_owned()))
+        }
+        _ => Ok(layout),
+    }
+}
+
+/// `table` with the columns of `ours` that it lacks behind its own, on every level; `None` where it lacks none. The values
+/// of a map stay as they are: readers do not widen them.
+pub fn widen(table: &Schema, ours: &Schema) -> Option<Schema> {
+    let widened = Schema::new(widen_fields(table.fields(), ours.fields()));
+    (widened.fields() != table.fields()).then_some(widened)
+}
+
+fn widen_fields(table: &Fields, ours: &Fields) -> Fields {
+    let both = |field: &Arc<ArrowField>| {
+        let our = ours.iter().find(|our| our.name() == field.name());
+        our.map_or_else(|| field.clone(), |our| widen_field(field, our))
+    };
+    let lacking = ours.iter().filter(|our| !table.iter().any(|field| field.name() == our.name()));
+    table.iter().map(both).chain(lacking.cloned()).collect()
+}
+
+fn widen_field(table: &Arc<ArrowField>, ours: &Arc<ArrowField>) -> Arc<ArrowField> {
+    let data_type = match (table.data_type(), ours.data_type()) {
+        (DataType::Struct(table), DataType::Struct(ours)) => DataType::Struct(widen_fields(table, ours)),
+        (DataType::List(table), DataType::List(ours)) => DataType::List(widen_field(table, ours)),
+        (other, _) => other.clone(),
+    };
+    Arc::new(table.as_ref().clone().with_data_type(data_type))
+}
+
+/// Whether columns that both have are of the same types.
+pub fn same_types(table: &Fields, ours: &Fields) -> bool {
+    fn same(table: &DataType, ours: &DataType) -> bool {
+        match (table, ours) {
+            (DataType::Struct(table), DataType::Struct(ours)) => same_types(table, ours),
+            (DataType::List(table), DataType::List(ours)) => same(table.data_type(), ours.data_type()),
+            (DataType::Map(_, _), DataType::Map(_, _)) => true,
+            (table, ours) => same_type(table, ours),
+        }
+    }
+    ours.iter().all(|our| table.find(our.name()).is_none_or(|(_, table)| same(table.data_type(), our.data_type())))
 }
 
 fn conform_group(group: &Arc<Group>, table: &Fields) -> Result<Group> {

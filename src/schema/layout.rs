@@ -20,6 +20,8 @@ pub struct LayoutOptions {
     pub open_types: Vec<String>,
     /// A last column `_source` with the resource exactly as it came.
     pub source_json: bool,
+    /// Whether tables that exist get the columns that they lack.
+    pub add_columns: bool,
 }
 
 impl Default for LayoutOptions {
@@ -44,6 +46,7 @@ impl Default for LayoutOptions {
             max_nesting_level: 3,
             open_types: open.iter().map(|name| (*name).to_owned()).collect(),
             source_json: false,
+            add_columns: false,
         }
     }
 }

@@ -16,7 +16,7 @@ mod scalars;
 mod ucum;
 mod ucum_fractions;
 
-pub use arrow_schema::{arrow_schema, conform};
+pub use arrow_schema::{arrow_schema, conform, layout_for, same_types, widen};
 pub use definitions::Model;
 pub use encoder::{EncodedRows, Encoder, MAX_LOSS_PATHS};
 pub use filled::Filled;

@@ -18,7 +18,7 @@ use crate::delta::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
 use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
-use crate::schema::{Layout, LayoutOptions, MAX_LOSS_PATHS, arrow_schema};
+use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
 use crate::telemetry;
 
 /// How often merge looks whether a type is complete.
@@ -368,12 +368,12 @@ impl Merge {
             let name = name.clone();
             return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), 0.0) }));
         }
-        let layout = Layout::pathling(name, &self.settings.layout)
-            .ok_or_else(|| Error::new(ErrorKind::Internal, "a type without a layout"))?;
+        let layout = layout_for(name, &self.settings.layout, table.schema()?.as_ref())?;
         let upsert = Upsert {
             files,
             deletions,
             schema: Arc::new(arrow_schema(&layout)),
+            add_columns: self.settings.layout.add_columns,
             watermark,
             full_refresh: self.settings.full_refresh,
             absent: self.settings.absent,

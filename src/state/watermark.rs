@@ -18,6 +18,10 @@ pub struct StateFile {
     pub last_completed: Option<DateTime<Utc>>,
     /// `transactionTime` by type: what the tables' own transactions say, repeated.
     pub watermarks: BTreeMap<String, DateTime<Utc>>,
+    /// Successful runs since the tables were last optimized, and vacuumed, by the pipeline itself.
+    pub runs_since_optimize: u64,
+    /// See `runs_since_optimize`.
+    pub runs_since_vacuum: u64,
     /// The scope that `last_sync_time` belongs to; absent in a file that the recipe wrote.
     pub scope: Option<String>,
 }
@@ -54,6 +58,8 @@ impl StateFile {
                 .flatten()
                 .filter_map(|(name, time)| Some((name.clone(), parse_time(time.as_str()?)?)))
                 .collect(),
+            runs_since_optimize: json.get("runs_since_optimize").and_then(Value::as_u64).unwrap_or(0),
+            runs_since_vacuum: json.get("runs_since_vacuum").and_then(Value::as_u64).unwrap_or(0),
             scope: json.get("scope").and_then(Value::as_str).map(str::to_owned),
         })
     }
@@ -67,6 +73,11 @@ impl StateFile {
         }
         if let Some(time) = &self.last_completed {
             members.insert("last_completed".into(), json!(python_time(time)));
+        }
+        for (key, runs) in [("runs_since_optimize", self.runs_since_optimize), ("runs_since_vacuum", self.runs_since_vacuum)] {
+            if runs > 0 || members.contains_key(key) {
+                members.insert(key.into(), json!(runs));
+            }
         }
         if let Some(scope) = &self.scope {
             members.insert("scope".into(), json!(scope));

@@ -4,6 +4,7 @@ mod encoding;
 mod folder;
 mod golden;
 mod golden_rows;
+mod maintenance;
 mod merge;
 mod modes;
 mod process;

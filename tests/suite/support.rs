@@ -62,8 +62,36 @@ impl Lake {
         }
         found
     }
+    /// Ids, sorted.
+    pub async fn ids(&self, resource_type: &str) -> Vec<String> {
+        let batches = self.sql(&format!("SELECT id FROM {resource_type} ORDER BY id")).await;
+        batches.iter().flat_map(|batch| strings(batch, "id")).flatten().collect()
+    }
     pub async fn count(&self, resource_type: &str) -> i64 {
         let batches = self.sql(&format!("SELECT count(*) AS n FROM {resource_type}")).await;
+        batches[0].column(0).as_primitive::<arrow::datatypes::Int64Type>().value(0)
+    }
+    /// The table's commit infos, the newest first.
+    pub async fn history(&self, resource_type: &str) -> Vec<serde_json::Value> {
+        let log = self.tables().join(format!("{resource_type}.parquet/_delta_log"));
+        let mut commits: Vec<PathBuf> = std::fs::read_dir(log).unwrap().flatten().map(|entry| entry.path()).collect();
+        commits.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+        commits.sort();
+        let info = |path: &PathBuf| {
+            let text = std::fs::read_to_string(path).unwrap();
+            let mut lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+            lines.find_map(|mut line| line.get_mut("commitInfo").map(serde_json::Value::take))
+        };
+        commits.iter().rev().filter_map(info).collect()
+    }
+    /// Rows at a version of the past.
+    pub async fn count_at(&self, resource_type: &str, version: u64) -> i64 {
+        let folder = self.tables().join(format!("{resource_type}.parquet"));
+        let url = url::Url::from_directory_path(folder).unwrap();
+        let table = deltalake::open_table_with_version(url, version).await.unwrap();
+        let session = SessionContext::new();
+        session.register_table("t", table.table_provider().await.unwrap()).unwrap();
+        let batches = session.sql("SELECT count(id) FROM t").await.unwrap().collect().await.unwrap();
         batches[0].column(0).as_primitive::<arrow::datatypes::Int64Type>().value(0)
     }
     /// Files in a table's folder, and files that its log names.

@@ -170,6 +170,158 @@ async fn a_table_that_cannot_be_written_is_refused_before_any_work() {
     assert!(error.to_string().to_lowercase().contains("changedatafeed"), "{error}");
 }
 
+/// A table of Patient made by the protocol's own words: an `id` column, and what `change` makes of the first commit.
+fn by_hand(lake: &super::support::Lake, change: impl Fn(&mut serde_json::Value, &mut serde_json::Value)) {
+    let log = lake.tables().join("Patient.parquet/_delta_log");
+    std::fs::create_dir_all(&log).unwrap();
+    let field = serde_json::json!({ "name": "id", "type": "string", "nullable": true, "metadata": {} });
+    let mut protocol = serde_json::json!({ "minReaderVersion": 1, "minWriterVersion": 2 });
+    let mut metadata = serde_json::json!({
+        "id": "5fba94ed-9794-4965-ba6e-6ee3c0d22af9", "format": { "provider": "parquet", "options": {} },
+        "schema": { "type": "struct", "fields": [field] }, "partitionColumns": [], "configuration": {}, "createdTime": 0
+    });
+    change(&mut protocol, &mut metadata);
+    let schema = metadata.as_object_mut().unwrap().remove("schema").unwrap();
+    metadata["schemaString"] = schema.to_string().into();
+    let lines = [serde_json::json!({ "protocol": protocol }), serde_json::json!({ "metaData": metadata })];
+    std::fs::write(log.join("00000000000000000000.json"), lines.map(|line| line.to_string()).join("\n")).unwrap();
+}
+
+// Breaks if a feature that we do not keep is passed over, or one that asks nothing of us is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn features_are_refused_by_name_or_asked_nothing_of() {
+    type Change = fn(&mut serde_json::Value, &mut serde_json::Value);
+    fn features(protocol: &mut serde_json::Value, writer: &[&str]) {
+        *protocol = serde_json::json!({ "minReaderVersion": 1, "minWriterVersion": 7, "writerFeatures": writer });
+    }
+    let refused: [(&str, Change); 9] = [
+        ("rowTracking", |protocol, _| features(protocol, &["rowTracking", "domainMetadata"])),
+        ("clustering", |protocol, _| features(protocol, &["clustering", "domainMetadata"])),
+        ("identityColumns.future", |protocol, _| features(protocol, &["identityColumns.future"])),
+        ("delta.enableChangeDataFeed=true", |protocol, metadata| {
+            protocol["minWriterVersion"] = 4.into();
+            metadata["configuration"]["delta.enableChangeDataFeed"] = "true".into();
+        }),
+        ("delta.columnMapping.mode=name", |protocol, metadata| {
+            *protocol = serde_json::json!({ "minReaderVersion": 2, "minWriterVersion": 5 });
+            let field = &mut metadata["schema"]["fields"][0]["metadata"];
+            *field = serde_json::json!({ "delta.columnMapping.id": 1, "delta.columnMapping.physicalName": "c" });
+            metadata["configuration"]["delta.columnMapping.mode"] = "name".into();
+        }),
+        ("delta.constraints.c", |protocol, metadata| {
+            protocol["minWriterVersion"] = 3.into();
+            metadata["configuration"]["delta.constraints.c"] = "id > 'a'".into();
+        }),
+        ("column id with delta.generationExpression", |protocol, metadata| {
+            protocol["minWriterVersion"] = 4.into();
+            metadata["schema"]["fields"][0]["metadata"]["delta.generationExpression"] = "'a'".into();
+        }),
+        ("partition columns", |_, metadata| metadata["partitionColumns"] = serde_json::json!(["id"])),
+        ("column gender that must not be null", |_, metadata| {
+            let fields = metadata["schema"]["fields"].as_array_mut().unwrap();
+            fields.push(serde_json::json!({ "name": "gender", "type": "string", "nullable": false, "metadata": {} }));
+        }),
+    ];
+    let (data, source) = super::support::folder(&[("Patient.ndjson", &patient("a", 1, ""))]);
+    let named = source.replace("}", ", types: [Patient] }");
+    for (name, change) in refused {
+        let lake = lake();
+        by_hand(&lake, change);
+        let error = lake.run(&named, "").await.unwrap_err();
+        assert_eq!(error.kind(), fhirlake::error::ErrorKind::Table, "{name}: {error}");
+        assert!(error.to_string().contains(name), "{name}: {error}");
+        assert_eq!(std::fs::read_dir(lake.tables().join("Patient.parquet")).unwrap().count(), 1, "{name}: half-written");
+    }
+    let taken: [Change; 3] = [
+        |_, _| {},
+        |protocol, _| features(protocol, &["appendOnly", "changeDataFeed", "generatedColumns", "checkConstraints"]),
+        |protocol, metadata| {
+            *protocol = serde_json::json!({ "minReaderVersion": 1, "minWriterVersion": 6 });
+            metadata["configuration"]["delta.enableChangeDataFeed"] = "false".into();
+        },
+    ];
+    for change in taken {
+        let lake = lake();
+        by_hand(&lake, change);
+        let report = lake.run(&named, "").await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        assert_eq!(lake.ids("Patient").await, ["a"]);
+    }
+    drop(data);
+}
+
+// Breaks if columns are added unasked, if what they would hold is dropped in silence, or if old rows change.
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_are_added_when_asked_for() {
+    let lake = lake();
+    // Pathling's older shape of a reference: `reference` and `display` only.
+    by_hand(&lake, |_, metadata| {
+        let text = |name: &str| serde_json::json!({ "name": name, "type": "string", "nullable": true, "metadata": {} });
+        let reference = serde_json::json!({ "type": "struct", "fields": [text("reference"), text("display")] });
+        let fields = metadata["schema"]["fields"].as_array_mut().unwrap();
+        fields.push(serde_json::json!({ "name": "managingOrganization", "type": reference, "nullable": true, "metadata": {} }));
+    });
+    let line = |id: &str| {
+        patient(id, 1, r#","gender":"male","managingOrganization":{"reference":"Organization/1","type":"Organization"}"#)
+    };
+    let run = async |id: &str, rest: &str| {
+        let (_data, source) = super::support::folder(&[("Patient.ndjson", &line(id))]);
+        let report = lake.run(&source, rest).await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        report.types["Patient"].not_held.clone()
+    };
+    let lost = run("a", "").await;
+    let paths = ["Patient.gender", "Patient.managingOrganization.type", "Patient.meta"];
+    assert!(paths.iter().all(|path| lost.get(*path) == Some(&1)), "{lost:?}");
+    let evolve = "stages: { merge: { schema_evolution: add-columns } }\n";
+    assert!(run("b", evolve).await.is_empty());
+    assert!(run("c", evolve).await.is_empty());
+    let sql = "SELECT id, gender, managingOrganization['reference'] AS r, managingOrganization['type'] AS t, meta['versionId'] AS v FROM Patient ORDER BY id";
+    let batches = lake.sql(sql).await;
+    let column = |name: &str| batches.iter().flat_map(|batch| strings(batch, name)).collect::<Vec<_>>();
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(column("gender"), [None, some("male"), some("male")]);
+    assert_eq!(column("r"), [some("Organization/1"), some("Organization/1"), some("Organization/1")]);
+    assert_eq!(column("t"), [None, some("Organization"), some("Organization")]);
+    assert_eq!(column("v"), [None, some("1"), some("1")]);
+    let added: Vec<_> = lake.history("Patient").await.into_iter().filter(|info| info["operation"] == "ADD COLUMN").collect();
+    assert_eq!(added.len(), 1, "once: {added:?}");
+}
+
+// Breaks if a table's protocol is raised unasked, or loses what its version stood for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_and_nothing_else_turns_deletion_vectors_on() {
+    let lake = lake();
+    by_hand(&lake, |protocol, _| protocol["minWriterVersion"] = 4.into());
+    let run = async |version: u32, rest: &str| {
+        let lines = [patient("a", version, ""), patient(&format!("b{version}"), 1, "")];
+        let (_data, source) = super::support::folder(&[("Patient.ndjson", &lines.join("\n"))]);
+        assert!(lake.run(&source, rest).await.unwrap().succeeded);
+    };
+    let evolve = "schema_evolution: add-columns";
+    run(1, &format!("stages: {{ merge: {{ {evolve} }} }}\n")).await;
+    run(2, &format!("stages: {{ merge: {{ {evolve}, deletion_vectors: true }} }}\n")).await;
+    let vectors = || {
+        let entries = std::fs::read_dir(lake.tables().join("Patient.parquet")).unwrap().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("deletion_vector")).count()
+    };
+    assert_eq!(vectors(), 0);
+    run(3, &format!("stages: {{ merge: {{ {evolve}, upgrade_deletion_vectors: true }} }}\n")).await;
+    run(4, &format!("stages: {{ merge: {{ {evolve}, upgrade_deletion_vectors: true }} }}\n")).await;
+    assert_eq!(vectors(), 2);
+    assert_eq!(lake.versions("Patient").await["a"].as_deref(), Some("4"));
+    assert_eq!(lake.count("Patient").await, 5);
+    let tables = fhirlake::delta::Tables::at(&lake.tables().display().to_string()).unwrap();
+    let table = tables.open(&"Patient".into()).await.unwrap();
+    let protocol = table.delta().unwrap().snapshot().unwrap().protocol().clone();
+    let features: Vec<String> = protocol.writer_features().unwrap().iter().map(ToString::to_string).collect();
+    assert_eq!(
+        features,
+        ["appendOnly", "changeDataFeed", "checkConstraints", "deletionVectors", "generatedColumns", "invariants"],
+        "what version 4 stood for, and deletion vectors"
+    );
+}
+
 // Checkpoints are made apart from commits, at the table's own interval.
 #[tokio::test(flavor = "multi_thread")]
 async fn checkpoints_come_at_the_tables_interval_and_their_failure_is_not_the_commits() {

@@ -1,0 +1,115 @@
+//! `fhirlake optimize PIPELINE.yaml` and `fhirlake vacuum PIPELINE.yaml`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::output::{Output, bytes, table};
+use super::run::plan_of;
+use crate::config::{MaxBad, Span};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::flow::Stop;
+use crate::pipeline::{self, ByTable, OptimizeOptions, VacuumOptions};
+
+#[derive(Debug, Args)]
+pub(super) struct OptimizeArgs {
+    /// The pipeline file.
+    pipeline: PathBuf,
+    /// Only these resource types.
+    #[arg(long, value_delimiter = ',', value_name = "TYPE")]
+    types: Vec<String>,
+    /// Lay rows out in the order of their ids, so that later runs read less. Writes the whole table anew.
+    #[arg(long)]
+    cluster: bool,
+    /// Write every file anew that has a deletion vector, however few rows it marks.
+    #[arg(long)]
+    purge: bool,
+    /// Set a key of the file.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VacuumArgs {
+    /// The pipeline file.
+    pipeline: PathBuf,
+    /// Only these resource types.
+    #[arg(long, value_delimiter = ',', value_name = "TYPE")]
+    types: Vec<String>,
+    /// How long files stay that older versions name, such as `7d`. Default: each table's own setting, a week where it
+    /// has none.
+    #[arg(long, value_name = "SPAN")]
+    retention: Option<String>,
+    /// Allow a retention below a table's own: readers of older versions lose their files.
+    #[arg(long, requires = "retention")]
+    force: bool,
+    /// Remove the files. Without it they are only named.
+    #[arg(long)]
+    delete: bool,
+    /// Set a key of the file.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+pub(super) async fn optimize(args: OptimizeArgs, output: &Output) -> Result<()> {
+    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let options = OptimizeOptions {
+        types: if args.types.is_empty() { plan.optimize.types.clone() } else { args.types },
+        cluster: args.cluster || plan.optimize.cluster,
+        min_deleted: if args.purge { MaxBad::Lines(1) } else { plan.optimize.min_deleted.clone() },
+    };
+    let done = pipeline::optimize(&plan, &options, &Stop::default()).await?;
+    let rows = done.iter().filter_map(|(name, done)| {
+        let done = done.as_ref().ok()?;
+        let version = done.version.map_or_else(|| "unchanged".into(), |version| version.to_string());
+        Some(vec![
+            name.clone(),
+            version,
+            format!("{} -> {}", done.files_removed, done.files_added),
+            format!("{} -> {}", bytes(done.bytes_removed), bytes(done.bytes_added)),
+            done.rows_purged.to_string(),
+        ])
+    });
+    let rows: Vec<_> = rows.collect();
+    output.line(&table(&["table", "version", "files", "bytes", "rows purged"], &rows))?;
+    failures(&done)
+}
+
+pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
+    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let retention = match &args.retention {
+        Some(text) => {
+            let span: Result<Span, _> = text.clone().try_into();
+            Some(span.map(|span| span.0).context(ErrorKind::Config, "--retention")?)
+        }
+        None => plan.vacuum.retention.map(|span| span.0),
+    };
+    let options = VacuumOptions { types: args.types, retention, below_the_tables: args.force, delete: args.delete };
+    let done = pipeline::vacuum(&plan, &options, &Stop::default()).await?;
+    for (name, done) in &done {
+        for file in done.iter().flat_map(|done| &done.files) {
+            output.line(&format!("{name}.parquet/{file}"))?;
+        }
+    }
+    let found = || done.values().flatten();
+    let files: usize = found().map(|done| done.files.len()).sum();
+    let size = bytes(found().map(|done| done.bytes).sum());
+    output.remark(&match args.delete {
+        true => format!("{files} files of {size} removed"),
+        false => format!("{files} files of {size} could be removed; --delete removes them"),
+    });
+    failures(&done)
+}
+
+/// An error that names every table that failed, and why.
+fn failures<T>(done: &ByTable<T>) -> Result<()> {
+    let failed: Vec<(&String, &Error)> = done.iter().filter_map(|(name, done)| Some((name, done.as_ref().err()?))).collect();
+    match failed.as_slice() {
+        [] => Ok(()),
+        [(name, error)] => Err(Error::new(error.kind(), format!("{name}: {error}"))),
+        several => {
+            let each: Vec<String> = several.iter().map(|(name, error)| format!("{name}: {error}")).collect();
+            Err(Error::new(ErrorKind::Partial, each.join("\n")))
+        }
+    }
+}
