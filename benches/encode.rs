@@ -23,18 +23,20 @@
 
 #![allow(clippy::disallowed_macros, clippy::unwrap_used, missing_docs)]
 
+mod common;
+
 use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::datatypes::{DataType, Field, Schema};
 use bytes::Bytes;
+use common::{MAX_LINE, NoBadLines, folder, peak_memory, population, synthea};
 use fhirlake::delta::PageEncoder;
-use fhirlake::demo::{DEMO_TYPES, Population};
-use fhirlake::messages::{BadLine, BadLines, Chunk, ExportFile, FileKind};
-use fhirlake::schema::{EXCLUDED_TYPES, EncodedRows, Encoder, Filled, Layout, LayoutOptions, Model, arrow_schema};
+use fhirlake::demo::DEMO_TYPES;
+use fhirlake::messages::{Chunk, ExportFile, FileKind};
+use fhirlake::schema::{Columns, EncodedRows, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
 use fhirlake::stages::parse::{ChunkParser, Parsed};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
@@ -43,7 +45,6 @@ use parquet::file::properties::WriterProperties;
 /// The pipeline's own sizes.
 const CHUNK: usize = 1 << 20;
 const ROW_GROUP: usize = 16 << 20;
-const MAX_LINE: usize = 64 << 20;
 
 struct Arguments {
     data: Option<PathBuf>,
@@ -95,6 +96,7 @@ impl Corpus {
                 declared: Some(resource_type.clone()),
                 count: None,
                 requires_access_token: false,
+                replayed: false,
             });
             let bytes = Bytes::from(bytes);
             let (mut at, mut first_line) = (0, 1);
@@ -121,113 +123,6 @@ impl Corpus {
         types.sort();
         types.dedup();
         types
-    }
-}
-
-/// The demo's population, Synthea's shape: about `bytes` of `types` in the proportions that patients have.
-fn population(types: &[&str], bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
-    let population = Population::new(42, u32::MAX / 2);
-    let mut files: Vec<(Arc<str>, String)> = types.iter().map(|name| (Arc::from(*name), String::new())).collect();
-    for patient in 0.. {
-        for (name, text) in &mut files {
-            let kind = DEMO_TYPES.iter().position(|known| **known == **name).expect("a type of the demo");
-            population.for_each(kind, patient, |number, fate| population.write(kind, patient, number, fate, text));
-        }
-        if files.iter().map(|(_, text)| text.len()).sum::<usize>() >= bytes {
-            break;
-        }
-    }
-    files.into_iter().map(|(name, text)| (name, text.into_bytes())).collect()
-}
-
-/// `<Type>.ndjson` of a folder, repeated with other values until there are about `bytes`.
-fn folder(folder: &Path, types: Option<&str>, bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
-    let mut files: Vec<(Arc<str>, Vec<u8>)> = Vec::new();
-    for name in Model::r4().resource_types() {
-        if EXCLUDED_TYPES.contains(&name.as_str()) || types.is_some_and(|only| only != name) {
-            continue;
-        }
-        if let Ok(text) = std::fs::read(folder.join(format!("{name}.ndjson"))) {
-            files.push((Arc::from(name.as_str()), text));
-        }
-    }
-    let base: usize = files.iter().map(|(_, text)| text.len()).sum();
-    assert!(base > 0, "{} has no NDJSON file of {}", folder.display(), types.unwrap_or("any type"));
-    for (_, text) in &mut files {
-        let original = text.clone();
-        for copy in 1..bytes.div_ceil(base) as u64 {
-            vary(&original, copy, text);
-        }
-    }
-    files
-}
-
-fn hash(parts: impl Hash) -> u64 {
-    #[allow(deprecated)]
-    let mut hasher = std::hash::SipHasher::new();
-    parts.hash(&mut hasher);
-    hasher.finish()
-}
-
-/// Appends `text` with other UUIDs (the same for the same), dates, times and decimals.
-fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
-    let digits = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_digit);
-    let is_uuid = |bytes: &[u8]| {
-        bytes.iter().enumerate().all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
-    };
-    let mut at = 0;
-    while at < text.len() {
-        let rest = &text[at..];
-        let starts_value = at > 0 && matches!(text[at - 1], b'"' | b'/' | b':' | b'|');
-        if starts_value && rest.len() > 36 && is_uuid(&rest[..36]) {
-            let (a, b) = (hash((copy, &rest[..36])), hash((&rest[..36], copy)));
-            let hex = format!("{a:016x}{b:016x}");
-            out.extend_from_slice(
-                format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]).as_bytes(),
-            );
-            at += 36;
-        } else if starts_value
-            && rest.len() > 10
-            && digits(&rest[..4])
-            && rest[4] == b'-'
-            && digits(&rest[5..7])
-            && rest[7] == b'-'
-        {
-            let year = 1950 + hash((copy, &rest[..10])) % 75;
-            out.extend_from_slice(year.to_string().as_bytes());
-            out.extend_from_slice(&rest[4..10]);
-            at += 10;
-            if rest.len() > 19 && rest[10] == b'T' {
-                let moment = hash((copy, &rest[..19]));
-                out.extend_from_slice(
-                    format!("T{:02}:{:02}:{:02}", moment % 24, moment / 24 % 60, moment / 1440 % 60).as_bytes(),
-                );
-                at += 9;
-            }
-        } else if starts_value && text[at - 1] == b':' && (rest[0].is_ascii_digit() || rest[0] == b'-') {
-            let end = rest.iter().position(|b| !matches!(b, b'0'..=b'9' | b'.' | b'-')).unwrap_or(rest.len());
-            let point = rest[..end].iter().position(|b| *b == b'.');
-            let random = hash((copy, at));
-            for (place, b) in rest[..end].iter().enumerate() {
-                let varies = point.is_some_and(|point| place > point) && b.is_ascii_digit();
-                out.push(if varies { b'0' + (random >> (place % 16 * 4)) as u8 % 10 } else { *b });
-            }
-            at += end;
-        } else {
-            out.push(rest[0]);
-            at += 1;
-        }
-    }
-}
-
-struct NoBadLines;
-
-impl BadLines for NoBadLines {
-    fn keep(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
-        panic!("{} line {}: {}", bad.file.name, bad.line, bad.reason);
-    }
-    fn sync(&self) -> fhirlake::error::Result<()> {
-        Ok(())
     }
 }
 
@@ -258,7 +153,7 @@ impl Ours {
     fn encode(&mut self, parsed: impl Iterator<Item = Parsed>, mut out: impl FnMut(&PageEncoder, EncodedRows)) {
         let mut open: HashMap<Arc<str>, Encoder> = HashMap::new();
         let mut close = |name: &Arc<str>, encoder: &mut Encoder, filled: &mut HashMap<Arc<str>, Filled>| {
-            let encoded = encoder.finish(filled.entry(name.clone()).or_default()).expect("columns");
+            let encoded = encoder.finish(filled.entry(name.clone()).or_default(), Columns::default()).expect("columns");
             std::hint::black_box(encoder.take_losses());
             out(&self.pages, encoded);
         };
@@ -295,7 +190,7 @@ fn together<'a>(ours: &mut Ours, chunks: impl Iterator<Item = &'a Chunk>) -> usi
     let parser = ChunkParser::new(MAX_LINE, Arc::new(NoBadLines));
     let parsed = chunks.map(|chunk| parser.parse(chunk).expect("a chunk that is read"));
     let mut size = 0;
-    ours.encode(parsed, |pages, rows| size += pages.encode(&rows.batch, &rows.filtered).expect("pages").0.len());
+    ours.encode(parsed, |pages, rows| size += pages.encode(&rows.batch, &rows.schema, &rows.filtered).expect("pages").0.len());
     size
 }
 
@@ -399,7 +294,7 @@ fn measure(corpus: &Corpus, rounds: usize) -> Rounds {
         let mut pages = Duration::ZERO;
         let (both, ()) = timed(|| {
             ours.encode(parsed.into_iter(), |encoder, rows| {
-                pages += timed(|| encoder.encode(&rows.batch, &rows.filtered).expect("pages")).0;
+                pages += timed(|| encoder.encode(&rows.batch, &rows.schema, &rows.filtered).expect("pages")).0;
             });
         });
         let encode = both - pages;
@@ -488,21 +383,6 @@ fn width(arguments: &Arguments, bytes: usize) {
     let ratio = median(rounds.iter().map(|(narrow, wide)| wide.1 / narrow.1).collect());
     let (narrow, wide) = &rounds[0];
     println!("\nPatient, the same bytes: {} columns against {}: MB/s ratio {ratio:.2}", wide.0, narrow.0);
-}
-
-/// `VmHWM` of this process, where the system tells.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().trim_end_matches(" kB").parse().ok()
-}
-
-/// The Synthea sample, unpacked, where it lies beside the project.
-fn synthea() -> Option<tempfile::TempDir> {
-    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/synthea-100.tar.gz");
-    let folder = archive.exists().then(tempfile::tempdir)?.ok()?;
-    let unpacked = std::process::Command::new("tar").arg("xzf").arg(&archive).arg("-C").arg(folder.path()).status();
-    unpacked.is_ok_and(|status| status.success()).then_some(folder)
 }
 
 fn main() {

@@ -76,6 +76,8 @@ pub struct ExportFile {
     pub count: Option<u64>,
     /// Whether the request needs the access token.
     pub requires_access_token: bool,
+    /// Whether these are lines that an earlier run quarantined, tried again.
+    pub replayed: bool,
 }
 
 impl Weighed for Arc<ExportFile> {
@@ -141,6 +143,8 @@ pub struct RowKey {
     pub arrival: Arrival,
     /// Whether `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
     pub subsetted: bool,
+    /// Whether it was quarantined by an earlier run, so that it does not come from the newest export.
+    pub replayed: bool,
 }
 
 impl RowKey {
@@ -285,6 +289,8 @@ pub struct ParsedChunk {
     pub fatal: u64,
     /// Issues of severity fatal or error.
     pub errors: u64,
+    /// Lines out of quarantine that could be read, and the type of each.
+    pub replayed: Vec<(LineId, ResourceType)>,
 }
 
 /// What stages tell merge, so that it knows when a type is complete.
@@ -363,6 +369,35 @@ pub struct BadLine<'a> {
     /// Its full length, where it was too long to be kept whole.
     pub full_length: u64,
 }
+
+/// A hash of a quarantined line's bytes: the same line is kept once, however often it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LineId(pub u128);
+
+impl LineId {
+    /// The id of a line without its end.
+    pub fn of(line: &[u8]) -> Self {
+        Self(twox_hash::XxHash3_128::oneshot(line))
+    }
+}
+
+impl std::fmt::Display for LineId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// A line that an earlier run quarantined, to be tried again.
+#[derive(Debug)]
+pub struct KeptLine {
+    /// The type that its file declared.
+    pub declared: Option<ResourceType>,
+    /// Its bytes, without the line's end.
+    pub bytes: Vec<u8>,
+}
+
+/// Lines to be tried again, one after the other.
+pub type KeptLines = Box<dyn Iterator<Item = crate::error::Result<KeptLine>> + Send>;
 
 /// Where bad lines go.
 pub trait BadLines: Send + Sync {

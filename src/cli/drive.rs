@@ -46,7 +46,9 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
     output.remark(&report(&outcome));
     if outcome.other_bad_lines > 0 || outcome.types.values().any(|kept| kept.quarantined > 0) {
         let quarantine = state.join("quarantine").join(format!("{}.ndjson", outcome.run));
-        output.remark(&format!("quarantined lines, each with its place and reason: {}", quarantine.display()));
+        // Lines that an earlier run kept are not kept again.
+        let place = if quarantine.exists() { quarantine } else { state.join("quarantine") };
+        output.remark(&format!("quarantined lines, each with its place and reason: {}", place.display()));
     }
     output.remark(&format!("report: {}", state.join("runs").join(format!("{}.json", outcome.run)).display()));
     if let Some(peak) = peak_memory() {

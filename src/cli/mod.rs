@@ -6,6 +6,7 @@ mod drive;
 mod json;
 mod maintain;
 mod output;
+mod quarantine;
 mod query;
 mod run;
 mod schema;
@@ -61,6 +62,8 @@ enum Command {
     Optimize(maintain::OptimizeArgs),
     /// Names, or removes, files that no version of a table needs any more.
     Vacuum(maintain::VacuumArgs),
+    /// Lines that could not be read: names them, tries them again, or gives them up.
+    Quarantine(quarantine::QuarantineArgs),
     /// Asks the tables a question in SQL; each is named by its resource type.
     Query(query::QueryArgs),
     /// Shows the table schema of a resource type.
@@ -121,6 +124,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
         Command::Status(args) => status::status(args, output).await,
         Command::Optimize(args) => maintain::optimize(args, output).await,
         Command::Vacuum(args) => maintain::vacuum(args, output).await,
+        Command::Quarantine(args) => quarantine::quarantine(args, output).await,
         Command::Query(args) => query::query(args, output).await,
         Command::Schema(args) => schema::schema(&args, output),
         Command::Completions(args) => completions::completions(&args, output),

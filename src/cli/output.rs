@@ -194,6 +194,9 @@ pub(super) fn report(report: &RunReport) -> String {
     if report.other_bad_lines > 0 {
         text.push_str(&format!("\nquarantined lines that belong to no table: {}", report.other_bad_lines));
     }
+    if report.replayed > 0 {
+        text.push_str(&format!("\nlines out of quarantine that could be read now: {}", report.replayed));
+    }
     if report.watermark_held {
         text.push_str("\nthe server reports fatal errors of its export: the watermark stays where it was");
     }

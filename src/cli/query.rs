@@ -69,6 +69,8 @@ pub(super) async fn query(args: QueryArgs, output: &Output) -> Result<()> {
 pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch>> {
     // Table and column names are FHIR's, so `Patient` and `birthDate` need no quotes.
     let config = SessionConfig::new().set_bool("datafusion.sql_parser.enable_ident_normalization", false);
+    // Spark's INT96 as nanoseconds would reach to 2262 only.
+    let config = config.set_str("datafusion.execution.parquet.coerce_int96", "us");
     let session = SessionContext::new_with_config(config);
     let existing = tables.existing().await?;
     if existing.is_empty() {

@@ -83,7 +83,7 @@ pub(super) async fn sync(args: SyncArgs, output: &Output) -> Result<()> {
 }
 
 async fn start(plan: Plan, full_refresh: bool, dry_run: bool, output: &Output) -> Result<()> {
-    let options = RunOptions { full_refresh };
+    let options = RunOptions { full_refresh, ..RunOptions::default() };
     if dry_run {
         return explain(plan, options, output).await;
     }

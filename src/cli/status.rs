@@ -52,7 +52,9 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
             }
         }
     }
-    output.line(&format!("quarantine  {} lines", state.quarantined()))?;
+    let kept = state.quarantined()?.count();
+    let hint = if kept > 0 { "; see fhirlake quarantine list" } else { "" };
+    output.line(&format!("quarantine  {kept} lines{hint}"))?;
     let states = pipeline::table_states(&plan).await?;
     if states.is_empty() {
         return output.line("no tables yet");

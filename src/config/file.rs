@@ -209,8 +209,21 @@ pub struct EncodeSection {
     pub source_json: bool,
     /// NDJSON that makes a row group.
     pub row_group: ByteSize,
-    /// Whether Parquet files hold columns that none of their rows fills.
-    pub all_columns: bool,
+    /// Which columns Parquet files have, of those that none of their rows fills.
+    pub columns: FileColumns,
+}
+
+/// Which columns Parquet files have, of those that none of their rows fills. Readers give null for what a file lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileColumns {
+    /// A top-level column is there with all that is within it, or not at all: right with every reader.
+    #[default]
+    Whole,
+    /// Only what a row fills, at every depth: smaller and faster. Spark before 4.1 reads such files wrong (SPARK-53535).
+    Filled,
+    /// Every column of the table.
+    All,
 }
 
 /// Pages to commits.
@@ -364,7 +377,7 @@ impl Default for EncodeSection {
             open_types: layout.open_types,
             source_json: layout.source_json,
             row_group: ByteSize(16 << 20),
-            all_columns: false,
+            columns: FileColumns::Whole,
         }
     }
 }

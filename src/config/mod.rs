@@ -9,8 +9,9 @@ mod values;
 
 pub use check::{Problem, Read, read_pipeline};
 pub use file::{
-    AuthSection, Bad, DownloadSection, EncodeSection, LevelName, MaxBad, MergeSection, Mode, OptimizeSection, ParseSection,
-    PipelineFile, Schedule, SchemaEvolution, SourceSection, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
+    AuthSection, Bad, DownloadSection, EncodeSection, FileColumns, LevelName, MaxBad, MergeSection, Mode, OptimizeSection,
+    ParseSection, PipelineFile, Schedule, SchemaEvolution, SourceSection, Stages, TelemetrySection, VacuumSection,
+    pipeline_json_schema,
 };
 pub use plan::{MemorySplit, Plan, Since, SourcePlan, default_state_folder};
 pub use values::{ByteSize, Instant, Span, Text, environment};

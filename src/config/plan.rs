@@ -6,10 +6,10 @@ use std::time::Duration;
 use url::Url;
 
 use super::check::{Problem, Read};
-use super::file::{Bad, DeleteExport, LevelName, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
+use super::file::{Bad, DeleteExport, FileColumns, LevelName, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
 use super::values::{Instant, Text};
 use crate::fhir::{AuthSettings, HttpSettings, Level};
-use crate::schema::LayoutOptions;
+use crate::schema::{Columns, LayoutOptions};
 
 /// Where a run's resources come from.
 #[derive(Clone)]
@@ -116,8 +116,8 @@ pub struct Plan {
     pub encode_workers: usize,
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
-    /// Whether files hold columns that none of their rows fills.
-    pub all_columns: bool,
+    /// Which columns files have.
+    pub columns: Columns,
     /// Tables at once.
     pub tables_at_once: usize,
     /// What becomes of rows that the export does not name.
@@ -263,7 +263,11 @@ impl Plan {
                 source_json: stages.encode.source_json,
                 add_columns: stages.merge.schema_evolution == SchemaEvolution::AddColumns,
             },
-            all_columns: stages.encode.all_columns,
+            columns: match stages.encode.columns {
+                FileColumns::Whole => Columns::Whole,
+                FileColumns::Filled => Columns::Filled,
+                FileColumns::All => Columns::All,
+            },
             tables_at_once: stages.merge.tables_at_once,
             mode: stages.merge.mode,
             max_deleted: stages.merge.max_deleted.clone(),

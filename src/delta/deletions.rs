@@ -37,6 +37,7 @@ impl Deletions {
             version: RowKey::ABSENT,
             arrival: Arrival::default(),
             subsetted: false,
+            replayed: false,
         };
         self.ids = self.ids.take().filter(|ids| ids.len() < MAX_IDS);
         if let Some(ids) = &mut self.ids {

@@ -8,20 +8,16 @@ use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Features that ask nothing of our commits, or nothing as long as no setting or column uses them: those are looked at
 /// by themselves.
-const KNOWN: [&str; 13] = [
+const KNOWN: [&str; 9] = [
     "appendOnly",
     "invariants",
     "checkConstraints",
     "changeDataFeed",
     "generatedColumns",
-    "identityColumns",
     "columnMapping",
     "deletionVectors",
-    "domainMetadata",
     "timestampNtz",
     "v2Checkpoint",
-    "vacuumProtocolCheck",
-    "allowColumnDefaults",
 ];
 
 /// Features that a writer version without a list of features stands for (Delta protocol, "Supported Features").

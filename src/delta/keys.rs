@@ -94,30 +94,24 @@ impl<'a> OpenFile<'a> {
         self.groups().iter().map(|group| group.num_rows() as u64).sum()
     }
 
-    /// Goes through the live rows with their keys (`None` for a row without id), row groups that can have none of `ids`
-    /// left out.
+    /// Goes through the rows, those included that are gone, with their keys (`None` for a row without id), row groups that
+    /// can have none of `ids` left out.
     pub async fn for_each_id(&self, ids: Option<&Ids>, mut each: impl FnMut(u64, Option<u128>)) -> Result<()> {
-        let file = self.file;
         let groups = match ids {
             Some(ids) => self.groups_with(ids).await?,
             None => (0..self.groups().len()).collect(),
         };
+        let mut places = Places::new(self.groups(), &groups);
         let Some(mask) = self.leaves(&["id"]) else {
             // A file without the column: no row of it has an id.
-            (0..self.rows()).filter(|row| !file.gone.contains(*row)).for_each(|row| each(row, None));
+            (0..self.rows()).for_each(|row| each(row, None));
             return Ok(());
         };
-        let failed = |error| storage(error, &format!("the ids of {} cannot be read", file.path));
-        let mut places = Places::new(self.groups(), &groups);
+        let failed = |error| storage(error, &format!("the ids of {} cannot be read", self.file.path));
         let builder = self.reader().with_projection(mask).with_row_groups(groups).with_batch_size(BATCH);
         let mut batches = builder.build().map_err(failed)?;
         while let Some(batch) = batches.try_next().await.map_err(failed)? {
-            for_each_string(batch.column(0), |_, id| {
-                let row = places.next();
-                if !file.gone.contains(row) {
-                    each(row, id.map(|id| key_of(id.as_bytes())));
-                }
-            })?;
+            for_each_string(batch.column(0), |_, id| each(places.next(), id.map(|id| key_of(id.as_bytes()))))?;
         }
         Ok(())
     }
@@ -309,8 +303,14 @@ impl Places {
 /// Columns that say how a row ranks among its copies.
 const RANK: [&str; 3] = ["meta.lastUpdated", "meta.versionId", "meta.tag.code"];
 
-const NO_RANK: RowKey =
-    RowKey { key: 0, last_updated: RowKey::ABSENT, version: RowKey::ABSENT, arrival: Arrival::from_bits(0), subsetted: false };
+const NO_RANK: RowKey = RowKey {
+    key: 0,
+    last_updated: RowKey::ABSENT,
+    version: RowKey::ABSENT,
+    arrival: Arrival::from_bits(0),
+    subsetted: false,
+    replayed: false,
+};
 
 /// The ids in a file, for files that are small.
 pub(super) async fn all_ids(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<Vec<Box<str>>> {

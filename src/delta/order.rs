@@ -21,7 +21,11 @@ pub(super) fn judge(staged: &RowKey, table: &RowKey, full_refresh: bool) -> Verd
     // What lacks the order that the table's row has comes from the newer export.
     let lacks = |staged: i64, table: i64| staged == ABSENT && table != ABSENT;
     if lacks(staged.last_updated, table.last_updated) || lacks(staged.version, table.version) {
-        return Verdict::Newer;
+        // Out of quarantine it comes from an older one: what has no order cannot say that it is newer.
+        return if staged.replayed { Verdict::Older } else { Verdict::Newer };
+    }
+    if staged.replayed && staged.last_updated == ABSENT && staged.version == ABSENT {
+        return Verdict::Older;
     }
     match (staged.last_updated, staged.version).cmp(&(table.last_updated, table.version)) {
         std::cmp::Ordering::Less => Verdict::Older,
@@ -37,7 +41,7 @@ mod tests {
     use crate::messages::Arrival;
 
     fn key(last_updated: i64, version: i64, subsetted: bool) -> RowKey {
-        RowKey { key: 1, last_updated, version, arrival: Arrival::default(), subsetted }
+        RowKey { key: 1, last_updated, version, arrival: Arrival::default(), subsetted, replayed: false }
     }
     const NONE: i64 = RowKey::ABSENT;
 
@@ -57,6 +61,11 @@ mod tests {
         assert!(compare(key(NONE, NONE, false), key(NONE, NONE, false)), "nothing at all: compared");
         assert!(older(key(9, 9, true), key(1, 1, false)), "SUBSETTED never overwrites a complete one");
         assert!(newer(key(1, 1, false), key(9, 9, true)), "a complete one replaces a SUBSETTED one");
+        let replayed = |key: RowKey| RowKey { replayed: true, ..key };
+        assert!(newer(replayed(key(2, NONE, false)), key(1, NONE, false)), "out of quarantine, newer");
+        assert!(older(replayed(key(1, 1, false)), key(2, 2, false)), "out of quarantine, older");
+        assert!(older(replayed(key(NONE, 1, false)), key(5, 1, false)), "out of quarantine, lacks the table's order");
+        assert!(older(replayed(key(NONE, NONE, false)), key(NONE, NONE, false)), "out of quarantine, without order");
         assert!(matches!(judge(&key(1, 1, false), &key(1, 1, false), true), Verdict::Compare), "full refresh compares");
     }
 }

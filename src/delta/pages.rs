@@ -1,7 +1,7 @@
-//! Columns → Parquet pages: a row group as the bytes of a Parquet file of its own.
+//! Columns → Parquet pages: a row group in memory.
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
-use arrow::datatypes::{DataType, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, SchemaRef, TimestampMicrosecondType};
 use bytes::Bytes;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
@@ -10,10 +10,11 @@ use parquet::file::metadata::ParquetMetaData;
 use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties};
 use parquet::schema::types::{ColumnPath, SchemaDescriptor};
 
-use super::staging::CREATED_BY;
+use super::nulls;
+use super::staging::{CREATED_BY, extent};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Turns record batches into the bytes of a row group.
+/// Turns record batches into the bytes of row groups.
 #[derive(Debug, Clone, Default)]
 pub struct PageEncoder;
 
@@ -95,10 +96,10 @@ fn mix(value: u64) -> u64 {
 }
 
 impl PageEncoder {
-    /// One batch as a Parquet file of one row group, and its metadata. `filtered` has an entry for each leaf column:
-    /// whether readers filter by it, so that statistics of it are worth their place in a footer that may describe a
-    /// thousand others.
-    pub fn encode(&self, batch: &RecordBatch, filtered: &[bool]) -> Result<(Bytes, ParquetMetaData)> {
+    /// One batch as a row group in memory, and its metadata. The row group has the columns of `file`; those that the batch
+    /// lacks are null. `filtered` has an entry for each leaf column of the batch: whether readers filter by it, so that
+    /// statistics of it are worth their place in a footer that may describe a thousand others.
+    pub fn encode(&self, batch: &RecordBatch, file: &SchemaRef, filtered: &[bool]) -> Result<(Bytes, ParquetMetaData)> {
         let failed = |error| Error::new(ErrorKind::Internal, format!("a record batch cannot be written: {error}"));
         let schema = ArrowSchemaConverter::new().convert(&batch.schema()).map_err(failed)?;
         let options = ArrowWriterOptions::new()
@@ -109,6 +110,10 @@ impl PageEncoder {
         let mut writer = ArrowWriter::try_new_with_options(&mut bytes, batch.schema(), options).map_err(failed)?;
         writer.write(batch).map_err(failed)?;
         let metadata = writer.close().map_err(failed)?;
-        Ok((bytes.into(), metadata))
+        let group = metadata.row_groups().first().ok_or_else(|| Error::new(ErrorKind::Internal, "no row group"))?;
+        // What comes behind the columns is the footer of a file that this is not going to be.
+        bytes.truncate(usize::try_from(extent(group).1).unwrap_or(usize::MAX));
+        let group = nulls::complete(batch, group, file, &mut bytes).map_err(failed)?;
+        Ok((bytes.into(), ParquetMetaData::new(metadata.file_metadata().clone(), vec![group])))
     }
 }

@@ -60,7 +60,7 @@ fn list_item(field: &FieldRef) -> Option<&FieldRef> {
 }
 
 /// `batch` with the columns of `schema`: null for what it lacks, and without what `schema` lacks.
-pub(super) fn adapt(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+pub fn adapt(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
     let rows = batch.num_rows();
     let columns = schema.fields().iter().map(|field| adapt_column(batch.column_by_name(field.name()), field, rows));
     let columns = columns.collect::<Result<Vec<_>>>()?;

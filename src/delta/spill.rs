@@ -36,29 +36,31 @@ pub(super) struct KeyAt {
     pub arrival: Arrival,
     /// Index of its file among the run's or the table's.
     pub file: u32,
-    /// The row in the file, and [`KeyAt::SUBSETTED`].
+    /// The row in the file, [`KeyAt::SUBSETTED`] and [`KeyAt::REPLAYED`].
     row: u32,
 }
 
 impl KeyAt {
     const SUBSETTED: u32 = 1 << 31;
+    const REPLAYED: u32 = 1 << 30;
     /// Rows that a file may have.
-    pub const MAX_ROWS: u64 = (1 << 31) - 1;
+    pub const MAX_ROWS: u64 = (1 << 30) - 1;
 
     pub fn new(key: RowKey, file: u32, row: u32) -> Self {
         let subsetted = if key.subsetted { Self::SUBSETTED } else { 0 };
+        let replayed = if key.replayed { Self::REPLAYED } else { 0 };
         Self {
             key: key.key,
             last_updated: key.last_updated,
             version: key.version,
             arrival: key.arrival,
             file,
-            row: row & !Self::SUBSETTED | subsetted,
+            row: row & Self::MAX_ROWS as u32 | subsetted | replayed,
         }
     }
 
     pub fn row(&self) -> u64 {
-        u64::from(self.row & !Self::SUBSETTED)
+        u64::from(self.row) & Self::MAX_ROWS
     }
 
     /// The same row, with the index of its file.
@@ -73,6 +75,7 @@ impl KeyAt {
             version: self.version,
             arrival: self.arrival,
             subsetted: self.row & Self::SUBSETTED != 0,
+            replayed: self.row & Self::REPLAYED != 0,
         }
     }
 }
@@ -293,6 +296,7 @@ mod tests {
             version: RowKey::ABSENT,
             arrival: Arrival::new(3, u64::from(number)),
             subsetted: number.is_multiple_of(2),
+            replayed: number.is_multiple_of(3),
         };
         KeyAt::new(key, 5, number)
     }

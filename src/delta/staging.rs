@@ -96,7 +96,7 @@ impl StagingFile {
             self.updated = Some((first.min(key.last_updated), last.max(key.last_updated)));
             let row = self.keys.rows();
             let row = u32::try_from(row).ok().filter(|_| row < KeyAt::MAX_ROWS);
-            let row = row.ok_or_else(|| Error::new(ErrorKind::Internal, "a staged file with two billion rows"))?;
+            let row = row.ok_or_else(|| Error::new(ErrorKind::Internal, "a staged file with a billion rows"))?;
             self.keys.push(KeyAt::new(key, 0, row))?;
         }
         Ok(())
@@ -158,7 +158,7 @@ pub(super) async fn sync_file(path: std::path::PathBuf) -> std::io::Result<()> {
 }
 
 /// First byte and end of a row group, its bloom filters included.
-fn extent(group: &RowGroupMetaData) -> (u64, u64) {
+pub(super) fn extent(group: &RowGroupMetaData) -> (u64, u64) {
     let mut from = u64::MAX;
     let mut until = 0;
     for column in group.columns() {

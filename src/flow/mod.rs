@@ -28,6 +28,42 @@ pub async fn compute<T: Send + 'static>(
     })
 }
 
+/// Does the same to each item, on as many threads of their own as there are cores, and gives the outcomes in the items'
+/// order; after an error no further item is begun. Blocks: for threads that compute, such as [`compute`]'s.
+pub fn on_all_cores<I: Sync, T: Send>(
+    items: &[I],
+    work: impl Fn(usize, &I) -> crate::error::Result<T> + Sync,
+) -> crate::error::Result<Vec<T>> {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(items.len());
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut done = Vec::new();
+        while let at = next.fetch_add(1, Ordering::Relaxed)
+            && let Some(item) = items.get(at)
+        {
+            let outcome = work(at, item);
+            if outcome.is_err() {
+                next.store(items.len(), Ordering::Relaxed);
+            }
+            done.push((at, outcome));
+        }
+        done
+    };
+    let mut done = Vec::with_capacity(items.len());
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        for worker in workers {
+            match worker.join() {
+                Ok(more) => done.extend(more),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    });
+    done.sort_unstable_by_key(|(at, _)| *at);
+    done.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
 /// Runs the making of one HTTP response's body; it ends with its channel. Only the demo server uses it: nothing
 /// of a run is ever detached.
 pub(crate) fn detach_response(work: impl Future<Output = ()> + Send + 'static) {

@@ -1,6 +1,7 @@
 //! Looking at what a pipeline depends on and what it has made.
 
-use super::{app_id, check_table, client, source_folder};
+use super::prepare::{app_id, check_table};
+use super::{client, source_folder};
 use crate::config::{Plan, SourcePlan};
 use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};

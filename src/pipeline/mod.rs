@@ -8,43 +8,43 @@
 
 mod inspect;
 mod maintain;
+mod prepare;
 mod report;
 
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintain::{ByTable, OptimizeOptions, VacuumOptions, optimize, vacuum};
+pub use prepare::{Prepared, prepare};
 pub use report::RunReport;
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use chrono::{DateTime, Utc};
 use tracing::Instrument;
 use url::Url;
 
-use crate::config::{MaxBad, Mode, Plan, Since, SourcePlan};
-use crate::delta::{Absent, Table, TableSettings, Tables};
+use crate::config::{MaxBad, Mode, Plan, SourcePlan};
+use crate::delta::{Absent, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::{Auth, Client, ExportRequest};
-use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
-use crate::messages::{AtMost, BadLineSink, Chunk, FlushRequests, Layouts, MergeInput, ResourceType, Rows, instant_text};
-use crate::schema::{Layout, LayoutOptions, layout_for};
+use crate::fhir::{Auth, Client};
+use crate::flow::{Board, Crew, EdgeGauge, Sender, Stop, edge};
+use crate::messages::{AtMost, BadLineSink, Chunk, ExportFile, FileKind, FlushRequests, MergeInput, Rows, instant_text};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
-use crate::stages::export::{ExportNote, FolderExport, Kickoff, ServerExport};
+use crate::stages::export::{ExportNote, FolderExport, ServerExport};
 use crate::stages::ledger::Ledger;
 use crate::stages::merge::{Merge, MergeSettings};
 use crate::stages::parse::Parse;
+use crate::stages::replay::Replay;
 use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
-
-/// What is taken off the time in the recipe's state file: it is a client's clock.
-const RECIPE_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
 
 /// What a run may be told on the command line.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RunOptions {
     /// Ask for everything, and rewrite rows whose content differs.
     pub full_refresh: bool,
+    /// Ask the source for nothing: only try the lines in quarantine again.
+    pub replay_only: bool,
 }
 
 /// What those who watch a run see of it.
@@ -58,128 +58,8 @@ pub struct Watch {
     pub server: Arc<Mutex<Option<String>>>,
 }
 
-/// What a run is about to do, drawn up before anything is asked of the server.
-pub struct Prepared {
-    plan: Plan,
-    tables: Tables,
-    opened: HashMap<ResourceType, Table>,
-    kickoffs: Vec<Kickoff>,
-    app_id: String,
-    full: bool,
-    full_refresh: bool,
-}
-
-impl Prepared {
-    /// The exports that will be asked for.
-    pub fn kickoffs(&self) -> &[Kickoff] {
-        &self.kickoffs
-    }
-    /// Types whose table exists already.
-    pub fn existing(&self) -> Vec<&ResourceType> {
-        let mut names: Vec<_> = self.opened.iter().filter(|(_, table)| table.version().is_some()).map(|(name, _)| name).collect();
-        names.sort();
-        names
-    }
-}
-
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Pipeline and scope: a changed scope has a watermark of its own and starts anew.
-fn app_id(plan: &Plan) -> String {
-    let scope = match &plan.source {
-        SourcePlan::Server { base, level, .. } => format!("{}|{level:?}", base.as_str().trim_end_matches('/')),
-        SourcePlan::Folder(url) => url.to_string(),
-    };
-    format!("fhirlake:{}:{:016x}", plan.name, twox_hash::XxHash3_128::oneshot(scope.as_bytes()) as u64)
-}
-
-/// Opens the tables, reads their watermarks and groups the types by them. Asks nothing of the server.
-pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
-    let tables = Tables::at(&plan.tables)?;
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
-    let remembered = StateFile::read(state.state_file())?;
-    let app_id = app_id(&plan);
-    let types: Vec<ResourceType> = if plan.types.is_empty() {
-        tables.existing().await?
-    } else {
-        plan.types.iter().map(|name| name.as_str().into()).collect()
-    };
-    let mut opened = HashMap::new();
-    // Watermark by type; `None` asks for everything.
-    let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
-    for name in types {
-        let table = tables.open(&name).await?;
-        if let Err(error) = check_table(&table, &plan) {
-            if !plan.types.is_empty() {
-                return Err(error);
-            }
-            // Nobody asked for this type by name; should the server send it, it fails then, and alone.
-            tracing::warn!(resource_type = %name, %error, "the table cannot be written");
-            continue;
-        }
-        let since = match plan.since {
-            _ if options.full_refresh => None,
-            Since::Everything => None,
-            Since::At(micros) => Some(micros),
-            // A missing table means a full export of its type, whatever the state file says.
-            Since::LastSync if table.version().is_none() => None,
-            Since::LastSync => {
-                let own = table.transaction(&app_id).await?;
-                own.or_else(|| from_state(&remembered, &app_id, &name))
-                    .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0))
-            }
-        };
-        groups.entry(since).or_default().push(name.clone());
-        opened.insert(name, table);
-    }
-    let full = groups.is_empty() || groups.contains_key(&None);
-    let kickoffs = match &plan.source {
-        SourcePlan::Folder(_) => Vec::new(),
-        SourcePlan::Server { level, .. } if plan.types.is_empty() => {
-            // All types in one export. Which types the server has is not known beforehand, so it can only be
-            // incremental when a run of this very scope has brought all of them, and each table says so itself:
-            // a type that failed then has no table, and would get its changes only.
-            let whole_before = remembered.scope.as_deref() == Some(app_id.as_str()) || remembered.is_the_recipes();
-            let all_known = !groups.is_empty() && !groups.contains_key(&None);
-            let since = match plan.since {
-                Since::At(micros) if !options.full_refresh => Some(micros),
-                _ => groups.keys().flatten().min().copied().filter(|_| whole_before && all_known),
-            };
-            let request = ExportRequest { level: level.clone(), types: Vec::new(), since };
-            let known = opened.keys().cloned().collect();
-            vec![Kickoff { request, asked: Vec::new(), known }]
-        }
-        SourcePlan::Server { level, .. } => groups
-            .into_iter()
-            .map(|(since, asked)| {
-                let types = asked.iter().map(ToString::to_string).collect();
-                Kickoff { request: ExportRequest { level: level.clone(), types, since }, asked, known: Vec::new() }
-            })
-            .collect(),
-    };
-    let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
-    let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
-    if plan.mode != Mode::Merge && !all_are_full {
-        let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
-        return Err(Error::new(ErrorKind::Config, why));
-    }
-    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
-}
-
-/// Whether a run can write `table`: its features, and its columns where it exists.
-fn check_table(table: &Table, plan: &Plan) -> Result<()> {
-    layout_of(&table.resource_type, table, &plan.layout).map(drop)
-}
-
-/// The watermark of a type by the state file: the recipe's one time for all, or ours for this type.
-fn from_state(state: &StateFile, app_id: &str, resource_type: &str) -> Option<i64> {
-    if state.is_the_recipes() {
-        return Some(state.last_sync_time?.timestamp_micros() - RECIPE_OVERLAP_MICROS);
-    }
-    let ours = state.scope.as_deref() == Some(app_id);
-    state.watermarks.get(resource_type).filter(|_| ours).map(DateTime::timestamp_micros)
 }
 
 /// The client of a plan's server.
@@ -202,34 +82,6 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
     let store = object_store::local::LocalFileSystem::new();
     let folder = object_store::path::Path::from_absolute_path(&path).context(ErrorKind::Config, "source.url")?;
     Ok((Arc::new(store), folder))
-}
-
-/// Layouts of the run: an existing table's own, Pathling's for the rest. Types that the run did not open are looked at
-/// when their first row comes.
-fn layouts(plan: &Plan, tables: &Tables, opened: &HashMap<ResourceType, Table>) -> Result<Layouts> {
-    let mut known: HashMap<ResourceType, Arc<Layout>> = HashMap::new();
-    for (name, table) in opened {
-        match layout_of(name, table, &plan.layout) {
-            Ok(layout) => drop(known.insert(name.clone(), layout)),
-            Err(error) if !plan.types.is_empty() => return Err(error),
-            Err(error) => tracing::warn!(resource_type = %name, %error, "the table cannot be written"),
-        }
-    }
-    let (known, options, tables) = (RwLock::new(known), plan.layout.clone(), tables.clone());
-    Ok(Arc::new(move |name| {
-        if let Some(layout) = known.read().unwrap_or_else(PoisonError::into_inner).get(name) {
-            return Ok(layout.clone());
-        }
-        let table = tokio::runtime::Handle::current().block_on(tables.open(name))?;
-        let layout = layout_of(name, &table, &options)?;
-        let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(known.entry(name.clone()).or_insert(layout).clone())
-    }))
-}
-
-fn layout_of(name: &ResourceType, table: &Table, options: &LayoutOptions) -> Result<Arc<Layout>> {
-    table.check_writable()?;
-    Ok(Arc::new(layout_for(name, options, table.schema()?.as_ref())?))
 }
 
 /// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself.
@@ -259,16 +111,17 @@ async fn once(
     let _lock = state.lock()?;
     let journal = state.journal();
     clean_up(&journal, &Tables::at(&plan.tables)?).await?;
-    let client = client(&plan, &watch.board, stop)?;
+    let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
     let prepared = prepare(plan, options).await?;
     let plan = &prepared.plan;
-    match prepared.kickoffs.iter().filter_map(|kickoff| kickoff.request.since).min() {
+    match prepared.kickoffs.iter().filter(|_| !options.replay_only).filter_map(|kickoff| kickoff.request.since).min() {
         Some(since) => tracing::info!(since = %instant_text(since), "incremental sync"),
+        None if options.replay_only => tracing::info!("lines in quarantine are tried again"),
         None => tracing::info!("full sync"),
     }
     journal.write(&JournalEntry::Began { run: run.clone(), types: plan.types.clone() })?;
 
-    let layouts = layouts(plan, &prepared.tables, &prepared.opened)?;
+    let layouts = prepare::layouts(plan, &prepared.tables, &prepared.opened)?;
     let memory = plan.memory;
     let (files_in, files_out, files_gauge) = edge("export->download", 1024, 4 << 20);
     let (chunks_in, chunks_out, chunks_gauge) = edge::<Chunk>("download->parse", 256, memory.chunks);
@@ -277,9 +130,19 @@ async fn once(
     *locked(&watch.edges) = vec![files_gauge, chunks_gauge, rows_gauge, merge_gauge];
 
     let mut crew = Crew::new(stop.clone());
+    let replay = replay(plan, &state, &chunks_in, &merge_in)?;
+    let first_index = replay.as_ref().map_or(0, |replay| replay.files.len() as u32);
+    if let Some(replay) = replay {
+        let span = tracing::Span::current();
+        crew.spawn_cpu("replay", move |handle| span.in_scope(|| replay.run(handle)));
+    }
     let remember = remember(journal.clone());
     let statuses = Arc::new(Mutex::new(Vec::new()));
     let (origin, exports) = match (&plan.source, client.clone()) {
+        _ if options.replay_only => {
+            drop(files_in);
+            (Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0)
+        }
         (SourcePlan::Server { timeout, .. }, Some(client)) => {
             let statuses = statuses.clone();
             let words = watch.server.clone();
@@ -287,6 +150,7 @@ async fn once(
                 client: client.clone(),
                 kickoffs: prepared.kickoffs.clone(),
                 timeout: Some(*timeout),
+                first_index,
                 files: files_in,
                 merge: merge_in.clone(),
                 remember: Arc::new(move |note| {
@@ -308,6 +172,7 @@ async fn once(
                 folder,
                 url: url.clone(),
                 types: plan.types.iter().map(|name| name.as_str().into()).collect(),
+                first_index,
                 files: files_in,
                 merge: merge_in.clone(),
                 board: watch.board.clone(),
@@ -334,7 +199,7 @@ async fn once(
         let span = span.clone();
         crew.spawn_cpu("download", move |handle| span.in_scope(|| worker.run(handle)));
     }
-    let bad_lines: BadLineSink = Arc::new(state.quarantine(&run));
+    let bad_lines: BadLineSink = Arc::new(state.quarantine(&run)?);
     for _ in 0..plan.parse_workers {
         let worker = Parse {
             chunks: chunks_out.clone(),
@@ -348,7 +213,7 @@ async fn once(
         crew.spawn_cpu("parse", move |handle| span.in_scope(|| worker.run(handle)));
     }
     let requests = FlushRequests::default();
-    let shared = Shared::new(layouts, requests.clone(), memory.row_group, memory.open_batches, plan.all_columns);
+    let shared = Shared::new(layouts, requests.clone(), memory.row_group, memory.open_batches, plan.columns);
     for _ in 0..plan.encode_workers {
         let worker = Encode { rows: rows_out.clone(), merge: merge_in.clone(), shared: shared.clone() };
         let span = span.clone();
@@ -392,6 +257,8 @@ async fn once(
         journal.write(&JournalEntry::Ended { run: run.clone() })?;
     }
     let merged = merged.unwrap_or_default();
+    // What is in a table now, or is there in a newer version, need not be kept any longer.
+    state.remove_quarantined(&merged.replayed.iter().copied().collect())?;
     let report = report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.is_ok());
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
@@ -416,6 +283,34 @@ async fn once(
         }
     }
     Ok(report)
+}
+
+/// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
+fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Sender<MergeInput>) -> Result<Option<Replay>> {
+    let mut files = Vec::new();
+    for (declared, lines) in state.to_be_tried()? {
+        if declared.as_deref().is_some_and(|name| !plan.types.is_empty() && !plan.types.iter().any(|ours| ours == name)) {
+            continue;
+        }
+        tracing::info!(resource_type = declared.as_deref().unwrap_or("-"), lines, "lines in quarantine are tried again");
+        files.push(Arc::new(ExportFile {
+            index: files.len() as u32,
+            export: usize::MAX,
+            name: format!("quarantine of {}", declared.as_deref().unwrap_or("no type")),
+            url: Url::parse("quarantine:").context(ErrorKind::Internal, "a URL")?,
+            location: None,
+            kind: FileKind::Output,
+            declared,
+            count: None,
+            requires_access_token: false,
+            replayed: true,
+        }));
+    }
+    if files.is_empty() {
+        return Ok(None);
+    }
+    let lines = state.kept_lines()?;
+    Ok(Some(Replay { files, lines, chunks: chunks.clone(), merge: merge.clone(), chunk_bytes: plan.chunk_bytes }))
 }
 
 fn remember(journal: Journal) -> impl Fn(&ExportNote) -> Result<()> {

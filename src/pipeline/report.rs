@@ -48,6 +48,8 @@ pub struct RunReport {
     pub outcome_issues: BTreeMap<String, u64>,
     /// Requests that were tried again.
     pub retries: u64,
+    /// Lines out of quarantine that could be read now.
+    pub replayed: u64,
 }
 
 /// Draws up the report of a run that began at `time.0` and took `time.1`.
@@ -92,5 +94,6 @@ pub(super) fn draw_up(
         watermark_held: merged.watermark_held,
         outcome_issues,
         retries,
+        replayed: merged.replayed.len() as u64,
     }
 }

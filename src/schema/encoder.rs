@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
 use base64::Engine;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use super::columns::{Column, List, Structs};
 use super::definitions::Model;
-use super::filled::Filled;
+use super::filled::{Columns, Filled};
 use super::layout::{Field, Group, Layout, Node, Source};
 use super::names::Key;
 use super::scalars::{parse_decimal, parse_i32, parse_instant};
@@ -22,11 +23,13 @@ use crate::tape::{Kind, Value};
 /// Rows of one type, encoded.
 #[derive(Debug)]
 pub struct EncodedRows {
-    /// The columns that are filled, in the layout's order.
+    /// The columns that these rows fill, in the layout's order.
     pub batch: RecordBatch,
+    /// All columns of the file that they are for; those that the batch lacks are null throughout.
+    pub schema: SchemaRef,
     /// Which those are.
     pub filled: Filled,
-    /// Of each leaf column, in Parquet's order: whether readers filter by it.
+    /// Of each leaf column of the batch, in Parquet's order: whether readers filter by it.
     pub filtered: Vec<bool>,
 }
 
@@ -134,11 +137,6 @@ impl Encoder {
         self.json_bytes
     }
 
-    /// Every column of the layout, for files that are to hold them all.
-    pub fn all_columns(&self) -> Filled {
-        Filled::all(&self.layout.root)
-    }
-
     /// Bytes that the rows will take as columns, about. Rows that fill many columns beside many that fill none cost
     /// far more than their JSON: what is null takes its place too. Looked at every 64 KiB of JSON.
     pub fn column_bytes(&mut self) -> usize {
@@ -165,7 +163,7 @@ impl Encoder {
             put_full_id(row, root.child(index), slot, resource, &layout.resource_type);
         }
         if let Some(index) = places.extensions
-            && let (Node::Extensions(inner), false) = (&group.fields[index].node, row.extensions.is_empty())
+            && let Node::Extensions(inner) = &group.fields[index].node
         {
             put_extensions(row, inner, root.child(index), slot, resource);
         }
@@ -176,20 +174,23 @@ impl Encoder {
         self.json_bytes += line.len();
     }
 
-    /// The rows so far as a record batch with the columns of `known`, which grows by what these rows fill;
-    /// the encoder is empty again.
-    pub fn finish(&mut self, known: &mut Filled) -> Result<EncodedRows> {
+    /// The rows so far as a record batch with the columns of `known`, which grows by what these rows fill and by what
+    /// `columns` asks for; the encoder is empty again.
+    pub fn finish(&mut self, known: &mut Filled, columns: Columns) -> Result<EncodedRows> {
         let rows = std::mem::take(&mut self.rows);
         (self.json_bytes, self.measured_at, self.column_bytes) = (0, 0, 0);
         let next = Structs::new(self.layout.root.clone(), Some(Box::new(self.root.sizes())));
         let root = std::mem::replace(&mut self.root, next);
         known.merge(&root.filled());
-        let columns = root.finish(rows, known).map_err(|error| {
+        let here = root.made(known);
+        known.complete(&self.layout.root, columns);
+        let batch = root.finish(rows, &here).map_err(|error| {
             Error::new(ErrorKind::Internal, format!("columns do not fit together: {error}"))
                 .at(self.layout.resource_type.to_string())
         })?;
-        let filtered = known.filtered(&self.layout.root);
-        Ok(EncodedRows { batch: RecordBatch::from(columns), filled: known.clone(), filtered })
+        let filtered = here.filtered(&self.layout.root);
+        let schema = Arc::new(known.schema(&self.layout.root));
+        Ok(EncodedRows { batch: RecordBatch::from(batch), schema, filled: known.clone(), filtered })
     }
 
     /// What could not be held since the last call: count by path.
@@ -468,7 +469,6 @@ fn put_canonical(row: &mut Row, structs: &mut Structs, fields: (usize, usize), s
 fn put_extensions(row: &mut Row, group: &Group, map: &mut Column, slot: usize, resource: Value<'_>) {
     let Column::Map { offsets, keys } = map else { return };
     offsets.begin(slot);
-    let before = keys.len();
     let mut next = 0;
     while let Some((fid, index)) = row.extensions.get(next).copied() {
         next += 1;
@@ -486,7 +486,6 @@ fn put_extensions(row: &mut Row, group: &Group, map: &mut Column, slot: usize, r
             keys.push(fid);
         }
     }
-    if keys.len() > before {
-        offsets.end(keys.len());
-    }
+    // A resource without extensions has an empty map, as Pathling writes it: its decoder fails on null.
+    offsets.end(keys.len());
 }

@@ -1,9 +1,22 @@
 //! Which columns of a layout hold anything.
 
-use arrow::datatypes::{DataType, Field as ArrowField};
+use arrow::datatypes::{DataType, Field as ArrowField, Schema};
 
 use super::arrow_schema::{list_type, map_type};
 use super::layout::{Field, Group, Node};
+
+/// Which columns a file has, of those that its rows leave empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Columns {
+    /// A top-level column is there with all that is within it, or not at all. Spark before 4.1 takes a group for null where
+    /// the file has none of those of its columns that a query asks for (SPARK-53535).
+    #[default]
+    Whole,
+    /// Only what a row fills, at every depth.
+    Filled,
+    /// Every column.
+    All,
+}
 
 /// Which columns of a layout hold anything, as a tree beside the layout's. Rows that were encoded apart
 /// are written with the union, so that they fit into one file.
@@ -21,6 +34,38 @@ impl Filled {
             _ => Self::default(),
         };
         Self { children: group.fields.iter().map(below).enumerate().collect() }
+    }
+
+    /// Adds what `columns` asks for beyond what is filled. `group` is the layout's root.
+    pub(super) fn complete(&mut self, group: &Group, columns: Columns) {
+        match columns {
+            Columns::Filled => {
+                for (index, inner) in &mut self.children {
+                    // DataFusion adapts structs and lists whose files lack fields to the table's type, but not maps
+                    // ("Cannot cast column"), so the values of the map are always written whole.
+                    if let Node::Extensions(group) = &group.fields[*index].node {
+                        *inner = Self::all(group);
+                    }
+                }
+            }
+            Columns::All => *self = Self::all(group),
+            Columns::Whole => {
+                for (index, inner) in &mut self.children {
+                    if let Node::Group(group) | Node::Extensions(group) = &group.fields[*index].node {
+                        *inner = Self::all(group);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The Arrow schema of a file with these columns of `group`.
+    pub(super) fn schema(&self, group: &Group) -> Schema {
+        let fields = self.children.iter().map(|(index, inner)| {
+            let field = &group.fields[*index];
+            ArrowField::new(&field.name, filled_type(field, inner), true)
+        });
+        Schema::new(fields.collect::<Vec<_>>())
     }
 
     /// Of each leaf column of `group` that is here, in Parquet's order: whether readers filter by it.

@@ -91,6 +91,13 @@ impl Structs {
         Filled { children: children.collect() }
     }
 
+    /// Those of the columns of `known` that have a place here. The others are null throughout.
+    pub fn made(&self, known: &Filled) -> Filled {
+        let children = known.children.iter();
+        let children = children.filter_map(|(index, inner)| Some((*index, self.children.get(*index)?.as_deref()?.made(inner)?)));
+        Filled { children: children.collect() }
+    }
+
     /// The struct array of `len` slots with the columns of `filled`, which holds at least what was filled here.
     pub fn finish(mut self, len: usize, filled: &Filled) -> Result<StructArray, ArrowError> {
         self.pad(len);
@@ -113,7 +120,7 @@ impl Column {
     fn has_values(&self) -> bool {
         match self {
             Column::List(list) => list.items.has_values(),
-            Column::Map { keys, .. } => !keys.is_empty(),
+            Column::Map { offsets, .. } => offsets.len() > 0,
             column => column.len() > 0,
         }
     }
@@ -122,16 +129,31 @@ impl Column {
         match self {
             Column::Structs(structs) => structs.filled(),
             Column::List(list) => list.items.filled(),
-            // DataFusion adapts structs and lists whose files lack fields to the table's type, but not maps
-            // ("Cannot cast column"), so the values of the map are always written whole.
             Column::Map { offsets, .. } => match &offsets.items {
-                Column::List(per_key) => match &per_key.items {
-                    Column::Structs(structs) => Filled::all(&structs.group),
-                    _ => Filled::default(),
-                },
+                Column::List(per_key) => per_key.items.filled(),
                 _ => Filled::default(),
             },
             _ => Filled::default(),
+        }
+    }
+
+    /// See [`Structs::made`].
+    fn made(&self, known: &Filled) -> Option<Filled> {
+        let (inner, is_map) = match self {
+            Column::List(list) => (&list.items, false),
+            Column::Map { offsets, .. } => match &offsets.items {
+                Column::List(per_key) => (&per_key.items, true),
+                _ => return None,
+            },
+            column => (column, false),
+        };
+        let Column::Structs(structs) = inner else { return Some(Filled::default()) };
+        let made = structs.made(known);
+        match (made.children.is_empty(), is_map) {
+            (false, _) => Some(made),
+            // No file can hold a group of nothing. An empty map says something, so it has its first column.
+            (true, true) => Some(Filled { children: vec![(0, Filled::default())] }),
+            (true, false) => None,
         }
     }
 }

@@ -19,6 +19,6 @@ mod ucum_fractions;
 pub use arrow_schema::{arrow_schema, conform, layout_for, same_types, widen};
 pub use definitions::Model;
 pub use encoder::{EncodedRows, Encoder, MAX_LOSS_PATHS};
-pub use filled::Filled;
+pub use filled::{Columns, Filled};
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};
 pub use scalars::parse_instant;

@@ -13,7 +13,7 @@ use crate::delta::PageEncoder;
 use crate::error::Result;
 use crate::flow::{Receiver, Sender};
 use crate::messages::{EncodedBatch, Fact, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
-use crate::schema::{Encoder, Filled};
+use crate::schema::{Columns, Encoder, Filled};
 
 /// Columns of a batch may take so many times the bytes of JSON at which it is closed. Usual resources take once or twice.
 const COLUMNS_TO_JSON: usize = 4;
@@ -45,15 +45,15 @@ pub struct Shared {
     batch_bytes: usize,
     /// JSON bytes that all open batches may stand for.
     budget: usize,
-    /// Whether files hold columns that none of their rows fills.
-    all_columns: bool,
+    /// Which columns files have.
+    columns: Columns,
 }
 
 impl Shared {
     /// Batches are closed at `batch_bytes` bytes of JSON, or when all open ones together pass `budget`.
-    /// With `all_columns`, files hold every column of the table.
-    pub fn new(layouts: Layouts, requests: FlushRequests, batch_bytes: usize, budget: usize, all_columns: bool) -> Arc<Self> {
-        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget, all_columns })
+    /// `columns` says which columns files have.
+    pub fn new(layouts: Layouts, requests: FlushRequests, batch_bytes: usize, budget: usize, columns: Columns) -> Arc<Self> {
+        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget, columns })
     }
 
     fn bench(&self) -> MutexGuard<'_, Bench> {
@@ -133,9 +133,8 @@ impl Shared {
         }
         let json_bytes = batch.encoder.json_bytes() as u64;
         let losses: BTreeMap<String, u64> = batch.encoder.take_losses();
-        let known = self.bench().known.get(&resource_type).cloned();
-        let mut known = known.unwrap_or_else(|| if self.all_columns { batch.encoder.all_columns() } else { Filled::default() });
-        let encoded = batch.encoder.finish(&mut known)?;
+        let mut known = self.bench().known.get(&resource_type).cloned().unwrap_or_default();
+        let encoded = batch.encoder.finish(&mut known, self.columns)?;
         let mut bench = self.bench();
         bench.known.entry(resource_type.clone()).or_default().merge(&known);
         if json_bytes as usize >= self.batch_bytes {
@@ -144,8 +143,9 @@ impl Shared {
             bench.idle.entry(resource_type.clone()).or_default().push(next);
         }
         drop(bench);
-        let (parquet, metadata) =
-            PageEncoder.encode(&encoded.batch, &encoded.filtered).map_err(|error| error.at(resource_type.to_string()))?;
+        let (parquet, metadata) = PageEncoder
+            .encode(&encoded.batch, &encoded.schema, &encoded.filtered)
+            .map_err(|error| error.at(resource_type.to_string()))?;
         Ok(Some(EncodedBatch { resource_type, filled: encoded.filled, parquet, metadata, keys: batch.keys, json_bytes, losses }))
     }
 }

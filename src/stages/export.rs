@@ -56,6 +56,8 @@ pub struct ServerExport {
     pub kickoffs: Vec<Kickoff>,
     /// How long a server may work.
     pub timeout: Option<Duration>,
+    /// Index of the first file: those before it are the quarantine's.
+    pub first_index: u32,
     /// Where files go.
     pub files: Sender<Arc<ExportFile>>,
     /// Where facts go.
@@ -71,7 +73,7 @@ pub struct ServerExport {
 impl ServerExport {
     /// Makes each kick-off, waits for it and sends its files on.
     pub async fn run(self) -> Result<()> {
-        let mut index = 0;
+        let mut index = self.first_index;
         for (export, kickoff) in self.kickoffs.iter().enumerate() {
             let span = tracing::info_span!("export", export);
             let exported = tracing::Instrument::instrument(self.export(export, kickoff), span).await;
@@ -179,6 +181,7 @@ fn export_file(index: u32, export: usize, kind: FileKind, listed: &ManifestFile,
         declared: declared.map(Into::into),
         count: listed.count,
         requires_access_token,
+        replayed: false,
     }
 }
 
@@ -192,6 +195,8 @@ pub struct FolderExport {
     pub url: Url,
     /// Types to take; empty for all.
     pub types: Vec<ResourceType>,
+    /// Index of the first file: those before it are the quarantine's.
+    pub first_index: u32,
     /// Where files go.
     pub files: Sender<Arc<ExportFile>>,
     /// Where facts go.
@@ -235,7 +240,7 @@ impl FolderExport {
         for (index, (location, resource_type)) in names.into_iter().enumerate() {
             let name = location.filename().unwrap_or("file").to_owned();
             files.push(Arc::new(ExportFile {
-                index: index as u32,
+                index: self.first_index + index as u32,
                 export: 0,
                 name,
                 url: self.url.clone(),
@@ -244,6 +249,7 @@ impl FolderExport {
                 declared: Some(resource_type),
                 count: None,
                 requires_access_token: false,
+                replayed: false,
             }));
         }
         expect(&self.board, &files);

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
+use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, LineId, ParsedChunk, ResourceType};
 use crate::schema::EXCLUDED_TYPES;
 
 #[derive(Debug)]
@@ -139,6 +139,7 @@ impl Ledger {
         book.parsed.headers += chunk.headers;
         book.parsed.fatal += chunk.fatal;
         book.parsed.errors += chunk.errors;
+        book.parsed.replayed.extend(chunk.replayed);
         for (name, rows) in chunk.rows {
             let stray = declared.as_ref().is_some_and(|declared| *declared != name);
             let book_of_type = self.types.entry(name.clone()).or_default();
@@ -291,12 +292,18 @@ impl Ledger {
 
     /// Output files by declared type.
     pub fn files_of(&self, resource_type: &ResourceType) -> u64 {
-        let files = self.files.values().filter(|book| book.file.kind == FileKind::Output);
+        let files = self.files.values().filter(|book| book.file.kind == FileKind::Output && !book.file.replayed);
         files
             .filter(|book| {
                 book.parsed.rows.iter().any(|row| row.0 == *resource_type) || book.file.declared.as_ref() == Some(resource_type)
             })
             .count() as u64
+    }
+
+    /// Lines out of quarantine that were read, and whose type was committed.
+    pub fn replayed(&self) -> Vec<LineId> {
+        let read = self.files.values().flat_map(|book| &book.parsed.replayed);
+        read.filter(|(_, name)| self.standing(name) == Standing::Done).map(|(line, _)| *line).collect()
     }
 
     /// Types that still wait for something, of a run that ended early.
@@ -329,6 +336,7 @@ mod tests {
             declared: declared.map(Into::into),
             count: None,
             requires_access_token: false,
+            replayed: false,
         })
     }
     fn end() -> Fact {

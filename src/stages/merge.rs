@@ -17,7 +17,7 @@ use crate::delta::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
+use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, LineId, MergeInput, ResourceType, instant_text};
 use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
 use crate::telemetry;
 
@@ -107,6 +107,8 @@ pub struct MergeReport {
     pub whole: bool,
     /// Bad lines that belong to no table.
     pub other_bad: u64,
+    /// Lines out of quarantine that are in a table now, or that it has newer.
+    pub replayed: Vec<LineId>,
     /// Whether a watermark was held back by the server's own word on its export.
     pub watermark_held: bool,
     /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
@@ -496,6 +498,7 @@ impl Merge {
             count_findings: self.ledger.count_findings(),
             whole: self.ledger.all_ended(),
             other_bad: self.ledger.other_bad(),
+            replayed: self.ledger.replayed(),
             watermark_held,
             transaction_time,
         }

@@ -6,3 +6,4 @@ pub mod export;
 pub mod ledger;
 pub mod merge;
 pub mod parse;
+pub mod replay;

@@ -8,7 +8,8 @@ use tokio::runtime::Handle;
 use crate::error::Result;
 use crate::flow::{Board, Receiver, Sender};
 use crate::messages::{
-    Arrival, BadLine, BadLineSink, Chunk, Fact, FileKind, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows, key_of,
+    Arrival, BadLine, BadLineSink, Chunk, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows,
+    key_of,
 };
 use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
 use crate::tape::{Kind, Tape, Value, parse_value};
@@ -217,7 +218,11 @@ impl Work<'_> {
         match meant {
             Ok(Line::Row(resource_type, key)) => {
                 let arrival = Arrival::new(self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
-                let row = ParsedRow { root, line, key: RowKey { arrival, ..key } };
+                let replayed = self.chunk.file.replayed;
+                if replayed {
+                    self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
+                }
+                let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key } };
                 match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
                     Some((_, rows)) => rows.push(row),
                     None => self.by_type.push((resource_type.clone(), vec![row])),
@@ -239,6 +244,11 @@ impl Work<'_> {
     }
 
     fn bad(&mut self, line: std::ops::Range<usize>, reason: String, full_length: u64) -> Result<()> {
+        if self.chunk.file.replayed {
+            // It stays where it is, and was held against its type by the run that it came in.
+            self.tally.headers += 1;
+            return Ok(());
+        }
         let bytes = &self.chunk.bytes[line.clone()];
         let bad = BadLine {
             file: &self.chunk.file,
@@ -300,6 +310,7 @@ fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
         version: RowKey::ABSENT,
         arrival: Arrival::default(),
         subsetted: false,
+        replayed: false,
     };
     if let Some(meta) = meta {
         rank(meta, &mut key);

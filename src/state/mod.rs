@@ -11,9 +11,11 @@ pub use lock::Lock;
 pub use quarantine::{Quarantine, QuarantinedLine};
 pub use watermark::StateFile;
 
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
+use crate::messages::{KeptLines, LineId, ResourceType};
 use crate::private::{private_dir, write_atomically};
 
 /// The folder of a pipeline's state.
@@ -57,13 +59,37 @@ impl StateFolder {
     }
 
     /// Where the run's bad lines go.
-    pub fn quarantine(&self, run: &str) -> Quarantine {
-        Quarantine::at(self.folder.join("quarantine").join(format!("{run}.ndjson")))
+    pub fn quarantine(&self, run: &str) -> Result<Quarantine> {
+        Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")))
     }
 
-    /// How many lines are in quarantine, all runs together.
-    pub fn quarantined(&self) -> u64 {
-        Quarantine::count(&self.folder.join("quarantine"))
+    /// All lines in quarantine, with the run that each came in.
+    pub fn quarantined(&self) -> Result<impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<>> {
+        quarantine::lines(&self.quarantine_folder())
+    }
+
+    /// How many lines a run can try again, by the type that their file declared.
+    pub fn to_be_tried(&self) -> Result<BTreeMap<Option<ResourceType>, u64>> {
+        quarantine::to_be_tried(&self.quarantine_folder())
+    }
+
+    /// Those lines.
+    pub fn kept_lines(&self) -> Result<KeptLines> {
+        quarantine::kept(&self.quarantine_folder())
+    }
+
+    /// Takes lines out of quarantine; how many.
+    pub fn remove_quarantined(&self, gone: &HashSet<LineId>) -> Result<u64> {
+        quarantine::remove(&self.quarantine_folder(), gone)
+    }
+
+    /// The quarantined lines that some ids, or their beginnings, name.
+    pub fn find_quarantined(&self, ids: &[String]) -> Result<HashSet<LineId>> {
+        quarantine::find(&self.quarantine_folder(), ids)
+    }
+
+    fn quarantine_folder(&self) -> PathBuf {
+        self.folder.join("quarantine")
     }
 
     /// Keeps a run's report; the newest hundred stay.

@@ -1,7 +1,10 @@
 //! Bad lines, kept whole with their place and reason. Holds patient data: private to the user.
+//!
+//! A line is kept once, however often it comes, until a later run can read it or somebody dismisses it.
 
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::io::{BufRead, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,9 +13,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, ErrorKind, Result};
-use crate::messages::{BadLine, BadLines};
-use crate::private::{private_append, private_dir};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::messages::{BadLine, BadLines, FileKind, KeptLine, KeptLines, LineId, ResourceType};
+use crate::private::{private_append, private_dir, write_atomically};
 
 /// A line in quarantine, as its file holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,34 +40,171 @@ pub struct QuarantinedLine {
     /// Its full length, where only its beginning is kept because it is longer than `max_line`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub full_length: Option<u64>,
+    /// What kind of file it came in, where not resources: `deleted` or `outcome`. Such a line is not tried again: a
+    /// deletion has no order, and might take what came back since.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+}
+
+impl QuarantinedLine {
+    /// Its bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        match (&self.text, &self.base64) {
+            (Some(text), _) => text.clone().into_bytes(),
+            (None, Some(base64)) => STANDARD.decode(base64).unwrap_or_default(),
+            (None, None) => Vec::new(),
+        }
+    }
+
+    /// What it is named by.
+    pub fn id(&self) -> LineId {
+        LineId::of(&self.bytes())
+    }
+
+    /// Whether a later run can try it again.
+    pub fn can_be_tried(&self) -> bool {
+        self.full_length.is_none() && self.kind.is_none()
+    }
 }
 
 /// The quarantine of one run; its file is made with the first line.
 #[derive(Debug)]
 pub struct Quarantine {
     path: PathBuf,
-    file: Mutex<Option<File>>,
     kept: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    file: Option<File>,
+    /// Lines that are in quarantine already, this run's or an earlier one's.
+    known: HashSet<LineId>,
 }
 
 /// Bad lines of a run that are logged one by one; of the rest there is only the count.
 const LOGGED: u64 = 20;
 
 impl Quarantine {
-    pub(super) fn at(path: PathBuf) -> Self {
-        Self { path, file: Mutex::new(None), kept: AtomicU64::new(0) }
+    /// The quarantine of a run whose file is `path`, beside the files of earlier runs.
+    pub(super) fn of_run(path: PathBuf) -> Result<Self> {
+        let mut known = HashSet::new();
+        for line in path.parent().map(lines).transpose()?.into_iter().flatten() {
+            known.insert(line?.1.id());
+        }
+        Ok(Self { path, kept: AtomicU64::new(0), inner: Mutex::new(Inner { file: None, known }) })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
 
-    pub(super) fn count(folder: &Path) -> u64 {
-        let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let files = files.filter_map(|entry| File::open(entry.path()).ok());
-        files.map(|file| std::io::BufReader::new(file).split(b'\n').map_while(std::result::Result::ok).count() as u64).sum()
+/// The files of a quarantine, the oldest run's first.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files: Vec<PathBuf> =
+        entries.filter(|path| path.extension().is_some_and(|extension| extension == "ndjson")).collect();
+    files.sort();
+    files
+}
+
+/// All lines of a quarantine, with the run that they came in.
+pub(super) fn lines(folder: &Path) -> Result<impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<>> {
+    let unreadable = "the quarantine cannot be read";
+    let mut opened = Vec::new();
+    for path in files(folder) {
+        let run = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        opened.push((run, File::open(&path).context(ErrorKind::State, unreadable)?));
     }
+    Ok(opened.into_iter().flat_map(move |(run, file)| {
+        BufReader::new(file).split(b'\n').filter_map(move |line| {
+            let line = match line.context(ErrorKind::State, unreadable) {
+                Ok(line) => line,
+                Err(error) => return Some(Err(error)),
+            };
+            // A last line that a killed run did not finish: its type did not commit, so it comes again.
+            serde_json::from_slice(&line).ok().map(|line| Ok((run.clone(), line)))
+        })
+    }))
+}
+
+/// Lines that a later run can try again, by the type that their file declared; how many of each.
+pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>, u64>> {
+    let mut found: BTreeMap<Option<ResourceType>, u64> = BTreeMap::new();
+    for line in lines(folder)? {
+        let (_, line) = line?;
+        if line.can_be_tried() {
+            *found.entry(line.resource_type.as_deref().map(ResourceType::from)).or_default() += 1;
+        }
+    }
+    Ok(found)
+}
+
+/// Those lines.
+pub(super) fn kept(folder: &Path) -> Result<KeptLines> {
+    let lines = lines(folder)?.filter_map(|line| match line {
+        Ok((_, line)) if line.can_be_tried() => {
+            Some(Ok(KeptLine { declared: line.resource_type.as_deref().map(ResourceType::from), bytes: line.bytes() }))
+        }
+        Ok(_) => None,
+        Err(error) => Some(Err(error)),
+    });
+    Ok(Box::new(lines))
+}
+
+/// Takes lines out; how many.
+pub(super) fn remove(folder: &Path, gone: &HashSet<LineId>) -> Result<u64> {
+    let mut removed = 0;
+    if gone.is_empty() {
+        return Ok(removed);
+    }
+    for path in files(folder) {
+        let file = File::open(&path).context(ErrorKind::State, "the quarantine cannot be read")?;
+        let (mut kept, mut here) = (Vec::new(), 0);
+        for line in BufReader::new(file).split(b'\n') {
+            let line = line.context(ErrorKind::State, "the quarantine cannot be read")?;
+            match serde_json::from_slice::<QuarantinedLine>(&line) {
+                Ok(parsed) if gone.contains(&parsed.id()) => here += 1,
+                _ => {
+                    kept.extend_from_slice(&line);
+                    kept.push(b'\n');
+                }
+            }
+        }
+        if here == 0 {
+            continue;
+        }
+        removed += here;
+        if kept.is_empty() {
+            std::fs::remove_file(&path).context(ErrorKind::State, "the quarantine cannot be written")?;
+        } else {
+            write_atomically(&path, &kept)?;
+        }
+    }
+    Ok(removed)
+}
+
+/// The lines that some ids, or their beginnings, name.
+pub(super) fn find(folder: &Path, ids: &[String]) -> Result<HashSet<LineId>> {
+    let all: HashSet<LineId> = lines(folder)?.map(|line| line.map(|(_, line)| line.id())).collect::<Result<_>>()?;
+    let mut found = HashSet::new();
+    for id in ids {
+        let named: Vec<LineId> = all.iter().filter(|line| line.to_string().starts_with(&id.to_lowercase())).copied().collect();
+        match named.as_slice() {
+            [one] => drop(found.insert(*one)),
+            [] => return Err(Error::new(ErrorKind::Config, format!("no line in quarantine has the id {id}"))),
+            several => {
+                let several = several.len();
+                return Err(Error::new(
+                    ErrorKind::Config,
+                    format!("{several} lines in quarantine have ids that begin with {id}"),
+                ));
+            }
+        }
+    }
+    Ok(found)
 }
 
 impl BadLines for Quarantine {
@@ -85,11 +225,19 @@ impl BadLines for Quarantine {
             base64: text.is_none().then(|| STANDARD.encode(bad.bytes)),
             text,
             full_length: (bad.full_length != bad.bytes.len() as u64).then_some(bad.full_length),
+            kind: match bad.file.kind {
+                FileKind::Output => None,
+                FileKind::Deleted => Some("deleted".into()),
+                FileKind::Outcome => Some("outcome".into()),
+            },
         };
         let mut json = serde_json::to_vec(&kept).context(ErrorKind::Internal, "a quarantined line")?;
         json.push(b'\n');
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = match &mut *file {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if !inner.known.insert(LineId::of(bad.bytes)) {
+            return Ok(());
+        }
+        let file = match &mut inner.file {
             Some(file) => file,
             none => {
                 if let Some(folder) = self.path.parent() {
@@ -102,7 +250,7 @@ impl BadLines for Quarantine {
     }
 
     fn sync(&self) -> Result<()> {
-        match &*self.file.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &self.inner.lock().unwrap_or_else(PoisonError::into_inner).file {
             Some(file) => file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"),
             None => Ok(()),
         }

@@ -34,7 +34,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("schema", &["error", "schema", "tape"]),
     ("messages", &["error", "flow", "schema", "tape"]),
     ("private", &["error"]),
-    ("delta", &["delta", "error", "messages", "private", "schema"]),
+    ("delta", &["delta", "error", "flow", "messages", "private", "schema"]),
     ("fhir", &["error", "fhir", "flow", "schema", "telemetry"]),
     ("state", &["error", "messages", "private", "state"]),
     ("stages", &["delta", "error", "fhir", "flow", "messages", "schema", "tape", "telemetry"]),

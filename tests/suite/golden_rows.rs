@@ -6,7 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::{DataType, Decimal128Type, Int32Type, TimestampMicrosecondType};
 use base64::Engine;
-use fhirlake::schema::{Encoder, Filled, Layout, LayoutOptions, parse_instant};
+use fhirlake::schema::{Columns, Encoder, Filled, Layout, LayoutOptions, parse_instant};
 use fhirlake::tape::{Kind, Tape, Value, parse_value};
 
 use super::support::{shared, unpack};
@@ -250,7 +250,7 @@ fn rows_are_pathlings() {
         for (root, line) in &roots {
             encoder.push(document.value(*root), line);
         }
-        let batch = arrow::array::StructArray::from(encoder.finish(&mut Filled::default()).unwrap().batch);
+        let batch = arrow::array::StructArray::from(encoder.finish(&mut Filled::default(), Columns::default()).unwrap().batch);
         let expected = std::fs::read(folder.path().join(format!("out/{stem}.jsonl"))).unwrap();
         let expected: Vec<&[u8]> = expected.split(|b| *b == b'\n').filter(|line| !line.is_empty()).collect();
         assert_eq!(batch.len(), expected.len(), "{stem}");

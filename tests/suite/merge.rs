@@ -87,7 +87,7 @@ proptest! {
                 if !in_memory {
                     (plan.memory.keys, plan.memory.matching) = (0, 0);
                 }
-                let report = lake.run_with(plan, RunOptions { full_refresh: *full_refresh }).await.unwrap();
+                let report = lake.run_with(plan, RunOptions { full_refresh: *full_refresh, ..RunOptions::default() }).await.unwrap();
                 let before = model.clone();
                 merge(&mut model, run, *full_refresh);
                 let outcome = &report.types["Patient"];

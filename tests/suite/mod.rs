@@ -8,6 +8,8 @@ mod maintenance;
 mod merge;
 mod modes;
 mod process;
+mod quarantine;
+mod readers;
 mod server;
 mod support;
 mod tables;

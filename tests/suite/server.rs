@@ -108,7 +108,8 @@ async fn bad_lines_are_quarantined_with_their_place_and_too_many_fail_the_type()
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(report.types["Patient"].quarantined, 4);
     assert_is(&lake, &server.population(), &TYPES).await;
-    let file = lake.state().join("quarantine").join(format!("{}.ndjson", report.run));
+    let file = lake.state().join("quarantine").join(format!("{}.ndjson", strict.run));
+    assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "a line that comes again is kept once");
     let lines: Vec<serde_json::Value> =
         std::fs::read_to_string(&file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let places: Vec<_> = lines.iter().map(|line| (line["line"].as_u64().unwrap(), line["offset"].as_u64().unwrap())).collect();
@@ -195,7 +196,8 @@ async fn the_recipes_state_file_is_used_less_five_minutes() {
 async fn a_full_refresh_asks_for_everything() {
     let (server, lake) = (server(6).await, lake());
     lake.run(&source(&server), "").await.unwrap();
-    let report = lake.run_with(lake.plan(&source(&server), ""), RunOptions { full_refresh: true }).await.unwrap();
+    let report =
+        lake.run_with(lake.plan(&source(&server), ""), RunOptions { full_refresh: true, ..RunOptions::default() }).await.unwrap();
     assert!(report.full && report.succeeded);
     assert!(!server.seen().kickoffs[1].contains_key("_since"));
     let updated: u64 = report.types.values().map(|outcome| outcome.updated).sum();

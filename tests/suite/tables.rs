@@ -98,7 +98,8 @@ async fn columns_that_files_leave_out_read_as_null() {
     assert_eq!(column("g"), [None, Some("C".to_owned())]);
     assert_eq!(column("m"), [None, Some("x".to_owned())]);
     assert_eq!(column("n"), [Some("true".to_owned()), Some("false".to_owned())]);
-    assert_eq!(column("e"), [Some("true".to_owned()), Some("true".to_owned())]);
+    // Pathling's decoder fails on a row whose map is null.
+    assert_eq!(column("e"), [Some("false".to_owned()), Some("false".to_owned())]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -236,7 +237,7 @@ async fn features_are_refused_by_name_or_asked_nothing_of() {
         |_, _| {},
         |protocol, _| features(protocol, &["appendOnly", "changeDataFeed", "generatedColumns", "checkConstraints"]),
         |protocol, metadata| {
-            *protocol = serde_json::json!({ "minReaderVersion": 1, "minWriterVersion": 6 });
+            *protocol = serde_json::json!({ "minReaderVersion": 1, "minWriterVersion": 5 });
             metadata["configuration"]["delta.enableChangeDataFeed"] = "false".into();
         },
     ];

@@ -1,0 +1,167 @@
+//! What a run is about to do: the tables as they are, their watermarks, and what is asked of the server.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use chrono::DateTime;
+
+use super::RunOptions;
+use crate::config::{Mode, Plan, Since, SourcePlan};
+use crate::delta::{Table, Tables};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fhir::ExportRequest;
+use crate::messages::{Layouts, ResourceType};
+use crate::schema::{Layout, LayoutOptions, layout_for};
+use crate::stages::export::Kickoff;
+use crate::state::{StateFile, StateFolder};
+
+/// What is taken off the time in the recipe's state file: it is a client's clock.
+const RECIPE_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
+
+/// What a run is about to do, drawn up before anything is asked of the server.
+pub struct Prepared {
+    pub(super) plan: Plan,
+    pub(super) tables: Tables,
+    pub(super) opened: HashMap<ResourceType, Table>,
+    pub(super) kickoffs: Vec<Kickoff>,
+    pub(super) app_id: String,
+    pub(super) full: bool,
+    pub(super) full_refresh: bool,
+}
+
+impl Prepared {
+    /// The exports that will be asked for.
+    pub fn kickoffs(&self) -> &[Kickoff] {
+        &self.kickoffs
+    }
+    /// Types whose table exists already.
+    pub fn existing(&self) -> Vec<&ResourceType> {
+        let mut names: Vec<_> = self.opened.iter().filter(|(_, table)| table.version().is_some()).map(|(name, _)| name).collect();
+        names.sort();
+        names
+    }
+}
+
+/// Pipeline and scope: a changed scope has a watermark of its own and starts anew.
+pub(super) fn app_id(plan: &Plan) -> String {
+    let scope = match &plan.source {
+        SourcePlan::Server { base, level, .. } => format!("{}|{level:?}", base.as_str().trim_end_matches('/')),
+        SourcePlan::Folder(url) => url.to_string(),
+    };
+    format!("fhirlake:{}:{:016x}", plan.name, twox_hash::XxHash3_128::oneshot(scope.as_bytes()) as u64)
+}
+
+/// Opens the tables, reads their watermarks and groups the types by them. Asks nothing of the server.
+pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
+    let tables = Tables::at(&plan.tables)?;
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let remembered = StateFile::read(state.state_file())?;
+    let app_id = app_id(&plan);
+    let types: Vec<ResourceType> = if plan.types.is_empty() {
+        tables.existing().await?
+    } else {
+        plan.types.iter().map(|name| name.as_str().into()).collect()
+    };
+    let mut opened = HashMap::new();
+    // Watermark by type; `None` asks for everything.
+    let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
+    for name in types {
+        let table = tables.open(&name).await?;
+        if let Err(error) = check_table(&table, &plan) {
+            if !plan.types.is_empty() {
+                return Err(error);
+            }
+            // Nobody asked for this type by name; should the server send it, it fails then, and alone.
+            tracing::warn!(resource_type = %name, %error, "the table cannot be written");
+            continue;
+        }
+        let since = match plan.since {
+            _ if options.full_refresh => None,
+            Since::Everything => None,
+            Since::At(micros) => Some(micros),
+            // A missing table means a full export of its type, whatever the state file says.
+            Since::LastSync if table.version().is_none() => None,
+            Since::LastSync => {
+                let own = table.transaction(&app_id).await?;
+                own.or_else(|| from_state(&remembered, &app_id, &name))
+                    .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0))
+            }
+        };
+        groups.entry(since).or_default().push(name.clone());
+        opened.insert(name, table);
+    }
+    let full = groups.is_empty() || groups.contains_key(&None);
+    let kickoffs = match &plan.source {
+        SourcePlan::Folder(_) => Vec::new(),
+        SourcePlan::Server { level, .. } if plan.types.is_empty() => {
+            // All types in one export. Which types the server has is not known beforehand, so it can only be
+            // incremental when a run of this very scope has brought all of them, and each table says so itself:
+            // a type that failed then has no table, and would get its changes only.
+            let whole_before = remembered.scope.as_deref() == Some(app_id.as_str()) || remembered.is_the_recipes();
+            let all_known = !groups.is_empty() && !groups.contains_key(&None);
+            let since = match plan.since {
+                Since::At(micros) if !options.full_refresh => Some(micros),
+                _ => groups.keys().flatten().min().copied().filter(|_| whole_before && all_known),
+            };
+            let request = ExportRequest { level: level.clone(), types: Vec::new(), since };
+            let known = opened.keys().cloned().collect();
+            vec![Kickoff { request, asked: Vec::new(), known }]
+        }
+        SourcePlan::Server { level, .. } => groups
+            .into_iter()
+            .map(|(since, asked)| {
+                let types = asked.iter().map(ToString::to_string).collect();
+                Kickoff { request: ExportRequest { level: level.clone(), types, since }, asked, known: Vec::new() }
+            })
+            .collect(),
+    };
+    let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
+    let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
+    if plan.mode != Mode::Merge && !all_are_full {
+        let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
+        return Err(Error::new(ErrorKind::Config, why));
+    }
+    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
+}
+
+/// Whether a run can write `table`: its features, and its columns where it exists.
+pub(super) fn check_table(table: &Table, plan: &Plan) -> Result<()> {
+    layout_of(&table.resource_type, table, &plan.layout).map(drop)
+}
+
+/// The watermark of a type by the state file: the recipe's one time for all, or ours for this type.
+fn from_state(state: &StateFile, app_id: &str, resource_type: &str) -> Option<i64> {
+    if state.is_the_recipes() {
+        return Some(state.last_sync_time?.timestamp_micros() - RECIPE_OVERLAP_MICROS);
+    }
+    let ours = state.scope.as_deref() == Some(app_id);
+    state.watermarks.get(resource_type).filter(|_| ours).map(DateTime::timestamp_micros)
+}
+
+/// Layouts of the run: an existing table's own, Pathling's for the rest. Types that the run did not open are looked at
+/// when their first row comes.
+pub(super) fn layouts(plan: &Plan, tables: &Tables, opened: &HashMap<ResourceType, Table>) -> Result<Layouts> {
+    let mut known: HashMap<ResourceType, Arc<Layout>> = HashMap::new();
+    for (name, table) in opened {
+        match layout_of(name, table, &plan.layout) {
+            Ok(layout) => drop(known.insert(name.clone(), layout)),
+            Err(error) if !plan.types.is_empty() => return Err(error),
+            Err(error) => tracing::warn!(resource_type = %name, %error, "the table cannot be written"),
+        }
+    }
+    let (known, options, tables) = (RwLock::new(known), plan.layout.clone(), tables.clone());
+    Ok(Arc::new(move |name| {
+        if let Some(layout) = known.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+            return Ok(layout.clone());
+        }
+        let table = tokio::runtime::Handle::current().block_on(tables.open(name))?;
+        let layout = layout_of(name, &table, &options)?;
+        let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(known.entry(name.clone()).or_insert(layout).clone())
+    }))
+}
+
+fn layout_of(name: &ResourceType, table: &Table, options: &LayoutOptions) -> Result<Arc<Layout>> {
+    table.check_writable()?;
+    Ok(Arc::new(layout_for(name, options, table.schema()?.as_ref())?))
+}

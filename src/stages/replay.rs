@@ -1,0 +1,77 @@
+//! Lines that earlier runs quarantined, tried again: a newer version may read them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use crate::error::Result;
+use crate::flow::Sender;
+use crate::messages::{Chunk, ExportFile, Fact, FileDone, KeptLines, ManifestPage, MergeInput};
+
+/// Reads the quarantine as if it were files of the export, the oldest of them.
+pub struct Replay {
+    /// A file for each type that lines were declared for.
+    pub files: Vec<Arc<ExportFile>>,
+    /// The lines.
+    pub lines: KeptLines,
+    /// Where they go.
+    pub chunks: Sender<Chunk>,
+    /// Where facts go.
+    pub merge: Sender<MergeInput>,
+    /// Bytes of a chunk.
+    pub chunk_bytes: usize,
+}
+
+/// What is gathered of a file.
+#[derive(Default)]
+struct Open {
+    bytes: Vec<u8>,
+    /// Lines before those, and all.
+    sent: u64,
+    lines: u64,
+}
+
+impl Replay {
+    /// Sends all lines on.
+    pub fn run(self, handle: &Handle) -> Result<()> {
+        // `usize::MAX`: no export of this run's.
+        let page = ManifestPage { export: usize::MAX, files: self.files.clone() };
+        if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Page(page)))).is_err() {
+            return Ok(());
+        }
+        let mut open: BTreeMap<u32, Open> = self.files.iter().map(|file| (file.index, Open::default())).collect();
+        for line in self.lines {
+            let line = line?;
+            let Some(file) = self.files.iter().find(|file| file.declared == line.declared) else { continue };
+            let Some(gathered) = open.get_mut(&file.index) else { continue };
+            gathered.bytes.extend_from_slice(&line.bytes);
+            gathered.bytes.push(b'\n');
+            gathered.lines += 1;
+            if gathered.bytes.len() >= self.chunk_bytes && handle.block_on(self.chunks.send(gathered.chunk(file))).is_err() {
+                return Ok(());
+            }
+        }
+        for file in &self.files {
+            let Some(gathered) = open.get_mut(&file.index) else { continue };
+            if !gathered.bytes.is_empty() && handle.block_on(self.chunks.send(gathered.chunk(file))).is_err() {
+                return Ok(());
+            }
+            let done = Fact::FileDone(FileDone { file: file.index, lines: gathered.lines });
+            if handle.block_on(self.merge.send(MergeInput::Fact(done))).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Open {
+    fn chunk(&mut self, file: &Arc<ExportFile>) -> Chunk {
+        let first_line = self.sent + 1;
+        self.sent = self.lines;
+        let bytes = Bytes::from(std::mem::take(&mut self.bytes));
+        Chunk { file: file.clone(), first_line, offset: 0, bytes, oversized: None }
+    }
+}
