@@ -74,8 +74,7 @@ pub(super) fn loose_bounds(stats: &str) -> String {
 
 /// A copy of `file` without the rows that are gone, in their order, streamed.
 pub(super) async fn rewrite(table: &Table, file: &DataFile, gone: &RoaringTreemap, run: &str) -> Result<Add> {
-    let store = table.store();
-    let open = OpenFile::open(&store, file).await?;
+    let open = OpenFile::open(table, file).await?;
     let batches = open.batches(selection((0..open.rows()).filter(|row| !gone.contains(*row))))?;
     let batches = batches.map_err(|error| storage(error, &format!("{} cannot be read", file.path)));
     let writer = DataWriter::create(table, run, open.schema(), &filtered(open.groups())).await?;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
 use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use futures::TryStreamExt;
-use object_store::ObjectStore;
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
@@ -14,7 +13,7 @@ use parquet::file::metadata::RowGroupMetaData;
 use roaring::RoaringTreemap;
 
 use super::reader::StoreReader;
-use super::table::storage;
+use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{Arrival, RowKey, key_of};
 
@@ -38,14 +37,14 @@ impl DataFile {
 
 /// A file whose footer is read, once for all that is read of it.
 pub(super) struct OpenFile<'a> {
-    store: &'a Arc<dyn ObjectStore>,
+    reader: StoreReader,
     file: &'a DataFile,
     metadata: ArrowReaderMetadata,
 }
 
 impl<'a> OpenFile<'a> {
-    pub async fn open(store: &'a Arc<dyn ObjectStore>, file: &'a DataFile) -> Result<Self> {
-        let mut reader = StoreReader::new(store, &file.path, file.size);
+    pub async fn open(table: &Table, file: &'a DataFile) -> Result<Self> {
+        let mut reader = StoreReader::new(table, &file.path, file.size);
         let failed = |error| storage(error, &format!("{} cannot be read", file.path));
         let mut metadata = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await.map_err(failed)?;
         // Spark's INT96 would come as nanoseconds, which reach from 1677 to 2262 only; Delta's timestamps are microseconds.
@@ -53,12 +52,11 @@ impl<'a> OpenFile<'a> {
             let options = ArrowReaderOptions::new().with_schema(Arc::new(Schema::new(schema)));
             metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options).map_err(failed)?;
         }
-        Ok(Self { store, file, metadata })
+        Ok(Self { reader, file, metadata })
     }
 
     fn reader(&self) -> ParquetRecordBatchStreamBuilder<StoreReader> {
-        let reader = StoreReader::new(self.store, &self.file.path, self.file.size);
-        ParquetRecordBatchStreamBuilder::new_with_metadata(reader, self.metadata.clone())
+        ParquetRecordBatchStreamBuilder::new_with_metadata(self.reader.clone(), self.metadata.clone())
     }
 
     /// Its columns.
@@ -313,9 +311,9 @@ const NO_RANK: RowKey = RowKey {
 };
 
 /// The ids in a file, for files that are small.
-pub(super) async fn all_ids(store: &Arc<dyn ObjectStore>, path: &Path, size: u64) -> Result<Vec<Box<str>>> {
+pub(super) async fn all_ids(table: &Table, path: &Path, size: u64) -> Result<Vec<Box<str>>> {
     let file = DataFile::new(path, size);
-    let footer = OpenFile::open(store, &file).await?;
+    let footer = OpenFile::open(table, &file).await?;
     let mut found = Vec::new();
     let Some(mask) = footer.leaves(&["id"]) else { return Ok(found) };
     let failed = |error| storage(error, &format!("the ids of {path} cannot be read"));

@@ -168,6 +168,7 @@ impl Matching<'_> {
             self.part_by_part(brought, &mut marks).await?;
         }
         self.absent.check(marks.absent, marks.live)?;
+        marks.merged.absent = marks.absent;
         if let Absent::Replace(_) = self.absent {
             marks.merged.updated = marks.live - marks.absent;
             marks.merged.inserted = marks.merged.inserted.saturating_sub(marks.merged.updated);
@@ -212,8 +213,7 @@ impl Matching<'_> {
         if ids.is_some_and(|ids| ids.between(least.as_deref(), greatest.as_deref()).is_empty()) {
             return Ok((Vec::new(), seen));
         }
-        let store = self.table.store();
-        let file = self.open(&store, target).await?;
+        let file = self.open(target).await?;
         seen.all = file.rows();
         seen.live = file.rows() - target.data.gone.len();
         let (mut found, mut keys) = (Vec::new(), Vec::new());
@@ -253,9 +253,8 @@ impl Matching<'_> {
             })?;
         }
         let mut held = Spill::new(&self.scratch.folder, quarter);
-        let store = self.table.store();
         for (index, target) in self.targets.iter().enumerate() {
-            let file = self.open(&store, target).await?;
+            let file = self.open(target).await?;
             let mut maybe = None;
             // Reading the ranks of all rows costs more than reading the ids twice, unless most rows match.
             if brought * 4 < file.rows() {
@@ -297,12 +296,8 @@ impl Matching<'_> {
         Ok(())
     }
 
-    async fn open<'b>(
-        &self,
-        store: &'b std::sync::Arc<dyn object_store::ObjectStore>,
-        target: &'b TargetFile,
-    ) -> Result<OpenFile<'b>> {
-        let file = OpenFile::open(store, &target.data).await?;
+    async fn open<'b>(&self, target: &'b TargetFile) -> Result<OpenFile<'b>> {
+        let file = OpenFile::open(self.table, &target.data).await?;
         if file.rows() > KeyAt::MAX_ROWS {
             return Err(Error::new(ErrorKind::Table, format!("{} has more than a billion rows", target.data.path)));
         }
@@ -334,7 +329,7 @@ impl Matching<'_> {
         };
         let mut ids = deleted.clone();
         for file in self.files {
-            ids.extend(all_ids(&self.table.store(), &file.path, file.size).await?);
+            ids.extend(all_ids(self.table, &file.path, file.size).await?);
         }
         Ok(Some(Ids::new(ids)))
     }
@@ -451,8 +446,7 @@ async fn contents(
     wanted: &RoaringTreemap,
     out: &mut Spill<ContentAt>,
 ) -> Result<()> {
-    let store = table.store();
-    let mut batches = OpenFile::open(&store, file).await?.batches(selection(wanted.iter()))?;
+    let mut batches = OpenFile::open(table, file).await?.batches(selection(wanted.iter()))?;
     let mut places = wanted.iter();
     let failed = |error| storage(error, &format!("{} cannot be read", file.path));
     while let Some(batch) = batches.try_next().await.map_err(failed)? {

@@ -22,8 +22,8 @@ use deltalake::kernel::{Action, Add};
 use deltalake::protocol::DeltaOperation;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
 use serde_json::{Value, json};
 
 use super::adds::filtered;
@@ -149,10 +149,9 @@ async fn groups<'a>(table: &Table, targets: &'a [TargetFile], settings: &Optimiz
 
 /// Whether no id can be in two row groups, by their statistics.
 async fn is_clustered(table: &Table, targets: &[TargetFile]) -> Result<bool> {
-    let store = table.store();
     let mut ranges = Vec::new();
     for target in targets {
-        let file = OpenFile::open(&store, &target.data).await?;
+        let file = OpenFile::open(table, &target.data).await?;
         for group in file.groups() {
             let Some(range) = id_range(std::slice::from_ref(group)) else { return Ok(false) };
             ranges.push(range);
@@ -172,16 +171,15 @@ impl Work<'_> {
     /// Writes the files of all groups.
     async fn write(&mut self, table: &Table, groups: &[Vec<&TargetFile>]) -> Result<()> {
         let schema = table.schema()?.ok_or_else(|| Error::new(ErrorKind::Internal, "a table without a schema"))?;
-        let store = table.store();
         for group in groups {
             let (mut schemas, mut columns) = (Vec::new(), HashSet::new());
             for target in group {
-                let file = OpenFile::open(&store, &target.data).await?;
+                let file = OpenFile::open(table, &target.data).await?;
                 schemas.push(file.schema().clone());
                 columns.extend(filtered(file.groups()));
             }
             let shape = Arc::new(union(&schema, &schemas));
-            let rows = live_rows(store.clone(), group, shape.clone());
+            let rows = live_rows(table.clone(), group, shape.clone());
             let rows = if self.settings.cluster { self.sorted(rows, shape.clone()).await? } else { rows };
             self.write_group(table, rows, &shape, &columns).await?;
         }
@@ -313,12 +311,12 @@ impl Work<'_> {
 const MIN_SORT_BYTES: usize = 64 << 20;
 
 /// The live rows of some files, in their order, with the columns of `shape`.
-fn live_rows(store: Arc<dyn ObjectStore>, group: &[&TargetFile], shape: SchemaRef) -> BoxStream<'static, Result<RecordBatch>> {
+fn live_rows(table: Table, group: &[&TargetFile], shape: SchemaRef) -> BoxStream<'static, Result<RecordBatch>> {
     let files: Vec<_> = group.iter().map(|target| target.data.clone()).collect();
     let batches = futures::stream::iter(files).then(move |data| {
-        let (store, shape) = (store.clone(), shape.clone());
+        let (table, shape) = (table.clone(), shape.clone());
         async move {
-            let file = OpenFile::open(&store, &data).await?;
+            let file = OpenFile::open(&table, &data).await?;
             let live = selection((0..file.rows()).filter(|row| !data.gone.contains(*row)));
             let path = data.path.clone();
             let batches = file.batches(live)?.map_err(move |error| storage(error, &format!("{path} cannot be read")));

@@ -74,6 +74,8 @@ pub struct Merged {
     pub updated: u64,
     /// Resources that were deleted.
     pub deleted: u64,
+    /// Of those, resources that a full export did not name.
+    pub absent: u64,
     /// Resources that the table has as new or newer, and copies within the run that lost.
     pub skipped: u64,
     /// The table's version after it.
@@ -180,6 +182,7 @@ impl Upsert {
                 marked.push((target.add.clone(), all_gone));
             } else {
                 let add = rewrite(table, &target.data, &all_gone, &self.run).await?;
+                out.copied += target.rows.unwrap_or_default().saturating_sub(all_gone.len());
                 out.new_files.push(Path::from(add.path.as_str()));
                 out.adds.push(add);
             }
@@ -195,6 +198,7 @@ impl Upsert {
                 out.adds.push(add);
             } else if with_vectors {
                 merged.bytes_written += staged.size;
+                out.staged_vectors += 1;
                 marked.push((add, gone.clone()));
             } else {
                 let add = rewrite(table, &DataFile::new(&staged.path, staged.size), gone, &self.run).await?;
@@ -205,7 +209,6 @@ impl Upsert {
         }
         if !marked.is_empty() {
             let (adds, vectors): (Vec<Add>, Vec<RoaringTreemap>) = marked.into_iter().unzip();
-            out.vectors = vectors.len();
             let (descriptors, path) =
                 vectors::write(table, vectors, vectors::file_id(&self.run, &table.resource_type, begun.1)).await?;
             out.new_files.push(path);
@@ -300,20 +303,37 @@ impl Upsert {
         }
     }
 
-    /// Operation metrics by the names of Spark's own merge.
+    /// Operation metrics by the names of Spark's own merge. As there, a file whose rows are marked is neither removed nor
+    /// added: its deletion vector is.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
         let sources: u64 = self.files.iter().map(|file| file.rows).sum();
+        let added = |path: &str| out.adds.iter().any(|add| add.path == path);
+        let (marked, removed): (Vec<&Remove>, Vec<&Remove>) = out.removes.iter().partition(|remove| added(&remove.path));
+        let had_vector = |removes: &[&Remove]| removes.iter().filter(|remove| remove.deletion_vector.is_some()).count();
+        let updated_vectors = had_vector(&marked);
+        let bytes_removed: i64 = removed.iter().filter_map(|remove| remove.size).sum();
+        let by_source = merged.absent.min(merged.deleted);
+        let number = |number: u64| Value::from(number.to_string());
         json!({
-            "numSourceRows": sources.to_string(),
-            "numTargetRowsInserted": merged.inserted.to_string(),
-            "numTargetRowsUpdated": merged.updated.to_string(),
-            "numTargetRowsDeleted": merged.deleted.to_string(),
-            "numOutputRows": (merged.inserted + merged.updated).to_string(),
-            "numTargetFilesAdded": (out.adds.len() - out.vectors).to_string(),
-            "numTargetFilesRemoved": out.removes.len().to_string(),
-            "numTargetDeletionVectorsAdded": out.vectors.to_string(),
-            "numTargetBytesAdded": merged.bytes_written.to_string(),
-            "executionTimeMs": started.elapsed().as_millis().to_string(),
+            "numSourceRows": number(sources),
+            "numTargetRowsCopied": number(out.copied),
+            "numTargetRowsInserted": number(merged.inserted),
+            "numTargetRowsUpdated": number(merged.updated),
+            "numTargetRowsMatchedUpdated": number(merged.updated),
+            "numTargetRowsNotMatchedBySourceUpdated": number(0),
+            "numTargetRowsDeleted": number(merged.deleted),
+            "numTargetRowsMatchedDeleted": number(merged.deleted - by_source),
+            "numTargetRowsNotMatchedBySourceDeleted": number(by_source),
+            "numOutputRows": number(merged.inserted + merged.updated + out.copied),
+            "numTargetFilesAdded": number((out.adds.len() - marked.len()) as u64),
+            "numTargetFilesRemoved": number(removed.len() as u64),
+            "numTargetBytesAdded": number(merged.bytes_written),
+            "numTargetBytesRemoved": number(bytes_removed.unsigned_abs()),
+            "numTargetChangeFilesAdded": number(0),
+            "numTargetDeletionVectorsAdded": number((marked.len() - updated_vectors + out.staged_vectors) as u64),
+            "numTargetDeletionVectorsUpdated": number(updated_vectors as u64),
+            "numTargetDeletionVectorsRemoved": number(had_vector(&removed) as u64),
+            "executionTimeMs": number(started.elapsed().as_millis() as u64),
         })
     }
 }
@@ -340,8 +360,10 @@ impl Actions {
 struct Actions {
     removes: Vec<Remove>,
     adds: Vec<Add>,
-    /// How many of the adds carry a new deletion vector.
-    vectors: usize,
+    /// How many of the run's own files carry a deletion vector.
+    staged_vectors: usize,
+    /// Rows that were copied into rewritten files.
+    copied: u64,
     /// Files written for this commit alone.
     new_files: Vec<Path>,
 }

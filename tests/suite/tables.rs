@@ -55,6 +55,22 @@ async fn deletion_vectors_mark_and_grow_and_a_file_without_rows_goes() {
         assert!(named.contains(&first[0]), "marked, not rewritten");
         assert_eq!(lake.count("Patient").await, 20);
     }
+    // As Spark counts them: a file whose rows are marked is neither removed nor added.
+    let metrics = &lake.history("Patient").await[0]["operationMetrics"];
+    let expected = [
+        ("numSourceRows", "4"),
+        ("numTargetRowsUpdated", "4"),
+        ("numTargetRowsInserted", "0"),
+        ("numTargetRowsDeleted", "0"),
+        ("numOutputRows", "4"),
+        ("numTargetFilesAdded", "1"),
+        ("numTargetFilesRemoved", "1"),
+        ("numTargetDeletionVectorsAdded", "0"),
+        ("numTargetDeletionVectorsUpdated", "1"),
+    ];
+    for (name, value) in expected {
+        assert_eq!(metrics[name], value, "{name} of {metrics}");
+    }
     let all: Vec<String> = (0..20).map(|n| patient(&format!("{n:02}"), 9, "")).collect();
     lake.run(&write(data.path(), "Patient.ndjson", &all), "").await.unwrap();
     let (_, named) = lake.files("Patient").await;
