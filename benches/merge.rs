@@ -161,6 +161,7 @@ fn upsert(files: Vec<fhirlake::delta::StagedFile>, scratch: &Path, vectors: bool
         settings: TableSettings { deletion_vectors: vectors, upgrade: false },
         info: Default::default(),
         run: "bench".into(),
+        earlier_commits: 0,
     }
 }
 

@@ -50,7 +50,10 @@ impl Table {
         let on = |delta: &deltalake::DeltaTable| {
             let snapshot = delta.snapshot().ok()?;
             let setting = snapshot.metadata().configuration().get("delta.enableDeletionVectors")?;
-            Some(setting == "true" && features(snapshot.protocol()).iter().any(|feature| feature == "deletionVectors"))
+            Some(
+                setting.eq_ignore_ascii_case("true")
+                    && features(snapshot.protocol()).iter().any(|feature| feature == "deletionVectors"),
+            )
         };
         self.delta.as_ref().and_then(on).unwrap_or(false)
     }
@@ -105,9 +108,9 @@ fn unsupported(protocol: &Protocol, metadata: &Metadata) -> Option<String> {
     }
     let used = |key: &str, value: &str| match key {
         "delta.appendOnly" | "delta.enableChangeDataFeed" | "delta.enableRowTracking" | "delta.enableInCommitTimestamps" => {
-            value == "true"
+            value.eq_ignore_ascii_case("true")
         }
-        "delta.columnMapping.mode" => value != "none",
+        "delta.columnMapping.mode" => !value.eq_ignore_ascii_case("none"),
         key => key.starts_with("delta.constraints."),
     };
     let mut settings: Vec<_> = metadata.configuration().iter().filter(|(key, value)| used(key, value)).collect();

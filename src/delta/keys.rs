@@ -46,10 +46,10 @@ impl<'a> OpenFile<'a> {
     pub async fn open(table: &Table, file: &'a DataFile) -> Result<Self> {
         let mut reader = StoreReader::new(table, &file.path, file.size);
         let failed = |error| storage(error, &format!("{} cannot be read", file.path));
-        let mut metadata = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await.map_err(failed)?;
+        let mut metadata = ArrowReaderMetadata::load_async(&mut reader, options()).await.map_err(failed)?;
         // Spark's INT96 would come as nanoseconds, which reach from 1677 to 2262 only; Delta's timestamps are microseconds.
         if let Some(schema) = in_micros(metadata.schema().fields()) {
-            let options = ArrowReaderOptions::new().with_schema(Arc::new(Schema::new(schema)));
+            let options = options().with_schema(Arc::new(Schema::new(schema)));
             metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options).map_err(failed)?;
         }
         Ok(Self { reader, file, metadata })
@@ -203,6 +203,11 @@ impl<'a> OpenFile<'a> {
         }
         Ok(found)
     }
+}
+
+/// What other writers say of their Arrow types (large lists, views) is passed over: Parquet's own types are Delta's.
+fn options() -> ArrowReaderOptions {
+    ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
 /// The columns with timestamps of microseconds, where some are of nanoseconds.

@@ -103,6 +103,13 @@ impl Brought {
         self.by_key.find(key as u64, |at| self.winners[*at as usize].key == key).map(|at| *at as usize)
     }
 
+    /// Takes an id out again.
+    fn forget(&mut self, key: u128) {
+        if let Ok(found) = self.by_key.find_entry(key as u64, |at| self.winners[*at as usize].key == key) {
+            found.remove();
+        }
+    }
+
     /// Sets the bits.
     fn make_bits(&mut self) {
         let keys = self.winners.len() + self.deletions.len();
@@ -135,7 +142,13 @@ impl Brought {
     fn add(&mut self, staged: KeyAt) -> Option<KeyAt> {
         if let Some(at) = self.winner(staged.key) {
             let best = &mut self.winners[at];
-            let newer = staged.row_key().rank() > best.row_key().rank();
+            let (new, old) = (staged.row_key(), best.row_key());
+            // A line out of quarantine must show that it is newer than what the export brings.
+            let newer = match (new.replayed, old.replayed) {
+                (true, false) => matches!(judge(&new, &old, false), Verdict::Newer),
+                (false, true) => !matches!(judge(&old, &new, false), Verdict::Newer),
+                _ => new.rank() > old.rank(),
+            };
             return Some(if newer { std::mem::replace(best, staged) } else { staged });
         }
         let at = self.winners.len() as u32;
@@ -353,8 +366,18 @@ impl Matching<'_> {
             })?;
         }
         self.deletions.keys.read(part.partitions.clone(), |deleted| {
-            if part.has(deleted.key) && brought.winner(deleted.key).is_none() {
-                brought.deletions.insert(deleted.key, ());
+            if !part.has(deleted.key) {
+                return Ok(());
+            }
+            // An id that is in the output too is kept; out of quarantine it is not of this export's output.
+            match brought.winner(deleted.key).map(|at| brought.winners[at]) {
+                Some(winner) if winner.row_key().replayed => {
+                    marks.mark_staged(&winner);
+                    brought.forget(deleted.key);
+                    brought.deletions.insert(deleted.key, ());
+                }
+                Some(_) => {}
+                None => drop(brought.deletions.insert(deleted.key, ())),
             }
             Ok(())
         })?;
@@ -363,7 +386,7 @@ impl Matching<'_> {
 
     /// Decides about each id that the table has: `held` are its rows in the table.
     fn settle(&self, brought: &Brought, mut held: Vec<KeyAt>, marks: &mut Marks) {
-        marks.merged.inserted += brought.winners.len() as u64;
+        marks.merged.inserted += brought.by_key.len() as u64;
         if let Absent::Replace(_) = self.absent {
             return;
         }

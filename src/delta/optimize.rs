@@ -292,7 +292,11 @@ impl Work<'_> {
                 Attempt::Done(version) => return Ok(Some(Optimized { version, ..done })),
                 // Others may have added rows; the files that are exchanged must be as they were read.
                 Attempt::Conflict => {
-                    table.refresh().await?;
+                    // A store that tries again may call a commit of our own another's.
+                    if let Some(version) = table.find_commit_of(&self.settings.run, table.version()).await? {
+                        return Ok(Some(Optimized { version: Some(version), ..done }));
+                    }
+                    table.check_writable()?;
                     let now = targets(table)?;
                     let same = |file: &TargetFile| {
                         now.iter().any(|now| now.add.path == file.add.path && now.add.deletion_vector == file.add.deletion_vector)

@@ -24,7 +24,8 @@ pub(super) fn judge(staged: &RowKey, table: &RowKey, full_refresh: bool) -> Verd
         // Out of quarantine it comes from an older one: what has no order cannot say that it is newer.
         return if staged.replayed { Verdict::Older } else { Verdict::Newer };
     }
-    if staged.replayed && staged.last_updated == ABSENT && staged.version == ABSENT {
+    let unknown = |staged: i64, table: i64| staged == ABSENT || table == ABSENT;
+    if staged.replayed && (unknown(staged.last_updated, table.last_updated) && unknown(staged.version, table.version)) {
         return Verdict::Older;
     }
     match (staged.last_updated, staged.version).cmp(&(table.last_updated, table.version)) {

@@ -1,7 +1,6 @@
 //! A table's file as a source of Parquet columns.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -41,14 +40,17 @@ fn external(error: impl std::error::Error + Send + Sync + 'static) -> ParquetErr
     ParquetError::External(Box::new(error))
 }
 
-/// Reads a range. Each read sets its own place, and a reader is used by one thread at a time.
-fn read(mut file: &File, range: Range<u64>) -> Result<Bytes> {
-    let length = range.end.saturating_sub(range.start);
-    let mut bytes = Vec::with_capacity(usize::try_from(length).map_err(external)?);
-    file.seek(SeekFrom::Start(range.start)).map_err(external)?;
-    file.take(length).read_to_end(&mut bytes).map_err(external)?;
-    if bytes.len() as u64 != length {
-        return Err(ParquetError::EOF(format!("the file ends before byte {}", range.end)));
+/// Reads a range, wherever others that share the file are.
+fn read(file: &File, range: Range<u64>) -> Result<Bytes> {
+    let length = usize::try_from(range.end.saturating_sub(range.start)).map_err(external)?;
+    let mut bytes = vec![0; length];
+    #[cfg(unix)]
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, range.start).map_err(external)?;
+    #[cfg(not(unix))]
+    {
+        use std::io::{Read, Seek, SeekFrom};
+        let mut file = file.try_clone().map_err(external)?;
+        file.seek(SeekFrom::Start(range.start)).and_then(|_| file.read_exact(&mut bytes)).map_err(external)?;
     }
     Ok(bytes.into())
 }

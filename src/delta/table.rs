@@ -131,15 +131,15 @@ impl Tables {
         store.delete(&path).await.map_err(|error| failed(&error))
     }
 
-    /// Types that have a folder here, be it a table or what a killed run left; local folders only.
-    pub fn existing_folders(&self) -> Result<Vec<Arc<str>>> {
-        let Some(path) = self.local() else { return Ok(Vec::new()) };
+    /// Types that have a folder here, be it a table or what a killed run left.
+    pub async fn existing_folders(&self) -> Result<Vec<Arc<str>>> {
+        let Some(path) = self.local() else { return self.existing().await };
         let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| {
             let name = entry.file_name();
             name.to_str().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from)
         });
-        Ok(names.collect())
+        Ok(names.filter(|name: &Arc<str>| Model::r4().is_resource_type(name)).collect())
     }
 }
 
@@ -148,14 +148,8 @@ impl Table {
     /// which a local store keeps under another name and does not list), rewritten files and deletion vectors. How many.
     pub async fn remove_orphans(&self, run: &str) -> Result<usize> {
         use object_store::path::Path;
-        let mut named = std::collections::HashSet::new();
-        if let Some(delta) = &self.delta {
-            let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
-            for file in snapshot.log_data().iter() {
-                named.extend(file.object_store_path().filename().map(str::to_owned));
-                named.extend(file.deletion_vector_descriptor().map(|vector| vector.path_or_inline_dv));
-            }
-        }
+        // Older versions need their files too: only vacuum may take those.
+        let named = self.named(chrono::DateTime::UNIX_EPOCH).await?;
         let store = self.store();
         let prefix = format!("part-{run}-");
         let mut orphans = Vec::new();
@@ -163,7 +157,7 @@ impl Table {
             Some(folder) => {
                 let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
                 let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-                for name in names.filter(|name| name.starts_with(&prefix) && !named.contains(name)) {
+                for name in names.filter(|name| name.starts_with(&prefix) && !named.has(&Path::from(name.as_str()))) {
                     std::fs::remove_file(folder.join(&name))
                         .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;
                     orphans.push(name);
@@ -174,7 +168,7 @@ impl Table {
                     store.list_with_delimiter(None).await.map_err(|error| storage(error, "the table cannot be listed"))?;
                 for object in listed.objects {
                     let name = object.location.filename().unwrap_or_default();
-                    if name.starts_with(&prefix) && !named.contains(name) {
+                    if name.starts_with(&prefix) && !named.has(&object.location) {
                         object_store::ObjectStoreExt::delete(&store, &object.location)
                             .await
                             .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;
@@ -183,10 +177,11 @@ impl Table {
                 }
             }
         }
-        for attempt in 1..=super::upsert::MAX_ATTEMPTS {
+        // A run commits to a table twice at most.
+        for attempt in 1..=2 * super::upsert::MAX_ATTEMPTS {
             let id = vectors::file_id(run, &self.resource_type, attempt);
             let path: Path = vectors::file_path(id);
-            if !named.contains(&vectors::encoded(id)) && object_store::ObjectStoreExt::head(&store, &path).await.is_ok() {
+            if !named.has(&path) && object_store::ObjectStoreExt::head(&store, &path).await.is_ok() {
                 object_store::ObjectStoreExt::delete(&store, &path)
                     .await
                     .map_err(|error| storage(error, &format!("{path} cannot be removed")))?;

@@ -63,6 +63,8 @@ pub struct Upsert {
     pub info: BTreeMap<String, Value>,
     /// The run's id: names the files that a commit writes, so that a later run knows what a killed one left.
     pub run: String,
+    /// Commits that the run has made to the table already.
+    pub earlier_commits: usize,
 }
 
 /// What a merge did.
@@ -107,22 +109,21 @@ impl Upsert {
     /// Matches, marks and commits; matches again when another writer was faster.
     pub async fn commit(&self, table: &mut Table) -> Result<Commit> {
         let started = Instant::now();
-        if self.settings.upgrade {
-            table.turn_on_deletion_vectors(&self.info).await?;
-        }
-        if self.add_columns {
-            table.add_columns(&self.schema, &self.info).await?;
-        }
         for attempt in 1.. {
-            if attempt > 1 {
-                self.check_fits(table)?;
-            }
             if let Some(watermark) = &self.watermark
                 && let Some(newest) = table.transaction(&watermark.app_id).await?
                 && newest > watermark.transaction_time
             {
                 return Ok(Commit::Stale { table: newest });
             }
+            if self.settings.upgrade {
+                table.turn_on_deletion_vectors(&self.info).await?;
+            }
+            if self.add_columns {
+                table.add_columns(&self.schema, &self.info).await?;
+            }
+            // The snapshot may be another than the one that the rows were laid out for.
+            self.check_fits(table)?;
             let targets = targets(table)?;
             let marks = self.matching(table, &targets).marks().await?;
             match self.write(table, targets, marks, (started, attempt)).await? {
@@ -168,8 +169,61 @@ impl Upsert {
     /// Writes what the marks need and commits. `begun` is when, and the number of the attempt.
     async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, marks: Marks, begun: (Instant, usize)) -> Result<Written> {
         let mut merged = marks.merged;
-        let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut out = Actions::default();
+        if let Err(error) = self.prepare(table, &targets, &marks, begun.1, (&mut merged, &mut out)).await {
+            out.discard(table).await;
+            return Err(error);
+        }
+        let outcome = match self.check_files(table, &out).await {
+            Ok(()) => self.commit_actions(table, &out, &mut merged, begun.0).await,
+            Err(error) => {
+                out.discard(table).await;
+                return Err(error);
+            }
+        };
+        let written = match outcome {
+            Ok(true) => Written::Done(merged),
+            // A store that tries again may call a commit of our own another's.
+            Ok(false) => match table.find_commit_of(&self.run, merged.version).await {
+                Ok(Some(version)) => Written::Done(Merged { version: Some(version), committed: true, ..merged }),
+                Ok(None) => Written::Conflict,
+                Err(error) => return Ok(Written::Unknown(error)),
+            },
+            Err(error) => match table.find_commit_of(&self.run, merged.version).await {
+                // It was made; what failed came after it.
+                Ok(Some(version)) => {
+                    tracing::warn!(%error, version, "the commit was made, and something after it failed");
+                    Written::Done(Merged { version: Some(version), committed: true, ..merged })
+                }
+                Ok(None) => {
+                    out.discard(table).await;
+                    return Err(error);
+                }
+                Err(_) => return Ok(Written::Unknown(error)),
+            },
+        };
+        if !matches!(written, Written::Done(_)) {
+            out.discard(table).await;
+            return Ok(written);
+        }
+        for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
+            if gone.len() == staged.rows || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
+                staged.discard(table).await;
+            }
+        }
+        Ok(written)
+    }
+
+    /// Writes the files that the marks need: deletion vectors, or copies without the rows that go.
+    async fn prepare(
+        &self,
+        table: &Table,
+        targets: &[TargetFile],
+        marks: &Marks,
+        attempt: usize,
+        (merged, out): (&mut Merged, &mut Actions),
+    ) -> Result<()> {
+        let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut marked: Vec<(Add, RoaringTreemap)> = Vec::new();
         for (index, gone) in &marks.gone {
             let target = &targets[*index];
@@ -209,8 +263,12 @@ impl Upsert {
         }
         if !marked.is_empty() {
             let (adds, vectors): (Vec<Add>, Vec<RoaringTreemap>) = marked.into_iter().unzip();
-            let (descriptors, path) =
-                vectors::write(table, vectors, vectors::file_id(&self.run, &table.resource_type, begun.1)).await?;
+            let (descriptors, path) = vectors::write(
+                table,
+                vectors,
+                vectors::file_id(&self.run, &table.resource_type, self.earlier_commits * MAX_ATTEMPTS + attempt),
+            )
+            .await?;
             out.new_files.push(path);
             for (mut add, descriptor) in adds.into_iter().zip(descriptors) {
                 merged.bytes_written += descriptor.size_in_bytes as u64;
@@ -219,33 +277,27 @@ impl Upsert {
                 out.adds.push(add);
             }
         }
-        let outcome = self.commit_actions(table, &out, &mut merged, begun.0).await;
-        let written = match outcome {
-            Ok(true) => Written::Done(merged),
-            Ok(false) => Written::Conflict,
-            Err(error) => match table.find_commit_of(&self.run, merged.version).await {
-                // It was made; what failed came after it.
-                Ok(Some(version)) => {
-                    tracing::warn!(%error, version, "the commit was made, and something after it failed");
-                    Written::Done(Merged { version: Some(version), committed: true, ..merged })
-                }
-                Ok(None) => {
-                    out.discard(table).await;
-                    return Err(error);
-                }
-                Err(_) => return Ok(Written::Unknown(error)),
-            },
-        };
-        if !matches!(written, Written::Done(_)) {
-            out.discard(table).await;
-            return Ok(written);
-        }
-        for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
-            if gone.len() == staged.rows || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
-                staged.discard(table).await;
+        Ok(())
+    }
+
+    /// A commit must name no file that is not there: a vacuum of others may have taken one for a stray.
+    async fn check_files(&self, table: &Table, out: &Actions) -> Result<()> {
+        let store = table.store();
+        let known = |add: &Add| out.removes.iter().any(|remove| remove.path == add.path);
+        for add in out.adds.iter().filter(|add| !known(add)) {
+            let path = Path::from(add.path.as_str());
+            let gone =
+                |why: String| Error::new(ErrorKind::Storage, format!("{path}, which this run wrote, {why}; nothing was merged"));
+            let size = store.head(&path).await.map_err(|error| gone(format!("cannot be found: {error}")))?.size;
+            if size != add.size as u64 {
+                return Err(gone(format!("has {size} bytes, not {}", add.size)));
             }
         }
-        Ok(written)
+        if let Some(folder) = table.local() {
+            // The files' names, before the log names them; a file system that cannot sync a folder has done what it can.
+            let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+        }
+        Ok(())
     }
 
     async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<bool> {

@@ -63,7 +63,8 @@ impl Table {
             )
             .at(self.resource_type.to_string()));
         }
-        let until = Utc::now() - TimeDelta::from_std(retention).unwrap_or(TimeDelta::MAX);
+        let back = TimeDelta::from_std(retention).ok().and_then(|back| Utc::now().checked_sub_signed(back));
+        let until = back.unwrap_or(DateTime::<Utc>::MIN_UTC);
         let named = self.named(until).await?;
         let store = self.store();
         let mut listed = store.list(None);
@@ -107,7 +108,7 @@ impl Table {
     }
 
     /// Files that must stay: of the newest version, and of every version that was the newest after `until`.
-    async fn named(&self, until: DateTime<Utc>) -> Result<Named> {
+    pub(super) async fn named(&self, until: DateTime<Utc>) -> Result<Named> {
         let mut named = Named::default();
         let Some(delta) = &self.delta else { return Ok(named) };
         let failed = |error| storage(error, "the table's log cannot be read");
@@ -136,7 +137,9 @@ impl Table {
             if commit.location.extension() != Some("json") {
                 continue;
             }
-            let recent = commit.last_modified >= until;
+            // Others may have committed since the snapshot was read.
+            let version = commit.location.filename().and_then(|name| name.strip_suffix(".json")?.parse::<u64>().ok());
+            let recent = commit.last_modified >= until || version.is_none_or(|version| Some(version) > self.version());
             let text = store.get(&commit.location).await.map_err(|error| unreadable(&error))?;
             let text = text.bytes().await.map_err(|error| unreadable(&error))?;
             for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
@@ -179,12 +182,20 @@ impl Table {
     }
 }
 
+/// Files that the table's log names.
 #[derive(Default)]
-struct Named {
+pub(super) struct Named {
     /// Files that must stay.
     kept: HashSet<Path>,
     /// Files that some version named, so that they are not those of a run that has not committed.
     ever: HashSet<Path>,
+}
+
+impl Named {
+    /// Whether some version names, or named, the file.
+    pub fn has(&self, path: &Path) -> bool {
+        self.kept.contains(path) || self.ever.contains(path)
+    }
 }
 
 /// What a line of the log says of files.

@@ -11,6 +11,7 @@ use object_store::{ObjectStoreExt, PutPayload};
 use roaring::RoaringTreemap;
 use uuid::Uuid;
 
+use super::staging::sync_file;
 use super::table::{Table, storage};
 use crate::error::{Context, ErrorKind, Result};
 use buoyant_kernel as delta_kernel;
@@ -77,9 +78,10 @@ pub(super) async fn write(
     }
     writer.finalize().context(ErrorKind::Internal, "a deletion vector cannot be written")?;
     let store: Arc<dyn object_store::ObjectStore> = table.store();
-    store
-        .put(&path, PutPayload::from_bytes(Bytes::from(bytes)))
-        .await
-        .map_err(|error| storage(error, &format!("{path} cannot be written")))?;
+    let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{path} cannot be written"));
+    store.put(&path, PutPayload::from_bytes(Bytes::from(bytes))).await.map_err(|error| failed(&error))?;
+    if let Some(folder) = table.local() {
+        sync_file(folder.join(path.as_ref())).await.map_err(|error| failed(&error))?;
+    }
     Ok((descriptors, path))
 }

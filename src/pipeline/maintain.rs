@@ -52,6 +52,7 @@ pub(super) fn run_id() -> String {
 pub async fn optimize(plan: &Plan, options: &OptimizeOptions, stop: &Stop) -> Result<ByTable<Optimized>> {
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
+    state.clear_scratch()?;
     clean_up(&state.journal(), &Tables::at(&plan.tables)?).await?;
     optimize_locked(plan, &state, options, stop).await
 }
@@ -65,7 +66,7 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
         target_file_bytes: plan.target_file_bytes,
         min_deleted: at_most(&options.min_deleted),
         cluster: options.cluster,
-        scratch: Scratch { folder: state.path().to_path_buf(), memory: plan.memory.total / 2 },
+        scratch: Scratch { folder: state.scratch(), memory: plan.memory.total / 2 },
         run: run.clone(),
         info: info(plan, &run),
     };

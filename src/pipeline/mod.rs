@@ -110,6 +110,7 @@ async fn once(
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
     let journal = state.journal();
+    state.clear_scratch()?;
     clean_up(&journal, &Tables::at(&plan.tables)?).await?;
     let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
     let prepared = prepare(plan, options).await?;
@@ -130,7 +131,12 @@ async fn once(
     *locked(&watch.edges) = vec![files_gauge, chunks_gauge, rows_gauge, merge_gauge];
 
     let mut crew = Crew::new(stop.clone());
-    let replay = replay(plan, &state, &chunks_in, &merge_in)?;
+    // A run that deletes what the export does not name takes the export's word for everything.
+    let replay = match plan.mode {
+        Mode::Merge => replay(plan, &state, &chunks_in, &merge_in)?,
+        _ if options.replay_only => replay(plan, &state, &chunks_in, &merge_in)?,
+        _ => None,
+    };
     let first_index = replay.as_ref().map_or(0, |replay| replay.files.len() as u32);
     if let Some(replay) = replay {
         let span = tracing::Span::current();
@@ -221,11 +227,16 @@ async fn once(
     }
     // An edge closes when its last sender is gone: ours must not outlive the workers'.
     drop((files_out, chunks_in, chunks_out, rows_in, rows_out, merge_in, shared));
+    let max_bad_lines = plan.max_bad_lines.as_ref().map(at_most);
+    let absent = if options.replay_only { Absent::Stay } else { absent(plan) };
     let merge = Merge {
         input: merge_out,
         tables: prepared.tables.clone(),
         opened: prepared.opened,
-        ledger: Ledger::new(exports, plan.max_bad_lines.as_ref().map(at_most)),
+        ledger: match absent {
+            Absent::Stay => Ledger::new(exports, max_bad_lines),
+            _ => Ledger::new(exports, max_bad_lines).wait_for_all(),
+        },
         requests,
         settings: MergeSettings {
             pipeline: plan.name.clone(),
@@ -233,7 +244,7 @@ async fn once(
             app_id: prepared.app_id.clone(),
             tables_at_once: plan.tables_at_once,
             full_refresh: prepared.full_refresh,
-            absent: absent(plan),
+            absent,
             target_file_bytes: plan.target_file_bytes,
             max_open_files: 64,
             keys_in_memory: memory.keys,
@@ -331,10 +342,15 @@ async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
         return Ok(());
     };
     let mut removed = 0;
-    for name in tables.existing_folders()? {
-        let table = tables.open(&name).await?;
-        removed += table.remove_orphans(run).await?;
-        table.remove_empty_folder();
+    for name in tables.existing_folders().await? {
+        match tables.open(&name).await {
+            Ok(table) => {
+                removed += table.remove_orphans(run).await?;
+                table.remove_empty_folder();
+            }
+            // Not this run's to judge: whoever needs the table will say so.
+            Err(error) => tracing::warn!(resource_type = %name, %error, "what the last run left of the type stays"),
+        }
     }
     tracing::warn!(run = %run, removed, "the last run ended without a word; its staged files were removed");
     journal.clear()

@@ -117,7 +117,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     };
     let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
-    if plan.mode != Mode::Merge && !all_are_full {
+    if plan.mode != Mode::Merge && !all_are_full && !options.replay_only {
         let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
         return Err(Error::new(ErrorKind::Config, why));
     }

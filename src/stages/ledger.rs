@@ -60,6 +60,8 @@ pub struct Ledger {
     /// Kick-offs that the run makes.
     exports: usize,
     max_bad_lines: Option<AtMost>,
+    /// Whether a type waits for every file, since rows that are not among those that come will be deleted.
+    waits_for_all: bool,
 }
 
 /// How a type stands.
@@ -87,7 +89,14 @@ impl Ledger {
             failed_exports: BTreeMap::new(),
             exports,
             max_bad_lines,
+            waits_for_all: false,
         }
+    }
+
+    /// Lets every type wait for every file: it must commit once, with all rows that any file holds of it.
+    pub fn wait_for_all(mut self) -> Self {
+        self.waits_for_all = true;
+        self
     }
 
     /// Enters a fact.
@@ -233,7 +242,11 @@ impl Ledger {
         // Rows that came in another type's file may come in any: such a type waits for all.
         let concerned = |book: &&FileBook| match book.file.kind {
             FileKind::Deleted | FileKind::Outcome => true,
-            FileKind::Output => self.stray(resource_type) || book.file.declared.as_ref().is_none_or(|name| name == resource_type),
+            FileKind::Output => {
+                self.waits_for_all
+                    || self.stray(resource_type)
+                    || book.file.declared.as_ref().is_none_or(|name| name == resource_type)
+            }
         };
         let mut lines = 0;
         for file in self.files.values().filter(concerned) {
@@ -298,6 +311,12 @@ impl Ledger {
                 book.parsed.rows.iter().any(|row| row.0 == *resource_type) || book.file.declared.as_ref() == Some(resource_type)
             })
             .count() as u64
+    }
+
+    /// Rows of the type that the export itself brought.
+    pub fn rows_of_export(&self, resource_type: &ResourceType) -> u64 {
+        let files = self.files.values().filter(|book| !book.file.replayed);
+        files.flat_map(|book| &book.parsed.rows).filter(|(name, _)| name == resource_type).map(|(_, rows)| rows).sum()
     }
 
     /// Lines out of quarantine that were read, and whose type was committed.

@@ -2,7 +2,7 @@
 //!
 //! Staging never waits for a commit; `tables_at_once` limits matching and committing only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +12,13 @@ use object_store::path::Path;
 use serde_json::{Value, json};
 
 use super::ledger::{Ledger, Standing};
+pub use super::outcome::{MergeReport, TypeOutcome};
 use crate::delta::{
     Absent, Commit, Deletions, Merged, Scratch, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, LineId, MergeInput, ResourceType, instant_text};
+use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
 use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
 use crate::telemetry;
 
@@ -59,68 +60,14 @@ pub struct MergeSettings {
     pub began: Instant,
 }
 
-/// What happened to a type.
-#[derive(Debug, Clone, Default, serde::Serialize)]
-pub struct TypeOutcome {
-    /// Files that held it.
-    pub files: u64,
-    /// Resources that came.
-    pub resources: u64,
-    /// Bytes of NDJSON that they came from.
-    pub bytes: u64,
-    /// Resources that the table did not have.
-    pub inserted: u64,
-    /// Resources that replaced an older copy.
-    pub updated: u64,
-    /// Resources that were deleted.
-    pub deleted: u64,
-    /// Resources that the table has as new or newer.
-    pub skipped: u64,
-    /// Bad lines.
-    pub quarantined: u64,
-    /// The table's version after the run.
-    pub version: Option<u64>,
-    /// Whether the run committed to it.
-    pub committed: bool,
-    /// Bytes that the commit added.
-    pub bytes_written: u64,
-    /// Seconds that matching and committing took.
-    pub merge_seconds: f64,
-    /// Seconds from the run's start to the end of the type's commit.
-    pub seconds: f64,
-    /// Why it failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-    /// What the layout could not hold, by path.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub not_held: BTreeMap<String, u64>,
-}
-
-/// What merge has to say at the end.
-#[derive(Debug, Default)]
-pub struct MergeReport {
-    /// By type.
-    pub types: BTreeMap<String, TypeOutcome>,
-    /// Manifest counts that differ from what came: file, promised, came.
-    pub count_findings: Vec<(String, u64, u64)>,
-    /// Whether every export said its last.
-    pub whole: bool,
-    /// Bad lines that belong to no table.
-    pub other_bad: u64,
-    /// Lines out of quarantine that are in a table now, or that it has newer.
-    pub replayed: Vec<LineId>,
-    /// Whether a watermark was held back by the server's own word on its export.
-    pub watermark_held: bool,
-    /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
-    pub transaction_time: Option<i64>,
-}
-
 /// A type's staged rows.
 #[derive(Default)]
 struct TypeStage {
     open: Option<StagingFile>,
     staged: Vec<StagedFile>,
     deletions: Option<Deletions>,
+    /// Commits that the run has begun to the type's table.
+    commits: usize,
     outcome: TypeOutcome,
 }
 
@@ -171,6 +118,7 @@ impl Merge {
         let mut stages: BTreeMap<ResourceType, TypeStage> = BTreeMap::new();
         let mut ready: Vec<ResourceType> = Vec::new();
         let mut committing: FuturesUnordered<futures::future::BoxFuture<'static, Committed>> = FuturesUnordered::new();
+        let mut in_flight: HashSet<ResourceType> = HashSet::new();
         let mut outcome = Ok(());
         let mut files = 0usize;
         let mut open = true;
@@ -180,12 +128,17 @@ impl Merge {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut settled = Instant::now();
         loop {
+            // Strays may make a type commit again: not before its first commit is through.
             while committing.len() < self.settings.tables_at_once.max(1)
-                && let Some(name) = ready.pop()
+                && let Some(at) = ready.iter().position(|name| !in_flight.contains(name))
             {
+                let name = ready.swap_remove(at);
                 let stage = stages.entry(name.clone()).or_default();
                 match self.commit_of(&name, stage).await {
-                    Ok(work) => committing.push(work),
+                    Ok(work) => {
+                        in_flight.insert(name);
+                        committing.push(work);
+                    }
                     Err(error) => self.failed(&name, stage, &error),
                 }
             }
@@ -206,6 +159,7 @@ impl Merge {
                     None => open = false,
                 },
                 Some((name, result, seconds)) = committing.next() => {
+                    in_flight.remove(&name);
                     let stage = stages.entry(name.clone()).or_default();
                     self.record(&name, stage, result, seconds);
                 }
@@ -253,6 +207,7 @@ impl Merge {
                     let deletions = &mut stages.entry(name).or_default().deletions;
                     deletions.get_or_insert_with(|| Deletions::new(&self.settings.scratch)).push(id)?;
                 }
+                self.keep_to_memory(stages).await?;
             }
             MergeInput::Batch(batch) => {
                 let name = batch.resource_type.clone();
@@ -350,6 +305,10 @@ impl Merge {
     ) -> Result<futures::future::BoxFuture<'static, Committed>> {
         self.table(name).await?;
         let mut table = self.opened[name].clone();
+        if stage.commits > 0 {
+            table.refresh().await?;
+        }
+        stage.commits += 1;
         if let Some(file) = stage.open.take() {
             stage.staged.push(file.close(&table).await?);
         }
@@ -359,7 +318,7 @@ impl Merge {
             .and_then(|end| end.transaction_time)
             .map(|transaction_time| Watermark { app_id: self.settings.app_id.clone(), transaction_time });
         if self.settings.absent != Absent::Stay && table.version().is_some() {
-            self.may_delete_absent(name, end, stage)?;
+            self.may_delete_absent(name, end)?;
         }
         let files = std::mem::take(&mut stage.staged);
         let deletions = stage.deletions.take().unwrap_or_else(|| Deletions::new(&self.settings.scratch));
@@ -383,6 +342,7 @@ impl Merge {
             settings: self.settings.table.clone(),
             info: info(&self.settings, end),
             run: self.settings.run.clone(),
+            earlier_commits: stage.commits - 1,
         };
         let name = name.clone();
         let span = tracing::info_span!("commit", resource_type = %name);
@@ -404,14 +364,14 @@ impl Merge {
     }
 
     /// Rows may be deleted for being absent only where it is certain that the export names all there are.
-    fn may_delete_absent(&self, name: &ResourceType, end: Option<&ExportEnd>, stage: &TypeStage) -> Result<()> {
+    fn may_delete_absent(&self, name: &ResourceType, end: Option<&ExportEnd>) -> Result<()> {
         let bad = self.ledger.bad(name);
         let why = match end {
             Some(end) if !end.full => "the export is not a full one".to_owned(),
             Some(end) if self.ledger.has_errors(end.export) => "the server reports errors of its export".to_owned(),
             None => "the export did not say its last".to_owned(),
             _ if bad > 0 => format!("{bad} lines could not be read"),
-            _ if stage.staged.is_empty() => "the export brings no resource of the type".to_owned(),
+            _ if self.ledger.rows_of_export(name) == 0 => "the export brings no resource of the type".to_owned(),
             _ => return Ok(()),
         };
         let why = format!("what the export does not name would be deleted, but {why}; nothing was changed");

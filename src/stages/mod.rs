@@ -5,5 +5,6 @@ pub mod encode;
 pub mod export;
 pub mod ledger;
 pub mod merge;
+pub mod outcome;
 pub mod parse;
 pub mod replay;

@@ -344,22 +344,34 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, Box<s
     if value.get(b"resourceType").and_then(|name| name.str_bytes()) != Some(b"Bundle") {
         return Err("not a Bundle, in a file of deletions");
     }
-    // All of a line or nothing of it: a line that goes to quarantine must not have been applied in part.
-    let mut found = Vec::new();
+    // A line of which some entries cannot be read goes to quarantine, and what can be read of it is applied: deletions are
+    // not tried again.
+    let mut wrong = Ok(());
     for entry in value.get(b"entry").iter().flat_map(Value::items) {
         let Some(request) = entry.get(b"request") else { continue };
         if request.get(b"method").and_then(|method| method.str_bytes()) != Some(b"DELETE") {
             tracing::warn!("an entry of a deletion bundle is no DELETE; it is passed over");
             continue;
         }
-        let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
-        let mut parts = url.rsplit('/');
-        let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
-        let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
-        found.push((resource_type.clone(), id.into()));
+        match deletion(names, request) {
+            Ok(found) => out.push(found),
+            Err(why) => wrong = wrong.and(Err(why)),
+        }
     }
-    out.append(&mut found);
-    Ok(())
+    wrong
+}
+
+/// What a DELETE entry takes away: `Type/id`, behind a base or not, with a version behind it or not.
+fn deletion(names: &Names, request: Value<'_>) -> Result<(ResourceType, Box<str>), &'static str> {
+    let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
+    let url = url.split_once("/_history/").map_or(url, |(resource, _)| resource);
+    let mut parts = url.rsplit('/');
+    let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
+    let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
+    if id.is_empty() {
+        return Err("a DELETE without an id");
+    }
+    Ok((resource_type.clone(), id.into()))
 }
 
 /// Counts the issues of an OperationOutcome by severity; how many were fatal, and how many fatal or errors.

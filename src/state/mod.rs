@@ -14,7 +14,7 @@ pub use watermark::StateFile;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
 use crate::private::{private_dir, write_atomically};
 
@@ -51,6 +51,21 @@ impl StateFolder {
     /// Who holds the lock, if anybody does. Changes nothing.
     pub fn lock_holder(&self) -> Option<String> {
         Lock::holder(&self.folder.join("lock"))
+    }
+
+    /// Folder for what does not fit into memory. It holds patient data, and goes with the next run at the latest.
+    pub fn scratch(&self) -> PathBuf {
+        self.folder.join("scratch")
+    }
+
+    /// Removes what a killed process left there.
+    pub fn clear_scratch(&self) -> Result<()> {
+        match std::fs::remove_dir_all(self.scratch()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).context(ErrorKind::State, format!("{} cannot be removed", self.scratch().display()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The journal of the run in flight.

@@ -110,23 +110,26 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// All lines of a quarantine, with the run that they came in.
+/// All lines of a quarantine, with the run that they came in; one file is open at a time.
 pub(super) fn lines(folder: &Path) -> Result<impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<>> {
     let unreadable = "the quarantine cannot be read";
-    let mut opened = Vec::new();
-    for path in files(folder) {
+    Ok(files(folder).into_iter().flat_map(move |path| {
         let run = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        opened.push((run, File::open(&path).context(ErrorKind::State, unreadable)?));
-    }
-    Ok(opened.into_iter().flat_map(move |(run, file)| {
-        BufReader::new(file).split(b'\n').filter_map(move |line| {
+        let (read, failed) = match File::open(&path).context(ErrorKind::State, unreadable) {
+            Ok(file) => (Some(BufReader::new(file).split(b'\n')), None),
+            // Another run has taken its last line out.
+            Err(_) if !path.exists() => (None, None),
+            Err(error) => (None, Some(Err(error))),
+        };
+        let lines = read.into_iter().flatten().filter_map(move |line| {
             let line = match line.context(ErrorKind::State, unreadable) {
                 Ok(line) => line,
                 Err(error) => return Some(Err(error)),
             };
             // A last line that a killed run did not finish: its type did not commit, so it comes again.
             serde_json::from_slice(&line).ok().map(|line| Ok((run.clone(), line)))
-        })
+        });
+        lines.chain(failed)
     }))
 }
 

@@ -127,3 +127,37 @@ async fn an_incremental_run_cannot_reconcile() {
     let error = lake.run(&source, &settings).await.unwrap_err();
     assert!(error.kind() == ErrorKind::Config && error.to_string().contains("--full-refresh"), "{error}");
 }
+
+// Breaks if a type whose rows come in another's file too is reconciled with a part of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_in_another_types_file_are_not_absent() {
+    for name in ["reconcile", "overwrite"] {
+        let lake = twenty().await;
+        let stray = r#"{"resourceType":"Observation","id":"o"}"#.to_owned() + "\n" + &patients(20..21, 2);
+        let (_data, source) = folder(&[("Patient.ndjson", &patients(0..20, 2)), ("Observation.ndjson", &stray)]);
+        let report = lake.run(&source, &mode(name, ", max_deleted: \"100%\"")).await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        assert_eq!(ids(&lake).await.len(), 21, "{name}");
+    }
+}
+
+// Breaks if lines out of quarantine stand for the export's own, or if they cannot be tried again at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_in_quarantine_do_not_stand_for_the_export() {
+    let lake = twenty().await;
+    let (_data, source) = folder(&[("Patient.ndjson", r#"{"resourceType":"Patient","id":"q",!}"#)]);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    for entry in std::fs::read_dir(lake.state().join("quarantine")).unwrap().flatten() {
+        let text = std::fs::read_to_string(entry.path()).unwrap();
+        std::fs::write(entry.path(), text.replace(",!", "")).unwrap();
+    }
+    let (_empty, nothing) = folder(&[("Patient.ndjson", "")]);
+    let all = mode("reconcile", ", max_deleted: \"100%\"");
+    let report = lake.run(&nothing, &all).await.unwrap();
+    assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("no resource")), "{report:#?}");
+    assert_eq!(ids(&lake).await.len(), 20);
+    let retry = fhirlake::pipeline::RunOptions { replay_only: true, ..Default::default() };
+    let report = lake.run_with(lake.plan(&nothing, &all), retry).await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(ids(&lake).await.len(), 21);
+}

@@ -1,0 +1,61 @@
+//! What merge has to say at the end of a run.
+
+use std::collections::BTreeMap;
+
+use crate::messages::LineId;
+
+/// What happened to a type.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct TypeOutcome {
+    /// Files that held it.
+    pub files: u64,
+    /// Resources that came.
+    pub resources: u64,
+    /// Bytes of NDJSON that they came from.
+    pub bytes: u64,
+    /// Resources that the table did not have.
+    pub inserted: u64,
+    /// Resources that replaced an older copy.
+    pub updated: u64,
+    /// Resources that were deleted.
+    pub deleted: u64,
+    /// Resources that the table has as new or newer.
+    pub skipped: u64,
+    /// Bad lines.
+    pub quarantined: u64,
+    /// The table's version after the run.
+    pub version: Option<u64>,
+    /// Whether the run committed to it.
+    pub committed: bool,
+    /// Bytes that the commit added.
+    pub bytes_written: u64,
+    /// Seconds that matching and committing took.
+    pub merge_seconds: f64,
+    /// Seconds from the run's start to the end of the type's commit.
+    pub seconds: f64,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// What the layout could not hold, by path.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub not_held: BTreeMap<String, u64>,
+}
+
+/// What merge has to say at the end.
+#[derive(Debug, Default)]
+pub struct MergeReport {
+    /// By type.
+    pub types: BTreeMap<String, TypeOutcome>,
+    /// Manifest counts that differ from what came: file, promised, came.
+    pub count_findings: Vec<(String, u64, u64)>,
+    /// Whether every export said its last.
+    pub whole: bool,
+    /// Bad lines that belong to no table.
+    pub other_bad: u64,
+    /// Lines out of quarantine that are in a table now, or that it has newer.
+    pub replayed: Vec<LineId>,
+    /// Whether a watermark was held back by the server's own word on its export.
+    pub watermark_held: bool,
+    /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
+    pub transaction_time: Option<i64>,
+}
