@@ -32,10 +32,10 @@ use std::time::{Duration, Instant};
 
 use arrow::datatypes::{DataType, Field, Schema};
 use bytes::Bytes;
-use common::{MAX_LINE, NoBadLines, folder, peak_memory, population, synthea};
+use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use fhirlake::delta::PageEncoder;
 use fhirlake::demo::DEMO_TYPES;
-use fhirlake::messages::{Chunk, ExportFile, FileKind};
+use fhirlake::messages::Chunk;
 use fhirlake::schema::{Columns, EncodedRows, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
 use fhirlake::stages::parse::{ChunkParser, Parsed};
 use parquet::arrow::ArrowWriter;
@@ -86,18 +86,7 @@ impl Corpus {
     fn new(name: &str, files: Vec<(Arc<str>, Vec<u8>)>) -> Self {
         let mut chunks = Vec::new();
         for (index, (resource_type, bytes)) in files.into_iter().enumerate() {
-            let file = Arc::new(ExportFile {
-                index: index as u32,
-                export: 0,
-                name: format!("{resource_type}.ndjson"),
-                url: url::Url::parse("file:///bench").unwrap(),
-                location: None,
-                kind: FileKind::Output,
-                declared: Some(resource_type.clone()),
-                count: None,
-                requires_access_token: false,
-                replayed: false,
-            });
+            let file = export_file(index as u32, &resource_type);
             let bytes = Bytes::from(bytes);
             let (mut at, mut first_line) = (0, 1);
             while at < bytes.len() {

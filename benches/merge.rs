@@ -27,12 +27,12 @@ use std::time::Instant;
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StructArray};
 use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
-use common::{MAX_LINE, NoBadLines, folder, peak_memory, population, synthea};
+use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use deltalake::datafusion::prelude::{SessionContext, col};
 use fhirlake::config::{Plan, Problem, read_pipeline};
 use fhirlake::delta::{Absent, Commit, Deletions, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt};
 use fhirlake::flow::Stop;
-use fhirlake::messages::{Arrival, Chunk, EncodedBatch, ExportFile, FileKind, RowKey, key_of};
+use fhirlake::messages::{Arrival, Chunk, EncodedBatch, RowKey, key_of};
 use fhirlake::pipeline::{OptimizeOptions, optimize};
 use fhirlake::schema::{Columns, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
 use fhirlake::stages::parse::ChunkParser;
@@ -57,18 +57,7 @@ impl Rows {
             Some(sample) => folder(sample.path(), Some(TYPE), bytes),
             None => population(&[TYPE], bytes),
         };
-        let file = Arc::new(ExportFile {
-            index: 0,
-            export: 0,
-            name: format!("{TYPE}.ndjson"),
-            url: url::Url::parse("file:///bench").unwrap(),
-            location: None,
-            kind: FileKind::Output,
-            declared: Some(TYPE.into()),
-            count: None,
-            requires_access_token: false,
-            replayed: false,
-        });
+        let file = export_file(0, TYPE);
         let bytes = Bytes::from(files.into_iter().next().unwrap().1);
         let chunk = Chunk { file, first_line: 1, offset: 0, bytes, oversized: None };
         let parsed = ChunkParser::new(MAX_LINE, Arc::new(NoBadLines)).parse(&chunk).unwrap();

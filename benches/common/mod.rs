@@ -7,8 +7,24 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fhirlake::demo::{DEMO_TYPES, Population};
-use fhirlake::messages::{BadLine, BadLines};
+use fhirlake::messages::{BadLine, BadLines, ExportFile, FileKind};
 use fhirlake::schema::{EXCLUDED_TYPES, Model};
+
+/// A file as an export lists it.
+pub fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {
+    Arc::new(ExportFile {
+        index,
+        export: 0,
+        name: format!("{resource_type}.ndjson"),
+        url: url::Url::parse("file:///bench").expect("a URL"),
+        location: None,
+        kind: FileKind::Output,
+        declared: Some(resource_type.into()),
+        count: None,
+        requires_access_token: false,
+        replayed: false,
+    })
+}
 
 /// Longest line.
 pub const MAX_LINE: usize = 64 << 20;

@@ -59,7 +59,7 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
         Action::List(args) => {
             let (_, state) = open(&args)?;
             let mut rows = Vec::new();
-            for line in state.quarantined()? {
+            for line in state.quarantined() {
                 let (run, line) = line?;
                 let tried = if line.can_be_tried() { "yes" } else { "no" };
                 let declared = line.resource_type.clone().unwrap_or_else(|| "-".into());
@@ -75,7 +75,7 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
         Action::Show(args) => {
             let (_, state) = open(&args.pipeline)?;
             let named = if args.all { None } else { Some(state.find_quarantined(&args.ids)?) };
-            for line in state.quarantined()? {
+            for line in state.quarantined() {
                 let (_, line) = line?;
                 if named.as_ref().is_none_or(|named| named.contains(&line.id())) {
                     let mut bytes = line.bytes();
@@ -94,7 +94,7 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
             let (_, state) = open(&args.pipeline)?;
             let _lock = state.lock()?;
             let gone = if args.all {
-                state.quarantined()?.map(|line| line.map(|(_, line)| line.id())).collect::<Result<HashSet<_>>>()?
+                state.quarantined().map(|line| line.map(|(_, line)| line.id())).collect::<Result<HashSet<_>>>()?
             } else {
                 state.find_quarantined(&args.ids)?
             };

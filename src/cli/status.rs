@@ -52,7 +52,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
             }
         }
     }
-    let kept = state.quarantined()?.count();
+    let kept = state.quarantined().count();
     let hint = if kept > 0 { "; see fhirlake quarantine list" } else { "" };
     output.line(&format!("quarantine  {kept} lines{hint}"))?;
     let states = pipeline::table_states(&plan).await?;

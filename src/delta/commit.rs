@@ -16,8 +16,10 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) enum Attempt {
     /// It is this version.
     Done(Option<u64>),
-    /// Another writer was faster.
+    /// Another writer was faster; the table's snapshot is the newest again.
     Conflict,
+    /// It failed, and whether it was made could not be found out: its files must stay.
+    Unknown(Error),
 }
 
 /// How every commit of ours is made.
@@ -33,7 +35,7 @@ pub(super) fn properties(info: &BTreeMap<String, Value>, transactions: Vec<Trans
 }
 
 /// Whether an error says that another writer was faster.
-pub(super) fn is_conflict(error: &DeltaTableError) -> bool {
+fn is_conflict(error: &DeltaTableError) -> bool {
     matches!(
         error,
         DeltaTableError::VersionAlreadyExists(_)
@@ -45,7 +47,7 @@ pub(super) fn is_conflict(error: &DeltaTableError) -> bool {
 
 impl Table {
     /// The version that `run` committed after `before`, found in the log.
-    pub(super) async fn find_commit_of(&mut self, run: &str, before: Option<u64>) -> Result<Option<u64>> {
+    async fn find_commit_of(&mut self, run: &str, before: Option<u64>) -> Result<Option<u64>> {
         self.refresh().await?;
         let Some(delta) = &self.delta else { return Ok(None) };
         let newest = self.version().unwrap_or(0);
@@ -53,8 +55,7 @@ impl Table {
         let mut history = delta.history(Some(usize::try_from(newer).unwrap_or(usize::MAX)));
         let mut version = newest;
         while let Some(info) = history.try_next().await.map_err(|error| storage(error, "the log cannot be read"))? {
-            let merges = info.operation.as_deref().is_none_or(|operation| !NO_ROWS.contains(&operation));
-            if merges && info.info.get("run").and_then(Value::as_str) == Some(run) {
+            if info.info.get("run").and_then(Value::as_str) == Some(run) {
                 return Ok(Some(version));
             }
             version = version.saturating_sub(1);
@@ -63,8 +64,35 @@ impl Table {
     }
 }
 
-/// Operations that a run commits besides its rows.
-const NO_ROWS: [&str; 2] = ["SET TBLPROPERTIES", "ADD COLUMN"];
+/// What an error of a commit upon version `before` means. A store that tries again may call a commit of our own another's,
+/// and what fails may come after the commit: only the log knows.
+pub(super) async fn after_error(
+    table: &mut Table,
+    info: &BTreeMap<String, Value>,
+    before: Option<u64>,
+    error: DeltaTableError,
+) -> Result<Attempt> {
+    let run = info.get("run").and_then(Value::as_str).unwrap_or_default().to_owned();
+    match table.find_commit_of(&run, before).await {
+        Ok(Some(version)) => {
+            tracing::warn!(%error, version, "the commit was made, and something after it failed");
+            Ok(Attempt::Done(Some(version)))
+        }
+        // Two that create the same table: the loser goes on with the winner's.
+        Ok(None) if is_conflict(&error) || (before.is_none() && table.version().is_some()) => Ok(Attempt::Conflict),
+        Ok(None) => Err(storage(error, "the commit failed")),
+        Err(_) => Ok(Attempt::Unknown(storage(error, "the commit failed"))),
+    }
+}
+
+/// Members of every commit's info: whose it is.
+pub fn commit_info(pipeline: &str, run: &str) -> BTreeMap<String, Value> {
+    BTreeMap::from([
+        ("pipeline".to_owned(), pipeline.into()),
+        ("run".to_owned(), run.into()),
+        ("clientVersion".to_owned(), concat!("fhirlake.", env!("CARGO_PKG_VERSION")).into()),
+    ])
+}
 
 /// Commits `actions` as the version after the table's snapshot, and writes a checkpoint where one is due.
 pub(super) async fn attempt(
@@ -74,6 +102,7 @@ pub(super) async fn attempt(
     transactions: Vec<Transaction>,
     operation: DeltaOperation,
 ) -> Result<Attempt> {
+    let before = table.version();
     let Some(delta) = &table.delta else { return Err(Error::new(ErrorKind::Internal, "a commit to no table")) };
     let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
     let committed = CommitBuilder::from(properties(info, transactions))
@@ -86,7 +115,6 @@ pub(super) async fn attempt(
             table.checkpoint(version).await;
             Ok(Attempt::Done(version))
         }
-        Err(error) if is_conflict(&error) => Ok(Attempt::Conflict),
-        Err(error) => Err(storage(error, "the commit failed")),
+        Err(error) => after_error(table, info, before, error).await,
     }
 }

@@ -13,6 +13,20 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::schema::widen;
 
 impl Table {
+    /// A commit that names no file; whether it was made. The snapshot is the newest afterwards.
+    pub(super) async fn change(
+        &mut self,
+        actions: Vec<Action>,
+        info: &BTreeMap<String, Value>,
+        operation: DeltaOperation,
+    ) -> Result<bool> {
+        match commit::attempt(self, actions, info, Vec::new(), operation).await? {
+            Attempt::Done(_) => self.refresh().await.map(|()| true),
+            Attempt::Conflict => Ok(false),
+            Attempt::Unknown(error) => Err(error),
+        }
+    }
+
     /// Turns deletion vectors on where they are off, which raises the table's protocol.
     pub(super) async fn turn_on_deletion_vectors(&mut self, info: &BTreeMap<String, Value>) -> Result<()> {
         for _ in 0..super::upsert::MAX_ATTEMPTS {
@@ -20,10 +34,9 @@ impl Table {
             let properties = HashMap::from([("delta.enableDeletionVectors".to_owned(), "true".to_owned())]);
             let actions = vec![Action::Protocol(protocol), Action::Metadata(metadata)];
             let operation = DeltaOperation::SetTableProperties { properties };
-            if let Attempt::Done(version) = commit::attempt(self, actions, info, Vec::new(), operation).await? {
-                tracing::info!(resource_type = %self.resource_type, version, "deletion vectors are on from now on");
+            if self.change(actions, info, operation).await? {
+                tracing::info!(resource_type = %self.resource_type, "deletion vectors are on from now on");
             }
-            self.refresh().await?;
         }
         Err(too_often())
     }
@@ -41,11 +54,9 @@ impl Table {
             let metadata =
                 snapshot.metadata().clone().with_schema(&widened).context(ErrorKind::Table, "columns cannot be added")?;
             let operation = DeltaOperation::AddColumn { fields };
-            let done = commit::attempt(self, vec![Action::Metadata(metadata)], info, Vec::new(), operation).await?;
-            if let Attempt::Done(version) = done {
-                tracing::info!(resource_type = %self.resource_type, version, "columns were added");
+            if self.change(vec![Action::Metadata(metadata)], info, operation).await? {
+                tracing::info!(resource_type = %self.resource_type, "columns were added");
             }
-            self.refresh().await?;
         }
         Err(too_often())
     }

@@ -78,8 +78,8 @@ impl Marks {
 /// Rows of a file of the table.
 #[derive(Debug, Default)]
 struct Seen {
-    all: u64,
-    live: u64,
+    /// All rows, those included that are gone.
+    rows: u64,
     /// Live rows that the run neither brings nor deletes by name.
     absent: RoaringTreemap,
 }
@@ -200,21 +200,11 @@ impl Matching<'_> {
         let handle = tokio::runtime::Handle::current();
         let found = on_all_cores(targets, |index, target| handle.block_on(self.look(index, target, &brought, ids.as_ref())))?;
         let mut held = Vec::with_capacity(found.iter().map(|(held, _)| held.len()).sum());
-        for (index, (here, rows)) in found.into_iter().enumerate() {
+        for (index, (here, seen)) in found.into_iter().enumerate() {
             held.extend(here);
-            marks.live += rows.live;
-            if !stays {
-                marks.absent += rows.absent.len();
-                marks.merged.deleted += rows.absent.len();
-                let replaced = matches!(self.absent, Absent::Replace(_));
-                let gone = marks.gone.entry(index).or_default();
-                *gone |= rows.absent;
-                if replaced {
-                    gone.insert_range(0..rows.all);
-                }
-            }
+            self.count_live(index, seen.rows, marks);
+            seen.absent.iter().for_each(|row| self.absent_row(index, row, marks));
         }
-        marks.gone.retain(|_, gone| !gone.is_empty());
         self.settle(&brought, held, marks);
         Ok(())
     }
@@ -227,8 +217,7 @@ impl Matching<'_> {
             return Ok((Vec::new(), seen));
         }
         let file = self.open(target).await?;
-        seen.all = file.rows();
-        seen.live = file.rows() - target.data.gone.len();
+        seen.rows = file.rows();
         let (mut found, mut keys) = (Vec::new(), Vec::new());
         let stays = self.absent == Absent::Stay;
         let each = |row, key: Option<u128>| match key.filter(|key| brought.has(*key)) {
@@ -289,7 +278,7 @@ impl Matching<'_> {
                 }
             };
             file.for_each_ranked(maybe.as_ref(), each).await?;
-            self.count_live(index, &file, marks);
+            self.count_live(index, file.rows(), marks);
         }
         drop(filter);
         held.put_on_disk()?;
@@ -327,10 +316,14 @@ impl Matching<'_> {
         marks.gone.entry(file).or_default().insert(row);
     }
 
-    fn count_live(&self, index: usize, file: &OpenFile<'_>, marks: &mut Marks) {
-        marks.live += file.rows() - self.targets[index].data.gone.len();
+    /// Counts a file of so many rows, where it matters which of them the run does not bring.
+    fn count_live(&self, file: usize, rows: u64, marks: &mut Marks) {
+        if self.absent == Absent::Stay {
+            return;
+        }
+        marks.live += rows - self.targets[file].data.gone.len();
         if let Absent::Replace(_) = self.absent {
-            marks.gone.entry(index).or_default().insert_range(0..file.rows());
+            marks.gone.entry(file).or_default().insert_range(0..rows);
         }
     }
 

@@ -26,6 +26,7 @@ mod vectors;
 mod writer;
 
 pub use absent::Absent;
+pub use commit::commit_info;
 pub use deletions::{Deletions, Scratch};
 pub use optimize::{OptimizeSettings, Optimized};
 pub use pages::PageEncoder;

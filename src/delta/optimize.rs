@@ -85,30 +85,20 @@ impl Table {
                 return Ok(Optimized::default());
             }
             let mut work = Work { settings, started: Instant::now(), adds: Vec::new() };
-            let written = work.write(self, &groups).await;
-            let done = match written {
+            let done = match work.write(self, &groups).await {
                 Ok(()) => work.commit(self, &groups).await,
                 Err(error) => Err(error),
             };
-            if !matches!(done, Ok(Some(_))) {
-                // A commit that failed may have been made: then its files are the table's.
-                if let Err(error) = &done {
-                    match self.find_commit_of(&settings.run, self.version()).await {
-                        Ok(None) => {}
-                        Ok(Some(version)) => {
-                            tracing::warn!(%error, version, "the commit was made, and something after it failed");
-                            return Ok(Optimized { version: Some(version), ..work.done(&groups) });
-                        }
-                        Err(_) => return done.map(Option::unwrap_or_default),
+            match done {
+                Ok(Attempt::Done(version)) => return Ok(Optimized { version, ..work.done(&groups) }),
+                Ok(Attempt::Unknown(error)) => return Err(error),
+                failed => {
+                    for add in &work.adds {
+                        // Unreferenced; what stays behind, vacuum takes.
+                        let _ = self.store().delete(&Path::from(add.path.as_str())).await;
                     }
+                    failed?;
                 }
-                for add in &work.adds {
-                    // Unreferenced; what stays behind, vacuum takes.
-                    let _ = self.store().delete(&Path::from(add.path.as_str())).await;
-                }
-            }
-            if let Some(done) = done? {
-                return Ok(done);
             }
             tracing::info!(resource_type = %self.resource_type, "another writer changed the files; optimizing again");
         }
@@ -270,8 +260,8 @@ impl Work<'_> {
         }
     }
 
-    /// Exchanges the files; `None` where another writer changed some of them.
-    async fn commit(&mut self, table: &mut Table, groups: &[Vec<&TargetFile>]) -> Result<Option<Optimized>> {
+    /// Exchanges the files; a conflict is that another writer changed some of them.
+    async fn commit(&self, table: &mut Table, groups: &[Vec<&TargetFile>]) -> Result<Attempt> {
         let files = || groups.iter().flatten();
         let done = self.done(groups);
         let metrics = json!({
@@ -289,25 +279,21 @@ impl Work<'_> {
         let operation = DeltaOperation::Optimize { predicate: None, target_size: self.settings.target_file_bytes as i64 };
         for _ in 0..super::upsert::MAX_ATTEMPTS {
             match commit::attempt(table, actions.clone(), &info, Vec::new(), operation.clone()).await? {
-                Attempt::Done(version) => return Ok(Some(Optimized { version, ..done })),
                 // Others may have added rows; the files that are exchanged must be as they were read.
                 Attempt::Conflict => {
-                    // A store that tries again may call a commit of our own another's.
-                    if let Some(version) = table.find_commit_of(&self.settings.run, table.version()).await? {
-                        return Ok(Some(Optimized { version: Some(version), ..done }));
-                    }
                     table.check_writable()?;
                     let now = targets(table)?;
                     let same = |file: &TargetFile| {
                         now.iter().any(|now| now.add.path == file.add.path && now.add.deletion_vector == file.add.deletion_vector)
                     };
                     if !files().all(|file| same(file)) {
-                        return Ok(None);
+                        break;
                     }
                 }
+                done => return Ok(done),
             }
         }
-        Ok(None)
+        Ok(Attempt::Conflict)
     }
 }
 

@@ -7,7 +7,7 @@ use parquet::arrow::ArrowSchemaConverter;
 use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::metadata::ParquetMetaData;
-use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties};
+use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use parquet::schema::types::{ColumnPath, SchemaDescriptor};
 
 use super::nulls;
@@ -18,16 +18,21 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Default)]
 pub struct PageEncoder;
 
-/// What the footer and the writer's settings hold of each column costs more than an empty column's data, so settings
-/// are made only for the columns that are there. `filtered` says of each leaf whether readers filter by it.
-fn properties(schema: &SchemaDescriptor, batch: &RecordBatch, filtered: &[bool]) -> WriterProperties {
-    let mut builder = WriterProperties::builder()
+/// What all data files have in common; statistics and bloom filters are asked for column by column.
+pub(super) fn usual_properties() -> WriterPropertiesBuilder {
+    WriterProperties::builder()
         .set_created_by(CREATED_BY.to_owned())
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_statistics_enabled(EnabledStatistics::None)
         .set_offset_index_disabled(true)
         .set_bloom_filter_position(BloomFilterPosition::AfterRowGroup)
-        .set_max_row_group_row_count(None);
+        .set_max_row_group_row_count(None)
+}
+
+/// What the footer and the writer's settings hold of each column costs more than an empty column's data, so settings
+/// are made only for the columns that are there. `filtered` says of each leaf whether readers filter by it.
+fn properties(schema: &SchemaDescriptor, batch: &RecordBatch, filtered: &[bool]) -> WriterProperties {
+    let mut builder = usual_properties();
     let mut arrays = Vec::with_capacity(schema.num_columns());
     batch.columns().iter().for_each(|column| leaves(column, &mut arrays));
     for (leaf, column) in schema.columns().iter().enumerate() {

@@ -1,6 +1,6 @@
 //! What a run brings for one type, merged into its table in one commit (DESIGN section 5).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ use super::deletions::{Deletions, Scratch};
 use super::keys::DataFile;
 use super::matching::{Marks, Matching};
 use super::staging::StagedFile;
-use super::table::{Table, TableSettings, delta_schema, storage};
+use super::table::{Table, TableSettings, delta_schema};
 use super::targets::{TargetFile, targets};
 use super::vectors;
 use crate::error::{Error, ErrorKind, Result};
@@ -131,7 +131,6 @@ impl Upsert {
                 Written::Unknown(error) => return Ok(Commit::Unknown { error }),
                 Written::Conflict if attempt < MAX_ATTEMPTS => {
                     tracing::info!(resource_type = %table.resource_type, attempt, "another writer committed first; matching again");
-                    table.refresh().await?;
                 }
                 Written::Conflict => break,
             }
@@ -170,48 +169,24 @@ impl Upsert {
     async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, marks: Marks, begun: (Instant, usize)) -> Result<Written> {
         let mut merged = marks.merged;
         let mut out = Actions::default();
-        if let Err(error) = self.prepare(table, &targets, &marks, begun.1, (&mut merged, &mut out)).await {
-            out.discard(table).await;
-            return Err(error);
-        }
-        let outcome = match self.check_files(table, &out).await {
+        let attempt = match self.prepare(table, &targets, &marks, begun.1, (&mut merged, &mut out)).await {
             Ok(()) => self.commit_actions(table, &out, &mut merged, begun.0).await,
-            Err(error) => {
+            Err(error) => Err(error),
+        };
+        match attempt {
+            Ok(Attempt::Done(version)) => merged.version = version,
+            Ok(Attempt::Unknown(error)) => return Ok(Written::Unknown(error)),
+            failed => {
                 out.discard(table).await;
-                return Err(error);
+                return failed.map(|_| Written::Conflict);
             }
-        };
-        let written = match outcome {
-            Ok(true) => Written::Done(merged),
-            // A store that tries again may call a commit of our own another's.
-            Ok(false) => match table.find_commit_of(&self.run, merged.version).await {
-                Ok(Some(version)) => Written::Done(Merged { version: Some(version), committed: true, ..merged }),
-                Ok(None) => Written::Conflict,
-                Err(error) => return Ok(Written::Unknown(error)),
-            },
-            Err(error) => match table.find_commit_of(&self.run, merged.version).await {
-                // It was made; what failed came after it.
-                Ok(Some(version)) => {
-                    tracing::warn!(%error, version, "the commit was made, and something after it failed");
-                    Written::Done(Merged { version: Some(version), committed: true, ..merged })
-                }
-                Ok(None) => {
-                    out.discard(table).await;
-                    return Err(error);
-                }
-                Err(_) => return Ok(Written::Unknown(error)),
-            },
-        };
-        if !matches!(written, Written::Done(_)) {
-            out.discard(table).await;
-            return Ok(written);
         }
         for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
             if gone.len() == staged.rows || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
                 staged.discard(table).await;
             }
         }
-        Ok(written)
+        Ok(Written::Done(merged))
     }
 
     /// Writes the files that the marks need: deletion vectors, or copies without the rows that go.
@@ -283,8 +258,8 @@ impl Upsert {
     /// A commit must name no file that is not there: a vacuum of others may have taken one for a stray.
     async fn check_files(&self, table: &Table, out: &Actions) -> Result<()> {
         let store = table.store();
-        let known = |add: &Add| out.removes.iter().any(|remove| remove.path == add.path);
-        for add in out.adds.iter().filter(|add| !known(add)) {
+        let known: HashSet<&str> = out.removes.iter().map(|remove| remove.path.as_str()).collect();
+        for add in out.adds.iter().filter(|add| !known.contains(add.path.as_str())) {
             let path = Path::from(add.path.as_str());
             let gone =
                 |why: String| Error::new(ErrorKind::Storage, format!("{path}, which this run wrote, {why}; nothing was merged"));
@@ -300,15 +275,16 @@ impl Upsert {
         Ok(())
     }
 
-    async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<bool> {
+    async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<Attempt> {
         let known = match &self.watermark {
             Some(watermark) => table.transaction(&watermark.app_id).await? == Some(watermark.transaction_time),
             None => true,
         };
-        merged.version = table.version();
         if out.adds.is_empty() && out.removes.is_empty() && known && table.version().is_some() {
-            return Ok(true);
+            return Ok(Attempt::Done(table.version()));
         }
+        self.check_files(table, out).await?;
+        merged.committed = true;
         let transactions = self.watermark.iter().map(|watermark| {
             let now = chrono::Utc::now().timestamp_millis();
             Transaction::new_with_last_update(&watermark.app_id, watermark.transaction_time, Some(now))
@@ -325,13 +301,7 @@ impl Upsert {
                 not_matched_by_source_predicates: vec![],
             };
             let actions = out.removes.iter().cloned().map(Action::Remove).chain(adds).collect();
-            return Ok(match commit::attempt(table, actions, &info, transactions.collect(), operation).await? {
-                Attempt::Done(version) => {
-                    (merged.version, merged.committed) = (version, true);
-                    true
-                }
-                Attempt::Conflict => false,
-            });
+            return commit::attempt(table, actions, &info, transactions.collect(), operation).await;
         }
         table.make_folder()?;
         let created = CreateBuilder::new()
@@ -343,15 +313,8 @@ impl Upsert {
             .with_commit_properties(commit::properties(&info, transactions.collect()))
             .await;
         match created {
-            Ok(created) => {
-                (merged.version, merged.committed) = (created.version(), true);
-                Ok(true)
-            }
-            // Two that create the same table: the loser merges into the winner's.
-            Err(error) => {
-                let conflict = commit::is_conflict(&error) || table.log_store.is_delta_table_location().await.unwrap_or(false);
-                if conflict { Ok(false) } else { Err(storage(error, "the commit failed")) }
-            }
+            Ok(created) => Ok(Attempt::Done(created.version())),
+            Err(error) => commit::after_error(table, &info, None, error).await,
         }
     }
 
@@ -359,8 +322,9 @@ impl Upsert {
     /// added: its deletion vector is.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
         let sources: u64 = self.files.iter().map(|file| file.rows).sum();
-        let added = |path: &str| out.adds.iter().any(|add| add.path == path);
-        let (marked, removed): (Vec<&Remove>, Vec<&Remove>) = out.removes.iter().partition(|remove| added(&remove.path));
+        let added: HashSet<&str> = out.adds.iter().map(|add| add.path.as_str()).collect();
+        let (marked, removed): (Vec<&Remove>, Vec<&Remove>) =
+            out.removes.iter().partition(|remove| added.contains(remove.path.as_str()));
         let had_vector = |removes: &[&Remove]| removes.iter().filter(|remove| remove.deletion_vector.is_some()).count();
         let updated_vectors = had_vector(&marked);
         let bytes_removed: i64 = removed.iter().filter_map(|remove| remove.size).sum();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use buoyant_kernel as delta_kernel;
 use chrono::{DateTime, TimeDelta, Utc};
 use delta_kernel::actions::deletion_vector::DeletionVectorDescriptor as KernelDescriptor;
-use deltalake::kernel::{Action, DeletionVectorDescriptor};
+use deltalake::kernel::DeletionVectorDescriptor;
 use deltalake::protocol::DeltaOperation;
 use deltalake::table::config::TablePropertiesExt;
 use futures::{StreamExt, TryStreamExt};
@@ -14,7 +14,6 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use serde_json::{Value, json};
 
-use super::commit::{self, Attempt};
 use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -72,7 +71,8 @@ impl Table {
         while let Some(file) = listed.try_next().await.map_err(|error| storage(error, "the table cannot be listed"))? {
             let path = &file.location;
             let hidden = path.parts().any(|part| part.as_ref().starts_with(['_', '.']));
-            let old = file.last_modified < until.min(if named.ever.contains(path) { until } else { Utc::now() - UNCOMMITTED });
+            let since = if named.ever.contains(path) { until } else { until.min(Utc::now() - UNCOMMITTED) };
+            let old = file.last_modified < since;
             if !hidden && old && !named.kept.contains(path) {
                 due.push(file);
             }
@@ -173,9 +173,8 @@ impl Table {
         let mut info = settings.info.clone();
         info.insert("operationMetrics".into(), metrics);
         for _ in 0..super::upsert::MAX_ATTEMPTS {
-            self.refresh().await?;
-            if let Attempt::Done(_) = commit::attempt(self, Vec::<Action>::new(), &info, Vec::new(), operation.clone()).await? {
-                return self.refresh().await;
+            if self.change(Vec::new(), &info, operation.clone()).await? {
+                return Ok(());
             }
         }
         Err(Error::new(ErrorKind::Table, "other writers committed first, again and again"))

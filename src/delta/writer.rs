@@ -11,13 +11,13 @@ use object_store::buffered::BufWriter;
 use object_store::path::Path;
 use parquet::arrow::AsyncArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
-use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::metadata::RowGroupMetaData;
-use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties};
+use parquet::file::properties::EnabledStatistics;
 use parquet::schema::types::ColumnPath;
 
 use super::adds::new_add;
-use super::staging::{CREATED_BY, id_range, sync_file};
+use super::pages::usual_properties;
+use super::staging::{id_range, sync_file};
 use super::table::{Table, storage};
 use crate::error::Result;
 
@@ -40,13 +40,7 @@ impl DataWriter {
         let path = Path::from(format!("part-{run}-{}.zstd.parquet", uuid::Uuid::new_v4()));
         let writer = BufWriter::new(table.store(), path.clone());
         let id = ColumnPath::from("id");
-        let mut properties = WriterProperties::builder()
-            .set_created_by(CREATED_BY.to_owned())
-            .set_compression(Compression::ZSTD(ZstdLevel::default()))
-            .set_statistics_enabled(EnabledStatistics::None)
-            .set_offset_index_disabled(true)
-            .set_bloom_filter_position(BloomFilterPosition::AfterRowGroup)
-            .set_max_row_group_row_count(None)
+        let mut properties = usual_properties()
             .set_column_statistics_enabled(id.clone(), EnabledStatistics::Chunk)
             .set_column_bloom_filter_enabled(id.clone(), true)
             .set_column_dictionary_enabled(id.clone(), false)

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chrono::Utc;
-use serde_json::{Value, json};
 
 use super::{at_most, clean_up};
 use crate::config::{MaxBad, Plan};
-use crate::delta::{OptimizeSettings, Optimized, Scratch, Table, Tables, VacuumSettings, Vacuumed};
+use crate::delta::{OptimizeSettings, Optimized, Scratch, Table, Tables, VacuumSettings, Vacuumed, commit_info};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Stop, compute};
 use crate::messages::ResourceType;
@@ -68,7 +67,7 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
         cluster: options.cluster,
         scratch: Scratch { folder: state.scratch(), memory: plan.memory.total / 2 },
         run: run.clone(),
-        info: info(plan, &run),
+        info: commit_info(&plan.name, &run),
     };
     let done = for_each_table(plan, &options.types, stop, async |mut table: Table| {
         table.check_writable()?;
@@ -105,7 +104,7 @@ async fn vacuum_locked(plan: &Plan, options: &VacuumOptions, stop: &Stop) -> Res
         retention: options.retention,
         below_the_tables: options.below_the_tables,
         delete: options.delete,
-        info: info(plan, &run_id()),
+        info: commit_info(&plan.name, &run_id()),
     };
     for_each_table(plan, &options.types, stop, async |mut table: Table| {
         if settings.delete {
@@ -145,14 +144,6 @@ pub(super) async fn after_run(plan: &Plan, state: &StateFolder, stop: &Stop) -> 
         remembered.runs_since_vacuum = 0;
     }
     remembered.write(state.state_file())
-}
-
-fn info(plan: &Plan, run: &str) -> BTreeMap<String, Value> {
-    BTreeMap::from([
-        ("pipeline".to_owned(), json!(plan.name)),
-        ("run".to_owned(), json!(run)),
-        ("clientVersion".to_owned(), json!(concat!("fhirlake.", env!("CARGO_PKG_VERSION")))),
-    ])
 }
 
 /// Does something to the tables of `types`, or to all that the pipeline has.

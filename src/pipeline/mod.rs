@@ -132,11 +132,8 @@ async fn once(
 
     let mut crew = Crew::new(stop.clone());
     // A run that deletes what the export does not name takes the export's word for everything.
-    let replay = match plan.mode {
-        Mode::Merge => replay(plan, &state, &chunks_in, &merge_in)?,
-        _ if options.replay_only => replay(plan, &state, &chunks_in, &merge_in)?,
-        _ => None,
-    };
+    let replays = plan.mode == Mode::Merge || options.replay_only;
+    let replay = if replays { replay(plan, &state, &chunks_in, &merge_in)? } else { None };
     let first_index = replay.as_ref().map_or(0, |replay| replay.files.len() as u32);
     if let Some(replay) = replay {
         let span = tracing::Span::current();
@@ -320,7 +317,7 @@ fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Send
     if files.is_empty() {
         return Ok(None);
     }
-    let lines = state.kept_lines()?;
+    let lines = state.kept_lines();
     Ok(Some(Replay { files, lines, chunks: chunks.clone(), merge: merge.clone(), chunk_bytes: plan.chunk_bytes }))
 }
 

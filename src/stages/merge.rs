@@ -15,6 +15,7 @@ use super::ledger::{Ledger, Standing};
 pub use super::outcome::{MergeReport, TypeOutcome};
 use crate::delta::{
     Absent, Commit, Deletions, Merged, Scratch, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark,
+    commit_info,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
@@ -466,11 +467,7 @@ impl Merge {
 }
 
 fn info(settings: &MergeSettings, end: Option<&ExportEnd>) -> BTreeMap<String, Value> {
-    let mut info = BTreeMap::from([
-        ("pipeline".to_owned(), json!(settings.pipeline)),
-        ("run".to_owned(), json!(settings.run)),
-        ("clientVersion".to_owned(), json!(concat!("fhirlake.", env!("CARGO_PKG_VERSION")))),
-    ]);
+    let mut info = commit_info(&settings.pipeline, &settings.run);
     if let Some(time) = end.and_then(|end| end.transaction_time) {
         info.insert("transactionTime".to_owned(), json!(instant_text(time)));
     }

@@ -79,7 +79,7 @@ impl StateFolder {
     }
 
     /// All lines in quarantine, with the run that each came in.
-    pub fn quarantined(&self) -> Result<impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<>> {
+    pub fn quarantined(&self) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
         quarantine::lines(&self.quarantine_folder())
     }
 
@@ -89,7 +89,7 @@ impl StateFolder {
     }
 
     /// Those lines.
-    pub fn kept_lines(&self) -> Result<KeptLines> {
+    pub fn kept_lines(&self) -> KeptLines {
         quarantine::kept(&self.quarantine_folder())
     }
 

@@ -89,7 +89,7 @@ impl Quarantine {
     /// The quarantine of a run whose file is `path`, beside the files of earlier runs.
     pub(super) fn of_run(path: PathBuf) -> Result<Self> {
         let mut known = HashSet::new();
-        for line in path.parent().map(lines).transpose()?.into_iter().flatten() {
+        for line in path.parent().into_iter().flat_map(lines) {
             known.insert(line?.1.id());
         }
         Ok(Self { path, kept: AtomicU64::new(0), inner: Mutex::new(Inner { file: None, known }) })
@@ -111,9 +111,9 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// All lines of a quarantine, with the run that they came in; one file is open at a time.
-pub(super) fn lines(folder: &Path) -> Result<impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<>> {
+pub(super) fn lines(folder: &Path) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
     let unreadable = "the quarantine cannot be read";
-    Ok(files(folder).into_iter().flat_map(move |path| {
+    files(folder).into_iter().flat_map(move |path| {
         let run = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let (read, failed) = match File::open(&path).context(ErrorKind::State, unreadable) {
             Ok(file) => (Some(BufReader::new(file).split(b'\n')), None),
@@ -130,13 +130,13 @@ pub(super) fn lines(folder: &Path) -> Result<impl Iterator<Item = Result<(String
             serde_json::from_slice(&line).ok().map(|line| Ok((run.clone(), line)))
         });
         lines.chain(failed)
-    }))
+    })
 }
 
 /// Lines that a later run can try again, by the type that their file declared; how many of each.
 pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>, u64>> {
     let mut found: BTreeMap<Option<ResourceType>, u64> = BTreeMap::new();
-    for line in lines(folder)? {
+    for line in lines(folder) {
         let (_, line) = line?;
         if line.can_be_tried() {
             *found.entry(line.resource_type.as_deref().map(ResourceType::from)).or_default() += 1;
@@ -146,15 +146,15 @@ pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>
 }
 
 /// Those lines.
-pub(super) fn kept(folder: &Path) -> Result<KeptLines> {
-    let lines = lines(folder)?.filter_map(|line| match line {
+pub(super) fn kept(folder: &Path) -> KeptLines {
+    let lines = lines(folder).filter_map(|line| match line {
         Ok((_, line)) if line.can_be_tried() => {
             Some(Ok(KeptLine { declared: line.resource_type.as_deref().map(ResourceType::from), bytes: line.bytes() }))
         }
         Ok(_) => None,
         Err(error) => Some(Err(error)),
     });
-    Ok(Box::new(lines))
+    Box::new(lines)
 }
 
 /// Takes lines out; how many.
@@ -191,7 +191,7 @@ pub(super) fn remove(folder: &Path, gone: &HashSet<LineId>) -> Result<u64> {
 
 /// The lines that some ids, or their beginnings, name.
 pub(super) fn find(folder: &Path, ids: &[String]) -> Result<HashSet<LineId>> {
-    let all: HashSet<LineId> = lines(folder)?.map(|line| line.map(|(_, line)| line.id())).collect::<Result<_>>()?;
+    let all: HashSet<LineId> = lines(folder).map(|line| line.map(|(_, line)| line.id())).collect::<Result<_>>()?;
     let mut found = HashSet::new();
     for id in ids {
         let named: Vec<LineId> = all.iter().filter(|line| line.to_string().starts_with(&id.to_lowercase())).copied().collect();
