@@ -24,6 +24,12 @@ pub fn private_append(path: &Path) -> Result<File> {
     options.open(path).context(ErrorKind::Storage, format!("{} cannot be written", path.display()))
 }
 
+/// A file without a name in `folder`: it goes with the process.
+pub fn unnamed_file(folder: &Path) -> Result<File> {
+    private_dir(folder)?;
+    tempfile::tempfile_in(folder).context(ErrorKind::Storage, format!("nothing can be put on disk in {}", folder.display()))
+}
+
 /// Replaces a file by its whole new content, or not at all, whenever the machine stops.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
     let failed = || format!("{} cannot be written", path.display());

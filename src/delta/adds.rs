@@ -1,19 +1,10 @@
-//! Data files as add actions: their statistics, and copies without some of their rows.
-
-use std::collections::HashSet;
+//! Data files as add actions, and their statistics.
 
 use deltalake::kernel::Add;
-use futures::TryStreamExt;
 use object_store::path::Path;
-use parquet::file::metadata::RowGroupMetaData;
-use roaring::RoaringTreemap;
 use serde_json::{Value, json};
 
-use super::keys::{DataFile, OpenFile, selection};
 use super::staging::StagedFile;
-use super::table::{Table, storage};
-use super::writer::DataWriter;
-use crate::error::Result;
 use crate::messages::RowKey;
 
 /// The add action of a new file of `rows` rows. `ids` are the least and greatest `id` and the number of rows without one,
@@ -70,19 +61,4 @@ pub(super) fn loose_bounds(stats: &str) -> String {
         }
         _ => stats.to_owned(),
     }
-}
-
-/// A copy of `file` without the rows that are gone, in their order, streamed.
-pub(super) async fn rewrite(table: &Table, file: &DataFile, gone: &RoaringTreemap, run: &str) -> Result<Add> {
-    let open = OpenFile::open(table, file).await?;
-    let batches = open.batches(selection((0..open.rows()).filter(|row| !gone.contains(*row))))?;
-    let batches = batches.map_err(|error| storage(error, &format!("{} cannot be read", file.path)));
-    let writer = DataWriter::create(table, run, open.schema(), &filtered(open.groups())).await?;
-    writer.write_all(table, batches).await
-}
-
-/// The columns that have statistics in some row group.
-pub(super) fn filtered(groups: &[RowGroupMetaData]) -> HashSet<String> {
-    let columns = groups.iter().flat_map(|group| group.columns());
-    columns.filter(|column| column.statistics().is_some()).map(|column| column.column_path().string()).collect()
 }

@@ -7,12 +7,14 @@ use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use futures::TryStreamExt;
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
-use parquet::arrow::async_reader::{ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection, RowSelector,
+};
+use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
 use parquet::file::metadata::RowGroupMetaData;
 use roaring::RoaringTreemap;
 
-use super::reader::StoreReader;
+use super::reader::{FileRows, StoreReader};
 use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{Arrival, RowKey, key_of};
@@ -64,10 +66,35 @@ impl<'a> OpenFile<'a> {
         self.metadata.schema()
     }
 
-    /// Some rows, all columns.
-    pub fn batches(&self, rows: RowSelection) -> Result<ParquetRecordBatchStream<StoreReader>> {
-        let builder = self.reader().with_row_selection(rows).with_batch_size(1024);
-        builder.build().map_err(|error| storage(error, &format!("{} cannot be read", self.file.path)))
+    /// Some rows, all columns, in their order; every row where none are named.
+    pub fn read_rows(&self, rows: Option<RowSelection>) -> Result<FileRows> {
+        let failed = |error| storage(error, &format!("{} cannot be read", self.file.path));
+        let bytes: u64 = self.groups().iter().map(|group| group.total_byte_size().unsigned_abs()).sum();
+        let a_row = bytes / self.rows().max(1) + 1;
+        let at_once = (BATCH_BYTES / a_row).clamp(1, BATCH as u64) as usize;
+        if let Some(file) = self.reader.local() {
+            let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone());
+            if let Some(rows) = rows {
+                builder = builder.with_row_selection(rows);
+            }
+            return Ok(FileRows::Local(builder.with_batch_size(at_once).build().map_err(failed)?));
+        }
+        let mut builder = self.reader();
+        if let Some(rows) = rows {
+            builder = builder.with_row_selection(rows);
+        }
+        Ok(FileRows::Store(builder.with_batch_size(at_once).build().map_err(failed)?))
+    }
+
+    /// The rows that are not gone.
+    pub fn live_rows(&self) -> Result<FileRows> {
+        let gone = &self.file.gone;
+        self.read_rows((!gone.is_empty()).then(|| selection((0..self.rows()).filter(|row| !gone.contains(*row)))))
+    }
+
+    /// How many rows are not gone.
+    pub fn live(&self) -> u64 {
+        self.rows().saturating_sub(self.file.gone.len())
     }
 
     /// Its row groups.
@@ -110,6 +137,17 @@ impl<'a> OpenFile<'a> {
         let mut batches = builder.build().map_err(failed)?;
         while let Some(batch) = batches.try_next().await.map_err(failed)? {
             for_each_string(batch.column(0), |_, id| each(places.next(), id.map(|id| key_of(id.as_bytes()))))?;
+        }
+        Ok(())
+    }
+
+    /// Goes through the ids of all rows, those included that are gone.
+    pub async fn for_each_id_text(&self, mut each: impl FnMut(Option<&str>)) -> Result<()> {
+        let Some(mask) = self.leaves(&["id"]) else { return Ok(()) };
+        let failed = |error| storage(error, &format!("the ids of {} cannot be read", self.file.path));
+        let mut batches = self.reader().with_projection(mask).with_batch_size(BATCH).build().map_err(failed)?;
+        while let Some(batch) = batches.try_next().await.map_err(failed)? {
+            for_each_string(batch.column(0), |_, id| each(id))?;
         }
         Ok(())
     }
@@ -269,7 +307,9 @@ pub(super) fn selection(rows: impl Iterator<Item = u64>) -> RowSelection {
     RowSelection::from(selectors)
 }
 
+/// Rows of a batch, and, where all columns are read, bytes of it as far as the footer tells.
 const BATCH: usize = 16 * 1024;
+const BATCH_BYTES: u64 = 8 << 20;
 
 /// The rows of some row groups, one after the other.
 struct Places {
@@ -318,14 +358,8 @@ const NO_RANK: RowKey = RowKey {
 /// The ids in a file, for files that are small.
 pub(super) async fn all_ids(table: &Table, path: &Path, size: u64) -> Result<Vec<Box<str>>> {
     let file = DataFile::new(path, size);
-    let footer = OpenFile::open(table, &file).await?;
     let mut found = Vec::new();
-    let Some(mask) = footer.leaves(&["id"]) else { return Ok(found) };
-    let failed = |error| storage(error, &format!("the ids of {path} cannot be read"));
-    let mut batches = footer.reader().with_projection(mask).build().map_err(failed)?;
-    while let Some(batch) = batches.try_next().await.map_err(failed)? {
-        for_each_string(batch.column(0), |_, id| found.extend(id.map(Box::from)))?;
-    }
+    OpenFile::open(table, &file).await?.for_each_id_text(|id| found.extend(id.map(Box::from))).await?;
     Ok(found)
 }
 

@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 
-use futures::TryStreamExt;
 use hashbrown::HashTable;
 use roaring::RoaringTreemap;
 
@@ -18,7 +17,7 @@ use super::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, selection};
 use super::order::{Verdict, judge};
 use super::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
 use super::staging::StagedFile;
-use super::table::{Table, storage};
+use super::table::Table;
 use super::targets::TargetFile;
 use super::upsert::Merged;
 use crate::error::{Error, ErrorKind, Result};
@@ -462,10 +461,9 @@ async fn contents(
     wanted: &RoaringTreemap,
     out: &mut Spill<ContentAt>,
 ) -> Result<()> {
-    let mut batches = OpenFile::open(table, file).await?.batches(selection(wanted.iter()))?;
+    let mut rows = OpenFile::open(table, file).await?.read_rows(Some(selection(wanted.iter())))?;
     let mut places = wanted.iter();
-    let failed = |error| storage(error, &format!("{} cannot be read", file.path));
-    while let Some(batch) = batches.try_next().await.map_err(failed)? {
+    while let Some(batch) = rows.next().await? {
         let mut keys = vec![0; batch.num_rows()];
         if let Some(ids) = batch.column_by_name("id") {
             for_each_string(ids, |at, id| keys[at] = key_of(id.unwrap_or_default().as_bytes()))?;

@@ -2,14 +2,17 @@
 
 mod absent;
 mod adds;
+mod cluster;
 mod commit;
 mod content;
+mod copies;
 mod deletions;
 mod evolve;
 mod features;
 mod filter;
 mod keys;
 mod matching;
+mod new_file;
 mod nulls;
 mod optimize;
 mod order;
@@ -23,7 +26,6 @@ mod targets;
 mod upsert;
 mod vacuum;
 mod vectors;
-mod writer;
 
 pub use absent::Absent;
 pub use commit::commit_info;

@@ -3,39 +3,24 @@
 //! What a query answers does not change: the commit says so (`dataChange: false`), rows keep their values, and files are
 //! exchanged in one commit or not at all.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
-use deltalake::datafusion::catalog::streaming::StreamingTable;
-use deltalake::datafusion::execution::TaskContext;
-use deltalake::datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
-use deltalake::datafusion::execution::memory_pool::FairSpillPool;
-use deltalake::datafusion::execution::runtime_env::RuntimeEnvBuilder;
-use deltalake::datafusion::physical_plan::SendableRecordBatchStream;
-use deltalake::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use deltalake::datafusion::physical_plan::streaming::PartitionStream;
-use deltalake::datafusion::prelude::{SessionConfig, SessionContext, col};
 use deltalake::kernel::{Action, Add};
 use deltalake::protocol::DeltaOperation;
-use futures::stream::BoxStream;
-use futures::{StreamExt, TryStreamExt};
-use object_store::ObjectStoreExt;
-use object_store::path::Path;
 use serde_json::{Value, json};
 
-use super::adds::filtered;
+use super::cluster::sorted;
 use super::commit::{self, Attempt};
+use super::copies::{Copies, Place, Shape};
 use super::deletions::Scratch;
-use super::keys::{OpenFile, selection};
-use super::shape::{adapt, union};
-use super::staging::id_range;
-use super::table::{Table, storage};
+use super::keys::{DataFile, OpenFile};
+use super::new_file::id_range;
+use super::table::Table;
 use super::targets::{TargetFile, targets};
-use super::writer::DataWriter;
 use crate::error::{Error, ErrorKind, Result};
+use crate::flow::on_all_cores;
 use crate::messages::AtMost;
 
 /// How a table is optimized.
@@ -85,7 +70,10 @@ impl Table {
                 return Ok(Optimized::default());
             }
             let mut work = Work { settings, started: Instant::now(), adds: Vec::new() };
-            let done = match work.write(self, &groups).await {
+            // The table is changed by the commit, and read until then.
+            let before = self.clone();
+            let place = Place::new(&before, &settings.run, settings.target_file_bytes);
+            let done = match work.write(&place, &groups).await {
                 Ok(()) => work.commit(self, &groups).await,
                 Err(error) => Err(error),
             };
@@ -93,10 +81,7 @@ impl Table {
                 Ok(Attempt::Done(version)) => return Ok(Optimized { version, ..work.done(&groups) }),
                 Ok(Attempt::Unknown(error)) => return Err(error),
                 failed => {
-                    for add in &work.adds {
-                        // Unreferenced; what stays behind, vacuum takes.
-                        let _ = self.store().delete(&Path::from(add.path.as_str())).await;
-                    }
+                    place.discard().await;
                     failed?;
                 }
             }
@@ -158,93 +143,32 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Writes the files of all groups.
-    async fn write(&mut self, table: &Table, groups: &[Vec<&TargetFile>]) -> Result<()> {
-        let schema = table.schema()?.ok_or_else(|| Error::new(ErrorKind::Internal, "a table without a schema"))?;
-        for group in groups {
-            let (mut schemas, mut columns) = (Vec::new(), HashSet::new());
-            for target in group {
-                let file = OpenFile::open(table, &target.data).await?;
-                schemas.push(file.schema().clone());
-                columns.extend(filtered(file.groups()));
+    /// Writes the files of all groups, a group on each core.
+    async fn write(&mut self, place: &Place<'_>, groups: &[Vec<&TargetFile>]) -> Result<()> {
+        let Some(schema) = place.table.schema()?.map(Arc::new) else { return Ok(()) };
+        let handle = tokio::runtime::Handle::current();
+        let files: Vec<Vec<&DataFile>> = groups.iter().map(|group| group.iter().map(|target| &target.data).collect()).collect();
+        if self.settings.cluster {
+            for files in files {
+                let shape = Shape::of(place.table, &schema, &files).await?;
+                self.adds.extend(sorted(place, &shape, &files, &self.settings.scratch).await?);
             }
-            let shape = Arc::new(union(&schema, &schemas));
-            let rows = live_rows(table.clone(), group, shape.clone());
-            let rows = if self.settings.cluster { self.sorted(rows, shape.clone()).await? } else { rows };
-            self.write_group(table, rows, &shape, &columns).await?;
-        }
-        Ok(())
-    }
-
-    async fn write_group(
-        &mut self,
-        table: &Table,
-        mut rows: BoxStream<'static, Result<RecordBatch>>,
-        shape: &SchemaRef,
-        columns: &HashSet<String>,
-    ) -> Result<()> {
-        let mut open: Option<DataWriter> = None;
-        loop {
-            let batch = match rows.next().await {
-                Some(Ok(batch)) => batch,
-                Some(Err(error)) => {
-                    if let Some(writer) = open {
-                        writer.discard().await;
+        } else {
+            let adds = on_all_cores(&files, |_, files| {
+                handle.block_on(async {
+                    let shape = Shape::of(place.table, &schema, files).await?;
+                    let mut copies = Copies::new(place, &shape);
+                    for file in files {
+                        copies.copy(file).await?;
                     }
-                    return Err(error);
-                }
-                None => break,
-            };
-            let mut writer = match open.take() {
-                Some(writer) => writer,
-                None => DataWriter::create(table, &self.settings.run, shape, columns).await?,
-            };
-            if let Err(error) = writer.write(&batch).await {
-                writer.discard().await;
-                return Err(error);
-            }
-            if writer.size() >= self.settings.target_file_bytes {
-                self.close(table, writer).await?;
-            } else {
-                open = Some(writer);
-            }
+                    copies.finish().await
+                })
+            })?;
+            self.adds.extend(adds.into_iter().flatten());
         }
-        match open {
-            Some(writer) => self.close(table, writer).await,
-            None => Ok(()),
-        }
-    }
-
-    async fn close(&mut self, table: &Table, writer: DataWriter) -> Result<()> {
-        let mut add = writer.close(table).await?;
-        add.data_change = false;
-        self.adds.push(add);
+        // Queries find what they found before.
+        self.adds.iter_mut().for_each(|add| add.data_change = false);
         Ok(())
-    }
-
-    /// The rows in the order of their ids, by DataFusion's sort, which puts on disk what does not fit.
-    async fn sorted(
-        &self,
-        rows: BoxStream<'static, Result<RecordBatch>>,
-        shape: SchemaRef,
-    ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
-        let failed = |error| storage(error, "rows cannot be sorted");
-        let scratch = &self.settings.scratch;
-        crate::private::private_dir(&scratch.folder)?;
-        let disk = DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![scratch.folder.clone()]));
-        let runtime = RuntimeEnvBuilder::new()
-            .with_memory_pool(Arc::new(FairSpillPool::new(scratch.memory.max(MIN_SORT_BYTES))))
-            .with_disk_manager_builder(disk)
-            .build_arc()
-            .map_err(failed)?;
-        let config = SessionConfig::new().with_target_partitions(1).with_batch_size(1024);
-        let session = SessionContext::new_with_config_rt(config, runtime);
-        let source = Arc::new(Once { schema: shape.clone(), rows: std::sync::Mutex::new(Some(rows)) });
-        let rows = StreamingTable::try_new(shape, vec![source]).map_err(failed)?;
-        let rows = session.read_table(Arc::new(rows)).map_err(failed)?;
-        let sorted = rows.sort(vec![col("id").sort(true, true)]).map_err(failed)?;
-        let sorted = sorted.execute_stream().await.map_err(failed)?;
-        Ok(sorted.map_err(failed).boxed())
     }
 
     /// What was done, without the version.
@@ -294,49 +218,5 @@ impl Work<'_> {
             }
         }
         Ok(Attempt::Conflict)
-    }
-}
-
-/// Less than this DataFusion cannot merge what it has sorted.
-const MIN_SORT_BYTES: usize = 64 << 20;
-
-/// The live rows of some files, in their order, with the columns of `shape`.
-fn live_rows(table: Table, group: &[&TargetFile], shape: SchemaRef) -> BoxStream<'static, Result<RecordBatch>> {
-    let files: Vec<_> = group.iter().map(|target| target.data.clone()).collect();
-    let batches = futures::stream::iter(files).then(move |data| {
-        let (table, shape) = (table.clone(), shape.clone());
-        async move {
-            let file = OpenFile::open(&table, &data).await?;
-            let live = selection((0..file.rows()).filter(|row| !data.gone.contains(*row)));
-            let path = data.path.clone();
-            let batches = file.batches(live)?.map_err(move |error| storage(error, &format!("{path} cannot be read")));
-            Ok::<_, Error>(batches.map(move |batch| adapt(&batch?, &shape)))
-        }
-    });
-    batches.try_flatten().boxed()
-}
-
-/// A stream as DataFusion takes one.
-struct Once {
-    schema: SchemaRef,
-    rows: std::sync::Mutex<Option<BoxStream<'static, Result<RecordBatch>>>>,
-}
-
-impl std::fmt::Debug for Once {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("rows of a table's files")
-    }
-}
-
-impl PartitionStream for Once {
-    fn schema(&self) -> &SchemaRef {
-        &self.schema
-    }
-    fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
-        use deltalake::datafusion::common::DataFusionError;
-        let rows = self.rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let rows = rows.unwrap_or_else(|| futures::stream::empty().boxed());
-        let rows = rows.map_err(|error| DataFusionError::External(error.to_string().into()));
-        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), rows))
     }
 }

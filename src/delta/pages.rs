@@ -10,8 +10,8 @@ use parquet::file::metadata::ParquetMetaData;
 use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use parquet::schema::types::{ColumnPath, SchemaDescriptor};
 
+use super::new_file::{CREATED_BY, extent};
 use super::nulls;
-use super::staging::{CREATED_BY, extent};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Turns record batches into the bytes of row groups.
@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct PageEncoder;
 
 /// What all data files have in common; statistics and bloom filters are asked for column by column.
-pub(super) fn usual_properties() -> WriterPropertiesBuilder {
+fn usual_properties() -> WriterPropertiesBuilder {
     WriterProperties::builder()
         .set_created_by(CREATED_BY.to_owned())
         .set_compression(Compression::ZSTD(ZstdLevel::default()))

@@ -1,18 +1,21 @@
 //! A table's file as a source of Parquet columns.
 
 use std::fs::File;
+use std::io::{BufReader, Read};
 use std::ops::Range;
 use std::sync::Arc;
 
+use arrow::array::RecordBatch;
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use parquet::arrow::arrow_reader::ArrowReaderOptions;
-use parquet::arrow::async_reader::AsyncFileReader;
+use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReader};
+use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStream};
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::reader::{ChunkReader, Length};
 
 use super::table::Table;
 
@@ -28,6 +31,11 @@ pub(super) struct StoreReader {
 }
 
 impl StoreReader {
+    /// The file itself, where the table is in a local folder.
+    pub fn local(&self) -> Option<LocalFile> {
+        Some(LocalFile { file: self.file.clone()?, size: self.size })
+    }
+
     /// A reader of the file at `path` in the table's folder, `size` bytes long.
     pub fn new(table: &Table, path: &Path, size: u64) -> Self {
         // A file that is not there by its plain name is the store's to find, or to miss.
@@ -41,18 +49,85 @@ fn external(error: impl std::error::Error + Send + Sync + 'static) -> ParquetErr
 }
 
 /// Reads a range, wherever others that share the file are.
-fn read(file: &File, range: Range<u64>) -> Result<Bytes> {
-    let length = usize::try_from(range.end.saturating_sub(range.start)).map_err(external)?;
+pub(super) fn read_at(file: &File, range: Range<u64>) -> std::io::Result<Bytes> {
+    let length = usize::try_from(range.end.saturating_sub(range.start)).map_err(std::io::Error::other)?;
     let mut bytes = vec![0; length];
     #[cfg(unix)]
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, range.start).map_err(external)?;
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, range.start)?;
     #[cfg(not(unix))]
     {
-        use std::io::{Read, Seek, SeekFrom};
-        let mut file = file.try_clone().map_err(external)?;
-        file.seek(SeekFrom::Start(range.start)).and_then(|_| file.read_exact(&mut bytes)).map_err(external)?;
+        use std::io::{Seek, SeekFrom};
+        let mut file = file.try_clone()?;
+        file.seek(SeekFrom::Start(range.start)).and_then(|_| file.read_exact(&mut bytes))?;
     }
     Ok(bytes.into())
+}
+
+fn read(file: &File, range: Range<u64>) -> Result<Bytes> {
+    read_at(file, range).map_err(external)
+}
+
+/// A local file whose pages are read one after the other, as they are needed: of a row group of another writer, which may
+/// be hundreds of megabytes, only some pages are in memory.
+#[derive(Debug)]
+pub(super) struct LocalFile {
+    file: Arc<File>,
+    size: u64,
+}
+
+impl Length for LocalFile {
+    fn len(&self) -> u64 {
+        self.size
+    }
+}
+
+impl ChunkReader for LocalFile {
+    type T = BufReader<From>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T> {
+        // Pages of columns that hold nothing are shorter than this, and there are hundreds of them.
+        Ok(BufReader::with_capacity(512, From { file: self.file.clone(), next: start, size: self.size }))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
+        read(&self.file, start..start + length as u64)
+    }
+}
+
+/// Reads a file from some place on.
+#[derive(Debug)]
+pub(super) struct From {
+    file: Arc<File>,
+    next: u64,
+    size: u64,
+}
+
+impl Read for From {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let length = (buffer.len() as u64).min(self.size.saturating_sub(self.next)) as usize;
+        let bytes = read_at(&self.file, self.next..self.next + length as u64)?;
+        buffer[..length].copy_from_slice(&bytes);
+        self.next += length as u64;
+        Ok(length)
+    }
+}
+
+/// Some rows of a file, all columns.
+pub(super) enum FileRows {
+    /// Page by page.
+    Local(ParquetRecordBatchReader),
+    /// A row group at a time is in memory, as the store gives it.
+    Store(ParquetRecordBatchStream<StoreReader>),
+}
+
+impl FileRows {
+    pub async fn next(&mut self) -> crate::error::Result<Option<RecordBatch>> {
+        let failed = |error: &dyn std::fmt::Display| super::table::storage(error, "rows of a data file cannot be read");
+        match self {
+            Self::Local(rows) => rows.next().transpose().map_err(|error| failed(&error)),
+            Self::Store(rows) => rows.try_next().await.map_err(|error| failed(&error)),
+        }
+    }
 }
 
 impl AsyncFileReader for StoreReader {

@@ -1,5 +1,6 @@
 //! Rows of files with different columns, in one file: the columns that at least one of them has.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, ListArray, MapArray, RecordBatch, RecordBatchOptions, StructArray, new_null_array};
@@ -57,6 +58,59 @@ fn list_item(field: &FieldRef) -> Option<&FieldRef> {
         DataType::List(item) | DataType::LargeList(item) => Some(item),
         _ => None,
     }
+}
+
+/// The columns of `table` of these names, whole.
+pub(super) fn whole(table: &Schema, names: &HashSet<String>) -> Schema {
+    Schema::new(table.fields().iter().filter(|field| names.contains(field.name())).cloned().collect::<Vec<_>>())
+}
+
+/// `batch` without the columns, at every depth, that no row of it fills. Of a group that is there and empty one column
+/// stays, to say so.
+pub(super) fn narrow(batch: &RecordBatch) -> Result<RecordBatch> {
+    let schema = batch.schema();
+    let (mut fields, mut columns) = (Vec::new(), Vec::new());
+    for (field, column) in schema.fields().iter().zip(batch.columns()) {
+        // A batch has a column, whatever its rows say.
+        let column = if column.null_count() < column.len() || field.name() == "id" { narrowed(column)? } else { continue };
+        fields.push(Arc::new(field.as_ref().clone().with_data_type(column.data_type().clone())));
+        columns.push(column);
+    }
+    RecordBatch::try_new_with_options(
+        Arc::new(Schema::new(fields)),
+        columns,
+        &RecordBatchOptions::new().with_row_count(Some(batch.num_rows())),
+    )
+    .map_err(|error| storage(error, "rows cannot be put together"))
+}
+
+fn narrowed(column: &ArrayRef) -> Result<ArrayRef> {
+    let failed = |error| storage(error, "a column cannot be read");
+    let item = |of: &FieldRef, values: &ArrayRef| Arc::new(of.as_ref().clone().with_data_type(values.data_type().clone()));
+    Ok(match column.data_type() {
+        DataType::Struct(fields) => {
+            let structs = column.as_struct();
+            let filled = |column: &ArrayRef| column.null_count() < column.len();
+            let some = structs.columns().iter().any(filled);
+            let kept = fields.iter().zip(structs.columns()).enumerate();
+            let kept = kept.filter(|(at, (_, child))| if some { filled(child) } else { *at == 0 });
+            let kept = kept.map(|(_, (field, child))| {
+                let child = narrowed(child)?;
+                Ok((item(field, &child), child))
+            });
+            let (fields, children): (Vec<FieldRef>, Vec<ArrayRef>) = kept.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            let nulls = structs.nulls().cloned();
+            Arc::new(StructArray::try_new_with_length(fields.into(), children, nulls, column.len()).map_err(failed)?)
+        }
+        DataType::List(of) => {
+            let lists = column.as_list::<i32>();
+            let values = narrowed(lists.values())?;
+            let nulls = lists.nulls().cloned();
+            Arc::new(ListArray::try_new(item(of, &values), lists.offsets().clone(), values, nulls).map_err(failed)?)
+        }
+        // Readers do not widen the values of a map.
+        _ => column.clone(),
+    })
 }
 
 /// `batch` with the columns of `schema`: null for what it lacks, and without what `schema` lacks.

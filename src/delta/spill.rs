@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{Arrival, RowKey};
-use crate::private::private_dir;
+use crate::private::unnamed_file;
 
 /// How many parts the key space has: keys are hashes, so each part has about the same share.
 pub(super) const PARTITIONS: usize = 256;
@@ -242,8 +242,7 @@ impl<T: Record> Spill<T> {
         let disk = match &mut self.disk {
             Some(disk) => disk,
             none => {
-                private_dir(&self.folder)?;
-                let file = tempfile::tempfile_in(&self.folder).context(ErrorKind::State, failed)?;
+                let file = unnamed_file(&self.folder)?;
                 none.insert(Disk { file, end: 0, pieces: vec![Vec::new(); PARTITIONS] })
             }
         };

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::datatypes::Schema;
+use arrow::datatypes::SchemaRef;
 use deltalake::kernel::{Action, Add, Remove, Transaction};
 use deltalake::operations::create::CreateBuilder;
 use deltalake::protocol::{DeltaOperation, SaveMode};
@@ -14,8 +14,9 @@ use roaring::RoaringTreemap;
 use serde_json::{Value, json};
 
 use super::absent::Absent;
-use super::adds::{loose_bounds, rewrite, staged_add};
+use super::adds::{loose_bounds, staged_add};
 use super::commit::{self, Attempt};
+use super::copies::{Copies, Place, Shape};
 use super::deletions::{Deletions, Scratch};
 use super::keys::DataFile;
 use super::matching::{Marks, Matching};
@@ -24,6 +25,7 @@ use super::table::{Table, TableSettings, delta_schema};
 use super::targets::{TargetFile, targets};
 use super::vectors;
 use crate::error::{Error, ErrorKind, Result};
+use crate::flow::on_all_cores;
 use crate::schema::{same_types, widen};
 
 /// How often a match is made again when another writer committed in between.
@@ -46,7 +48,7 @@ pub struct Upsert {
     /// Resources that are gone.
     pub deletions: Deletions,
     /// Columns of the rows: those of the table where it exists.
-    pub schema: Arc<Schema>,
+    pub schema: SchemaRef,
     /// Whether the table gets those of them that it lacks.
     pub add_columns: bool,
     /// Watermark to set; `None` leaves it.
@@ -200,6 +202,7 @@ impl Upsert {
     ) -> Result<()> {
         let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut marked: Vec<(Add, RoaringTreemap)> = Vec::new();
+        let mut rewritten = Vec::new();
         for (index, gone) in &marks.gone {
             let target = &targets[*index];
             let all_gone = &target.data.gone | gone;
@@ -210,10 +213,8 @@ impl Upsert {
             if with_vectors {
                 marked.push((target.add.clone(), all_gone));
             } else {
-                let add = rewrite(table, &target.data, &all_gone, &self.run).await?;
                 out.copied += target.rows.unwrap_or_default().saturating_sub(all_gone.len());
-                out.new_files.push(Path::from(add.path.as_str()));
-                out.adds.push(add);
+                rewritten.push(DataFile { gone: all_gone, ..target.data.clone() });
             }
         }
         for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
@@ -230,9 +231,17 @@ impl Upsert {
                 out.staged_vectors += 1;
                 marked.push((add, gone.clone()));
             } else {
-                let add = rewrite(table, &DataFile::new(&staged.path, staged.size), gone, &self.run).await?;
+                rewritten.push(DataFile { gone: gone.clone(), ..DataFile::new(&staged.path, staged.size) });
+            }
+        }
+        if !rewritten.is_empty() {
+            // A table that does not exist yet will have the columns that came.
+            let schema = table.schema()?.map_or_else(|| self.schema.clone(), Arc::new);
+            let place = Place::new(table, &self.run, u64::MAX);
+            let adds = without_gone(&place, &schema, &rewritten);
+            out.new_files.extend(place.begun());
+            for add in adds? {
                 merged.bytes_written += add.size as u64;
-                out.new_files.push(Path::from(add.path.as_str()));
                 out.adds.push(add);
             }
         }
@@ -352,6 +361,20 @@ impl Upsert {
             "executionTimeMs": number(started.elapsed().as_millis() as u64),
         })
     }
+}
+
+/// Copies of files without the rows that are gone, in their order, each with the columns of its own.
+fn without_gone(place: &Place<'_>, schema: &SchemaRef, files: &[DataFile]) -> Result<Vec<Add>> {
+    let handle = tokio::runtime::Handle::current();
+    let adds = on_all_cores(files, |_, file| {
+        handle.block_on(async {
+            let shape = Shape::of(place.table, schema, &[file]).await?;
+            let mut copies = Copies::new(place, &shape);
+            copies.copy(file).await?;
+            copies.finish().await
+        })
+    });
+    Ok(adds?.into_iter().flatten().collect())
 }
 
 /// What became of an attempt.

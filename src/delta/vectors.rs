@@ -11,7 +11,7 @@ use object_store::{ObjectStoreExt, PutPayload};
 use roaring::RoaringTreemap;
 use uuid::Uuid;
 
-use super::staging::sync_file;
+use super::new_file::sync_file;
 use super::table::{Table, storage};
 use crate::error::{Context, ErrorKind, Result};
 use buoyant_kernel as delta_kernel;
