@@ -97,9 +97,12 @@ impl Error {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), places: Vec::new() }
     }
-    /// Names the place where it happened; call from the inside out.
+    /// Names the place where it happened; call from the inside out. A place that was just named is not named again.
     pub fn at(mut self, place: impl Into<String>) -> Self {
-        self.places.push(place.into());
+        let place = place.into();
+        if self.places.last() != Some(&place) {
+            self.places.push(place);
+        }
         self
     }
     /// The kind.

@@ -106,9 +106,9 @@ fn failures<T>(done: &ByTable<T>) -> Result<()> {
     let failed: Vec<(&String, &Error)> = done.iter().filter_map(|(name, done)| Some((name, done.as_ref().err()?))).collect();
     match failed.as_slice() {
         [] => Ok(()),
-        [(name, error)] => Err(Error::new(error.kind(), format!("{name}: {error}"))),
+        [(_, error)] => Err(Error::new(error.kind(), format!("{error}"))),
         several => {
-            let each: Vec<String> = several.iter().map(|(name, error)| format!("{name}: {error}")).collect();
+            let each: Vec<String> = several.iter().map(|(_, error)| format!("{error}")).collect();
             Err(Error::new(ErrorKind::Partial, each.join("\n")))
         }
     }

@@ -205,6 +205,9 @@ impl Plan {
             Ok(url) => url,
             Err(_) => return Err(vec![read.problem("source.url", "not a URL", None)]),
         };
+        if let Err(error) = crate::delta::Tables::at(&tables) {
+            return Err(vec![read.problem("tables", error.to_string(), None)]);
+        }
         let state = match state.map(PathBuf::from).or_else(|| default_state_folder(&tables, &file.name)) {
             Some(state) if !state.to_string_lossy().contains("://") => state,
             _ => {

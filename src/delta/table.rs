@@ -42,13 +42,24 @@ pub struct Table {
 }
 
 pub(super) fn storage(error: impl std::fmt::Display, what: &str) -> Error {
-    Error::new(ErrorKind::Storage, format!("{what}: {error}"))
+    Error::new(ErrorKind::Storage, format!("{what}: {}", without_queries(&error.to_string())))
+}
+
+/// What a store's client says, without the query strings of URLs: a signature may be in one.
+fn without_queries(said: &str) -> String {
+    let word = |word: &str| match word.split_once('?') {
+        Some((url, _)) if url.contains("://") => url.to_owned(),
+        _ => word.to_owned(),
+    };
+    said.split(' ').map(word).collect::<Vec<_>>().join(" ")
 }
 
 impl Tables {
     /// Tables in `location`: a folder's path or a URL.
     pub fn at(location: &str) -> Result<Tables> {
-        Ok(Tables { root: folder_url(location)? })
+        let root = folder_url(location)?;
+        check_store(&root)?;
+        Ok(Tables { root })
     }
 
     /// The root, for messages.
@@ -219,6 +230,36 @@ impl Table {
             tracing::warn!(%error, "the commit is made; its table's log could not be tidied");
         }
     }
+}
+
+/// What the URL of an object store begins with, the cargo feature that brings the store, and whether it is built in.
+const STORES: [(&[&str], &str, bool); 3] = [
+    (&["s3", "s3a"], "s3", cfg!(feature = "s3")),
+    (&["az", "azure", "adl", "abfs", "abfss"], "azure", cfg!(feature = "azure")),
+    (&["gs"], "gcs", cfg!(feature = "gcs")),
+];
+
+/// Whether tables can be at `url`.
+fn check_store(url: &Url) -> Result<()> {
+    let bad = |message: String| Err(Error::new(ErrorKind::Config, message));
+    let scheme = url.scheme();
+    if scheme == "file" {
+        return Ok(());
+    }
+    let Some((_, feature, built_in)) = STORES.iter().find(|(schemes, _, _)| schemes.contains(&scheme)) else {
+        return bad(format!("{scheme}:// is no place for tables: a folder, s3://, abfss:// or gs://"));
+    };
+    if !built_in {
+        return bad(format!("{scheme}:// is not in this build; build it with `cargo build --release --features {feature}`"));
+    }
+    // What comes before @ is a container in abfss://, and elsewhere a key that is there by mistake.
+    if url.password().is_some() || (*feature != "azure" && !url.username().is_empty()) {
+        return bad("no keys in the URL of the tables: it would be logged; they belong into the environment".into());
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return bad("no query in the URL of the tables; settings of the store belong into the environment".into());
+    }
+    Ok(())
 }
 
 /// A folder's URL, ending in a slash; relative paths are taken from the current directory.

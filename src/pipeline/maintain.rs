@@ -169,7 +169,7 @@ async fn for_each_table<T>(
             Ok(table) => work(table).await,
             Err(error) => Err(error),
         };
-        done.insert(name.to_string(), outcome);
+        done.insert(name.to_string(), outcome.map_err(|error| error.at(name.to_string())));
     }
     Ok(done)
 }

@@ -11,5 +11,6 @@ mod process;
 mod quarantine;
 mod readers;
 mod server;
+mod stores;
 mod support;
 mod tables;

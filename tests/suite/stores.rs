@@ -1,0 +1,285 @@
+//! Tables on object stores, against stand-ins on the loopback (`tests/stores.py`).
+//!
+//! `FHIRLAKE_STORES` names a Python that has `tests/stores.txt`, `FHIRLAKE_AZURITE` Azurite's `azurite-blob`. Without them,
+//! or without the store's cargo feature, a test is skipped.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use fhirlake::demo::{DEMO_TYPES, DemoServer, Faults, Population};
+use futures::TryStreamExt;
+
+/// A store, and how the binary reaches it: by its environment, as on the clouds.
+struct Store {
+    process: Child,
+    tables: String,
+    environment: HashMap<&'static str, String>,
+    folder: tempfile::TempDir,
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // Its input ends, and so does it.
+        drop(self.process.stdin.take());
+        self.process.wait().unwrap();
+    }
+}
+
+fn skipped(why: &str) -> Option<Store> {
+    #[expect(clippy::disallowed_macros, reason = "a skipped test must be seen")]
+    {
+        eprintln!("SKIPPED: {why}, so no table is written to it");
+    }
+    None
+}
+
+fn store(kind: &str) -> Option<Store> {
+    let (built_in, scheme) = match kind {
+        "s3" => (cfg!(feature = "s3"), "s3"),
+        "azure" => (cfg!(feature = "azure"), "az"),
+        _ => (cfg!(feature = "gcs"), "gs"),
+    };
+    if !built_in {
+        return skipped(&format!("the feature {kind} is not built in"));
+    }
+    let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let Some(python) = named("FHIRLAKE_STORES") else {
+        return skipped("FHIRLAKE_STORES names no Python with tests/stores.txt");
+    };
+    if kind == "azure" && named("FHIRLAKE_AZURITE").is_none() {
+        return skipped("FHIRLAKE_AZURITE names no azurite-blob");
+    }
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stores.py");
+    let mut process = Command::new(python)
+        .arg(script)
+        .args([kind, &port.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(process.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said.trim(), "ready", "the stand-in for {kind} did not start");
+    let folder = tempfile::tempdir().unwrap();
+    let address = format!("http://127.0.0.1:{port}");
+    let environment = match kind {
+        "s3" => vec![
+            ("AWS_ENDPOINT_URL", address),
+            ("AWS_ALLOW_HTTP", "true".into()),
+            ("AWS_REGION", "us-east-1".into()),
+            ("AWS_ACCESS_KEY_ID", "test".into()),
+            ("AWS_SECRET_ACCESS_KEY", "test".into()),
+        ],
+        "azure" => vec![("AZURE_STORAGE_USE_EMULATOR", "true".into()), ("AZURITE_BLOB_STORAGE_URL", address)],
+        _ => {
+            let key = folder.path().join("key.json");
+            let text = format!(
+                r#"{{"gcs_base_url":"{address}","disable_oauth":true,"client_email":"","private_key":"","private_key_id":""}}"#
+            );
+            std::fs::write(&key, text).unwrap();
+            vec![
+                ("GOOGLE_SERVICE_ACCOUNT", key.display().to_string()),
+                ("GOOGLE_ALLOW_HTTP", "true".into()),
+                ("GOOGLE_SKIP_SIGNATURE", "true".into()),
+            ]
+        }
+    };
+    Some(Store { process, tables: format!("{scheme}://lake/fhir"), environment: environment.into_iter().collect(), folder })
+}
+
+impl Store {
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fhirlake"));
+        // The emulator's address is read by deltalake's environment only for http that is allowed.
+        command.args(arguments).envs(&self.environment).env_remove("FHIRLAKE_LOG").env("AZURE_ALLOW_HTTP", "true");
+        command
+    }
+    /// Runs the binary; it must succeed.
+    fn fhirlake(&self, arguments: &[&str]) -> Output {
+        let output = tokio::task::block_in_place(|| self.command(arguments).output().unwrap());
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        output
+    }
+    /// A pipeline file of this name with a state of its own.
+    fn pipeline(&self, name: &str, source: &str, rest: &str) -> String {
+        let file = self.folder.path().join(format!("{name}.yaml"));
+        let state = self.folder.path().join(name);
+        let yaml =
+            format!("version: 1\nname: {name}\nsource: {source}\ntables: {}\nstate: {}\n{rest}", self.tables, state.display());
+        std::fs::write(&file, yaml).unwrap();
+        file.display().to_string()
+    }
+    /// Version by id, as `fhirlake query` says.
+    fn versions(&self, resource_type: &str) -> BTreeMap<String, String> {
+        let question = format!("SELECT id, meta['versionId'] AS v FROM {resource_type}");
+        let output = self.fhirlake(&["query", "--tables", &self.tables, "--output", "csv", &question]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        let mut found = BTreeMap::new();
+        for line in text.lines().skip(1) {
+            let (id, version) = line.split_once(',').unwrap();
+            assert!(found.insert(id.to_owned(), version.to_owned()).is_none(), "{resource_type}/{id} stands twice");
+        }
+        found
+    }
+    /// Objects of a type's table that are no log, and those that its newest version names.
+    async fn objects(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
+        let url = url::Url::parse(&format!("{}/{resource_type}.parquet", self.tables)).unwrap();
+        let mut options: HashMap<String, String> =
+            self.environment.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        options.insert("allow_http".into(), "true".into());
+        if let Some(address) = self.environment.get("AZURITE_BLOB_STORAGE_URL") {
+            // What the emulator's switch stands for, whose address only the environment can say.
+            options.clear();
+            options.insert("allow_http".into(), "true".into());
+            options.insert("azure_storage_account_name".into(), "devstoreaccount1".into());
+            let key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+            options.insert("azure_storage_account_key".into(), key.into());
+            options.insert("azure_storage_endpoint".into(), format!("{address}/devstoreaccount1"));
+        }
+        let mut table = deltalake::DeltaTableBuilder::from_url(url).unwrap().with_storage_options(options).build().unwrap();
+        let there: Vec<object_store::ObjectMeta> = table.log_store().object_store(None).list(None).try_collect().await.unwrap();
+        let there = there.into_iter().map(|object| object.location.to_string()).filter(|path| !path.starts_with("_delta_log"));
+        let named = if table.verify_deltatable_existence().await.unwrap() {
+            table.load().await.unwrap();
+            table.snapshot().unwrap().log_data().iter().map(|file| file.path().into_owned()).collect()
+        } else {
+            Vec::new()
+        };
+        (there.collect(), named)
+    }
+}
+
+/// What the population holds now.
+fn expected(population: &Population, name: &str) -> BTreeMap<String, String> {
+    let kind = DEMO_TYPES.iter().position(|known| *known == name).unwrap();
+    let mut found = BTreeMap::new();
+    for patient in 0..population.patients() {
+        population.for_each(kind, patient, |number, fate| {
+            if !fate.deleted {
+                let mut line = String::new();
+                population.write(kind, patient, number, fate, &mut line);
+                let resource: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+                found.insert(text(&resource["id"]), text(&resource["meta"]["versionId"]));
+            }
+        });
+    }
+    found
+}
+
+async fn everything(kind: &str) {
+    let Some(store) = store(kind) else { return };
+    let types = ["Patient", "Observation", "Claim"];
+    let server = DemoServer::start(Population::new(9, 30), 0, 5).await.unwrap();
+    let source = format!("{{ url: \"{}\", types: [{}] }}", server.base(), types.join(", "));
+    let same = |when: &str| {
+        for name in types {
+            assert_eq!(store.versions(name), expected(&server.population(), name), "{kind}, {when}: {name}");
+        }
+    };
+    let file = store.pipeline("main", &source, "stages: { encode: { row_group: 64KiB } }\n");
+    // Killed while files are staged, and again.
+    server.set_faults(Faults { slow: Some(Duration::from_millis(20)), ..Faults::default() });
+    for after in [250, 450, 650] {
+        let mut run = store.command(&["run", &file]).stderr(Stdio::null()).spawn().unwrap();
+        tokio::time::sleep(Duration::from_millis(after)).await;
+        run.kill().unwrap();
+        run.wait().unwrap();
+    }
+    server.set_faults(Faults::default());
+    store.fhirlake(&["validate", &file]);
+    store.fhirlake(&["run", &file]);
+    same("after the first run");
+    for name in types {
+        let (there, named) = store.objects(name).await;
+        let orphans: Vec<&String> = there.iter().filter(|path| path.ends_with(".parquet") && !named.contains(path)).collect();
+        assert!(orphans.is_empty(), "{kind}: {name}: {orphans:?}");
+    }
+    // Vectors, then copies without them, then one file of all.
+    server.step(80, 40, 3);
+    store.fhirlake(&["run", &file]);
+    same("after what changed");
+    server.step(80, 40, 3);
+    let rewrites = store.pipeline("rewrites", &source, "stages: { merge: { deletion_vectors: false } }\n");
+    store.fhirlake(&["run", &rewrites]);
+    same("by another pipeline");
+    store.fhirlake(&["optimize", "--cluster", &file]);
+    let before = store.objects("Observation").await.0.len();
+    store.fhirlake(&["vacuum", &file, "--retention", "0s", "--force", "--delete"]);
+    let (there, named) = store.objects("Observation").await;
+    assert!(there.len() < before && there.len() == named.len(), "{kind}: {there:?} for {named:?}");
+    same("after optimize and vacuum");
+    store.fhirlake(&["status", &file]);
+    // Two that merge into the same tables at the same time: each commit is a conditional put.
+    let bring = |name: &str, round: usize| {
+        let folder = store.folder.path().join(format!("{name}-{round}"));
+        std::fs::create_dir(&folder).unwrap();
+        let lines: String =
+            (0..20).map(|id| format!("{{\"resourceType\":\"Device\",\"id\":\"{name}-{round}-{id}\"}}\n")).collect();
+        std::fs::write(folder.join("Device.ndjson"), lines).unwrap();
+        store.pipeline(name, &format!("{{ url: \"file://{}\" }}", folder.display()), "")
+    };
+    for round in 0..5 {
+        let files = [bring("one", round), bring("two", round)];
+        let runs = files.map(|file| store.command(&["run", &file]).stderr(Stdio::piped()).spawn().unwrap());
+        for run in runs {
+            let output = tokio::task::block_in_place(|| run.wait_with_output().unwrap());
+            assert!(output.status.success(), "{kind}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+    assert_eq!(store.versions("Device").len(), 200, "{kind}: what two writers brought");
+}
+
+// Breaks if a table on the store is not what it would be in a folder: a killed run's objects stay, rows are lost to a writer
+// who comes at the same time, or maintenance changes what a query answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_on_s3() {
+    everything("s3").await;
+}
+
+// As on S3.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_on_azure() {
+    everything("azure").await;
+}
+
+// As on S3.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_on_google_cloud() {
+    everything("gcs").await;
+}
+
+// Breaks if a store that is not built in, a scheme that is none, or a key in the URL is found out by a library.
+#[test]
+fn a_place_that_cannot_be_is_said_with_line_and_column() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cases = vec![
+        ("ftp://lake/fhir", "ftp:// is no place for tables: a folder, s3://, abfss:// or gs://"),
+        #[cfg(feature = "s3")]
+        ("s3://key:secret@lake/fhir", "no keys in the URL of the tables"),
+        #[cfg(feature = "azure")]
+        ("az://lake/fhir?sig=secret", "no query in the URL of the tables"),
+    ];
+    if cfg!(not(feature = "gcs")) {
+        cases.push(("gs://lake/fhir", "gs:// is not in this build; build it with `cargo build --release --features gcs`"));
+    }
+    for (tables, expected) in cases {
+        let file = folder.path().join("p.yaml");
+        let state = folder.path().join("state");
+        std::fs::write(
+            &file,
+            format!(
+                "version: 1\nname: x\nsource: {{ url: \"file:///nowhere\" }}\ntables: {tables}\nstate: {}\n",
+                state.display()
+            ),
+        )
+        .unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_fhirlake")).arg("run").arg(&file).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(expected) && said.contains(":4:1: tables: ") && !said.contains("secret"), "{said}");
+    }
+}
