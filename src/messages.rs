@@ -403,6 +403,8 @@ pub type KeptLines = Box<dyn Iterator<Item = crate::error::Result<KeptLine>> + S
 pub trait BadLines: Send + Sync {
     /// Keeps a line.
     fn keep(&self, bad: &BadLine<'_>) -> crate::error::Result<()>;
+    /// Hears which ids the server says are gone: what lines in quarantine say of them is over.
+    fn deleted(&self, ids: &[(ResourceType, Box<str>)]) -> crate::error::Result<()>;
     /// Makes what was kept durable: before the books hear of it, so before its type can commit.
     fn sync(&self) -> crate::error::Result<()>;
 }

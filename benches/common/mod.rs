@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fhirlake::demo::{DEMO_TYPES, Population};
-use fhirlake::messages::{BadLine, BadLines, ExportFile, FileKind};
+use fhirlake::messages::{BadLine, BadLines, ExportFile, FileKind, ResourceType};
 use fhirlake::schema::{EXCLUDED_TYPES, Model};
 
 /// A file as an export lists it.
@@ -130,6 +130,9 @@ pub struct NoBadLines;
 impl BadLines for NoBadLines {
     fn keep(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
         panic!("{} line {}: {}", bad.file.name, bad.line, bad.reason);
+    }
+    fn deleted(&self, _: &[(ResourceType, Box<str>)]) -> fhirlake::error::Result<()> {
+        Ok(())
     }
     fn sync(&self) -> fhirlake::error::Result<()> {
         Ok(())

@@ -295,6 +295,10 @@ async fn once(
 
 /// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
 fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Sender<MergeInput>) -> Result<Option<Replay>> {
+    let superseded = state.remove_superseded()?;
+    if superseded > 0 {
+        tracing::info!(lines = superseded, "lines left quarantine: what they are about was deleted since");
+    }
     let mut files = Vec::new();
     for (declared, lines) in state.to_be_tried()? {
         if declared.as_deref().is_some_and(|name| !plan.types.is_empty() && !plan.types.iter().any(|ours| ours == name)) {

@@ -64,7 +64,8 @@ impl Parse {
         while let Some(parcel) = handle.block_on(self.chunks.recv()) {
             let chunk: &Chunk = &parcel;
             let Parsed { rows, tally, deletions, outcomes } = parser.parse(chunk)?;
-            if !tally.bad.is_empty() {
+            self.bad_lines.deleted(&deletions)?;
+            if !tally.bad.is_empty() || !deletions.is_empty() {
                 self.bad_lines.sync()?;
             }
             for (severity, count) in outcomes {

@@ -1,6 +1,7 @@
 //! What a pipeline remembers between runs: the lock, `state.json`, the run in flight, reports, quarantine.
 //! All but the quarantine can be rebuilt from the tables.
 
+mod deleted;
 mod journal;
 mod lock;
 mod quarantine;
@@ -86,6 +87,11 @@ impl StateFolder {
     /// How many lines a run can try again, by the type that their file declared.
     pub fn to_be_tried(&self) -> Result<BTreeMap<Option<ResourceType>, u64>> {
         quarantine::to_be_tried(&self.quarantine_folder())
+    }
+
+    /// Takes the lines out whose resource was deleted since they came; how many.
+    pub fn remove_superseded(&self) -> Result<u64> {
+        deleted::remove_superseded(&self.quarantine_folder())
     }
 
     /// Those lines.

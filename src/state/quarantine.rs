@@ -13,6 +13,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
+use super::deleted;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{BadLine, BadLines, FileKind, KeptLine, KeptLines, LineId, ResourceType};
 use crate::private::{private_append, private_dir, write_atomically};
@@ -80,6 +81,10 @@ struct Inner {
     file: Option<File>,
     /// Lines that are in quarantine already, this run's or an earlier one's.
     known: HashSet<LineId>,
+    /// Whether there are lines of earlier runs, which deletions of this run may concern.
+    earlier: bool,
+    /// Where those are remembered.
+    deleted: Option<File>,
 }
 
 /// Bad lines of a run that are logged one by one; of the rest there is only the count.
@@ -92,7 +97,8 @@ impl Quarantine {
         for line in path.parent().into_iter().flat_map(lines) {
             known.insert(line?.1.id());
         }
-        Ok(Self { path, kept: AtomicU64::new(0), inner: Mutex::new(Inner { file: None, known }) })
+        let inner = Inner { file: None, earlier: !known.is_empty(), known, deleted: None };
+        Ok(Self { path, kept: AtomicU64::new(0), inner: Mutex::new(inner) })
     }
 
     /// Where it is.
@@ -252,10 +258,22 @@ impl BadLines for Quarantine {
         file.write_all(&json).context(ErrorKind::State, "the quarantine cannot be written")
     }
 
+    fn deleted(&self, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let (true, Some(folder), Some(run)) = (inner.earlier && !ids.is_empty(), self.path.parent(), self.path.file_stem())
+        else {
+            return Ok(());
+        };
+        let list = match &mut inner.deleted {
+            Some(list) => list,
+            none => none.insert(deleted::open(folder)?),
+        };
+        deleted::append(list, &run.to_string_lossy(), ids)
+    }
+
     fn sync(&self) -> Result<()> {
-        match &self.inner.lock().unwrap_or_else(PoisonError::into_inner).file {
-            Some(file) => file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"),
-            None => Ok(()),
-        }
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = inner.file.iter().chain(&inner.deleted);
+        files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))
     }
 }

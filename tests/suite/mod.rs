@@ -14,3 +14,4 @@ mod server;
 mod stores;
 mod support;
 mod tables;
+mod writers;

@@ -2,6 +2,7 @@
 
 use fhirlake::demo::{DemoServer, Faults, Population};
 use fhirlake::error::ErrorKind;
+use fhirlake::pipeline::RunOptions;
 
 use super::support::{Lake, folder, lake};
 
@@ -34,7 +35,7 @@ async fn twenty() -> Lake {
 // Breaks if a row that the export names is deleted, or one that it does not name stays.
 #[tokio::test(flavor = "multi_thread")]
 async fn reconcile_deletes_what_the_export_does_not_name() {
-    for vectors in [true, false] {
+    for (vectors, in_memory) in [(true, true), (false, true), (true, false), (false, false)] {
         let lake = lake();
         let (_data, source) = folder(&[("Patient.ndjson", &patients(0..20, 2))]);
         let setting = format!("stages: {{ merge: {{ deletion_vectors: {vectors} }} }}\n");
@@ -42,7 +43,11 @@ async fn reconcile_deletes_what_the_export_does_not_name() {
         // p0 and p1 are gone; p2 is new as 3; p3 comes older than the table has it; p20 arrives.
         let text = patients(2..3, 3) + &patients(3..4, 1) + &patients(4..21, 2);
         let (_data, source) = folder(&[("Patient.ndjson", &text)]);
-        let report = lake.run(&source, &mode("reconcile", "")).await.unwrap();
+        let mut plan = lake.plan(&source, &mode("reconcile", ""));
+        if !in_memory {
+            (plan.memory.keys, plan.memory.matching) = (0, 0);
+        }
+        let report = lake.run_with(plan, RunOptions::default()).await.unwrap();
         let outcome = &report.types["Patient"];
         assert!(report.succeeded, "{report:#?}");
         assert_eq!((outcome.inserted, outcome.updated, outcome.deleted, outcome.skipped), (1, 1, 2, 17));

@@ -1,5 +1,6 @@
 //! Lines that could not be read: kept once, tried again by every run, and never against the order.
 
+use fhirlake::demo::{DemoServer, Population};
 use fhirlake::pipeline::RunOptions;
 use fhirlake::state::StateFolder;
 
@@ -19,7 +20,8 @@ fn kept(lake: &Lake) -> usize {
 
 /// Makes every quarantined line read `new` instead of what it says: as if this version of fhirlake could read it.
 fn mend(lake: &Lake, old: &str, new: &str) {
-    for entry in std::fs::read_dir(lake.state().join("quarantine")).unwrap().flatten() {
+    let entries = std::fs::read_dir(lake.state().join("quarantine")).unwrap().flatten();
+    for entry in entries.filter(|entry| entry.path().extension().is_some_and(|extension| extension == "ndjson")) {
         let text = std::fs::read_to_string(entry.path()).unwrap();
         assert!(text.contains(old), "{text}");
         std::fs::write(entry.path(), text.replace(old, new)).unwrap();
@@ -81,6 +83,34 @@ async fn what_is_superseded_leaves_quarantine_and_changes_nothing() {
     // Nothing left to try.
     let report = lake.run_with(lake.plan(&source, ""), retry).await.unwrap();
     assert!(report.succeeded && report.types.is_empty());
+}
+
+// Breaks if a line out of quarantine brings back what was deleted since it came.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_deleted_since_does_not_come_back() {
+    let lake = lake();
+    let server = DemoServer::start(Population::new(5, 20), 0, 10).await.unwrap();
+    let served = format!("{{ url: \"{}\", types: [Immunization] }}", server.base());
+    assert!(lake.run(&served, "").await.unwrap().succeeded);
+    let ids = lake.ids("Immunization").await;
+    let lines: Vec<String> = ids.iter().map(|id| patient(id, 99, ",!").replace("Patient", "Immunization")).collect();
+    let (_data, source) = folder(&[("Immunization.ndjson", &lines.join("\n"))]);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    assert_eq!(kept(&lake), ids.len());
+    server.step(0, 100, 0);
+    assert!(lake.run(&served, "").await.unwrap().succeeded);
+    let left = lake.ids("Immunization").await;
+    assert!(!left.is_empty() && left.len() < ids.len(), "some were deleted: {left:?}");
+    let retry = RunOptions { replay_only: true, ..RunOptions::default() };
+    // As long as nobody can read them, nobody knows whose they are.
+    assert_eq!((lake.run_with(lake.plan(&served, ""), retry).await.unwrap().replayed, kept(&lake)), (0, ids.len()));
+    mend(&lake, ",!", "");
+    let report = lake.run_with(lake.plan(&served, ""), retry).await.unwrap();
+    assert_eq!((report.replayed as usize, kept(&lake)), (left.len(), 0));
+    assert_eq!(lake.ids("Immunization").await, left);
+    // Its line is no longer there, so its deletion need not be remembered.
+    assert!(lake.run(&served, "").await.unwrap().succeeded);
+    assert_eq!(std::fs::read_dir(lake.state().join("quarantine")).unwrap().count(), 0);
 }
 
 // Breaks if a line of a type that fails is taken out, or one of a type that the pipeline no longer has is tried.

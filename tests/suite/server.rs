@@ -1,5 +1,6 @@
 //! Runs against the embedded server, well-behaved and not.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use fhirlake::demo::{DEMO_TYPES, DemoServer, Faults, Population};
@@ -264,6 +265,28 @@ async fn without_types_a_type_that_failed_is_exported_in_full() {
     let since: Vec<bool> = server.seen().kickoffs.iter().map(|query| query.contains_key("_since")).collect();
     assert_eq!(since, [false, false, true]);
     assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+}
+
+// Breaks if a type that has no table is asked for by its changes only, or if types of one watermark are asked for apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn types_of_one_watermark_share_a_kick_off() {
+    let (server, lake) = (server(10).await, lake());
+    let source = |types: &str| format!("{{ url: \"{}\", types: [{types}] }}", server.base());
+    assert!(lake.run(&source("Patient, Condition"), "").await.unwrap().succeeded);
+    server.step(100, 50, 1);
+    let report = lake.run(&source("Patient, Condition, Observation, Claim"), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    let asked: BTreeSet<(String, bool)> =
+        server.seen().kickoffs[1..].iter().map(|query| (query["_type"].clone(), query.contains_key("_since"))).collect();
+    let expected = [("Condition,Patient".to_owned(), true), ("Claim,Observation".to_owned(), false)];
+    let sorted = |types: &str| {
+        let mut types: Vec<&str> = types.split(',').collect();
+        types.sort_unstable();
+        types.join(",")
+    };
+    let asked: BTreeSet<(String, bool)> = asked.into_iter().map(|(types, since)| (sorted(&types), since)).collect();
+    assert_eq!(asked, expected.into_iter().collect());
+    assert_is(&lake, &server.population(), &["Patient", "Condition", "Observation", "Claim"]).await;
 }
 
 // Breaks if a type that the server forbids holds the others back, or is passed over in silence.

@@ -117,7 +117,9 @@ impl Lake {
 }
 
 pub async fn sql(tables: &Path, question: &str) -> Vec<RecordBatch> {
+    // As `fhirlake query` does.
     let config = SessionConfig::new().set_bool("datafusion.sql_parser.enable_ident_normalization", false);
+    let config = config.set_str("datafusion.execution.parquet.coerce_int96", "us");
     let session = SessionContext::new_with_config(config);
     let tables = Tables::at(&tables.display().to_string()).unwrap();
     for name in tables.existing().await.unwrap() {
