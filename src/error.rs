@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Partial,
     /// The input was too bad to go on.
     Data,
+    /// The server asks to come back later.
+    Throttled,
     /// The user asked to stop.
     Interrupted,
     /// A fault of fhirlake.
@@ -36,7 +38,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Every kind, for the table in the documentation and its test.
-    pub const ALL: [ErrorKind; 12] = [
+    pub const ALL: [ErrorKind; 13] = [
         Self::Internal,
         Self::Config,
         Self::Network,
@@ -48,6 +50,7 @@ impl ErrorKind {
         Self::Locked,
         Self::Partial,
         Self::Data,
+        Self::Throttled,
         Self::Interrupted,
     ];
 
@@ -65,6 +68,7 @@ impl ErrorKind {
             Self::Locked => (9, true, "wait for the other run to end"),
             Self::Partial => (10, true, "types that succeeded are committed; the next run tries the others again"),
             Self::Data => (11, false, "look at the quarantine; raise `max_bad_lines` only if the loss is known"),
+            Self::Throttled => (12, true, "run again after the time above; until then nothing is asked of the server"),
             Self::Interrupted => (130, true, "run again: what was committed is kept, the rest starts anew"),
         }
     }
@@ -90,12 +94,15 @@ pub struct Error {
     message: String,
     /// From the inside out: "line 7", "type Patient", "pipeline hospital".
     places: Vec<String>,
+    hint: Option<&'static str>,
+    /// The status of the HTTP answer that it is about.
+    status: Option<u16>,
 }
 
 impl Error {
     /// An error of `kind`; `message` says what happened.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), places: Vec::new() }
+        Self { kind, message: message.into(), places: Vec::new(), hint: None, status: None }
     }
     /// Names the place where it happened; call from the inside out. A place that was just named is not named again.
     pub fn at(mut self, place: impl Into<String>) -> Self {
@@ -104,6 +111,24 @@ impl Error {
             self.places.push(place);
         }
         self
+    }
+    /// Says what the operator should do, where the kind's own hint would mislead.
+    pub fn with_hint(mut self, hint: &'static str) -> Self {
+        self.hint = Some(hint);
+        self
+    }
+    /// Notes the status of the HTTP answer that it is about.
+    pub fn with_status(mut self, status: u16) -> Self {
+        self.status = Some(status);
+        self
+    }
+    /// The status of the HTTP answer that it is about.
+    pub fn status(&self) -> Option<u16> {
+        self.status
+    }
+    /// What the operator should do.
+    pub fn hint(&self) -> &'static str {
+        self.hint.unwrap_or(self.kind.hint())
     }
     /// The kind.
     pub fn kind(&self) -> ErrorKind {

@@ -9,6 +9,7 @@
 //!   fills them; [`delta`] stages files, matches keys and commits.
 //! * [`flow`] holds the bounded edges and the crew of workers, and knows neither FHIR nor Delta.
 //! * [`state`] is what a pipeline remembers, in [`private`] files; [`error`] the one table of errors; [`telemetry`] logs and metric names.
+//! * `unpack` is gzip, deflate and Zstandard as they come.
 //! * [`demo`] is an embedded Bulk Data server with a synthetic population.
 //!
 //! A test (`tests/architecture.rs`) holds who may import whom.
@@ -28,3 +29,4 @@ pub mod stages;
 pub mod state;
 pub mod tape;
 pub mod telemetry;
+mod unpack;

@@ -78,6 +78,8 @@ pub struct ExportFile {
     pub requires_access_token: bool,
     /// Whether these are lines that an earlier run quarantined, tried again.
     pub replayed: bool,
+    /// Its page of the manifest and its place on the page, where a newer link may be had.
+    pub place: (usize, usize),
 }
 
 impl Weighed for Arc<ExportFile> {
@@ -257,6 +259,8 @@ pub struct ExportEnd {
     pub transaction_time: Option<i64>,
     /// Whether it was a full export: no `since`.
     pub full: bool,
+    /// Types that an earlier run merged out of this very export: they are left alone.
+    pub merged: Vec<ResourceType>,
 }
 
 /// A file was read to its end.

@@ -24,6 +24,17 @@ pub fn private_append(path: &Path) -> Result<File> {
     options.open(path).context(ErrorKind::Storage, format!("{} cannot be written", path.display()))
 }
 
+/// A new file that only the user can read; one that is there is not replaced.
+pub fn private_new(path: &Path, content: &[u8]) -> Result<()> {
+    let failed = || format!("{} cannot be written", path.display());
+    let mut options = std::fs::OpenOptions::new();
+    options.create_new(true).write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let mut file = options.open(path).context(ErrorKind::Config, failed())?;
+    file.write_all(content).and_then(|()| file.sync_all()).context(ErrorKind::Storage, failed())
+}
+
 /// A file without a name in `folder`: it goes with the process.
 pub fn unnamed_file(folder: &Path) -> Result<File> {
     private_dir(folder)?;

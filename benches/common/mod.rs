@@ -23,6 +23,7 @@ pub fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {
         count: None,
         requires_access_token: false,
         replayed: false,
+        place: (0, 0),
     })
 }
 

@@ -62,6 +62,9 @@ pub(super) async fn optimize(args: OptimizeArgs, output: &Output) -> Result<()> 
     let rows = done.iter().filter_map(|(name, done)| {
         let done = done.as_ref().ok()?;
         let version = done.version.map_or_else(|| "unchanged".into(), |version| version.to_string());
+        if done.version.is_none() {
+            return Some(vec![name.clone(), version, String::new(), String::new(), String::new()]);
+        }
         Some(vec![
             name.clone(),
             version,
@@ -94,6 +97,9 @@ pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
     let found = || done.values().flatten();
     let files: usize = found().map(|done| done.files.len()).sum();
     let size = bytes(found().map(|done| done.bytes).sum());
+    if done.values().any(|done| done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Config)) {
+        output.remark("--force allows a retention below a table's own");
+    }
     output.remark(&match args.delete {
         true => format!("{files} files of {size} removed"),
         false => format!("{files} files of {size} could be removed; --delete removes them"),

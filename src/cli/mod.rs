@@ -1,8 +1,10 @@
 //! The command line. One file a command; `output` is the only place that prints.
 
+mod auth;
 mod completions;
 mod demo;
 mod drive;
+mod jobs;
 mod json;
 mod maintain;
 mod output;
@@ -64,6 +66,14 @@ enum Command {
     Vacuum(maintain::VacuumArgs),
     /// Lines that could not be read: names them, tries them again, or gives them up.
     Quarantine(quarantine::QuarantineArgs),
+    /// Exports that the server works on or holds for a pipeline: names them, or cancels them.
+    Jobs(jobs::JobsArgs),
+    /// Who we are to the server: checks it without a run.
+    Auth(auth::AuthArgs),
+    /// Makes a key pair for a backend service, and the JWKS to register.
+    Keygen(auth::KeygenArgs),
+    /// Shows what each `source.profile` sets, and why.
+    Profiles,
     /// Asks the tables a question in SQL; each is named by its resource type.
     Query(query::QueryArgs),
     /// Shows the table schema of a resource type.
@@ -125,6 +135,10 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
         Command::Optimize(args) => maintain::optimize(args, output).await,
         Command::Vacuum(args) => maintain::vacuum(args, output).await,
         Command::Quarantine(args) => quarantine::quarantine(args, output).await,
+        Command::Jobs(args) => jobs::jobs(args, output).await,
+        Command::Auth(args) => auth::auth(args, output).await,
+        Command::Keygen(args) => auth::keygen(&args, output),
+        Command::Profiles => output.raw(crate::config::PROFILES.as_bytes()),
         Command::Query(args) => query::query(args, output).await,
         Command::Schema(args) => schema::schema(&args, output),
         Command::Completions(args) => completions::completions(&args, output),

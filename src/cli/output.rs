@@ -95,7 +95,7 @@ impl Output {
         self.bars.suspend(|| {
             let mut stderr = std::io::stderr();
             let _ = writeln!(stderr, "{red}error{off}: {error}");
-            let _ = writeln!(stderr, "{dim}hint{off}: {}", error.kind().hint());
+            let _ = writeln!(stderr, "{dim}hint{off}: {}", error.hint());
         });
     }
 

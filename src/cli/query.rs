@@ -74,7 +74,8 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
     let session = SessionContext::new_with_config(config);
     let existing = tables.existing().await?;
     if existing.is_empty() {
-        return Err(Error::new(ErrorKind::Storage, format!("there are no tables in {}", tables.display())));
+        return Err(Error::new(ErrorKind::Config, format!("there are no tables in {}", tables.display()))
+            .with_hint("name the folder that holds <Type>.parquet folders, or run the pipeline first"));
     }
     for name in &existing {
         // Only what the question names is opened: a folder may hold a hundred tables.

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::drive::drive;
 use super::output::Output;
-use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SourcePlan, Text, environment, read_pipeline};
+use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SecretPlace, SourcePlan, Text, environment, read_pipeline};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::Level;
 use crate::pipeline::{self, RunOptions};
@@ -18,6 +18,9 @@ pub(super) struct RunArgs {
     /// Ask for everything, and rewrite rows whose content differs.
     #[arg(long)]
     full_refresh: bool,
+    /// Ask for a new export, though one that an earlier run asked for is in flight (see `fhirlake jobs`).
+    #[arg(long)]
+    new_export: bool,
     /// Set a key of the file, such as `--set memory=1GiB`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -73,17 +76,17 @@ pub(super) fn plan_of(path: &PathBuf, sets: &[String]) -> Result<Plan> {
 
 pub(super) async fn run(args: RunArgs, output: &Output) -> Result<()> {
     let plan = plan_of(&args.pipeline, &args.sets)?;
-    start(plan, args.full_refresh, args.dry_run, output).await
+    let options = RunOptions { full_refresh: args.full_refresh, new_export: args.new_export, ..RunOptions::default() };
+    start(plan, options, args.dry_run, output).await
 }
 
 pub(super) async fn sync(args: SyncArgs, output: &Output) -> Result<()> {
     let (full_refresh, dry_run) = (args.full_refresh, args.dry_run);
     let plan = sync_plan(args)?;
-    start(plan, full_refresh, dry_run, output).await
+    start(plan, RunOptions { full_refresh, ..RunOptions::default() }, dry_run, output).await
 }
 
-async fn start(plan: Plan, full_refresh: bool, dry_run: bool, output: &Output) -> Result<()> {
-    let options = RunOptions { full_refresh, ..RunOptions::default() };
+async fn start(plan: Plan, options: RunOptions, dry_run: bool, output: &Output) -> Result<()> {
     if dry_run {
         return explain(plan, options, output).await;
     }
@@ -125,8 +128,12 @@ fn with_auth(mut read: Read, client_id: Option<Text>, private_key: Option<String
         (Some(client_id), Some(private_key)) => Some(AuthSection {
             client_id: Some(client_id),
             private_key: Some(private_key),
-            scope: "system/*.read".into(),
+            key_id: None,
+            client_secret: None,
+            client_secret_in: SecretPlace::Basic,
+            scope: None,
             token_url: None,
+            audience: None,
             bearer_token: None,
         }),
         (Some(_), None) => {

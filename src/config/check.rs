@@ -2,7 +2,9 @@
 
 use serde_json::Value;
 
-use super::file::{LevelName, MaxBad, PipelineFile, pipeline_json_schema};
+use super::file::{MaxBad, Mode, PipelineFile, pipeline_json_schema};
+use super::profiles;
+use super::source::{LevelName, MethodName};
 use super::tree::{Place, Tree, check};
 use crate::error::{Error, ErrorKind};
 
@@ -87,6 +89,7 @@ pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> 
         let value: Tree = serde_saphyr::from_str(value).map_err(|_| wrong("the value is not YAML".into()))?;
         tree.set(key.trim(), value).map_err(wrong)?;
     }
+    profiles::apply(&mut tree);
     let mut problems = check(&tree, &pipeline_json_schema());
     let file = match serde_json::from_value::<PipelineFile>(tree.to_json()) {
         Ok(file) => file,
@@ -183,14 +186,63 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         {
             add("source.auth.token_url", "neither an http nor an https URL", None);
         }
-        match (&auth.bearer_token, &auth.client_id, &auth.private_key) {
-            (Some(_), None, None) | (None, Some(_), Some(_)) => {}
-            (Some(_), _, _) => add("source.auth.bearer_token", "either a bearer token or a client id and key", None),
-            (None, Some(_), None) => {
-                add("source.auth", "auth.client_id needs auth.private_key", Some("a run never goes unauthenticated by mistake"))
+        let proofs = usize::from(auth.private_key.is_some()) + usize::from(auth.client_secret.is_some());
+        match (auth.bearer_token.is_some(), auth.client_id.is_some(), proofs) {
+            (true, false, 0) | (false, true, 1) => {}
+            (true, _, _) => add("source.auth.bearer_token", "either a bearer token or a client id and key", None),
+            (false, _, 2) => add("source.auth.client_secret", "either a private key or a secret", None),
+            (false, true, _) => add(
+                "source.auth",
+                "auth.client_id needs auth.private_key or auth.client_secret",
+                Some("a run never goes unauthenticated by mistake"),
+            ),
+            (false, false, 1) => add("source.auth", "auth.private_key and auth.client_secret need auth.client_id", None),
+            (false, false, _) => add("source.auth", "auth is empty", Some("client_id and private_key, or bearer_token")),
+        }
+    }
+    if !source.patients.is_empty() && source.level == LevelName::System {
+        add("source.patients", "patients at level system", Some("set source.level: patient, or group"));
+    }
+    if !source.patients.is_empty() && source.method == MethodName::Get {
+        add("source.patients", "patients cannot be named in a GET", Some("leave source.method out"));
+    }
+    for (index, filter) in source.type_filters.iter().enumerate() {
+        let path = format!("source.type_filters.{index}");
+        let name = filter.split('?').next().unwrap_or_default();
+        if !filter.contains('?') || !crate::schema::Model::r4().is_resource_type(name) {
+            add(&path, "not a search such as Observation?category=laboratory", None);
+        } else if !source.types.is_empty() && !source.types.iter().any(|wanted| wanted == name) {
+            add(&path, "a filter of a type that source.types does not ask for", None);
+        }
+        // K16: what arranges an answer, rather than choosing resources, has no place in it.
+        let parameters = filter.split('?').nth(1).unwrap_or_default().split('&');
+        for parameter in parameters.map(|parameter| parameter.split(['=', ':']).next().unwrap_or_default()) {
+            if ["_sort", "_count", "_include", "_revinclude", "_summary", "_elements", "_total", "_contained"]
+                .contains(&parameter)
+            {
+                add(&path, &format!("{parameter} has no place in a filter"), None);
             }
-            (None, None, Some(_)) => add("source.auth", "auth.private_key needs auth.client_id", None),
-            (None, None, None) => add("source.auth", "auth is empty", Some("client_id and private_key, or bearer_token")),
+        }
+    }
+    let narrows = !(source.elements.is_empty() && source.type_filters.is_empty() && source.patients.is_empty());
+    if file.stages.merge.mode != Mode::Merge && (narrows || source.until.is_some()) {
+        add(
+            "stages.merge.mode",
+            "deletes what an export does not name, and source asks for a part only (until, elements, type_filters or patients)",
+            Some("set stages.merge.mode: merge"),
+        );
+    }
+    for (index, origin) in source.token_origins.iter().enumerate() {
+        let is_origin = url::Url::parse(origin).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.path() == "/");
+        if !is_origin {
+            add(&format!("source.token_origins.{index}"), "not an origin such as https://files.example.org", None);
+        }
+    }
+    for name in source.headers.keys() {
+        if reqwest::header::HeaderName::from_bytes(name.as_bytes()).is_err() {
+            add(&format!("source.headers.{name}"), "not a header's name", None);
+        } else if name.eq_ignore_ascii_case("authorization") {
+            add(&format!("source.headers.{name}"), "tokens go into source.auth, so that they go to no other host", None);
         }
     }
     let mut seen = std::collections::BTreeSet::new();

@@ -3,7 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::values::{ByteSize, Instant, Span, Text, resource_types_schema};
+use super::source::SourceSection;
+use super::values::{ByteSize, Span, Text, resource_types_schema};
 
 /// A pipeline: one FHIR server (or folder of NDJSON), one folder of Delta tables.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -40,90 +41,6 @@ pub struct PipelineFile {
     /// Where traces and metrics go; read, and not acted on in this version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<TelemetrySection>,
-}
-
-/// Where resources come from.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct SourceSection {
-    /// FHIR base URL, or `file:///folder` of NDJSON files.
-    pub url: Text,
-    /// Whose data is exported.
-    #[serde(default)]
-    pub level: LevelName,
-    /// The group's id, for level `group`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub group: Option<String>,
-    /// Resource types; empty for all that the server has.
-    #[serde(default)]
-    #[schemars(schema_with = "resource_types_schema")]
-    pub types: Vec<String>,
-    /// What is asked for: since the tables' watermark, everything, or since an instant.
-    #[serde(default = "defaults::since")]
-    pub since: Instant,
-    /// Taken off the watermark before it is asked with.
-    #[serde(default = "defaults::overlap")]
-    pub overlap: Span,
-    /// Who we are to the server.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub auth: Option<AuthSection>,
-    /// How long the server may work on an export.
-    #[serde(default = "defaults::timeout")]
-    pub timeout: Span,
-    /// How long a request that fails for a passing reason is tried again.
-    #[serde(default = "defaults::retry_for")]
-    pub retry_for: Span,
-    /// Longest pause between polls, and longest that a server may ask for.
-    #[serde(default = "defaults::max_poll_interval")]
-    pub max_poll_interval: Span,
-    /// When the server is told that its files are no longer needed.
-    #[serde(default)]
-    pub delete_export: DeleteExport,
-}
-
-/// Whose data is exported.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum LevelName {
-    /// Everything: `[base]/$export`.
-    #[default]
-    System,
-    /// All patients: `[base]/Patient/$export`.
-    Patient,
-    /// A group of patients: `[base]/Group/[id]/$export`.
-    Group,
-}
-
-/// When the server is told that its files are no longer needed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum DeleteExport {
-    /// Once every type has committed.
-    #[default]
-    AfterCommit,
-    /// Never.
-    Never,
-}
-
-/// Who we are to the server: a backend service (client id and private key), or the bearer of a token.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AuthSection {
-    /// The client id that the server knows us by.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub client_id: Option<Text>,
-    /// The private key: a JWK, a JWKS or a PEM.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub private_key: Option<Text>,
-    /// The scopes to ask for.
-    #[serde(default = "defaults::scope")]
-    pub scope: String,
-    /// The token endpoint, where the server's SMART configuration does not tell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub token_url: Option<Text>,
-    /// A token that never changes, instead of a client id and key.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bearer_token: Option<Text>,
 }
 
 /// How each stage works.
@@ -326,30 +243,10 @@ pub struct TelemetrySection {
 }
 
 mod defaults {
-    use super::{ByteSize, Instant, Span};
-    use std::time::Duration;
+    use super::ByteSize;
 
     pub fn memory() -> ByteSize {
         ByteSize(512 << 20)
-    }
-    pub fn since() -> Instant {
-        Instant::LastSync
-    }
-    pub fn overlap() -> Span {
-        Span(Duration::ZERO)
-    }
-    /// The recipe's.
-    pub fn timeout() -> Span {
-        Span(Duration::from_secs(3600))
-    }
-    pub fn retry_for() -> Span {
-        Span(Duration::from_secs(15 * 60))
-    }
-    pub fn max_poll_interval() -> Span {
-        Span(Duration::from_secs(60))
-    }
-    pub fn scope() -> String {
-        "system/*.read".to_owned()
     }
 }
 

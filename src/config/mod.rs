@@ -4,14 +4,19 @@
 mod check;
 mod file;
 mod plan;
+mod profiles;
+mod source;
 mod tree;
 mod values;
 
 pub use check::{Problem, Read, read_pipeline};
 pub use file::{
-    AuthSection, Bad, DownloadSection, EncodeSection, FileColumns, LevelName, MaxBad, MergeSection, Mode, OptimizeSection,
-    ParseSection, PipelineFile, Schedule, SchemaEvolution, SourceSection, Stages, TelemetrySection, VacuumSection,
-    pipeline_json_schema,
+    Bad, DownloadSection, EncodeSection, FileColumns, MaxBad, MergeSection, Mode, OptimizeSection, ParseSection, PipelineFile,
+    Schedule, SchemaEvolution, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
 };
 pub use plan::{MemorySplit, Plan, Since, SourcePlan, default_state_folder};
+pub use profiles::PROFILES;
+pub use source::{
+    AuthSection, DeleteExport, LevelName, ListStyle, MethodName, OneOrMore, ProfileName, SecretPlace, SourceSection,
+};
 pub use values::{ByteSize, Instant, Span, Text, environment};

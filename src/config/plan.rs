@@ -6,9 +6,10 @@ use std::time::Duration;
 use url::Url;
 
 use super::check::{Problem, Read};
-use super::file::{Bad, DeleteExport, FileColumns, LevelName, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
+use super::file::{Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
+use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection};
 use super::values::{Instant, Text};
-use crate::fhir::{AuthSettings, HttpSettings, Level};
+use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
 use crate::schema::{Columns, LayoutOptions};
 
 /// Where a run's resources come from.
@@ -27,6 +28,8 @@ pub enum SourcePlan {
         http: HttpSettings,
         /// How long it may work.
         timeout: Duration,
+        /// What is asked beside types and time.
+        options: ExportOptions,
     },
     /// A folder of NDJSON.
     Folder(Url),
@@ -170,23 +173,59 @@ impl Plan {
         let url = text("source.url", &file.source.url);
         let tables = text("tables", &file.tables);
         let state = file.state.as_ref().map(|state| text("state", state));
-        let auth = match &file.source.auth {
+        let source = &file.source;
+        let level = match (source.level, &source.group) {
+            (LevelName::Group, Some(id)) => Level::Group(id.clone()),
+            (LevelName::Patient, _) => Level::Patient,
+            _ => Level::System,
+        };
+        let auth = match &source.auth {
             None => AuthSettings::None,
-            Some(auth) => match (&auth.bearer_token, &auth.client_id, &auth.private_key) {
-                (Some(token), _, _) => AuthSettings::Bearer(text("source.auth.bearer_token", token).into()),
-                (None, Some(id), Some(key)) => AuthSettings::BackendServices {
-                    client_id: text("source.auth.client_id", id).into(),
-                    private_key: text("source.auth.private_key", key).into(),
-                    scope: auth.scope.clone(),
-                    token_url: match auth.token_url.as_ref().map(|url| Url::parse(&text("source.auth.token_url", url))) {
+            Some(auth) => match (&auth.bearer_token, &auth.client_id) {
+                (Some(token), _) => AuthSettings::Bearer(text("source.auth.bearer_token", token).into()),
+                (None, Some(id)) => {
+                    let proof = match (&auth.private_key, &auth.client_secret) {
+                        (Some(key), _) => Proof::Key(text("source.auth.private_key", key).into(), auth.key_id.clone()),
+                        (None, Some(secret)) => {
+                            let secret = text("source.auth.client_secret", secret).into();
+                            match auth.client_secret_in {
+                                SecretPlace::Basic => Proof::SecretInHeader(secret),
+                                SecretPlace::Form => Proof::SecretInForm(secret),
+                            }
+                        }
+                        (None, None) => Proof::Key(String::new().into(), None),
+                    };
+                    let token_url = match auth.token_url.as_ref().map(|url| Url::parse(&text("source.auth.token_url", url))) {
                         None => None,
                         Some(Ok(url)) => Some(url),
                         Some(Err(_)) => return Err(vec![read.problem("source.auth.token_url", "not a URL", None)]),
-                    },
-                },
-                _ => AuthSettings::None,
+                    };
+                    AuthSettings::Client(Box::new(ClientSettings {
+                        client_id: text("source.auth.client_id", id).into(),
+                        proof,
+                        scope: auth.scope.clone(),
+                        token_url,
+                        audience: auth.audience.clone(),
+                        access: Access::of(&level, &source.types),
+                    }))
+                }
+                (None, None) => AuthSettings::None,
             },
         };
+        let mut headers = reqwest::header::HeaderMap::new();
+        for (name, value) in &source.headers {
+            let value = text(&format!("source.headers.{name}"), value);
+            let parsed = reqwest::header::HeaderName::from_bytes(name.as_bytes()).ok();
+            match parsed.zip(reqwest::header::HeaderValue::from_str(&value).ok()) {
+                Some((name, mut value)) => {
+                    value.set_sensitive(true);
+                    headers.insert(name, value);
+                }
+                None => {
+                    return Err(vec![read.problem(&format!("source.headers.{name}"), "not a header's name and value", None)]);
+                }
+            }
+        }
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -221,17 +260,17 @@ impl Plan {
         let source = if url.scheme() == "file" {
             SourcePlan::Folder(url)
         } else {
-            let level = match (file.source.level, &file.source.group) {
-                (LevelName::Group, Some(id)) => Level::Group(id.clone()),
-                (LevelName::Patient, _) => Level::Patient,
-                _ => Level::System,
-            };
             let http = HttpSettings {
                 retry_for: file.source.retry_for.0,
                 max_pause: file.source.max_poll_interval.0,
+                max_kick_off_wait: file.source.max_kick_off_wait.0,
+                headers,
+                token_origins: file.source.token_origins.iter().filter_map(|url| Some(Url::parse(url).ok()?.origin())).collect(),
+                downloads: file.stages.download.concurrency,
                 ..HttpSettings::default()
             };
-            SourcePlan::Server { base: url, level, auth, http, timeout: file.source.timeout.0 }
+            let options = export_options(&file.source);
+            SourcePlan::Server { base: url, level, auth, http, timeout: file.source.timeout.0, options }
         };
         let workers = |number: usize| if number == 0 { cores() } else { number };
         let stages = &file.stages;
@@ -288,5 +327,31 @@ impl Plan {
                 .filter_map(|(there, key)| there.then_some(key))
                 .collect(),
         })
+    }
+}
+
+/// What is asked beside types and time.
+fn export_options(source: &SourceSection) -> ExportOptions {
+    let parameters = source.parameters.iter();
+    ExportOptions {
+        until: source.until.clone(),
+        elements: source.elements.clone(),
+        type_filters: source.type_filters.clone(),
+        patients: source.patients.clone(),
+        include_associated_data: source.include_associated_data.clone(),
+        organize_output_by: source.organize_output_by.clone(),
+        allow_partial_manifests: source.allow_partial_manifests,
+        output_format: source.output_format.clone(),
+        parameters: parameters
+            .flat_map(|(name, values)| values.values().iter().map(move |value| (name.clone(), value.clone())))
+            .collect(),
+        method: match source.method {
+            MethodName::Auto => Method::Auto,
+            MethodName::Get => Method::Get,
+            MethodName::Post => Method::Post,
+        },
+        repeats: source.lists == ListStyle::Repeat,
+        lenient: source.lenient,
+        separate_export_status: source.separate_export_status,
     }
 }

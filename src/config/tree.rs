@@ -113,6 +113,14 @@ impl Tree {
         found
     }
 
+    /// The value at a dotted path of keys.
+    pub fn get(&self, path: &str) -> Option<&Tree> {
+        path.split('.').try_fold(self, |at, step| match at {
+            Tree::Map(members) => members.iter().find(|member| member.0 == step).map(|member| &member.3),
+            _ => None,
+        })
+    }
+
     /// Sets the value at a dotted path, for `--set`.
     pub fn set(&mut self, path: &str, value: Tree) -> Result<(), String> {
         let (step, rest) = path.split_once('.').map_or((path, None), |(step, rest)| (step, Some(rest)));

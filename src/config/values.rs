@@ -138,6 +138,7 @@ pub(super) const SPAN: &str = "time-span";
 pub(super) const SINCE: &str = "since";
 pub(super) const TEXT: &str = "text-with-references";
 pub(super) const RESOURCE_TYPE: &str = "resource-type";
+pub(super) const INSTANT: &str = "instant";
 
 /// What is wrong with a text of a format; `None` where nothing is.
 pub(super) fn check_format(format: &str, text: &str) -> Option<String> {
@@ -146,6 +147,10 @@ pub(super) fn check_format(format: &str, text: &str) -> Option<String> {
         SPAN => Span::try_from(text.to_owned()).err(),
         SINCE => Instant::try_from(text.to_owned()).err(),
         TEXT => parts(text).err(),
+        INSTANT => {
+            let instant = crate::schema::parse_instant(text.as_bytes());
+            instant.is_none().then(|| "not an instant such as 2026-01-31T00:00:00Z".to_owned())
+        }
         RESOURCE_TYPE => {
             let known = crate::schema::Model::r4().is_resource_type(text);
             (!known).then(|| "not a resource type of FHIR R4".to_owned())
@@ -177,6 +182,11 @@ string_schema!(Text, "Text", TEXT, "A text; may hold ${env:NAME} and ${file:/pat
 /// The schema of a resource type's name.
 pub(super) fn resource_types_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "array", "items": { "type": "string", "format": RESOURCE_TYPE } })
+}
+
+/// The schema of an instant.
+pub(super) fn instant_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": ["string", "null"], "format": INSTANT })
 }
 
 enum Part<'a> {

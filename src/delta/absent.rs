@@ -27,8 +27,9 @@ impl Absent {
         Err(Error::new(
             ErrorKind::Data,
             format!(
-                "{absent} of the table's {live} rows are not in the export, and max_deleted allows {allowed}: nothing was changed; if they are gone from the server, raise stages.merge.max_deleted for one run"
+                "{absent} of the table's {live} rows are not in the export, and max_deleted allows {allowed}: nothing was changed"
             ),
-        ))
+        )
+        .with_hint("if they are gone from the server, run once with --set stages.merge.max_deleted=…"))
     }
 }

@@ -24,14 +24,16 @@ use crate::private::unnamed_file;
 /// Ids that are kept to cut by.
 const SAMPLES: u64 = 64 * 1024;
 
-/// Less than this a core cannot work with.
+/// Less than this a core cannot work with; and more than this makes texts longer than Arrow's offsets reach.
 const MIN_BYTES: usize = 4 << 20;
+const MAX_BYTES: usize = 256 << 20;
 
 struct Sorter<'a> {
     place: &'a Place<'a>,
     shape: &'a Shape,
     scratch: &'a Scratch,
-    /// Bytes of rows that a core gathers, sorts, and writes: a third of what it may hold.
+    /// Bytes of rows that a core gathers, sorts, and writes: a fourth of what it may hold, since they are there as they
+    /// came, in one piece, and in their order.
     bytes: usize,
     /// The first id of each part but the first.
     bounds: Vec<Box<str>>,
@@ -47,7 +49,7 @@ struct Runs {
 /// Writes the live rows of `files` in the order of their ids.
 pub(super) async fn sorted(place: &Place<'_>, shape: &Shape, files: &[&DataFile], scratch: &Scratch) -> Result<Vec<Add>> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let bytes = (scratch.memory / cores / 3).max(MIN_BYTES);
+    let bytes = (scratch.memory / cores / 4).clamp(MIN_BYTES, MAX_BYTES);
     let mut sorter = Sorter { place, shape, scratch, bytes, bounds: Vec::new() };
     sorter.bounds = sorter.cut(files)?;
     // As few files on disk as keep the cores busy: each stays open.
@@ -57,11 +59,15 @@ pub(super) async fn sorted(place: &Place<'_>, shape: &Shape, files: &[&DataFile]
     let parts: Vec<usize> = (0..=sorter.bounds.len()).collect();
     let mut copies = Copies::new(place, shape);
     for parts in parts.chunks(cores) {
-        for group in on_all_cores(parts, |_, part| sorter.part(*part, &runs))?.into_iter().flatten() {
-            copies.append(group).await?;
+        let work = match on_all_cores(parts, |_, part| sorter.part(*part, &runs)) {
+            Ok(groups) => copies.append_all(groups.into_iter().flatten()).await,
+            Err(error) => Err(error),
+        };
+        if work.is_err() {
+            return copies.finish(work).await;
         }
     }
-    copies.finish().await
+    copies.finish(Ok(())).await
 }
 
 impl Sorter<'_> {

@@ -147,7 +147,7 @@ impl<'a> Copies<'a> {
     }
 
     /// The live rows of a file, in their order.
-    pub async fn copy(&mut self, file: &DataFile) -> Result<()> {
+    async fn copy(&mut self, file: &DataFile) -> Result<()> {
         let open = OpenFile::open(self.place.table, file).await?;
         let mut rows = open.live_rows()?;
         while let Some(batch) = rows.next().await? {
@@ -170,7 +170,7 @@ impl<'a> Copies<'a> {
     }
 
     /// Appends a row group.
-    pub async fn append(&mut self, group: RowGroup) -> Result<()> {
+    async fn append(&mut self, group: RowGroup) -> Result<()> {
         let file = match &mut self.open {
             Some(file) => file,
             None => self.open.insert(NewFile::create(self.place.table, self.place.next_path()).await?),
@@ -186,6 +186,14 @@ impl<'a> Copies<'a> {
         Ok(())
     }
 
+    /// Appends row groups.
+    pub async fn append_all(&mut self, groups: impl Iterator<Item = RowGroup>) -> Result<()> {
+        for group in groups {
+            self.append(group).await?;
+        }
+        Ok(())
+    }
+
     async fn close(&mut self) -> Result<()> {
         let Some(file) = self.open.take() else { return Ok(()) };
         let done = file.close(self.place.table).await?;
@@ -194,11 +202,35 @@ impl<'a> Copies<'a> {
         Ok(())
     }
 
-    /// The add actions of the files.
-    pub async fn finish(mut self) -> Result<Vec<Add>> {
-        self.flush().await?;
-        self.close().await?;
+    /// The add actions of the files, once `work` has written all rows.
+    pub async fn finish(mut self, work: Result<()>) -> Result<Vec<Add>> {
+        let work = match work {
+            Ok(()) => self.flush().await,
+            failed => failed,
+        };
+        match work {
+            Ok(()) => self.close().await?,
+            Err(error) => {
+                if let Some(file) = self.open.take() {
+                    file.discard().await;
+                }
+                return Err(error);
+            }
+        }
         Ok(self.adds)
+    }
+
+    /// Copies the live rows of some files.
+    pub async fn of(place: &'a Place<'a>, shape: &'a Shape, files: &[&DataFile]) -> Result<Vec<Add>> {
+        let mut copies = Self::new(place, shape);
+        let mut work = Ok(());
+        for file in files {
+            work = copies.copy(file).await;
+            if work.is_err() {
+                break;
+            }
+        }
+        copies.finish(work).await
     }
 }
 

@@ -7,14 +7,13 @@ use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use futures::TryStreamExt;
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection, RowSelector,
-};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
 use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
+use parquet::basic::Type;
 use parquet::file::metadata::RowGroupMetaData;
 use roaring::RoaringTreemap;
 
-use super::reader::{FileRows, StoreReader};
+use super::reader::{BATCH_BYTES, FileRows, LocalRows, StoreReader};
 use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{Arrival, RowKey, key_of};
@@ -50,7 +49,8 @@ impl<'a> OpenFile<'a> {
         let failed = |error| storage(error, &format!("{} cannot be read", file.path));
         let mut metadata = ArrowReaderMetadata::load_async(&mut reader, options()).await.map_err(failed)?;
         // Spark's INT96 would come as nanoseconds, which reach from 1677 to 2262 only; Delta's timestamps are microseconds.
-        if let Some(schema) = in_micros(metadata.schema().fields()) {
+        let instants = metadata.parquet_schema().columns().iter().map(|column| column.physical_type() == Type::INT96);
+        if let Some(schema) = in_micros(metadata.schema().fields(), &mut instants.collect::<Vec<_>>().into_iter()) {
             let options = options().with_schema(Arc::new(Schema::new(schema)));
             metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options).map_err(failed)?;
         }
@@ -70,14 +70,11 @@ impl<'a> OpenFile<'a> {
     pub fn read_rows(&self, rows: Option<RowSelection>) -> Result<FileRows> {
         let failed = |error| storage(error, &format!("{} cannot be read", self.file.path));
         let bytes: u64 = self.groups().iter().map(|group| group.total_byte_size().unsigned_abs()).sum();
-        let a_row = bytes / self.rows().max(1) + 1;
+        // A column of nulls has its offsets all the same, and there may be a thousand.
+        let a_row = bytes / self.rows().max(1) + 1 + 5 * self.metadata.parquet_schema().num_columns() as u64;
         let at_once = (BATCH_BYTES / a_row).clamp(1, BATCH as u64) as usize;
         if let Some(file) = self.reader.local() {
-            let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone());
-            if let Some(rows) = rows {
-                builder = builder.with_row_selection(rows);
-            }
-            return Ok(FileRows::Local(builder.with_batch_size(at_once).build().map_err(failed)?));
+            return Ok(FileRows::Local(LocalRows::new(file, self.metadata.clone(), rows, at_once).map_err(failed)?));
         }
         let mut builder = self.reader();
         if let Some(rows) = rows {
@@ -248,22 +245,21 @@ fn options() -> ArrowReaderOptions {
     ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
-/// The columns with timestamps of microseconds, where some are of nanoseconds.
-fn in_micros(fields: &Fields) -> Option<Fields> {
-    fn field(of: &FieldRef) -> Option<FieldRef> {
+/// The columns with timestamps of microseconds, where some are of twelve bytes; `int96` says so of each leaf column. Other
+/// nanoseconds are numbers of nanoseconds, and are cast where they are used.
+fn in_micros(fields: &Fields, int96: &mut impl Iterator<Item = bool>) -> Option<Fields> {
+    fn field(of: &FieldRef, int96: &mut impl Iterator<Item = bool>) -> Option<FieldRef> {
         let data_type = match of.data_type() {
-            DataType::Timestamp(TimeUnit::Nanosecond, zone) => {
-                // INT96 says nothing of a zone; Spark means UTC.
-                DataType::Timestamp(TimeUnit::Microsecond, Some(zone.clone().unwrap_or_else(|| "UTC".into())))
-            }
-            DataType::Struct(fields) => DataType::Struct(in_micros(fields)?),
-            DataType::List(item) => DataType::List(field(item)?),
-            DataType::Map(entries, sorted) => DataType::Map(field(entries)?, *sorted),
+            DataType::Struct(fields) => DataType::Struct(in_micros(fields, int96)?),
+            DataType::List(item) => DataType::List(field(item, int96)?),
+            DataType::Map(entries, sorted) => DataType::Map(field(entries, int96)?, *sorted),
+            // It says nothing of a zone; Spark means UTC.
+            _ if int96.next() == Some(true) => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
             _ => return None,
         };
         Some(Arc::new(of.as_ref().clone().with_data_type(data_type)))
     }
-    let changed: Vec<Option<FieldRef>> = fields.iter().map(field).collect();
+    let changed: Vec<Option<FieldRef>> = fields.iter().map(|of| field(of, int96)).collect();
     let some = changed.iter().any(Option::is_some);
     some.then(|| changed.into_iter().zip(fields).map(|(changed, field)| changed.unwrap_or_else(|| field.clone())).collect())
 }
@@ -307,9 +303,8 @@ pub(super) fn selection(rows: impl Iterator<Item = u64>) -> RowSelection {
     RowSelection::from(selectors)
 }
 
-/// Rows of a batch, and, where all columns are read, bytes of it as far as the footer tells.
+/// Rows of a batch.
 const BATCH: usize = 16 * 1024;
-const BATCH_BYTES: u64 = 8 << 20;
 
 /// The rows of some row groups, one after the other.
 struct Places {

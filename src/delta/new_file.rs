@@ -82,8 +82,15 @@ impl NewFile {
         let mut footer = Vec::new();
         // Offsets of a footer written apart would be wrong only for page indexes, which our files leave out.
         ParquetMetaDataWriter::new(&mut footer, &metadata).finish().map_err(|error| failed(&error))?;
-        self.writer.write_all(&footer).await.map_err(|error| failed(&error))?;
-        self.writer.shutdown().await.map_err(|error| failed(&error))?;
+        let written = async {
+            self.writer.write_all(&footer).await?;
+            self.writer.shutdown().await
+        };
+        if let Err(error) = written.await {
+            let error = failed(&error);
+            self.discard().await;
+            return Err(error);
+        }
         if let Some(folder) = table.local() {
             sync_file(folder.join(self.path.as_ref())).await.map_err(|error| failed(&error))?;
         }
@@ -99,7 +106,9 @@ impl NewFile {
 
 /// Removes a file that no version names.
 pub(super) async fn remove(table: &Table, path: &Path) {
-    if let Err(error) = table.store().delete(path).await {
+    if let Err(error) = table.store().delete(path).await
+        && !matches!(error, object_store::Error::NotFound { .. })
+    {
         tracing::warn!(file = %path, %error, "a file that was not committed could not be removed; vacuum will");
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use arrow::datatypes::DataType;
 use deltalake::kernel::{Action, Add};
 use deltalake::protocol::DeltaOperation;
 use serde_json::{Value, json};
@@ -99,6 +100,11 @@ async fn groups<'a>(table: &Table, targets: &'a [TargetFile], settings: &Optimiz
     };
     let small = |file: &TargetFile| file.data.size < settings.target_file_bytes / 2;
     if settings.cluster {
+        let id = table.schema()?.and_then(|schema| Some(schema.field_with_name("id").ok()?.data_type().clone()));
+        if id != Some(DataType::Utf8) {
+            let why = "rows cannot be put in the order of their ids: the table has no column id of strings";
+            return Err(Error::new(ErrorKind::Table, why));
+        }
         let smalls = targets.iter().filter(|file| small(file)).count();
         if targets.iter().any(dirty) || smalls > 1 || !is_clustered(table, targets).await? {
             return Ok(vec![targets.iter().collect()]);
@@ -157,11 +163,7 @@ impl Work<'_> {
             let adds = on_all_cores(&files, |_, files| {
                 handle.block_on(async {
                     let shape = Shape::of(place.table, &schema, files).await?;
-                    let mut copies = Copies::new(place, &shape);
-                    for file in files {
-                        copies.copy(file).await?;
-                    }
-                    copies.finish().await
+                    Copies::of(place, &shape, files).await
                 })
             })?;
             self.adds.extend(adds.into_iter().flatten());

@@ -6,12 +6,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
+use arrow::error::ArrowError;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReader};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
+};
 use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStream};
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
@@ -69,7 +72,7 @@ fn read(file: &File, range: Range<u64>) -> Result<Bytes> {
 
 /// A local file whose pages are read one after the other, as they are needed: of a row group of another writer, which may
 /// be hundreds of megabytes, only some pages are in memory.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct LocalFile {
     file: Arc<File>,
     size: u64,
@@ -115,16 +118,71 @@ impl Read for From {
 /// Some rows of a file, all columns.
 pub(super) enum FileRows {
     /// Page by page.
-    Local(ParquetRecordBatchReader),
+    Local(LocalRows),
     /// A row group at a time is in memory, as the store gives it.
     Store(ParquetRecordBatchStream<StoreReader>),
+}
+
+/// Bytes that a batch of rows should have.
+pub(super) const BATCH_BYTES: u64 = 8 << 20;
+
+/// Rows that the first batch has at most: how large rows are, nobody knows before. A footer tells how large they are packed,
+/// and a dictionary packs a large text that every row has into some bits.
+const FIRST_ROWS: usize = 256;
+
+/// Rows of a local file, in batches that become as large as they should be.
+pub(super) struct LocalRows {
+    file: LocalFile,
+    metadata: ArrowReaderMetadata,
+    wanted: Option<RowSelection>,
+    /// Rows that were given out.
+    given: usize,
+    at_once: usize,
+    most: usize,
+    reader: ParquetRecordBatchReader,
+}
+
+impl LocalRows {
+    /// Those `wanted`, or all; `most` are the rows of a batch by the footer.
+    pub fn new(file: LocalFile, metadata: ArrowReaderMetadata, wanted: Option<RowSelection>, most: usize) -> Result<Self> {
+        let at_once = most.min(FIRST_ROWS);
+        let reader = Self::reader(&file, &metadata, wanted.as_ref(), 0, at_once)?;
+        Ok(Self { file, metadata, wanted, given: 0, at_once, most, reader })
+    }
+
+    fn reader(
+        file: &LocalFile,
+        metadata: &ArrowReaderMetadata,
+        wanted: Option<&RowSelection>,
+        given: usize,
+        at_once: usize,
+    ) -> Result<ParquetRecordBatchReader> {
+        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), metadata.clone());
+        if let Some(wanted) = wanted {
+            builder = builder.with_row_selection(wanted.clone());
+        }
+        builder.with_offset(given).with_batch_size(at_once).build()
+    }
+
+    fn next(&mut self) -> std::result::Result<Option<RecordBatch>, ArrowError> {
+        let Some(batch) = self.reader.next().transpose()? else { return Ok(None) };
+        self.given += batch.num_rows();
+        let a_row = batch.get_array_memory_size() as u64 / batch.num_rows().max(1) as u64 + 1;
+        let fits = (BATCH_BYTES / a_row).clamp(1, self.most as u64) as usize;
+        // To begin anew costs the pages before: only for what makes a difference.
+        if fits >= self.at_once * 4 || fits <= self.at_once / 4 {
+            self.at_once = fits;
+            self.reader = Self::reader(&self.file, &self.metadata, self.wanted.as_ref(), self.given, fits)?;
+        }
+        Ok(Some(batch))
+    }
 }
 
 impl FileRows {
     pub async fn next(&mut self) -> crate::error::Result<Option<RecordBatch>> {
         let failed = |error: &dyn std::fmt::Display| super::table::storage(error, "rows of a data file cannot be read");
         match self {
-            Self::Local(rows) => rows.next().transpose().map_err(|error| failed(&error)),
+            Self::Local(rows) => rows.next().map_err(|error| failed(&error)),
             Self::Store(rows) => rows.try_next().await.map_err(|error| failed(&error)),
         }
     }

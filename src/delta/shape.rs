@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, ListArray, MapArray, RecordBatch, RecordBatchOptions, StructArray, new_null_array};
+use arrow::compute::CastOptions;
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 
 use super::table::storage;
@@ -153,7 +154,9 @@ fn adapt_column(column: Option<&ArrayRef>, field: &Field, rows: usize) -> Result
             let maps = MapArray::try_new(entries.clone(), maps.offsets().clone(), items, maps.nulls().cloned(), *sorted);
             Arc::new(maps.map_err(failed)?)
         }
-        leaf => arrow::compute::cast(column, leaf).map_err(failed)?,
+        // A value that does not fit is an error, never a null.
+        leaf => arrow::compute::cast_with_options(column, leaf, &CastOptions { safe: false, ..CastOptions::default() })
+            .map_err(failed)?,
     })
 }
 

@@ -47,6 +47,8 @@ pub(super) fn storage(error: impl std::fmt::Display, what: &str) -> Error {
 
 /// What a store's client says, without the query strings of URLs: a signature may be in one.
 fn without_queries(said: &str) -> String {
+    // Where RUST_BACKTRACE is set, some append where in themselves they failed.
+    let said = said.split("backtrace:").next().unwrap_or_default().trim_end();
     let word = |word: &str| match word.split_once('?') {
         Some((url, _)) if url.contains("://") => url.to_owned(),
         _ => word.to_owned(),

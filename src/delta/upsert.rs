@@ -369,9 +369,7 @@ fn without_gone(place: &Place<'_>, schema: &SchemaRef, files: &[DataFile]) -> Re
     let adds = on_all_cores(files, |_, file| {
         handle.block_on(async {
             let shape = Shape::of(place.table, schema, &[file]).await?;
-            let mut copies = Copies::new(place, &shape);
-            copies.copy(file).await?;
-            copies.finish().await
+            Copies::of(place, &shape, &[file]).await
         })
     });
     Ok(adds?.into_iter().flatten().collect())

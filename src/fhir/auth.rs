@@ -1,28 +1,29 @@
-//! Who we are to the server: nobody, the bearer of a token, or a SMART backend service
-//! (SMART App Launch 2.2, "Backend Services" and "Client Authentication: Asymmetric").
+//! Who we are to the server: nobody, the bearer of a token, a client with a secret, or a SMART backend service
+//! (SMART App Launch 2.2, "Backend Services").
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use jsonwebtoken::{Algorithm, EncodingKey, Header};
-use reqwest::header::HeaderValue;
+use base64::engine::general_purpose::STANDARD;
+use reqwest::header::{AUTHORIZATION, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::Mutex;
 use url::Url;
 
 use super::http::server_words;
+use super::keys::SigningKey;
+use super::smart::{Access, SmartConfiguration, clock_skew, not_granted};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// A text that is never printed.
 pub type Secret = SecretString;
 
-/// How long an assertion lives; T7 allows five minutes at most.
-const ASSERTION_LIFE: Duration = Duration::from_secs(240);
 /// A token's life where the server does not say (T10 recommends it as the longest).
 const DEFAULT_TOKEN_LIFE: u64 = 300;
+/// How often an answer that is no OAuth error is asked for again: some servers refuse without a reason, and then do not.
+const TRIES: usize = 4;
 
 /// How to authenticate, as resolved from the pipeline file.
 #[derive(Clone)]
@@ -31,17 +32,36 @@ pub enum AuthSettings {
     None,
     /// With a token that never changes.
     Bearer(Secret),
-    /// With a key of our own.
-    BackendServices {
-        /// The registered client id.
-        client_id: Secret,
-        /// The private key: a PEM, a JWK or a JWKS.
-        private_key: Secret,
-        /// The scopes to ask for.
-        scope: String,
-        /// The token endpoint, where the server does not tell.
-        token_url: Option<Url>,
-    },
+    /// With an access token from the server's token endpoint.
+    Client(Box<ClientSettings>),
+}
+
+/// A client that the server knows.
+#[derive(Clone)]
+pub struct ClientSettings {
+    /// The registered client id.
+    pub client_id: Secret,
+    /// How it proves who it is.
+    pub proof: Proof,
+    /// The scopes to ask for; `None` for those that the server supports.
+    pub scope: Option<String>,
+    /// The token endpoint, where the server does not tell.
+    pub token_url: Option<Url>,
+    /// The assertion's audience, where the server wants another than the token endpoint.
+    pub audience: Option<String>,
+    /// What is going to be read.
+    pub access: Access,
+}
+
+/// How a client proves who it is.
+#[derive(Clone)]
+pub enum Proof {
+    /// A private key: a PEM, a JWK or a JWKS, and which of its keys.
+    Key(Secret, Option<String>),
+    /// A secret in the header `Authorization` (RFC 6749, section 2.3.1).
+    SecretInHeader(Secret),
+    /// A secret in the form.
+    SecretInForm(Secret),
 }
 
 /// Hands out the `Authorization` header. Clones share one token.
@@ -53,28 +73,49 @@ pub struct Auth {
 enum Method {
     None,
     Bearer(HeaderValue),
-    Backend(Box<Backend>),
+    Client(Box<TokenClient>),
 }
 
-struct Backend {
-    client_id: Secret,
-    key: SigningKey,
-    scope: String,
-    token_url: Option<Url>,
+struct TokenClient {
+    settings: ClientSettings,
+    key: Option<SigningKey>,
     /// One renewal for all who wait: they queue here.
-    token: Mutex<Option<Token>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    token: Option<Token>,
+    /// Asked for once.
+    server: Option<SmartConfiguration>,
+    /// Whether a scope that is less than was asked for has been told.
+    told: bool,
 }
 
 struct Token {
     header: HeaderValue,
     renew_at: Instant,
-    got_at: Instant,
+    life: Duration,
+    granted: Option<String>,
 }
 
-struct SigningKey {
-    key: EncodingKey,
-    algorithm: Algorithm,
-    kid: Option<String>,
+/// What a check of the authentication found, without the token.
+#[derive(Debug, Clone)]
+pub struct Granted {
+    /// Where the token came from; `None` where none is asked for.
+    pub endpoint: Option<Url>,
+    /// What the server says of its authorization.
+    pub server: Option<SmartConfiguration>,
+    /// The algorithm and the id of the key.
+    pub key: Option<(String, Option<String>)>,
+    /// The scopes that were asked for.
+    pub asked: String,
+    /// Those that were granted, where the server says.
+    pub granted: Option<String>,
+    /// Types that were asked for and cannot be read.
+    pub missing: Vec<String>,
+    /// How long the token lives.
+    pub life: Duration,
 }
 
 impl std::fmt::Debug for Auth {
@@ -82,7 +123,7 @@ impl std::fmt::Debug for Auth {
         f.write_str(match &*self.method {
             Method::None => "Auth::None",
             Method::Bearer(_) => "Auth::Bearer(***)",
-            Method::Backend(_) => "Auth::BackendServices(***)",
+            Method::Client(_) => "Auth::Client(***)",
         })
     }
 }
@@ -97,9 +138,15 @@ impl Auth {
         let method = match settings {
             AuthSettings::None => Method::None,
             AuthSettings::Bearer(token) => Method::Bearer(bearer(token.expose_secret())?),
-            AuthSettings::BackendServices { client_id, private_key, scope, token_url } => {
-                let key = SigningKey::read(private_key.expose_secret())?;
-                Method::Backend(Box::new(Backend { client_id, key, scope, token_url, token: Mutex::default() }))
+            AuthSettings::Client(settings) => {
+                let key = match &settings.proof {
+                    Proof::Key(key, id) => Some(SigningKey::read(key.expose_secret(), id.as_deref())?),
+                    Proof::SecretInHeader(secret) | Proof::SecretInForm(secret) if secret.expose_secret().trim().is_empty() => {
+                        return Err(auth_error("auth.client_secret is empty"));
+                    }
+                    _ => None,
+                };
+                Method::Client(Box::new(TokenClient { settings: *settings, key, state: Mutex::default() }))
             }
         };
         Ok(Self { method: Arc::new(method) })
@@ -107,15 +154,28 @@ impl Auth {
 
     /// Whether a refused token can be renewed.
     pub(super) fn renews(&self) -> bool {
-        matches!(*self.method, Method::Backend(_))
+        matches!(*self.method, Method::Client(_))
     }
 
-    /// The header for a request; `fresh` after the server refused the last one.
-    pub(super) async fn header(&self, http: &reqwest::Client, base: &Url, fresh: bool) -> Result<Option<HeaderValue>> {
+    /// The header for a request; after the server refused one, another than that.
+    pub(super) async fn header(
+        &self,
+        http: &reqwest::Client,
+        base: &Url,
+        refused: Option<&HeaderValue>,
+    ) -> Result<Option<HeaderValue>> {
         match &*self.method {
             Method::None => Ok(None),
             Method::Bearer(header) => Ok(Some(header.clone())),
-            Method::Backend(backend) => backend.header(http, base, fresh).await.map(Some),
+            Method::Client(client) => client.header(http, base, refused).await.map(Some),
+        }
+    }
+
+    /// Gets a new token and tells what came with it; `None` where none is needed.
+    pub(super) async fn check(&self, http: &reqwest::Client, base: &Url) -> Result<Option<Granted>> {
+        match &*self.method {
+            Method::None | Method::Bearer(_) => Ok(None),
+            Method::Client(client) => client.check(http, base).await.map(Some),
         }
     }
 }
@@ -127,220 +187,153 @@ fn bearer(token: &str) -> Result<HeaderValue> {
     Ok(header)
 }
 
-impl Backend {
-    async fn header(&self, http: &reqwest::Client, base: &Url, fresh: bool) -> Result<HeaderValue> {
-        let mut token = self.token.lock().await;
-        let now = Instant::now();
-        if let Some(known) = &*token {
-            // Another waiter may have renewed it while we queued: a token this young was not the refused one.
-            let young = now.duration_since(known.got_at) < Duration::from_secs(1);
-            if now < known.renew_at && (!fresh || young) {
+impl TokenClient {
+    async fn header(&self, http: &reqwest::Client, base: &Url, refused: Option<&HeaderValue>) -> Result<HeaderValue> {
+        let mut state = self.state.lock().await;
+        if let Some(known) = &state.token {
+            // Another waiter may have renewed the refused one while we queued.
+            let refused = refused.is_some_and(|refused| *refused == known.header);
+            if Instant::now() < known.renew_at && !refused {
                 return Ok(known.header.clone());
             }
         }
-        let renewed = self.fetch(http, base).await?;
+        let renewed = self.fetch(http, base, &mut state).await?;
         let header = renewed.header.clone();
-        *token = Some(renewed);
+        if let Some(granted) = &renewed.granted
+            && !state.told
+        {
+            let missing = not_granted(granted, &self.settings.access);
+            if !missing.is_empty() {
+                tracing::warn!(scope = %granted, types = %missing.join(", "), "the granted scope does not let these types be read");
+            }
+            state.told = true;
+        }
+        state.token = Some(renewed);
         Ok(header)
     }
 
-    async fn fetch(&self, http: &reqwest::Client, base: &Url) -> Result<Token> {
-        let endpoint = match &self.token_url {
-            Some(url) => url.clone(),
-            None => discover(http, base).await?,
+    async fn check(&self, http: &reqwest::Client, base: &Url) -> Result<Granted> {
+        let mut state = State::default();
+        let token = self.fetch(http, base, &mut state).await?;
+        let server = state.server.unwrap_or_default();
+        Ok(Granted {
+            endpoint: Some(self.endpoint(&server)?),
+            asked: self.scope(&server),
+            missing: token.granted.as_deref().map(|granted| not_granted(granted, &self.settings.access)).unwrap_or_default(),
+            granted: token.granted,
+            key: self.key.as_ref().map(|key| (key.algorithm(), key.kid().map(str::to_owned))),
+            life: token.life,
+            server: Some(server),
+        })
+    }
+
+    fn endpoint(&self, server: &SmartConfiguration) -> Result<Url> {
+        let endpoint = self.settings.token_url.as_ref().or(server.token_endpoint.as_ref());
+        endpoint.cloned().ok_or_else(|| auth_error("no token endpoint is known; set source.auth.token_url"))
+    }
+
+    fn scope(&self, server: &SmartConfiguration) -> String {
+        self.settings.scope.clone().unwrap_or_else(|| server.scopes_for(&self.settings.access))
+    }
+
+    /// A new token, asked for with a new assertion each time (T8).
+    async fn fetch(&self, http: &reqwest::Client, base: &Url, state: &mut State) -> Result<Token> {
+        let server = match state.server.take() {
+            Some(server) => server,
+            // With endpoint and scope given there is nothing to discover.
+            None if self.settings.token_url.is_some() && self.settings.scope.is_some() => SmartConfiguration::default(),
+            None => match SmartConfiguration::discover(http, base).await {
+                Ok(server) => server,
+                Err(error) if self.settings.token_url.is_some() && error.kind() == ErrorKind::Auth => {
+                    SmartConfiguration::default()
+                }
+                Err(error) => return Err(error),
+            },
         };
-        let assertion = self.key.assertion(self.client_id.expose_secret(), &endpoint)?;
-        let form = [
-            ("grant_type", "client_credentials"),
-            ("scope", self.scope.as_str()),
-            ("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"),
-            ("client_assertion", assertion.as_str()),
-        ];
-        let response = http.post(endpoint).form(&form).send().await.map_err(|error| {
+        let server = state.server.insert(server);
+        let (endpoint, scope) = (self.endpoint(server)?, self.scope(server));
+        for tried in 1.. {
+            match self.ask(http, &endpoint, &scope, server.skew).await? {
+                Answer::Token(token) => return Ok(token),
+                Answer::Refused { why, skew, final_word } => {
+                    // A clock that is off is the likeliest reason that can be mended.
+                    let clock = skew != server.skew;
+                    server.skew = skew;
+                    if tried >= TRIES || (final_word && !clock) {
+                        return Err(auth_error(why));
+                    }
+                    tracing::warn!(why, "asking for a token again");
+                    tokio::time::sleep(Duration::from_millis(250 << tried)).await;
+                }
+            }
+        }
+        Err(auth_error("no token"))
+    }
+
+    async fn ask(&self, http: &reqwest::Client, endpoint: &Url, scope: &str, skew: i64) -> Result<Answer> {
+        let id = self.settings.client_id.expose_secret();
+        let mut form = vec![("grant_type", "client_credentials".to_owned()), ("scope", scope.to_owned())];
+        let mut request = http.post(endpoint.clone()).header("accept", "application/json");
+        match (&self.settings.proof, &self.key) {
+            (Proof::Key(..), Some(key)) => {
+                let audience = self.settings.audience.as_deref().unwrap_or(endpoint.as_str());
+                form.push(("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer".to_owned()));
+                form.push(("client_assertion", key.assertion(id, audience, skew)?));
+            }
+            (Proof::SecretInHeader(secret), _) => {
+                // Each encoded as in a form before they are joined (RFC 6749, section 2.3.1).
+                let encoded = |text: &str| url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
+                let pair = STANDARD.encode(format!("{}:{}", encoded(id), encoded(secret.expose_secret())));
+                let mut header = HeaderValue::from_str(&format!("Basic {pair}")).map_err(|_| auth_error("auth.client_secret"))?;
+                header.set_sensitive(true);
+                request = request.header(AUTHORIZATION, header);
+            }
+            (Proof::SecretInForm(secret), _) => {
+                form.push(("client_id", id.to_owned()));
+                form.push(("client_secret", secret.expose_secret().to_owned()));
+            }
+            (Proof::Key(..), None) => return Err(Error::new(ErrorKind::Internal, "a key that was not read")),
+        }
+        let response = request.form(&form).send().await.map_err(|error| {
             Error::new(ErrorKind::Network, format!("the token endpoint cannot be reached: {}", error.without_url()))
         })?;
         let status = response.status();
+        let theirs = clock_skew(response.headers());
         let body = response.bytes().await.map_err(reqwest::Error::without_url);
         let body = body.context(ErrorKind::Network, "the token endpoint's answer broke off")?;
-        if status.is_server_error() || status.as_u16() == 429 {
+        if status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429) {
             return Err(Error::new(ErrorKind::Network, format!("the token endpoint answered {status}")));
         }
         let json: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
         let Some(access) = json.get("access_token").and_then(Value::as_str).filter(|_| status.is_success()) else {
-            let words = json.get("error_description").or_else(|| json.get("error")).and_then(Value::as_str);
+            let code = json.get("error").and_then(Value::as_str);
+            let words = json.get("error_description").and_then(Value::as_str).or(code);
             let words = words.map_or_else(|| server_words(&body), |text| text.chars().take(300).collect());
-            return Err(auth_error(format!("the token endpoint answered {status}: {words}")));
+            let why = format!("the token endpoint answered {status} to a request for the scope {scope}: {words}");
+            return Ok(Answer::Refused { why, skew: theirs, final_word: code.is_some() });
         };
-        let life = json.get("expires_in").and_then(Value::as_u64).unwrap_or(DEFAULT_TOKEN_LIFE);
-        let life = Duration::from_secs(life);
-        let now = Instant::now();
+        // Some send a number as text.
+        let life = json.get("expires_in").and_then(|life| life.as_f64().or_else(|| life.as_str()?.parse().ok()));
+        let life = life.filter(|life| *life >= 0.0).map_or(DEFAULT_TOKEN_LIFE, |life| life as u64);
+        let life = Duration::from_secs(life.min(24 * 3600));
         // Ahead of its end by 30 s, or by a tenth of a short life.
         let ahead = Duration::from_secs(30).min(life / 10);
-        Ok(Token { header: bearer(access)?, renew_at: now + (life - ahead), got_at: now })
+        Ok(Answer::Token(Token {
+            header: bearer(access)?,
+            renew_at: Instant::now() + (life - ahead),
+            life,
+            granted: json.get("scope").and_then(Value::as_str).map(str::to_owned),
+        }))
     }
 }
 
-/// T4: discovery under the FHIR base.
-async fn discover(http: &reqwest::Client, base: &Url) -> Result<Url> {
-    let url = base.join(".well-known/smart-configuration").context(ErrorKind::Config, "source.url")?;
-    let unreachable =
-        |error: reqwest::Error| Error::new(ErrorKind::Network, format!("SMART discovery failed: {}", error.without_url()));
-    let response = http.get(url).header("accept", "application/json").send().await.map_err(unreachable)?;
-    let status = response.status();
-    let body = response.bytes().await.map_err(unreachable)?;
-    let json: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
-    let endpoint = json.get("token_endpoint").and_then(Value::as_str);
-    let endpoint = endpoint.and_then(|text| base.join(text).ok());
-    endpoint.ok_or_else(|| {
-        auth_error(format!("the server's .well-known/smart-configuration ({status}) names no token_endpoint; set auth.token_url"))
-    })
-}
-
-impl SigningKey {
-    fn read(text: &str) -> Result<Self> {
-        let text = text.trim();
-        if text.is_empty() {
-            return Err(auth_error("auth.private_key is empty"));
-        }
-        if text.starts_with('{') {
-            let json: Value = serde_json::from_str(text).map_err(|_| auth_error("auth.private_key is not JSON"))?;
-            return match json.get("keys").and_then(Value::as_array) {
-                Some(keys) => {
-                    let private = keys.iter().find(|key| key.get("d").is_some());
-                    Self::from_jwk(private.ok_or_else(|| auth_error("auth.private_key: no private key in the JWKS"))?)
-                }
-                None => Self::from_jwk(&json),
-            };
-        }
-        let pem = text.as_bytes();
-        // The PEM's label does not tell a PKCS#8 key's kind; only one of them can be read.
-        if let Ok(key) = EncodingKey::from_rsa_pem(pem) {
-            return Ok(Self { key, algorithm: Algorithm::RS384, kid: None });
-        }
-        let key = EncodingKey::from_ec_pem(pem)
-            .map_err(|_| auth_error("auth.private_key is neither a JWK nor the PEM of an RSA or EC key"))?;
-        Ok(Self { key, algorithm: Algorithm::ES384, kid: None })
-    }
-
-    fn from_jwk(jwk: &Value) -> Result<Self> {
-        let text = |name: &str| jwk.get(name).and_then(Value::as_str);
-        let number = |name: &str| {
-            let bytes = text(name).and_then(|text| URL_SAFE_NO_PAD.decode(text.trim_end_matches('=')).ok());
-            bytes.ok_or_else(|| auth_error(format!("auth.private_key: the JWK has no usable `{name}`")))
-        };
-        let kid = text("kid").map(str::to_owned);
-        match (text("kty"), text("crv")) {
-            (Some("RSA"), _) => {
-                let mut der = der_integer(&[0]);
-                for name in ["n", "e", "d", "p", "q", "dp", "dq", "qi"] {
-                    der.extend(der_integer(&number(name)?));
-                }
-                let algorithm = if text("alg") == Some("RS256") { Algorithm::RS256 } else { Algorithm::RS384 };
-                Ok(Self { key: EncodingKey::from_rsa_der(&der_tagged(0x30, &der)), algorithm, kid })
-            }
-            (Some("EC"), Some(curve @ ("P-384" | "P-256"))) => {
-                let (oid, length, algorithm): (&[u8], usize, _) = match curve {
-                    "P-384" => (&[0x2b, 0x81, 0x04, 0x00, 0x22], 48, Algorithm::ES384),
-                    _ => (&[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07], 32, Algorithm::ES256),
-                };
-                let d = number("d")?;
-                if d.len() > length {
-                    return Err(auth_error("auth.private_key: the JWK's `d` is too long for its curve"));
-                }
-                let mut scalar = vec![0; length - d.len()];
-                scalar.extend(d);
-                // SEC 1 ECPrivateKey inside PKCS #8, the public point included.
-                let mut point = vec![0, 4];
-                for name in ["x", "y"] {
-                    let part = number(name)?;
-                    point.extend(std::iter::repeat_n(0, length.saturating_sub(part.len())));
-                    point.extend(part);
-                }
-                let mut sec1 = der_integer(&[1]);
-                sec1.extend(der_tagged(0x04, &scalar));
-                sec1.extend(der_tagged(0xa1, &der_tagged(0x03, &point)));
-                let mut algorithm_id = der_tagged(0x06, &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01]);
-                algorithm_id.extend(der_tagged(0x06, oid));
-                let mut pkcs8 = der_integer(&[0]);
-                pkcs8.extend(der_tagged(0x30, &algorithm_id));
-                pkcs8.extend(der_tagged(0x04, &der_tagged(0x30, &sec1)));
-                Ok(Self { key: EncodingKey::from_ec_der(&der_tagged(0x30, &pkcs8)), algorithm, kid })
-            }
-            _ => Err(auth_error("auth.private_key: the JWK is neither an RSA key nor one of curve P-384 or P-256")),
-        }
-    }
-
-    /// T6 to T8: a new assertion, with a new `jti`, for each request.
-    fn assertion(&self, client_id: &str, endpoint: &Url) -> Result<String> {
-        let mut header = Header::new(self.algorithm);
-        header.kid.clone_from(&self.kid);
-        let now = chrono::Utc::now().timestamp();
-        let claims = json!({
-            "iss": client_id,
-            "sub": client_id,
-            "aud": endpoint.as_str(),
-            "iat": now,
-            "exp": now + ASSERTION_LIFE.as_secs() as i64,
-            "jti": uuid::Uuid::new_v4().to_string(),
-        });
-        jsonwebtoken::encode(&header, &claims, &self.key)
-            .map_err(|error| auth_error(format!("the assertion cannot be signed: {error}")))
-    }
-}
-
-fn der_tagged(tag: u8, content: &[u8]) -> Vec<u8> {
-    let mut der = vec![tag];
-    match content.len() {
-        short @ 0..0x80 => der.push(short as u8),
-        long => {
-            let bytes = long.to_be_bytes();
-            let bytes: Vec<u8> = bytes.into_iter().skip_while(|byte| *byte == 0).collect();
-            der.push(0x80 | bytes.len() as u8);
-            der.extend(bytes);
-        }
-    }
-    der.extend(content);
-    der
-}
-
-fn der_integer(big_endian: &[u8]) -> Vec<u8> {
-    let mut digits: Vec<u8> = big_endian.iter().copied().skip_while(|byte| *byte == 0).collect();
-    if digits.first().is_none_or(|first| *first >= 0x80) {
-        digits.insert(0, 0);
-    }
-    der_tagged(0x02, &digits)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    // The key pair of RFC 7517's own style, made for this test and registered nowhere.
-    const EC_JWK: &str = r#"{"kty":"EC","crv":"P-256","kid":"k1","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0","d":"jpsQnnGQmL-YBIffH1136cspYG6-0iY7X1fCE9-E9LI"}"#;
-
-    // T6, T7: header and claims, and a signature that the public half accepts.
-    #[test]
-    fn an_assertion_from_a_jwk() {
-        let key = SigningKey::read(EC_JWK).unwrap();
-        let endpoint = Url::parse("https://h.example/token").unwrap();
-        let token = key.assertion("client", &endpoint).unwrap();
-        let public: jsonwebtoken::jwk::Jwk = serde_json::from_str(EC_JWK).unwrap();
-        let mut checks = jsonwebtoken::Validation::new(Algorithm::ES256);
-        checks.set_audience(&["https://h.example/token"]);
-        let decoded =
-            jsonwebtoken::decode::<Value>(&token, &jsonwebtoken::DecodingKey::from_jwk(&public).unwrap(), &checks).unwrap();
-        assert_eq!(decoded.header.kid.as_deref(), Some("k1"));
-        assert_eq!((decoded.claims["iss"].as_str(), decoded.claims["sub"].as_str()), (Some("client"), Some("client")));
-        let again = key.assertion("client", &endpoint).unwrap();
-        assert_ne!(token, again, "T8: a new jti each time");
-    }
-
-    #[test]
-    fn a_key_that_is_none_is_an_error_that_does_not_repeat_it() {
-        for text in ["", "secret-text", "{\"kty\":\"oct\",\"k\":\"secret-text\"}"] {
-            let error = SigningKey::read(text).map(|_| ()).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Auth);
-            assert!(!error.to_string().contains("secret-text"));
-        }
-    }
+/// What a token endpoint says.
+enum Answer {
+    Token(Token),
+    /// `final_word` where it gives an OAuth error's code.
+    Refused {
+        why: String,
+        skew: i64,
+        final_word: bool,
+    },
 }

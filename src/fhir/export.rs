@@ -3,64 +3,32 @@
 use std::time::Duration;
 
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, Response, StatusCode};
+use serde_json::Value;
 use url::Url;
 
-use super::http::{Ask, Client, refusal, retry_after};
+use super::http::{Ask, Client, Judges, refusal, refused_with, retry_after};
 use super::manifest::Manifest;
+use super::request::{ExportRequest, Method as KickOffMethod};
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// Whose data is exported (K1).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Level {
-    /// `[base]/$export`
-    System,
-    /// `[base]/Patient/$export`
-    Patient,
-    /// `[base]/Group/[id]/$export`
-    Group(String),
-}
-
-/// What is asked of the server.
-#[derive(Debug, Clone)]
-pub struct ExportRequest {
-    /// Whose data.
-    pub level: Level,
-    /// `_type`; empty for all.
-    pub types: Vec<String>,
-    /// `_since`, microseconds since the epoch.
-    pub since: Option<i64>,
-}
-
-impl ExportRequest {
-    /// The kick-off URL under `base`.
-    pub fn url(&self, base: &Url) -> Result<Url> {
-        let mut url = base.clone();
-        {
-            let mut path =
-                url.path_segments_mut().map_err(|()| Error::new(ErrorKind::Config, "source.url cannot be a base of requests"))?;
-            path.pop_if_empty();
-            match &self.level {
-                Level::System => {}
-                Level::Patient => {
-                    path.push("Patient");
-                }
-                Level::Group(id) => {
-                    path.push("Group").push(id);
-                }
-            }
-            path.push("$export");
-        }
-        if !self.types.is_empty() {
-            url.query_pairs_mut().append_pair("_type", &self.types.join(","));
-        }
-        if let Some(since) = self.since {
-            let time = chrono::DateTime::from_timestamp_micros(since)
-                .ok_or_else(|| Error::new(ErrorKind::Config, "since is out of range"))?;
-            url.query_pairs_mut().append_pair("_since", &time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true));
-        }
-        Ok(url)
-    }
+/// The answer to a kick-off.
+#[derive(Debug)]
+pub enum KickOff {
+    /// The server works on it.
+    Accepted {
+        /// Where its status is asked for.
+        status: Url,
+        /// Whether a poll's own status and the export's are apart (K5).
+        separate: bool,
+    },
+    /// Not now.
+    Later {
+        /// How long the server asks to wait, where it says.
+        wait: Option<Duration>,
+        /// Its words.
+        why: String,
+    },
 }
 
 /// The answer to one poll.
@@ -72,86 +40,166 @@ pub enum Poll {
         progress: Option<String>,
         /// How long it asks us to wait.
         wait: Option<Duration>,
+        /// Files that are final already (S8).
+        partial: Option<Box<Manifest>>,
+    },
+    /// The poll failed, and the export may not have (S6, S7).
+    Troubled {
+        /// What went wrong.
+        error: Error,
+        /// How long the server asks us to wait.
+        wait: Option<Duration>,
+        /// Whether the server only wants to be asked less often.
+        throttled: bool,
     },
     /// The manifest.
     Done(Box<Manifest>),
+    /// The server knows no such export.
+    Gone(Error),
+}
+
+/// Issue types of the hierarchy `transient`: what was asked failed, and may not the next time.
+const TRANSIENT: [&str; 7] = ["transient", "lock-error", "no-store", "exception", "timeout", "incomplete", "throttled"];
+
+/// Whether an OperationOutcome says that the trouble passes; `None` where the body is none.
+fn is_transient(body: &[u8]) -> Option<bool> {
+    let json: Value = serde_json::from_slice(body).ok()?;
+    let issues = json.get("issue")?.as_array()?;
+    let code = |issue: &Value| issue.get("code").and_then(Value::as_str).map(str::to_owned);
+    Some(issues.iter().filter_map(code).any(|code| TRANSIENT.contains(&code.as_str())))
 }
 
 impl Client {
-    /// Asks for an export; the status URL.
-    pub async fn kick_off(&self, request: &ExportRequest) -> Result<Url> {
-        let url = request.url(self.base())?;
-        let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT, HeaderValue::from_static("application/fhir+json"));
-        headers.insert("prefer", HeaderValue::from_static("respond-async"));
-        let ask = Ask { method: Method::GET, url: &url, headers, with_token: true, what: "the kick-off" };
-        let response = self.send(&ask).await?;
-        if response.status() != StatusCode::ACCEPTED {
-            return Err(refusal(response, ask.what).await);
+    /// Asks for an export (K1 to K21).
+    pub async fn kick_off(&self, request: &ExportRequest) -> Result<KickOff> {
+        let post = request.is_post();
+        let response = self.send_kick_off(request, post).await?;
+        let may_post = request.options.method == KickOffMethod::Auto && !post;
+        let response = match response.status() {
+            // K2: what STU 4 leaves over.
+            StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED if may_post => {
+                tracing::info!("the server takes no GET as a kick-off; asking by POST");
+                self.send_kick_off(request, true).await?
+            }
+            _ => response,
+        };
+        if response.status() == StatusCode::ACCEPTED {
+            let applied = response.headers().get_all("preference-applied").iter().filter_map(|value| value.to_str().ok());
+            let separate = applied.into_iter().any(|value| value.contains("separate-export-status"));
+            let location = response.headers().get("content-location").and_then(|to| to.to_str().ok());
+            let location = location
+                .ok_or_else(|| Error::new(ErrorKind::Server, "the kick-off was accepted without a Content-Location to poll"))?;
+            let status = response.url().join(location);
+            let status = status.context(ErrorKind::Server, "the kick-off's Content-Location is no URL")?;
+            return Ok(KickOff::Accepted { status, separate });
         }
-        let location = response.headers().get("content-location").and_then(|to| to.to_str().ok());
-        let location = location
-            .ok_or_else(|| Error::new(ErrorKind::Server, "the kick-off was accepted without a Content-Location to poll"))?;
-        url.join(location).context(ErrorKind::Server, "the kick-off's Content-Location is no URL")
+        let (code, wait) = (response.status(), retry_after(response.headers()));
+        let (error, body) = refused_with(response, "the kick-off").await;
+        // Epic's words for one export a client and group in a day.
+        let too_soon = String::from_utf8_lossy(&body).to_lowercase().contains("too recently");
+        if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
+            return Ok(KickOff::Later { wait, why: error.to_string() });
+        }
+        if code == StatusCode::BAD_REQUEST || code == StatusCode::UNPROCESSABLE_ENTITY {
+            return Err(error.with_hint(
+                "the server's words name what it does not support: leave that key out of `source`, or set source.lenient: true",
+            ));
+        }
+        Err(error)
     }
 
-    /// Asks once how an export stands.
-    pub async fn poll(&self, status: &Url) -> Result<Poll> {
-        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("application/json"))]);
-        let ask = Ask { method: Method::GET, url: status, headers, with_token: true, what: "the export's status" };
-        let response = self.send(&ask).await?;
-        match response.status() {
+    async fn send_kick_off(&self, request: &ExportRequest, post: bool) -> Result<Response> {
+        let mut headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("application/fhir+json"))]);
+        let prefer = HeaderValue::from_str(&request.prefer()).context(ErrorKind::Internal, "a header")?;
+        headers.insert("prefer", prefer);
+        let (method, url, body) = match post {
+            true => {
+                let (url, body) = request.post(self.base())?;
+                (Method::POST, url, Some(body))
+            }
+            false => (Method::GET, request.url(self.base())?, None),
+        };
+        let judges = Judges::Throttling(self.settings().max_kick_off_wait);
+        let ask = Ask { method, url: &url, headers, body: body.as_ref(), with_token: true, judges, what: "the kick-off" };
+        self.send(&ask).await
+    }
+
+    /// Asks once how an export stands, or what is on a page of its manifest. `separate` where the server said that the
+    /// export's own status is apart.
+    pub async fn poll(&self, status: &Url, separate: bool) -> Result<Poll> {
+        let ask = Ask { judges: Judges::All, ..Ask::get(status, "application/json", "the export's status") };
+        let response = match self.send(&ask).await {
+            Ok(response) => response,
+            Err(error) => return Err(error),
+        };
+        let own = response.headers().get("x-export-status").and_then(|code| code.to_str().ok()?.trim().parse::<u16>().ok());
+        let own =
+            own.and_then(|code| StatusCode::from_u16(code).ok()).filter(|_| separate && response.status() == StatusCode::OK);
+        let code = own.unwrap_or(response.status());
+        let wait = retry_after(response.headers());
+        let progress = response.headers().get("x-progress").and_then(|text| text.to_str().ok());
+        let progress = progress.map(|text| text.chars().take(100).collect());
+        match code {
             StatusCode::ACCEPTED => {
-                let progress = response.headers().get("x-progress").and_then(|text| text.to_str().ok());
-                let progress = progress.map(|text| text.chars().take(100).collect());
-                Ok(Poll::Working { progress, wait: retry_after(response.headers()) })
+                let body = response.bytes().await.unwrap_or_default();
+                let partial = Manifest::read_partial(&body, status).map(Box::new);
+                Ok(Poll::Working { progress, wait, partial })
             }
             StatusCode::OK => {
+                let expires =
+                    response.headers().get("expires").and_then(|time| httpdate::parse_http_date(time.to_str().ok()?).ok());
                 let body = response.bytes().await.map_err(|error| error.without_url());
-                let body = body.context(ErrorKind::Network, "the manifest broke off")?;
-                Ok(Poll::Done(Box::new(Manifest::read(&body, status)?)))
+                let body = match body.context(ErrorKind::Network, "the manifest broke off") {
+                    Ok(body) => body,
+                    Err(error) => return Ok(Poll::Troubled { error, wait: None, throttled: false }),
+                };
+                let mut manifest = Manifest::read(&body, status)?;
+                manifest.expires = expires;
+                Ok(Poll::Done(Box::new(manifest)))
             }
-            _ => Err(refusal(response, ask.what).await),
-        }
-    }
-
-    /// Polls until the export is done (S1 to S5). `heard` gets the server's words on its progress.
-    pub async fn wait(&self, status: &Url, timeout: Option<Duration>, heard: impl Fn(&str)) -> Result<Manifest> {
-        let began = tokio::time::Instant::now();
-        let mut pause = self.settings().min_pause;
-        loop {
-            match self.poll(status).await? {
-                Poll::Done(manifest) => return Ok(*manifest),
-                Poll::Working { progress, wait } => {
-                    heard(progress.as_deref().unwrap_or("in progress"));
-                    let wait = wait.unwrap_or(pause).clamp(Duration::from_millis(50), self.settings().max_pause);
-                    pause = (pause * 2).min(self.settings().max_pause);
-                    if let Some(timeout) = timeout
-                        && began.elapsed() + wait > timeout
-                    {
-                        return Err(Error::new(
-                            ErrorKind::Server,
-                            format!("the export was not done within source.timeout ({} s)", timeout.as_secs()),
-                        ));
-                    }
-                    if self.stop().or(tokio::time::sleep(wait)).await.is_none() {
-                        return Err(Error::new(ErrorKind::Interrupted, "stopped while the server was exporting"));
-                    }
+            StatusCode::NOT_FOUND | StatusCode::GONE => {
+                let (error, body) = refused_with(response, ask.what).await;
+                match is_transient(&body) {
+                    Some(true) => Ok(Poll::Troubled { error, wait, throttled: false }),
+                    _ => Ok(Poll::Gone(error)),
+                }
+            }
+            StatusCode::TOO_MANY_REQUESTS => {
+                let error = refusal(response, ask.what).await;
+                Ok(Poll::Troubled { error, wait, throttled: true })
+            }
+            code => {
+                let (error, body) = refused_with(response, ask.what).await;
+                // Without an outcome only the status tells whose trouble it is: a gateway's, or the job's.
+                let passes = matches!(code.as_u16(), 408 | 425 | 500 | 502 | 503 | 504) && own.is_none();
+                match is_transient(&body).unwrap_or(passes) {
+                    true => Ok(Poll::Troubled { error, wait, throttled: false }),
+                    false => Err(error),
                 }
             }
         }
     }
 
-    /// Tells the server that its files are no longer needed. Servers answer this in many ways; none is an error
-    /// of the run.
-    pub async fn delete_export(&self, status: &Url) {
-        let ask =
-            Ask { method: Method::DELETE, url: status, headers: HeaderMap::new(), with_token: true, what: "the export's end" };
+    /// Tells the server that its files are no longer needed, or that the export is not wanted any more. Servers answer this
+    /// in many ways; none is an error of the run. Whether it was taken.
+    pub async fn delete_export(&self, status: &Url) -> bool {
+        let ask = Ask {
+            method: Method::DELETE,
+            url: status,
+            headers: HeaderMap::new(),
+            body: None,
+            with_token: true,
+            judges: Judges::Final,
+            what: "the export's end",
+        };
         match self.send(&ask).await {
-            Ok(response) if response.status().is_success() || matches!(response.status().as_u16(), 404 | 405 | 410 | 501) => {}
+            Ok(response) if response.status().is_success() || matches!(response.status().as_u16(), 404 | 405 | 410 | 501) => {
+                return true;
+            }
             Ok(response) => tracing::warn!(status = %response.status(), "the server did not take the export back"),
             Err(error) => tracing::warn!(%error, "the export could not be given back to the server"),
         }
+        false
     }
 }
 
@@ -160,18 +208,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kick_off_urls() {
-        let base = Url::parse("https://h.example/fhir/").unwrap();
-        let request = ExportRequest { level: Level::System, types: vec![], since: None };
-        assert_eq!(request.url(&base).unwrap().as_str(), "https://h.example/fhir/$export");
-        let request = ExportRequest {
-            level: Level::Group("a/b".into()),
-            types: vec!["Patient".into(), "Condition".into()],
-            since: Some(1_767_323_045_000_000),
-        };
-        assert_eq!(
-            request.url(&base).unwrap().as_str(),
-            "https://h.example/fhir/Group/a%2Fb/$export?_type=Patient%2CCondition&_since=2026-01-02T03%3A04%3A05Z"
-        );
+    fn s7_an_outcome_tells_a_failed_poll_from_a_failed_export() {
+        let outcome = |code: &str| format!(r#"{{"resourceType":"OperationOutcome","issue":[{{"code":"{code}"}}]}}"#);
+        assert_eq!(is_transient(outcome("throttled").as_bytes()), Some(true));
+        assert_eq!(is_transient(outcome("exception").as_bytes()), Some(true));
+        assert_eq!(is_transient(outcome("processing").as_bytes()), Some(false));
+        assert_eq!(is_transient(b"<html>Bad gateway</html>"), None);
     }
 }

@@ -3,17 +3,24 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue,
+    IF_RANGE, LOCATION, RANGE, RETRY_AFTER,
+};
 use reqwest::{Method, Response, StatusCode};
-use url::Url;
+use serde_json::Value;
+use url::{Origin, Url};
 
-use super::auth::Auth;
+use super::auth::{Auth, Granted};
+use super::pace::Pace;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::{Board, Stop};
 use crate::telemetry;
 
 /// Redirects that are followed for one request.
 const MAX_REDIRECTS: usize = 10;
+/// Refused tokens that are renewed for one request.
+const MAX_REFUSALS: usize = 3;
 /// How much of an error's body is read.
 const ERROR_BODY: usize = 4096;
 
@@ -28,6 +35,14 @@ pub struct HttpSettings {
     pub max_pause: Duration,
     /// How long a connection, or a response that has begun, may stand still.
     pub stall: Duration,
+    /// Longest pause that a refused kick-off may ask for and is waited for.
+    pub max_kick_off_wait: Duration,
+    /// Headers of every request to the server.
+    pub headers: HeaderMap,
+    /// Origins beside the server's own that may get the token.
+    pub token_origins: Vec<Origin>,
+    /// Files at the same time.
+    pub downloads: usize,
 }
 
 impl Default for HttpSettings {
@@ -37,6 +52,10 @@ impl Default for HttpSettings {
             min_pause: Duration::from_millis(500),
             max_pause: Duration::from_secs(60),
             stall: Duration::from_secs(120),
+            max_kick_off_wait: Duration::from_secs(60),
+            headers: HeaderMap::new(),
+            token_origins: Vec::new(),
+            downloads: 10,
         }
     }
 }
@@ -50,6 +69,7 @@ pub struct Client {
     settings: HttpSettings,
     board: Board,
     stop: Stop,
+    pace: Pace,
 }
 
 /// One request, as often as it is tried.
@@ -57,10 +77,33 @@ pub(super) struct Ask<'a> {
     pub method: Method,
     pub url: &'a Url,
     pub headers: HeaderMap,
+    /// A body of JSON, where there is one.
+    pub body: Option<&'a Value>,
     /// Whether the token goes with it.
     pub with_token: bool,
+    /// Which answers the caller judges though they may be others soon.
+    pub judges: Judges,
     /// What it is, for errors: "the kick-off".
     pub what: &'a str,
+}
+
+/// Answers that are not tried again by themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Judges {
+    /// Those that will not be others soon.
+    Final,
+    /// Throttling that asks for a longer pause than this, too.
+    Throttling(Duration),
+    /// All: whoever asks comes back anyway.
+    All,
+}
+
+impl<'a> Ask<'a> {
+    /// A GET with the token, tried again while it fails for a reason that passes.
+    pub fn get(url: &'a Url, accept: &'static str, what: &'a str) -> Self {
+        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(accept))]);
+        Self { method: Method::GET, url, headers, body: None, with_token: true, judges: Judges::Final, what }
+    }
 }
 
 /// A URL for messages: without its query, which may hold a secret.
@@ -96,7 +139,8 @@ impl Client {
             .read_timeout(settings.stall)
             .build()
             .context(ErrorKind::Internal, "the HTTP client cannot be set up")?;
-        Ok(Self { http, base, auth, settings, board, stop })
+        let pace = Pace::new(settings.downloads);
+        Ok(Self { http, base, auth, settings, board, stop, pace })
     }
 
     /// The FHIR base, with a slash at its end.
@@ -104,37 +148,50 @@ impl Client {
         &self.base
     }
 
-    /// The stop that ends waiting.
-    pub(super) fn stop(&self) -> &Stop {
-        &self.stop
-    }
-
     /// The settings.
-    pub(super) fn settings(&self) -> &HttpSettings {
+    pub fn settings(&self) -> &HttpSettings {
         &self.settings
     }
 
-    /// Gets a token and forgets it: a check that authentication works.
-    pub async fn check_auth(&self) -> Result<()> {
-        self.auth.header(&self.http, &self.base, false).await.map(|_| ())
+    /// How many files may be read at a time now.
+    pub fn pace(&self) -> &Pace {
+        &self.pace
+    }
+
+    /// Gets a token and tells what came with it, without it; `None` where none is needed.
+    pub async fn check_auth(&self) -> Result<Option<Granted>> {
+        self.auth.check(&self.http, &self.base).await
     }
 
     /// GET `path` under the base once, for checks.
     pub async fn probe(&self, path: &str) -> Result<StatusCode> {
         let url = self.base.join(path).context(ErrorKind::Config, "not a URL")?;
-        let accept = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("application/fhir+json"))]);
-        let ask = Ask { method: Method::GET, url: &url, headers: accept, with_token: false, what: "the server's metadata" };
-        Ok(self.once(&ask, false).await?.status())
+        let ask = Ask { with_token: false, ..Ask::get(&url, "application/fhir+json", "the server's metadata") };
+        Ok(self.once(&ask, None).await?.0.status())
     }
 
-    /// The body of a file, from its first byte.
-    pub async fn open_file(&self, url: &Url, with_token: bool) -> Result<Response> {
-        let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT, HeaderValue::from_static("application/fhir+ndjson, application/ndjson;q=0.9, */*;q=0.1"));
-        headers.insert(reqwest::header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
-        let ask = Ask { method: Method::GET, url, headers, with_token, what: "the download" };
-        let response = self.send(&ask).await?;
-        if response.status().is_success() { Ok(response) } else { Err(refusal(response, ask.what).await) }
+    /// The body of a file: from its first byte, or from `resume`'s on where it is the same file still.
+    pub async fn open_file(&self, url: &Url, with_token: bool, resume: Option<&Resume>) -> Result<Response> {
+        let mut ask =
+            Ask { with_token, ..Ask::get(url, "application/fhir+ndjson, application/ndjson;q=0.9, */*;q=0.1", "the download") };
+        match resume {
+            Some(resume) => {
+                let range = HeaderValue::from_str(&format!("bytes={}-", resume.from));
+                ask.headers.insert(RANGE, range.context(ErrorKind::Internal, "a range")?);
+                ask.headers.insert(IF_RANGE, resume.validator.clone());
+                // The bytes that were counted were not packed.
+                ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            }
+            None => drop(ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))),
+        }
+        let mut response = self.send(&ask).await?;
+        let status = response.status();
+        if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.base.origin() {
+            // A signed URL of a store refuses a second authorization beside its own.
+            tracing::warn!(%status, "a file of another host refused the token; asking without it");
+            response = self.send(&Ask { with_token: false, ..ask }).await?;
+        }
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response, "the download").await) }
     }
 
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
@@ -142,19 +199,28 @@ impl Client {
     pub(super) async fn send(&self, ask: &Ask<'_>) -> Result<Response> {
         let until = tokio::time::Instant::now() + self.settings.retry_for;
         let mut pause = self.settings.min_pause;
-        let mut fresh_token = false;
+        let mut refused: Option<HeaderValue> = None;
+        let mut refusals = 0;
         loop {
-            let outcome = self.once(ask, fresh_token).await;
+            let outcome = self.once(ask, refused.as_ref()).await;
             let (wait, error) = match outcome {
-                Ok(response)
-                    if response.status() == StatusCode::UNAUTHORIZED && ask.with_token && !fresh_token && self.auth.renews() =>
+                // A token may end between two tries, so one renewal is not always enough; a server that takes none is.
+                Ok((response, Some(token)))
+                    if response.status() == StatusCode::UNAUTHORIZED && self.auth.renews() && refusals < MAX_REFUSALS =>
                 {
-                    fresh_token = true;
+                    (refused, refusals) = (Some(token), refusals + 1);
                     continue;
                 }
-                Ok(response) if !passes(response.status()) => return Ok(response),
-                Ok(response) => {
+                Ok((response, _)) if !passes(response.status()) || ask.judges == Judges::All => return Ok(response),
+                Ok((response, _)) => {
                     let asked = retry_after(response.headers());
+                    if let Judges::Throttling(most) = ask.judges
+                        && response.status() == StatusCode::TOO_MANY_REQUESTS
+                        && asked.unwrap_or(most) >= most
+                    {
+                        return Ok(response);
+                    }
+                    self.pace.slower();
                     (asked.map(|asked| asked.min(self.settings.max_pause)), refusal(response, ask.what).await)
                 }
                 Err(error) if error.kind() == ErrorKind::Network => (None, error),
@@ -173,22 +239,35 @@ impl Client {
         }
     }
 
-    /// One try, redirects followed by hand: the token goes to its own origin only (T12).
-    async fn once(&self, ask: &Ask<'_>, fresh_token: bool) -> Result<Response> {
+    /// T12, F1, F2: the token goes where it is asked for, and to the server's own origin or those that were named only.
+    fn token_goes_to(&self, ask: &Ask<'_>, url: &Url) -> bool {
+        let origin = url.origin();
+        ask.with_token && (origin == self.base.origin() || self.settings.token_origins.contains(&origin))
+    }
+
+    /// One try, redirects followed by hand: the answer, and the token that went with the last request.
+    async fn once(&self, ask: &Ask<'_>, refused: Option<&HeaderValue>) -> Result<(Response, Option<HeaderValue>)> {
         let mut url = ask.url.clone();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.http.request(ask.method.clone(), url.clone()).headers(ask.headers.clone());
-            if ask.with_token
-                && url.origin() == self.base.origin()
-                && let Some(token) = self.auth.header(&self.http, &self.base, fresh_token).await?
-            {
-                request = request.header(AUTHORIZATION, token);
+            if let Some(body) = ask.body {
+                request = request.header(CONTENT_TYPE, "application/fhir+json").body(body.to_string());
+            }
+            if url.origin() == self.base.origin() {
+                request = request.headers(self.settings.headers.clone());
+            }
+            let mut token = None;
+            if self.token_goes_to(ask, &url) {
+                token = self.auth.header(&self.http, &self.base, refused).await?;
+                if let Some(token) = &token {
+                    request = request.header(AUTHORIZATION, token);
+                }
             }
             let sent = self.stop.or(request.send()).await;
             let sent = sent.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))?;
             let response = sent.map_err(|error| network(&error, ask.what).at(shown(&url)))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(response);
+                return Ok((response, token));
             }
             let location = response.headers().get(LOCATION).and_then(|to| to.to_str().ok());
             let to = location
@@ -197,9 +276,39 @@ impl Client {
             if !matches!(to.scheme(), "http" | "https") {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to scheme {}", ask.what, to.scheme())));
             }
+            if url.scheme() == "https" && to.scheme() == "http" {
+                return Err(Error::new(ErrorKind::Server, format!("{}: a redirect from https to http", ask.what)));
+            }
             url = to;
         }
         Err(Error::new(ErrorKind::Server, format!("{}: more than {MAX_REDIRECTS} redirects", ask.what)))
+    }
+}
+
+/// Where a file that broke off goes on.
+#[derive(Debug, Clone)]
+pub struct Resume {
+    /// Bytes that are here.
+    pub from: u64,
+    /// A strong validator (RFC 9110, section 8.8.1) of the file that they are of.
+    pub validator: HeaderValue,
+}
+
+impl Resume {
+    /// The validator of a response whose file can be gone on with: a strong entity tag, of bytes that are not packed for
+    /// the way.
+    pub fn validator(response: &Response) -> Option<HeaderValue> {
+        let headers = response.headers();
+        let packed = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding.as_bytes() != b"identity");
+        let tag = headers.get(ETAG).filter(|tag| tag.as_bytes().starts_with(b"\""));
+        tag.filter(|_| !packed).cloned()
+    }
+
+    /// Whether a response goes on where we are.
+    pub fn is_taken_up_by(&self, response: &Response) -> bool {
+        let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
+        let from = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok());
+        response.status() == StatusCode::PARTIAL_CONTENT && from == Some(self.from)
     }
 }
 
@@ -216,6 +325,11 @@ fn jitter(pause: Duration) -> Duration {
 
 /// The error that a refusal stands for, with the server's own words.
 pub(super) async fn refusal(response: Response, what: &str) -> Error {
+    refused_with(response, what).await.0
+}
+
+/// The same, and the beginning of its body.
+pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<u8>) {
     let status = response.status();
     let kind = match status.as_u16() {
         401 | 403 => ErrorKind::Auth,
@@ -226,7 +340,8 @@ pub(super) async fn refusal(response: Response, what: &str) -> Error {
     let words = server_words(&body);
     let place = shown(&url);
     let words = if words.is_empty() { String::new() } else { format!(": {words}") };
-    Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place)
+    let error = Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place);
+    (error.with_status(status.as_u16()), body)
 }
 
 async fn first_bytes(mut response: Response) -> Vec<u8> {

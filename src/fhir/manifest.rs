@@ -31,11 +31,22 @@ pub struct Manifest {
     pub deleted: Vec<ManifestFile>,
     /// Files of OperationOutcomes: `error`, or `outcome` in STU 4.
     pub outcomes: Vec<ManifestFile>,
+    /// The next page of it (`link` with relation `next`).
+    pub next: Option<Url>,
+    /// When the files' links end.
+    pub expires: Option<std::time::SystemTime>,
     /// What was missing or odd, for the log.
     pub findings: Vec<String>,
 }
 
 impl Manifest {
+    /// Reads what comes while the server still works (S8): a manifest, or nothing.
+    pub fn read_partial(body: &[u8], status: &Url) -> Option<Manifest> {
+        let json: Value = serde_json::from_slice(body).ok()?;
+        json.get("output").filter(|output| output.is_array())?;
+        Manifest::read(body, status).ok()
+    }
+
     /// Reads a manifest that came from `status`: relative URLs are taken from there.
     pub fn read(body: &[u8], status: &Url) -> Result<Manifest> {
         let bad = |why: &str| Error::new(ErrorKind::Server, format!("the manifest cannot be used: {why}"));
@@ -67,6 +78,9 @@ impl Manifest {
                 .map(|(at, item)| {
                     let url = item.get("url").and_then(Value::as_str).ok_or_else(|| bad(&format!("{key}[{at}] has no url")))?;
                     let url = status.join(url).map_err(|error| bad(&format!("{key}[{at}].url: {error}")))?;
+                    if !matches!(url.scheme(), "http" | "https") {
+                        return Err(bad(&format!("{key}[{at}].url has the scheme {}", url.scheme())));
+                    }
                     Ok(ManifestFile {
                         resource_type: item.get("type").and_then(Value::as_str).map(str::to_owned),
                         url,
@@ -79,7 +93,15 @@ impl Manifest {
         let deleted = files("deleted", false)?;
         let mut outcomes = files("error", false)?;
         outcomes.extend(files("outcome", false)?);
-        Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, findings })
+        let links = json.get("link").and_then(Value::as_array).into_iter().flatten();
+        let mut next = links.filter(|link| link.get("relation").and_then(Value::as_str) == Some("next"));
+        let next = next.find_map(|link| link.get("url").and_then(Value::as_str));
+        let next = match next.map(|next| status.join(next)) {
+            Some(Err(error)) => return Err(bad(&format!("its next page: {error}"))),
+            Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is no web address")),
+            next => next.and_then(std::result::Result::ok),
+        };
+        Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, expires: None, findings })
     }
 }
 

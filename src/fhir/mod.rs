@@ -1,11 +1,21 @@
-//! The client side of FHIR Bulk Data: HTTP with retries, kick-off, polling, manifest. Tokens join in `auth`.
+//! The client side of FHIR Bulk Data: HTTP with retries, kick-off, polling, manifest, and who we are to the server.
 
 mod auth;
 mod export;
 mod http;
+mod keys;
+mod links;
 mod manifest;
+mod pace;
+mod request;
+mod smart;
 
-pub use auth::{Auth, AuthSettings, Secret};
-pub use export::{ExportRequest, Level, Poll};
-pub use http::{Client, HttpSettings, parse_retry_after};
+pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
+pub use export::{KickOff, Poll};
+pub use http::{Client, HttpSettings, Resume, parse_retry_after};
+pub use keys::{KeyAlgorithm, generate_key};
+pub use links::{LinkPlace, Links};
 pub use manifest::{Manifest, ManifestFile};
+pub use pace::{Pace, Place};
+pub use request::{ExportOptions, ExportRequest, Level, Method};
+pub use smart::{Access, SmartConfiguration};

@@ -68,7 +68,18 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
             add("server metadata".into(), probe);
             let token = match &plan.source {
                 SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => Ok("none is needed: no auth is set".into()),
-                _ => client.check_auth().await.map(|()| "granted".into()),
+                _ => client.check_auth().await.and_then(|granted| match granted {
+                    Some(granted) if granted.missing.is_empty() => Ok(granted.granted.unwrap_or_else(|| "granted".into())),
+                    Some(granted) => Err(Error::new(
+                        ErrorKind::Auth,
+                        format!(
+                            "the granted scope ({}) does not let {} be read",
+                            granted.granted.unwrap_or_default(),
+                            granted.missing.join(", ")
+                        ),
+                    )),
+                    None => Ok("a token that never changes".into()),
+                }),
             };
             add("token".into(), token);
         }

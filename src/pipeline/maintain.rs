@@ -75,7 +75,11 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
         let span = tracing::info_span!("optimize", resource_type = %table.resource_type);
         compute(span, async move { table.optimize(&settings).await }).await.and_then(|done| done)
     })
-    .await?;
+    .await;
+    // Whatever ended it, no table is left half-way: each was done, or put back.
+    journal.write(&JournalEntry::Ended { run })?;
+    journal.clear()?;
+    let done = done?;
     for (name, done) in &done {
         match done {
             Ok(done) if done.version.is_some() => tracing::info!(
@@ -86,8 +90,6 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
             Err(error) => tracing::warn!(resource_type = %name, %error, "the table was not optimized"),
         }
     }
-    journal.write(&JournalEntry::Ended { run })?;
-    journal.clear()?;
     Ok(done)
 }
 

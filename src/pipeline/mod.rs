@@ -6,11 +6,13 @@
 //!     └─────────────────┴──────────────┴──── facts: pages, ends, counts ──────▲
 //! ```
 
+mod in_flight;
 mod inspect;
 mod maintain;
 mod prepare;
 mod report;
 
+pub use in_flight::cancel as cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintain::{ByTable, OptimizeOptions, VacuumOptions, optimize, vacuum};
 pub use prepare::{Prepared, prepare};
@@ -26,12 +28,12 @@ use url::Url;
 use crate::config::{MaxBad, Mode, Plan, SourcePlan};
 use crate::delta::{Absent, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::{Auth, Client};
+use crate::fhir::{Auth, Client, Links};
 use crate::flow::{Board, Crew, EdgeGauge, Sender, Stop, edge};
 use crate::messages::{AtMost, BadLineSink, Chunk, ExportFile, FileKind, FlushRequests, MergeInput, Rows, instant_text};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
-use crate::stages::export::{ExportNote, FolderExport, ServerExport};
+use crate::stages::export::{FolderExport, ServerExport};
 use crate::stages::ledger::Ledger;
 use crate::stages::merge::{Merge, MergeSettings};
 use crate::stages::parse::Parse;
@@ -43,6 +45,8 @@ use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
 pub struct RunOptions {
     /// Ask for everything, and rewrite rows whose content differs.
     pub full_refresh: bool,
+    /// Ask for a new export though one is in flight.
+    pub new_export: bool,
     /// Ask the source for nothing: only try the lines in quarantine again.
     pub replay_only: bool,
 }
@@ -84,7 +88,8 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
     Ok((Arc::new(store), folder))
 }
 
-/// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself.
+/// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an earlier run
+/// ended without all of its export, that is made good first, and then what changed since is asked for.
 pub async fn run(
     plan: Plan,
     options: RunOptions,
@@ -93,9 +98,22 @@ pub async fn run(
     waiting: impl Fn(&[&'static str]),
 ) -> Result<RunReport> {
     let name = plan.name.clone();
-    let run = maintain::run_id();
-    let span = tracing::info_span!("run", pipeline = %name, run = %run);
-    once(plan, options, watch, stop, waiting, run).instrument(span).await.map_err(|error| error.at(format!("pipeline {name}")))
+    let pass = async |plan: Plan| {
+        let run = maintain::run_id();
+        let span = tracing::info_span!("run", pipeline = %name, run = %run);
+        once(plan, options, watch, stop, &waiting, run)
+            .instrument(span)
+            .await
+            .map_err(|error| error.at(format!("pipeline {name}")))
+    };
+    let (first, behind) = pass(plan.clone()).await?;
+    if !behind || !first.succeeded || stop.is_pulled() {
+        return Ok(first);
+    }
+    // What an earlier run had failed to bring is here now, as it was when its export was made.
+    tracing::info!("the export of an earlier run is merged; now what changed since");
+    let (second, _) = pass(plan).await?;
+    Ok(first.and_then(second))
 }
 
 async fn once(
@@ -105,7 +123,7 @@ async fn once(
     stop: &Stop,
     waiting: impl Fn(&[&'static str]),
     run: String,
-) -> Result<RunReport> {
+) -> Result<(RunReport, bool)> {
     let (began, started) = (Instant::now(), Utc::now());
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
@@ -114,6 +132,9 @@ async fn once(
     clean_up(&journal, &Tables::at(&plan.tables)?).await?;
     let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
     let prepared = prepare(plan, options).await?;
+    if client.is_some() {
+        in_flight::check_not_before(&state, &prepared.app_id)?;
+    }
     let plan = &prepared.plan;
     match prepared.kickoffs.iter().filter(|_| !options.replay_only).filter_map(|kickoff| kickoff.request.since).min() {
         Some(since) => tracing::info!(since = %instant_text(since), "incremental sync"),
@@ -139,34 +160,30 @@ async fn once(
         let span = tracing::Span::current();
         crew.spawn_cpu("replay", move |handle| span.in_scope(|| replay.run(handle)));
     }
-    let remember = remember(journal.clone());
-    let statuses = Arc::new(Mutex::new(Vec::new()));
+    let links = Links::default();
     let (origin, exports) = match (&plan.source, client.clone()) {
         _ if options.replay_only => {
             drop(files_in);
             (Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0)
         }
-        (SourcePlan::Server { timeout, .. }, Some(client)) => {
-            let statuses = statuses.clone();
+        (SourcePlan::Server { timeout, options, .. }, Some(client)) => {
             let words = watch.server.clone();
             let source = ServerExport {
                 client: client.clone(),
                 kickoffs: prepared.kickoffs.clone(),
                 timeout: Some(*timeout),
+                until: options.until.as_ref().and_then(|until| crate::schema::parse_instant(until.as_bytes())),
                 first_index,
                 files: files_in,
                 merge: merge_in.clone(),
-                remember: Arc::new(move |note| {
-                    if let ExportNote::Accepted { status, .. } = note {
-                        locked(&statuses).push(status.clone());
-                    }
-                    remember(note)
-                }),
+                remember: in_flight::remember(state.clone(), prepared.app_id.clone()),
                 heard: Arc::new(move |text| *locked(&words) = Some(text.to_owned())),
+                links: links.clone(),
                 board: watch.board.clone(),
+                stop: stop.clone(),
             };
             crew.spawn("export", async move { source.run().await }.in_current_span());
-            (Origin::Server(client), prepared.kickoffs.len())
+            (Origin::Server(Box::new(client), links), prepared.kickoffs.len())
         }
         (SourcePlan::Folder(url), _) => {
             let (store, folder) = source_folder(url)?;
@@ -175,6 +192,7 @@ async fn once(
                 folder,
                 url: url.clone(),
                 types: plan.types.iter().map(|name| name.as_str().into()).collect(),
+                all_asked: plan.mode != Mode::Merge,
                 first_index,
                 files: files_in,
                 merge: merge_in.clone(),
@@ -267,6 +285,11 @@ async fn once(
     let merged = merged.unwrap_or_default();
     // What is in a table now, or is there in a newer version, need not be kept any longer.
     state.remove_quarantined(&merged.replayed.iter().copied().collect())?;
+    if absent != Absent::Stay {
+        // Such a run took every resource there is, or failed: what earlier lines are about has come, or is gone.
+        let whole = |name: &str| merged.types.get(name).is_some_and(|outcome| outcome.error.is_none());
+        state.remove_quarantined_of(&run, whole)?;
+    }
     let report = report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.is_ok());
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
@@ -277,20 +300,20 @@ async fn once(
             format!("stopped; {done} types were committed and are whole, the next run brings the others"),
         ));
     }
+    if !report.succeeded && !options.replay_only && client.is_some() {
+        in_flight::failed(&state, &prepared.app_id)?;
+    }
     if report.succeeded {
         remember_success(&state, &report, &prepared.app_id)?;
-        if let (Some(client), true) = (client, plan.delete_export) {
-            let statuses: Vec<Url> = std::mem::take(&mut locked(&statuses));
-            for status in statuses {
-                client.delete_export(&status).await;
-            }
+        if let Some(client) = client.filter(|_| !options.replay_only) {
+            in_flight::merged(&state, &prepared.app_id, &client, plan.delete_export).await?;
         }
         journal.clear()?;
         if let Err(error) = maintain::after_run(plan, &state, stop).await {
             tracing::warn!(%error, "the run is done; the maintenance after it failed");
         }
     }
-    Ok(report)
+    Ok((report, prepared.behind))
 }
 
 /// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
@@ -316,6 +339,7 @@ fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Send
             count: None,
             requires_access_token: false,
             replayed: true,
+            place: (0, 0),
         }));
     }
     if files.is_empty() {
@@ -325,36 +349,35 @@ fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Send
     Ok(Some(Replay { files, lines, chunks: chunks.clone(), merge: merge.clone(), chunk_bytes: plan.chunk_bytes }))
 }
 
-fn remember(journal: Journal) -> impl Fn(&ExportNote) -> Result<()> {
-    move |note| {
-        journal.write(&match note {
-            ExportNote::Accepted { export, status } => JournalEntry::Accepted { export: *export, status: status.to_string() },
-            ExportNote::Complete { export, transaction_time, files } => {
-                JournalEntry::Complete { export: *export, transaction_time: *transaction_time, files: *files }
-            }
-        })
-    }
-}
-
 /// Removes what a run left that was killed: staged files that no table's log names.
 async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
     let steps = journal.unfinished()?;
-    let Some(JournalEntry::Began { run, .. }) = steps.iter().find(|step| matches!(step, JournalEntry::Began { .. })) else {
+    let runs = steps.iter().filter_map(|step| match step {
+        JournalEntry::Began { run, .. } => Some(run.as_str()),
+        JournalEntry::Ended { .. } => None,
+    });
+    let runs: Vec<&str> = runs.collect();
+    if runs.is_empty() {
         return Ok(());
-    };
-    let mut removed = 0;
+    }
+    let (mut removed, mut left) = (0, false);
     for name in tables.existing_folders().await? {
         match tables.open(&name).await {
             Ok(table) => {
-                removed += table.remove_orphans(run).await?;
+                for run in &runs {
+                    removed += table.remove_orphans(run).await?;
+                }
                 table.remove_empty_folder();
             }
             // Not this run's to judge: whoever needs the table will say so.
-            Err(error) => tracing::warn!(resource_type = %name, %error, "what the last run left of the type stays"),
+            Err(error) => {
+                tracing::warn!(resource_type = %name, %error, "what the last run left of the type stays until the next");
+                left = true;
+            }
         }
     }
-    tracing::warn!(run = %run, removed, "the last run ended without a word; its staged files were removed");
-    journal.clear()
+    tracing::warn!(runs = runs.join(", "), removed, "the last run ended without a word; its staged files were removed");
+    if left { Ok(()) } else { journal.clear() }
 }
 
 fn absent(plan: &Plan) -> Absent {

@@ -9,7 +9,7 @@ use super::RunOptions;
 use crate::config::{Mode, Plan, Since, SourcePlan};
 use crate::delta::{Table, Tables};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::ExportRequest;
+use crate::fhir::{ExportRequest, Level};
 use crate::messages::{Layouts, ResourceType};
 use crate::schema::{Layout, LayoutOptions, layout_for};
 use crate::stages::export::Kickoff;
@@ -27,6 +27,8 @@ pub struct Prepared {
     pub(super) app_id: String,
     pub(super) full: bool,
     pub(super) full_refresh: bool,
+    /// Whether it goes on with an export that an earlier run ended without.
+    pub(super) behind: bool,
 }
 
 impl Prepared {
@@ -45,7 +47,9 @@ impl Prepared {
 /// Pipeline and scope: a changed scope has a watermark of its own and starts anew.
 pub(super) fn app_id(plan: &Plan) -> String {
     let scope = match &plan.source {
-        SourcePlan::Server { base, level, .. } => format!("{}|{level:?}", base.as_str().trim_end_matches('/')),
+        SourcePlan::Server { base, level, options, .. } => {
+            format!("{}|{level:?}{}", base.as_str().trim_end_matches('/'), options.scope())
+        }
         SourcePlan::Folder(url) => url.to_string(),
     };
     format!("fhirlake:{}:{:016x}", plan.name, twox_hash::XxHash3_128::oneshot(scope.as_bytes()) as u64)
@@ -63,6 +67,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         plan.types.iter().map(|name| name.as_str().into()).collect()
     };
     let mut opened = HashMap::new();
+    let mut transactions = BTreeMap::new();
     // Watermark by type; `None` asks for everything.
     let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for name in types {
@@ -75,17 +80,17 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             tracing::warn!(resource_type = %name, %error, "the table cannot be written");
             continue;
         }
+        let own = table.transaction(&app_id).await?;
+        transactions.extend(own.map(|own| (name.clone(), own)));
         let since = match plan.since {
             _ if options.full_refresh => None,
             Since::Everything => None,
             Since::At(micros) => Some(micros),
             // A missing table means a full export of its type, whatever the state file says.
             Since::LastSync if table.version().is_none() => None,
-            Since::LastSync => {
-                let own = table.transaction(&app_id).await?;
-                own.or_else(|| from_state(&remembered, &app_id, &name))
-                    .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0))
-            }
+            Since::LastSync => own
+                .or_else(|| from_state(&remembered, &app_id, &name))
+                .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0)),
         };
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
@@ -93,7 +98,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let full = groups.is_empty() || groups.contains_key(&None);
     let kickoffs = match &plan.source {
         SourcePlan::Folder(_) => Vec::new(),
-        SourcePlan::Server { level, .. } if plan.types.is_empty() => {
+        SourcePlan::Server { level, options: asked, .. } if plan.types.is_empty() => {
             // All types in one export. Which types the server has is not known beforehand, so it can only be
             // incremental when a run of this very scope has brought all of them, and each table says so itself:
             // a type that failed then has no table, and would get its changes only.
@@ -103,17 +108,23 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
                 Since::At(micros) if !options.full_refresh => Some(micros),
                 _ => groups.keys().flatten().min().copied().filter(|_| whole_before && all_known),
             };
-            let request = ExportRequest { level: level.clone(), types: Vec::new(), since };
+            let request = ExportRequest { level: level.clone(), types: Vec::new(), since, options: asked.clone() };
             let known = opened.keys().cloned().collect();
-            vec![Kickoff { request, asked: Vec::new(), known }]
+            vec![Kickoff { request, asked: Vec::new(), known, in_flight: None }]
         }
-        SourcePlan::Server { level, .. } => groups
+        SourcePlan::Server { level, options: wanted, .. } => groups
             .into_iter()
             .map(|(since, asked)| {
                 let types = asked.iter().map(ToString::to_string).collect();
-                Kickoff { request: ExportRequest { level: level.clone(), types, since }, asked, known: Vec::new() }
+                let request = ExportRequest { level: level.clone(), types, since, options: wanted.clone() };
+                Kickoff { request, asked, known: Vec::new(), in_flight: None }
             })
             .collect(),
+    };
+    let behind = super::in_flight::is_behind(&state, &app_id)? && !options.replay_only && !options.new_export;
+    let kickoffs = match options.replay_only || options.new_export {
+        true => kickoffs,
+        false => super::in_flight::resume(&state, &app_id, kickoffs, options.full_refresh, &transactions)?,
     };
     let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
@@ -121,7 +132,12 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
         return Err(Error::new(ErrorKind::Config, why));
     }
-    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh })
+    if let (true, SourcePlan::Server { level, .. }) = (plan.mode != Mode::Merge, &plan.source)
+        && *level != Level::System
+    {
+        tracing::warn!("stages.merge.mode deletes every row that is not in the group or compartment that is exported");
+    }
+    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh, behind })
 }
 
 /// Whether a run can write `table`: its features, and its columns where it exists.

@@ -52,6 +52,34 @@ pub struct RunReport {
     pub replayed: u64,
 }
 
+impl RunReport {
+    /// This run and the one that followed it, as one.
+    pub(super) fn and_then(self, after: Self) -> Self {
+        let mut types = self.types;
+        for (name, outcome) in after.types {
+            let before = types.remove(&name).unwrap_or_default();
+            types.insert(name, before.and_then(outcome));
+        }
+        let sums = |mut ours: BTreeMap<String, u64>, theirs: BTreeMap<String, u64>| {
+            theirs.into_iter().for_each(|(name, count)| *ours.entry(name).or_default() += count);
+            ours
+        };
+        Self {
+            started: self.started,
+            seconds: self.seconds + after.seconds,
+            full: self.full,
+            types,
+            excluded: sums(self.excluded, after.excluded),
+            count_findings: self.count_findings.into_iter().chain(after.count_findings).collect(),
+            other_bad_lines: self.other_bad_lines + after.other_bad_lines,
+            outcome_issues: sums(self.outcome_issues, after.outcome_issues),
+            retries: self.retries.max(after.retries),
+            replayed: self.replayed + after.replayed,
+            ..after
+        }
+    }
+}
+
 /// Draws up the report of a run that began at `time.0` and took `time.1`.
 pub(super) fn draw_up(
     plan: &Plan,

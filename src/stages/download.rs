@@ -2,21 +2,24 @@
 //!
 //! Each worker has a thread of its own, since it unpacks; it waits for the network on the reactor.
 
-use std::io::{ErrorKind as IoErrorKind, Read, Write};
+use std::io::{ErrorKind as IoErrorKind, Read};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt};
+use reqwest::header::HeaderValue;
 use tokio::runtime::Handle;
 use twox_hash::XxHash3_128;
+use url::Url;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::Client;
+use crate::fhir::{Client, LinkPlace, Links, Resume};
 use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, MergeInput};
 use crate::telemetry;
+use crate::unpack::Unpack;
 
 /// Bytes that are read of a local file at once: below the size from which the allocator maps and unmaps memory.
 const LOCAL_READ: usize = 64 << 10;
@@ -24,8 +27,8 @@ const LOCAL_READ: usize = 64 << 10;
 /// Where files are read from.
 #[derive(Clone)]
 pub enum Origin {
-    /// A FHIR server and whoever it sends us to.
-    Server(Client),
+    /// A FHIR server and whoever it sends us to, and where newer links come from.
+    Server(Box<Client>, Links),
     /// A folder of NDJSON.
     Store(Arc<dyn ObjectStore>),
 }
@@ -101,68 +104,125 @@ impl Download {
     /// passed over then, once it has proved to be the same. Its lines.
     fn file(&self, handle: &Handle, file: &Arc<ExportFile>) -> Result<u64, Broken> {
         let mut lines = Lines::new(self, handle, file.clone());
+        let mut reading = Reading { url: file.url.clone(), renewed: false, validator: None, so_far: None };
         let mut tried = 0;
         loop {
-            tried += 1;
-            match self.once(handle, file, &mut lines) {
+            // However many workers there are, the server may be able to serve fewer.
+            let place = match &self.origin {
+                Origin::Server(client, _) => Some(handle.block_on(self.stop.or(client.pace().enter())).ok_or(Broken::Stopped)?),
+                Origin::Store(_) => None,
+            };
+            let outcome = self.once(handle, file, &mut reading, &mut lines);
+            drop(place);
+            match outcome {
                 Ok(()) => {
                     lines.end()?;
+                    if let Origin::Server(client, _) = &self.origin {
+                        client.pace().faster();
+                    }
                     return Ok(lines.lines);
                 }
-                Err(Broken::Again(error)) if tried < self.tries => {
-                    tracing::warn!(%error, tried, "the file broke off; reading it again");
+                Err(Broken::Again(error)) if tried + 1 < self.tries => {
+                    tried += 1;
+                    let from = reading.so_far.as_ref().map_or(0, |so_far| so_far.resume.from);
+                    tracing::warn!(%error, tried, from, "the file broke off; reading on");
                     self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
-                    lines.again();
+                    if let Origin::Server(client, _) = &self.origin {
+                        client.pace().slower();
+                    }
                 }
                 Err(broken) => return Err(broken),
             }
         }
     }
 
-    fn once(&self, handle: &Handle, file: &ExportFile, lines: &mut Lines<'_>) -> Result<(), Broken> {
-        let (mut body, encoding) = handle.block_on(self.open(file))?;
-        let mut unpack: Option<Unpack> = None;
-        let (mut got, mut head): (u64, Vec<u8>) = (0, Vec::new());
-        while let Some(bytes) = handle.block_on(self.stop.or(body.next())).ok_or(Broken::Stopped)? {
-            let bytes = bytes.map_err(Broken::Again)?;
+    fn once(&self, handle: &Handle, file: &ExportFile, reading: &mut Reading, lines: &mut Lines<'_>) -> Result<(), Broken> {
+        let (mut body, encoding, validator) = handle.block_on(self.open(file, reading))?;
+        // Where the server goes on in the file, so do we; else what was passed on is passed over.
+        let (mut unpack, mut got, mut head) = match reading.so_far.take() {
+            Some(so_far) if validator.is_none() => (so_far.unpack, so_far.resume.from, so_far.head),
+            _ => {
+                lines.again();
+                (None, 0, Vec::new())
+            }
+        };
+        let validator = validator.unwrap_or_else(|| reading.validator.clone());
+        reading.validator.clone_from(&validator);
+        let broken = loop {
+            let Some(bytes) = handle.block_on(self.stop.or(body.next())).ok_or(Broken::Stopped)? else { break None };
+            let bytes = match bytes {
+                Ok(bytes) => bytes,
+                Err(error) => break Some(error),
+            };
             if bytes.is_empty() {
                 continue;
             }
             got += bytes.len() as u64;
             if let Some(unpack) = &mut unpack {
-                unpack.push(&bytes, lines)?;
+                unpack.push(&bytes, |bytes| lines.push(bytes), packed_wrong)?;
                 continue;
             }
             // How it is packed is told by its first bytes, which may come one by one.
             head.extend_from_slice(&bytes);
             if head.len() >= 4 {
-                unpack.insert(Unpack::of(&encoding, &head).map_err(Broken::Never)?).push(&head, lines)?;
+                let unpack = unpack.insert(Unpack::of(&encoding, &head).map_err(Broken::Never)?);
+                unpack.push(&head, |bytes| lines.push(bytes), packed_wrong)?;
             }
+        };
+        if let Some(error) = broken {
+            if let Some(validator) = validator.filter(|_| got > 0) {
+                reading.so_far = Some(SoFar { resume: Resume { from: got, validator }, unpack, head });
+            }
+            return Err(Broken::Again(error));
         }
         if unpack.is_none() && !head.is_empty() {
-            unpack.insert(Unpack::of(&encoding, &head).map_err(Broken::Never)?).push(&head, lines)?;
+            let unpack = unpack.insert(Unpack::of(&encoding, &head).map_err(Broken::Never)?);
+            unpack.push(&head, |bytes| lines.push(bytes), packed_wrong)?;
         }
         tracing::trace!(bytes = got, "the body ended");
         match unpack {
-            Some(unpack) => unpack.end(lines),
+            Some(unpack) => unpack.end(|bytes| lines.push(bytes), packed_wrong),
             None => Ok(()),
         }
     }
 
-    async fn open(&self, file: &ExportFile) -> Result<(Body, String), Broken> {
+    /// The body, how it is packed, and what a later request can go on by: nothing of that where the body itself goes on.
+    async fn open(
+        &self,
+        file: &ExportFile,
+        reading: &mut Reading,
+    ) -> Result<(Body, String, Option<Option<HeaderValue>>), Broken> {
         match &self.origin {
-            Origin::Server(client) => {
-                let response = match client.open_file(&file.url, file.requires_access_token).await {
-                    Ok(response) => response,
-                    Err(error) if error.kind() == ErrorKind::Interrupted => return Err(Broken::Stopped),
-                    Err(error) => return Err(Broken::Never(error)),
+            Origin::Server(client, links) => {
+                let resume = reading.so_far.as_ref().map(|so_far| so_far.resume.clone());
+                let response = loop {
+                    match client.open_file(&reading.url, file.requires_access_token, resume.as_ref()).await {
+                        Ok(response) => break response,
+                        Err(error) if error.kind() == ErrorKind::Interrupted => return Err(Broken::Stopped),
+                        // F7: a link may end before its file is read; the manifest has newer ones, once.
+                        Err(error) if !reading.renewed && link_may_have_ended(&error) => {
+                            reading.renewed = true;
+                            let (page, place) = file.place;
+                            let place = LinkPlace { export: file.export, page, file: place };
+                            match links.refreshed(client, place, &reading.url).await {
+                                Ok(fresh) => reading.url = fresh,
+                                Err(why) => {
+                                    tracing::debug!(%why, "no newer link");
+                                    return Err(Broken::Never(error));
+                                }
+                            }
+                        }
+                        Err(error) => return Err(Broken::Never(error)),
+                    }
                 };
                 let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
                 let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
+                let goes_on = resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response));
+                let validator = (!goes_on).then(|| Resume::validator(&response));
                 let body = response.bytes_stream().map(|bytes| {
                     bytes.map_err(|error| Error::new(ErrorKind::Network, format!("the body broke off: {}", error.without_url())))
                 });
-                Ok((Body::Stream(body.boxed()), encoding))
+                Ok((Body::Stream(body.boxed()), encoding, validator))
             }
             Origin::Store(store) => {
                 let path = file.location.clone().unwrap_or_default();
@@ -172,15 +232,40 @@ impl Download {
                 let name = file.name.clone();
                 let end = got.range.end;
                 if let GetResultPayload::File(local, _) = got.payload {
-                    return Ok((Body::Local(local.take(end), name), String::new()));
+                    return Ok((Body::Local(local.take(end), name), String::new(), Some(None)));
                 }
                 let body = got.into_stream().map(move |bytes| {
                     bytes.map_err(|error| Error::new(ErrorKind::Storage, format!("{name} cannot be read: {error}")))
                 });
-                Ok((Body::Stream(body.boxed()), String::new()))
+                Ok((Body::Stream(body.boxed()), String::new(), Some(None)))
             }
         }
     }
+}
+
+fn packed_wrong(error: std::io::Error) -> Broken {
+    Broken::Again(Error::new(ErrorKind::Server, format!("the file cannot be unpacked: {error}")))
+}
+
+/// Whether an error may only say that a link has ended: the store that it leads to forbids it, or no longer has it.
+fn link_may_have_ended(error: &Error) -> bool {
+    matches!(error.status(), Some(401 | 403 | 404 | 410))
+}
+
+/// How far a file is, over its tries.
+struct Reading {
+    /// Its link, which may be a newer one than the manifest's first.
+    url: Url,
+    renewed: bool,
+    validator: Option<HeaderValue>,
+    so_far: Option<SoFar>,
+}
+
+/// What there is of a file that broke off and can be gone on with.
+struct SoFar {
+    resume: Resume,
+    unpack: Option<Unpack>,
+    head: Vec<u8>,
 }
 
 /// The bytes of a file as they come.
@@ -212,115 +297,6 @@ impl Body {
                 }
             }
         }
-    }
-}
-
-/// Unpacks as bytes come. Which way is told by the first bytes: servers send gzip files without saying so.
-enum Unpack {
-    Plain,
-    Gzip(Box<flate2::write::MultiGzDecoder<Vec<u8>>>),
-    Deflate(Box<flate2::write::ZlibDecoder<Vec<u8>>>),
-    Zstd(Box<Zstd>),
-}
-
-impl Unpack {
-    fn of(encoding: &str, first: &[u8]) -> Result<Self> {
-        if first.starts_with(&[0x1f, 0x8b]) {
-            return Ok(Unpack::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))));
-        }
-        if first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-            return Zstd::new()
-                .map(|decoder| Unpack::Zstd(Box::new(decoder)))
-                .map_err(|error| Error::new(ErrorKind::Internal, format!("zstd cannot be set up: {error}")));
-        }
-        match encoding {
-            "" | "identity" | "gzip" | "x-gzip" => Ok(Unpack::Plain),
-            "deflate" => Ok(Unpack::Deflate(Box::new(flate2::write::ZlibDecoder::new(Vec::new())))),
-            other => {
-                Err(Error::new(ErrorKind::Server, format!("the file has Content-Encoding {other}, which was not asked for")))
-            }
-        }
-    }
-
-    fn push(&mut self, bytes: &[u8], lines: &mut Lines<'_>) -> Result<(), Broken> {
-        let broken =
-            |error: std::io::Error| Broken::Again(Error::new(ErrorKind::Server, format!("the file cannot be unpacked: {error}")));
-        if let Unpack::Plain = self {
-            return lines.push(bytes);
-        }
-        // In pieces: a small packed piece may be a large unpacked one.
-        for piece in bytes.chunks(16 * 1024) {
-            match self {
-                Unpack::Plain => {}
-                Unpack::Gzip(decoder) => decoder.write_all(piece).map_err(broken)?,
-                Unpack::Deflate(decoder) => decoder.write_all(piece).map_err(broken)?,
-                Unpack::Zstd(decoder) => decoder.write_all(piece).map_err(broken)?,
-            }
-            self.drain(lines)?;
-        }
-        Ok(())
-    }
-
-    fn drain(&mut self, lines: &mut Lines<'_>) -> Result<(), Broken> {
-        let out = match self {
-            Unpack::Plain => return Ok(()),
-            Unpack::Gzip(decoder) => decoder.get_mut(),
-            Unpack::Deflate(decoder) => decoder.get_mut(),
-            Unpack::Zstd(decoder) => &mut decoder.out,
-        };
-        lines.push(out)?;
-        out.clear();
-        Ok(())
-    }
-
-    fn end(mut self, lines: &mut Lines<'_>) -> Result<(), Broken> {
-        let cut = |error: std::io::Error| {
-            Broken::Again(Error::new(ErrorKind::Server, format!("the packed file is cut short: {error}")))
-        };
-        match &mut self {
-            Unpack::Plain => {}
-            Unpack::Gzip(decoder) => decoder.try_finish().map_err(cut)?,
-            Unpack::Deflate(decoder) => decoder.try_finish().map_err(cut)?,
-            Unpack::Zstd(decoder) => decoder.end().map_err(cut)?,
-        }
-        self.drain(lines)
-    }
-}
-
-/// zstd, told apart from the crate's own writer by knowing whether the last frame ended.
-struct Zstd {
-    decoder: zstd::stream::raw::Decoder<'static>,
-    out: Vec<u8>,
-    open: bool,
-}
-
-impl Zstd {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self { decoder: zstd::stream::raw::Decoder::new()?, out: Vec::new(), open: false })
-    }
-
-    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        use zstd::stream::raw::{InBuffer, Operation, OutBuffer};
-        let mut input = InBuffer::around(bytes);
-        let mut piece = vec![0; 128 * 1024];
-        loop {
-            let mut output = OutBuffer::around(piece.as_mut_slice());
-            // 0 says that a frame has ended and all of it was given out.
-            let hint = self.decoder.run(&mut input, &mut output)?;
-            let got = output.pos();
-            self.out.extend_from_slice(&piece[..got]);
-            self.open = hint != 0;
-            if input.pos() == bytes.len() && got < piece.len() {
-                return Ok(());
-            }
-            if hint == 0 && input.pos() < bytes.len() {
-                self.decoder.reinit()?;
-            }
-        }
-    }
-
-    fn end(&mut self) -> std::io::Result<()> {
-        if self.open { Err(std::io::Error::other("the last frame did not end")) } else { Ok(()) }
     }
 }
 
@@ -391,9 +367,11 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// The file is read from its start again.
+    /// The file is read from its start again, or for the first time.
     fn again(&mut self) {
-        self.known = Some((self.read, self.passed.with_rest(), RunningHash::default(), 0));
+        if self.read > 0 {
+            self.known = Some((self.read, self.passed.with_rest(), RunningHash::default(), 0));
+        }
     }
 
     fn push(&mut self, bytes: &[u8]) -> Result<(), Broken> {

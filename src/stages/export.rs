@@ -1,5 +1,6 @@
 //! The source: where a run's files come from.
 
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use object_store::ObjectStore;
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::{Client, ExportRequest, Manifest, ManifestFile};
+use crate::fhir::{Client, ExportRequest, KickOff, Links, Manifest, ManifestFile, Poll};
 use crate::flow::{Board, Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, ManifestPage, MergeInput, ResourceType};
 use crate::schema::{EXCLUDED_TYPES, Model};
@@ -22,29 +23,54 @@ pub struct Kickoff {
     pub asked: Vec<ResourceType>,
     /// Types that have a table already, where all were asked for.
     pub known: Vec<ResourceType>,
+    /// The export that an earlier run asked for with this very request.
+    pub in_flight: Option<Accepted>,
+}
+
+/// An export that the server accepted.
+#[derive(Debug, Clone)]
+pub struct Accepted {
+    /// Where its status is asked for.
+    pub status: Url,
+    /// Whether a poll's own status and the export's are apart.
+    pub separate: bool,
+    /// `transactionTime` of each type's table for this scope: a type whose table has the export's own was merged whole.
+    pub tables: BTreeMap<ResourceType, i64>,
 }
 
 /// Hears what must be remembered of an export before anything else happens.
-pub type Remember = Arc<dyn Fn(&ExportNote) -> Result<()> + Send + Sync>;
+pub type Remember = Arc<dyn Fn(&ExportNote<'_>) -> Result<()> + Send + Sync>;
 
 /// What is remembered.
-#[derive(Debug, Clone)]
-pub enum ExportNote {
+#[derive(Debug)]
+pub enum ExportNote<'a> {
     /// The server accepted; its status URL.
     Accepted {
-        /// Which export.
-        export: usize,
+        /// What was asked.
+        kickoff: &'a Kickoff,
         /// Where its status is asked for.
-        status: Url,
+        status: &'a Url,
+        /// Whether a poll's own status and the export's are apart.
+        separate: bool,
     },
-    /// The server is done; its `transactionTime`.
+    /// The manifest came.
     Complete {
-        /// Which export.
-        export: usize,
+        /// Where its status was asked for.
+        status: &'a Url,
         /// Microseconds since the epoch.
         transaction_time: i64,
-        /// Files that the manifest lists.
-        files: usize,
+    },
+    /// The server has no such export any more, or gave it up.
+    Lost {
+        /// Where its status was asked for.
+        status: &'a Url,
+    },
+    /// The server asks to come back later.
+    Later {
+        /// How long it asks to wait, where it says.
+        wait: Option<Duration>,
+        /// Its words.
+        why: &'a str,
     },
 }
 
@@ -56,6 +82,8 @@ pub struct ServerExport {
     pub kickoffs: Vec<Kickoff>,
     /// How long a server may work.
     pub timeout: Option<Duration>,
+    /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
+    pub until: Option<i64>,
     /// Index of the first file: those before it are the quarantine's.
     pub first_index: u32,
     /// Where files go.
@@ -66,88 +94,261 @@ pub struct ServerExport {
     pub remember: Remember,
     /// Shows the server's words on its progress.
     pub heard: Arc<dyn Fn(&str) + Send + Sync>,
+    /// Where links of files come from, should they end.
+    pub links: Links,
     /// Counters.
     pub board: Board,
+    /// The run's stop.
+    pub stop: Stop,
+}
+
+/// Why an export ended early.
+enum Ended {
+    Failed(Error),
+    /// The server knows no such export.
+    Gone(Error),
+    /// Nobody listens any more.
+    Unheard,
+}
+
+impl From<Error> for Ended {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl ServerExport {
-    /// Makes each kick-off, waits for it and sends its files on.
+    /// Makes each kick-off, or goes on with what was asked for before, and sends its files on.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index;
         for (export, kickoff) in self.kickoffs.iter().enumerate() {
             let span = tracing::info_span!("export", export);
-            let exported = tracing::Instrument::instrument(self.export(export, kickoff), span).await;
-            let manifest = match exported {
-                Ok(manifest) => manifest,
+            match tracing::Instrument::instrument(self.export(export, kickoff, &mut index), span).await {
+                Ok(()) => {}
+                Err(Ended::Unheard) => return Ok(()),
                 // One refused export does not hold the others back; one alone is the run's end.
-                Err(error) if self.kickoffs.len() > 1 && matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) => {
+                Err(Ended::Failed(error) | Ended::Gone(error))
+                    if self.kickoffs.len() > 1
+                        && matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth | ErrorKind::Throttled) =>
+                {
                     tracing::error!(%error, "the export failed; its types are left as they were");
                     let fact = Fact::ExportFailed { export, asked: kickoff.asked.clone(), why: error.to_string() };
                     if self.merge.send(MergeInput::Fact(fact)).await.is_err() {
                         return Ok(());
                     }
-                    continue;
                 }
-                Err(error) => return Err(error),
-            };
-            if !self.pass_on(export, kickoff, &manifest, &mut index).await {
-                return Ok(());
+                Err(Ended::Failed(error) | Ended::Gone(error)) => return Err(error),
             }
         }
         Ok(())
     }
 
-    async fn export(&self, export: usize, kickoff: &Kickoff) -> Result<Manifest> {
-        let status = self.client.kick_off(&kickoff.request).await?;
-        (self.remember)(&ExportNote::Accepted { export, status: status.clone() })?;
+    async fn export(&self, export: usize, kickoff: &Kickoff, index: &mut u32) -> Result<(), Ended> {
+        if let Some(accepted) = &kickoff.in_flight {
+            tracing::info!("going on with the export that an earlier run asked for");
+            match self.follow(export, kickoff, accepted, index).await {
+                Err(Ended::Gone(error)) => {
+                    tracing::warn!(%error, "the server no longer has the export; asking for it anew");
+                    (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
+                }
+                ended => return ended,
+            }
+        }
+        let accepted = match self.client.kick_off(&kickoff.request).await? {
+            KickOff::Accepted { status, separate } => Accepted { status, separate, tables: BTreeMap::new() },
+            KickOff::Later { wait, why } => {
+                (self.remember)(&ExportNote::Later { wait, why: &why })?;
+                return Err(Error::new(ErrorKind::Throttled, why).into());
+            }
+        };
+        (self.remember)(&ExportNote::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
         tracing::info!(
             types = kickoff.asked.len(),
             incremental = kickoff.request.since.is_some(),
             "the server accepted the export"
         );
-        let manifest = self.client.wait(&status, self.timeout, |words| (self.heard)(words)).await?;
+        self.follow(export, kickoff, &accepted, index).await.inspect_err(|ended| {
+            if let Ended::Gone(_) = ended {
+                let lost = (self.remember)(&ExportNote::Lost { status: &accepted.status });
+                lost.unwrap_or_else(|error| tracing::warn!(%error, "that the export is gone could not be remembered"));
+            }
+        })
+    }
+
+    /// Polls until the export is done, page by page of its manifest, and sends files on as soon as they are final.
+    async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &Accepted, index: &mut u32) -> Result<(), Ended> {
+        let mut pages = vec![accepted.status.clone()];
+        let mut passed = Passed { time: None, files: HashSet::new(), merged: Vec::new() };
+        loop {
+            let page = pages.len() - 1;
+            let next = self.page(export, kickoff, accepted, &pages[page].clone(), page, &mut passed, index).await?;
+            match next {
+                None => break,
+                Some(next) if pages.contains(&next) => {
+                    return Err(Error::new(ErrorKind::Server, "the manifest's pages go round in a circle").into());
+                }
+                Some(_) if pages.len() >= MAX_PAGES => {
+                    return Err(Error::new(ErrorKind::Server, format!("the manifest has more than {MAX_PAGES} pages")).into());
+                }
+                Some(next) => pages.push(next),
+            }
+        }
+        if passed.files.is_empty() && kickoff.request.since.is_none() {
+            tracing::warn!(
+                types = %kickoff.asked.join(", "),
+                "the export is empty, though everything was asked for: check that the group or the types exist"
+            );
+        }
+        let time = passed.time.map(|time| self.until.map_or(time, |until| time.min(until)));
+        let left = |names: &[ResourceType]| names.iter().filter(|name| !passed.merged.contains(name)).cloned().collect();
+        let end = ExportEnd {
+            export,
+            asked: left(&kickoff.asked),
+            known: left(&kickoff.known),
+            transaction_time: time,
+            full: kickoff.request.since.is_none(),
+            merged: passed.merged.clone(),
+        };
+        self.tell(Fact::ExportEnd(end)).await
+    }
+
+    async fn tell(&self, fact: Fact) -> Result<(), Ended> {
+        self.merge.send(MergeInput::Fact(fact)).await.map_err(|_| Ended::Unheard)
+    }
+
+    /// Polls one page until it is final or has a next one; that one.
+    #[expect(clippy::too_many_arguments, reason = "what a page is of, and where its files go")]
+    async fn page(
+        &self,
+        export: usize,
+        kickoff: &Kickoff,
+        accepted: &Accepted,
+        url: &Url,
+        page: usize,
+        passed: &mut Passed,
+        index: &mut u32,
+    ) -> Result<Option<Url>, Ended> {
+        let settings = self.client.settings();
+        let began = tokio::time::Instant::now();
+        let mut pause = settings.min_pause;
+        let mut troubled: Option<tokio::time::Instant> = None;
+        loop {
+            let (wait, least) = match self.client.poll(url, accepted.separate).await? {
+                Poll::Done(manifest) => {
+                    self.pass_on(export, accepted, (url, page), &manifest, passed, index).await?;
+                    return Ok(manifest.next);
+                }
+                Poll::Working { partial: Some(manifest), wait, .. } if kickoff.request.options.allow_partial_manifests => {
+                    troubled = None;
+                    (self.heard)("the first files are there");
+                    self.pass_on(export, accepted, (url, page), &manifest, passed, index).await?;
+                    if manifest.next.is_some() {
+                        return Ok(manifest.next);
+                    }
+                    (wait, Duration::ZERO)
+                }
+                Poll::Working { progress, wait, .. } => {
+                    troubled = None;
+                    let words = progress.as_deref().unwrap_or("in progress");
+                    tracing::debug!(progress = words, "the server is exporting");
+                    (self.heard)(words);
+                    (wait, Duration::ZERO)
+                }
+                Poll::Troubled { error, wait, throttled } => {
+                    let since = *troubled.get_or_insert_with(tokio::time::Instant::now);
+                    if !throttled && since.elapsed() > settings.retry_for {
+                        return Err(error.into());
+                    }
+                    tracing::warn!(%error, "asking for the export's status again");
+                    self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
+                    // Too often: not at once again, whatever it says.
+                    (wait, if throttled { settings.min_pause } else { Duration::ZERO })
+                }
+                Poll::Gone(error) => return Err(Ended::Gone(error)),
+            };
+            let wait = wait.unwrap_or(pause).max(least).clamp(Duration::from_millis(50), settings.max_pause);
+            pause = (pause * 2).min(settings.max_pause);
+            if let Some(timeout) = self.timeout
+                && began.elapsed() + wait > timeout
+            {
+                let why = format!("the export was not done within source.timeout ({} s)", timeout.as_secs());
+                let error = Error::new(ErrorKind::Server, why);
+                return Err(error.with_hint("run again: the next run goes on with this export; or raise source.timeout").into());
+            }
+            if self.stop.or(tokio::time::sleep(wait)).await.is_none() {
+                return Err(Error::new(ErrorKind::Interrupted, "stopped while the server was exporting").into());
+            }
+        }
+    }
+
+    /// Sends on what a manifest lists and was not sent on before.
+    async fn pass_on(
+        &self,
+        export: usize,
+        accepted: &Accepted,
+        (url, page): (&Url, usize),
+        manifest: &Manifest,
+        passed: &mut Passed,
+        index: &mut u32,
+    ) -> Result<(), Ended> {
         for finding in &manifest.findings {
             tracing::warn!(finding, "the manifest is not as it should be");
         }
-        let files = manifest.output.len() + manifest.deleted.len() + manifest.outcomes.len();
-        (self.remember)(&ExportNote::Complete { export, transaction_time: manifest.transaction_time, files })?;
-        if files == 0 && kickoff.request.since.is_none() {
-            tracing::warn!("the export is empty, though everything was asked for: check that the group or the types exist");
+        match passed.time {
+            None => {
+                passed.time = Some(manifest.transaction_time);
+                (self.remember)(&ExportNote::Complete { status: &accepted.status, transaction_time: manifest.transaction_time })?;
+                let time = self.until.map_or(manifest.transaction_time, |until| manifest.transaction_time.min(until));
+                let merged = accepted.tables.iter().filter(|(_, table)| **table == time).map(|(name, _)| name.clone());
+                passed.merged = merged.collect();
+                if !passed.merged.is_empty() {
+                    tracing::info!(types = %passed.merged.join(", "), "merged out of this export by an earlier run; left alone");
+                }
+            }
+            // Only what every page covers is surely here.
+            Some(time) if time != manifest.transaction_time => {
+                tracing::warn!("the manifest's pages differ in their transactionTime; the oldest counts");
+                passed.time = Some(time.min(manifest.transaction_time));
+            }
+            Some(_) => {}
         }
-        Ok(manifest)
-    }
-
-    /// Whether anybody still listens.
-    async fn pass_on(&self, export: usize, kickoff: &Kickoff, manifest: &Manifest, index: &mut u32) -> bool {
+        self.links.page(export, page, url, accepted.separate, manifest).await;
         let lists = [
             (FileKind::Output, &manifest.output),
             (FileKind::Deleted, &manifest.deleted),
             (FileKind::Outcome, &manifest.outcomes),
         ];
+        let listed = lists.into_iter().flat_map(|(kind, list)| list.iter().map(move |listed| (kind, listed)));
         let mut files = Vec::new();
-        for (kind, list) in lists {
-            for listed in list {
-                files.push(Arc::new(export_file(*index, export, kind, listed, manifest.requires_access_token)));
-                *index += 1;
+        for (at, (kind, listed)) in listed.enumerate() {
+            // A page that came again has the same files in the same places, perhaps by newer links.
+            if !passed.files.insert((page, at)) {
+                continue;
+            }
+            let file = export_file(*index, export, kind, listed, (manifest.requires_access_token, (page, at)));
+            *index += 1;
+            let merged = file.declared.as_ref().is_some_and(|name| passed.merged.contains(name));
+            if !(merged && kind == FileKind::Output) {
+                files.push(Arc::new(file));
             }
         }
         expect(&self.board, &files);
-        let end = ExportEnd {
-            export,
-            asked: kickoff.asked.clone(),
-            known: kickoff.known.clone(),
-            transaction_time: Some(manifest.transaction_time),
-            full: kickoff.request.since.is_none(),
-        };
-        let page = Fact::Page(ManifestPage { export, files: files.clone() });
         // The books must know a file before its first line comes.
-        for fact in [page, Fact::ExportEnd(end)] {
-            if self.merge.send(MergeInput::Fact(fact)).await.is_err() {
-                return false;
-            }
-        }
-        send_all(&self.files, files).await
+        self.tell(Fact::Page(ManifestPage { export, files: files.clone() })).await?;
+        if send_all(&self.files, files).await { Ok(()) } else { Err(Ended::Unheard) }
     }
+}
+
+/// Pages of a manifest; each may have any number of files.
+const MAX_PAGES: usize = 100_000;
+
+/// What was sent on of an export.
+struct Passed {
+    time: Option<i64>,
+    /// Pages and places of files.
+    files: HashSet<(usize, usize)>,
+    /// Types that an earlier run merged.
+    merged: Vec<ResourceType>,
 }
 
 async fn send_all(edge: &Sender<Arc<ExportFile>>, files: Vec<Arc<ExportFile>>) -> bool {
@@ -167,7 +368,13 @@ fn expect(board: &Board, files: &[Arc<ExportFile>]) {
     }
 }
 
-fn export_file(index: u32, export: usize, kind: FileKind, listed: &ManifestFile, requires_access_token: bool) -> ExportFile {
+fn export_file(
+    index: u32,
+    export: usize,
+    kind: FileKind,
+    listed: &ManifestFile,
+    (requires_access_token, place): (bool, (usize, usize)),
+) -> ExportFile {
     let last = listed.url.path_segments().and_then(|mut parts| parts.next_back()).unwrap_or("file");
     // A type is trusted as a name only where R4 has it: it becomes a folder.
     let declared = listed.resource_type.as_deref().filter(|name| Model::r4().is_resource_type(name));
@@ -182,6 +389,7 @@ fn export_file(index: u32, export: usize, kind: FileKind, listed: &ManifestFile,
         count: listed.count,
         requires_access_token,
         replayed: false,
+        place,
     }
 }
 
@@ -195,6 +403,8 @@ pub struct FolderExport {
     pub url: Url,
     /// Types to take; empty for all.
     pub types: Vec<ResourceType>,
+    /// Whether a type without a file was asked for all the same: what it has is absent.
+    pub all_asked: bool,
     /// Index of the first file: those before it are the quarantine's.
     pub first_index: u32,
     /// Where files go.
@@ -250,13 +460,21 @@ impl FolderExport {
                 count: None,
                 requires_access_token: false,
                 replayed: false,
+                place: (0, 0),
             }));
         }
         expect(&self.board, &files);
         let mut asked: Vec<ResourceType> = files.iter().filter_map(|file| file.declared.clone()).collect();
+        for name in self.types.iter().filter(|name| !files.iter().any(|file| file.declared.as_ref() == Some(*name))) {
+            tracing::warn!(resource_type = %name, "the source folder has no file of the type");
+            if self.all_asked {
+                asked.push(name.clone());
+            }
+        }
         asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
+        asked.sort();
         asked.dedup();
-        let end = ExportEnd { export: 0, asked, known: Vec::new(), transaction_time: None, full: true };
+        let end = ExportEnd { export: 0, asked, known: Vec::new(), transaction_time: None, full: true, merged: Vec::new() };
         let page = Fact::Page(ManifestPage { export: 0, files: files.clone() });
         for fact in [page, Fact::ExportEnd(end)] {
             if self.merge.send(MergeInput::Fact(fact)).await.is_err() {

@@ -4,7 +4,7 @@
 //! may hold it has reported its end and the counts agree: lines = rows + bad + blank + headers, and each
 //! stage's rows equal the next one's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, LineId, ParsedChunk, ResourceType};
@@ -60,6 +60,8 @@ pub struct Ledger {
     /// Kick-offs that the run makes.
     exports: usize,
     max_bad_lines: Option<AtMost>,
+    /// Types that an earlier run merged out of an export of this one.
+    merged: HashSet<ResourceType>,
     /// Whether a type waits for every file, since rows that are not among those that come will be deleted.
     waits_for_all: bool,
 }
@@ -89,6 +91,7 @@ impl Ledger {
             failed_exports: BTreeMap::new(),
             exports,
             max_bad_lines,
+            merged: HashSet::new(),
             waits_for_all: false,
         }
     }
@@ -114,6 +117,8 @@ impl Ledger {
                 }
             }
             Fact::ExportEnd(end) => {
+                // What is left of them, lines in other types' files and deletions, an earlier run has merged.
+                self.merged.extend(end.merged.iter().cloned());
                 for name in end.asked.iter().chain(&end.known) {
                     self.types.entry(name.clone()).or_default();
                 }
@@ -212,6 +217,11 @@ impl Ledger {
         bad.filter(|(name, _)| name.is_none()).map(|(_, lines)| lines).sum()
     }
 
+    /// Whether an earlier run merged the type out of this very export.
+    pub fn is_merged(&self, resource_type: &ResourceType) -> bool {
+        self.merged.contains(resource_type)
+    }
+
     /// Whether each export has said its last.
     pub fn all_ended(&self) -> bool {
         self.ends.len() + self.failed_exports.len() >= self.exports
@@ -276,7 +286,7 @@ impl Ledger {
                 && file.bad() > most.of(file.parsed.lines)
             {
                 return Standing::Failed(format!(
-                    "file {}: {} bad lines, more than max_bad_lines allows",
+                    "file {}: {} bad lines, more than on_bad_line and max_bad_lines allow",
                     file.file.name,
                     file.bad()
                 ));
@@ -285,7 +295,7 @@ impl Ledger {
         if let Some(most) = self.max_bad_lines
             && book.bad > most.of(lines)
         {
-            return Standing::Failed(format!("{} bad lines of {lines}, more than max_bad_lines allows", book.bad));
+            return Standing::Failed(format!("{} bad lines of {lines}, more than on_bad_line and max_bad_lines allow", book.bad));
         }
         if book.staged < book.parsed { Standing::Parsed(book.parsed) } else { Standing::Complete }
     }
@@ -356,6 +366,7 @@ mod tests {
             count: None,
             requires_access_token: false,
             replayed: false,
+            place: (0, 0),
         })
     }
     fn end() -> Fact {
@@ -365,6 +376,7 @@ mod tests {
             known: vec![],
             transaction_time: Some(1),
             full: true,
+            merged: Vec::new(),
         })
     }
     fn parsed(file: u32, lines: u64, rows: &[(&str, u64)], bad: u64) -> Fact {

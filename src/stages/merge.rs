@@ -318,11 +318,15 @@ impl Merge {
             .filter(|end| !self.ledger.holds_watermark(end.export))
             .and_then(|end| end.transaction_time)
             .map(|transaction_time| Watermark { app_id: self.settings.app_id.clone(), transaction_time });
-        if self.settings.absent != Absent::Stay && table.version().is_some() {
+        // What comes of a type that was merged before is a part of it only: it takes nothing away.
+        let merged = self.ledger.is_merged(name);
+        let absent = if merged { Absent::Stay } else { self.settings.absent };
+        if absent != Absent::Stay && table.version().is_some() {
             self.may_delete_absent(name, end)?;
         }
         let files = std::mem::take(&mut stage.staged);
-        let deletions = stage.deletions.take().unwrap_or_else(|| Deletions::new(&self.settings.scratch));
+        let deletions = stage.deletions.take().filter(|_| !merged);
+        let deletions = deletions.unwrap_or_else(|| Deletions::new(&self.settings.scratch));
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
         // for gets its table though nothing came.
         let asked = end.is_some_and(|end| end.asked.contains(name));
@@ -338,7 +342,7 @@ impl Merge {
             add_columns: self.settings.layout.add_columns,
             watermark,
             full_refresh: self.settings.full_refresh,
-            absent: self.settings.absent,
+            absent,
             scratch: Scratch { folder: self.settings.scratch.clone(), memory: self.settings.match_memory },
             settings: self.settings.table.clone(),
             info: info(&self.settings, end),
@@ -376,7 +380,7 @@ impl Merge {
             _ => return Ok(()),
         };
         let why = format!("what the export does not name would be deleted, but {why}; nothing was changed");
-        Err(Error::new(ErrorKind::Data, why))
+        Err(Error::new(ErrorKind::Data, why).with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
     }
 
     fn record(&mut self, name: &ResourceType, stage: &mut TypeStage, result: Result<Commit>, seconds: f64) {
@@ -417,7 +421,7 @@ impl Merge {
     }
 
     fn failed(&mut self, name: &ResourceType, stage: &mut TypeStage, error: &Error) {
-        tracing::error!(resource_type = %name, %error, hint = error.kind().hint(), "the type failed");
+        tracing::error!(resource_type = %name, %error, hint = error.hint(), "the type failed");
         stage.outcome.error.get_or_insert(error.to_string());
         self.ledger.fail(name, error.to_string());
     }
@@ -430,7 +434,10 @@ impl Merge {
             if let Standing::Failed(why) = self.ledger.standing(&name)
                 && stage.outcome.error.is_none()
             {
-                self.failed(&name, stage, &Error::new(ErrorKind::Data, why));
+                let about_lines = why.contains("bad lines");
+                let error = Error::new(ErrorKind::Data, why);
+                let hint = "run again once the file is whole; its type is as it was";
+                self.failed(&name, stage, &if about_lines { error } else { error.with_hint(hint) });
             } else if unfinished.contains(&name) && stage.outcome.error.is_none() {
                 let why = if self.stop.is_pulled() { "stopped before all of it came" } else { "not all of it came" };
                 stage.outcome.error = Some(why.to_owned());

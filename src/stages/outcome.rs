@@ -41,6 +41,31 @@ pub struct TypeOutcome {
     pub not_held: BTreeMap<String, u64>,
 }
 
+impl TypeOutcome {
+    /// This and what a later run did, as one.
+    pub fn and_then(self, after: Self) -> Self {
+        let mut not_held = self.not_held;
+        after.not_held.into_iter().for_each(|(path, count)| *not_held.entry(path).or_default() += count);
+        Self {
+            files: self.files + after.files,
+            resources: self.resources + after.resources,
+            bytes: self.bytes + after.bytes,
+            inserted: self.inserted + after.inserted,
+            updated: self.updated + after.updated,
+            deleted: self.deleted + after.deleted,
+            skipped: self.skipped + after.skipped,
+            quarantined: self.quarantined + after.quarantined,
+            version: after.version.or(self.version),
+            committed: self.committed || after.committed,
+            bytes_written: self.bytes_written + after.bytes_written,
+            merge_seconds: self.merge_seconds + after.merge_seconds,
+            seconds: self.seconds + after.seconds,
+            error: after.error,
+            not_held,
+        }
+    }
+}
+
 /// What merge has to say at the end.
 #[derive(Debug, Default)]
 pub struct MergeReport {

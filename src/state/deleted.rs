@@ -9,15 +9,24 @@ use serde::{Deserialize, Serialize};
 
 use super::quarantine::{QuarantinedLine, lines, remove};
 use crate::error::{Context, ErrorKind, Result};
-use crate::messages::ResourceType;
-use crate::private::{private_append, private_dir};
+use crate::messages::{LineId, ResourceType};
+use crate::private::{private_append, private_dir, write_atomically};
+
+/// An entry of the list.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum What {
+    /// A resource was deleted: its type and id.
+    Deleted(String, String),
+    /// A line that was there already came again.
+    Seen(String),
+}
 
 #[derive(Serialize, Deserialize)]
-struct Deleted {
+struct Entry {
     run: String,
-    #[serde(rename = "type")]
-    resource_type: String,
-    id: String,
+    #[serde(flatten)]
+    what: What,
 }
 
 fn file_of(quarantine: &Path) -> PathBuf {
@@ -30,53 +39,82 @@ pub(super) fn open(quarantine: &Path) -> Result<File> {
     private_append(&file_of(quarantine))
 }
 
-/// Adds what a run deletes.
-pub(super) fn append(list: &mut File, run: &str, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
+fn put(list: &mut File, run: &str, entries: impl Iterator<Item = What>) -> Result<()> {
     let mut bytes = Vec::new();
-    for (resource_type, id) in ids {
-        let deleted = Deleted { run: run.to_owned(), resource_type: resource_type.to_string(), id: id.to_string() };
-        serde_json::to_writer(&mut bytes, &deleted).context(ErrorKind::Internal, "an id that was deleted")?;
+    for what in entries {
+        let entry = Entry { run: run.to_owned(), what };
+        serde_json::to_writer(&mut bytes, &entry).context(ErrorKind::Internal, "an id that was deleted")?;
         bytes.push(b'\n');
     }
     list.write_all(&bytes).context(ErrorKind::State, "the quarantine cannot be written")
 }
 
-/// Takes the lines out whose resource was deleted by a later run than the one that brought them; how many. Lines that
-/// are no JSON stay, since nobody knows whose they are; and with them the list.
+/// Adds what a run deletes.
+pub(super) fn append(list: &mut File, run: &str, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
+    put(list, run, ids.iter().map(|(name, id)| What::Deleted(name.to_string(), id.to_string())))
+}
+
+/// Adds that a line came again: deletions before this run do not concern it.
+pub(super) fn seen_again(list: &mut File, run: &str, line: LineId) -> Result<()> {
+    put(list, run, std::iter::once(What::Seen(line.to_string())))
+}
+
+/// Takes the lines out whose resource was deleted by a later run than the last that brought them; how many. Lines that
+/// are no JSON stay, since nobody knows whose they are; and with them what the list says since the oldest of them.
 pub(super) fn remove_superseded(quarantine: &Path) -> Result<u64> {
     let path = file_of(quarantine);
+    let unreadable = "the quarantine cannot be read";
     let list = match File::open(&path) {
         Ok(list) => BufReader::new(list),
         Err(_) if !path.exists() => return Ok(0),
-        Err(error) => return Err(error).context(ErrorKind::State, "the quarantine cannot be read"),
+        Err(error) => return Err(error).context(ErrorKind::State, unreadable),
     };
-    // The last run that deleted each; runs are named by their time.
-    let mut gone: HashMap<(String, String), String> = HashMap::new();
-    for line in list.split(b'\n') {
-        let line = line.context(ErrorKind::State, "the quarantine cannot be read")?;
-        // A last line that a killed run did not finish: its deletions were not applied.
-        let Ok(deleted) = serde_json::from_slice::<Deleted>(&line) else { continue };
-        let last = gone.entry((deleted.resource_type, deleted.id)).or_default();
-        if *last < deleted.run {
-            *last = deleted.run;
-        }
-    }
-    let (mut superseded, mut others) = (HashSet::new(), false);
+    let mut oldest: Option<String> = None;
     for line in lines(quarantine) {
         let (run, line) = line?;
-        match resource_of(&line).and_then(|resource| gone.get(&resource)) {
-            Some(deleted_by) if *deleted_by > run => drop(superseded.insert(line.id())),
-            _ => others = true,
+        if line.can_be_tried() && oldest.as_ref().is_none_or(|oldest| run < *oldest) {
+            oldest = Some(run);
+        }
+    }
+    // The last run that deleted each, or saw it again; runs are named by their time.
+    let mut last: HashMap<What, String> = HashMap::new();
+    for line in list.split(b'\n') {
+        // A last line that a killed run did not finish: its deletions were not applied.
+        let Ok(entry) = serde_json::from_slice::<Entry>(&line.context(ErrorKind::State, unreadable)?) else { continue };
+        if oldest.as_ref().is_some_and(|oldest| entry.run > *oldest) {
+            let known = last.entry(entry.what).or_default();
+            if *known < entry.run {
+                *known = entry.run;
+            }
+        }
+    }
+    let mut superseded = HashSet::new();
+    for line in lines(quarantine) {
+        let (run, line) = line?;
+        let seen = last.get(&What::Seen(line.id().to_string())).filter(|seen| **seen > run).unwrap_or(&run);
+        if let Some(deleted) = resource_of(&line).and_then(|resource| last.get(&resource))
+            && deleted > seen
+        {
+            superseded.insert(line.id());
         }
     }
     let removed = remove(quarantine, &superseded)?;
-    if !others {
-        std::fs::remove_file(&path).context(ErrorKind::State, "the quarantine cannot be written")?;
+    let failed = "the quarantine cannot be written";
+    if oldest.is_none() || lines(quarantine).next().is_none() {
+        std::fs::remove_file(&path).context(ErrorKind::State, failed)?;
+        return Ok(removed);
     }
+    // Each once, so that a line that nobody can read does not let the list grow with every run.
+    let mut bytes = Vec::new();
+    for (what, run) in last {
+        serde_json::to_writer(&mut bytes, &Entry { run, what }).context(ErrorKind::Internal, failed)?;
+        bytes.push(b'\n');
+    }
+    write_atomically(&path, &bytes)?;
     Ok(removed)
 }
 
-fn resource_of(line: &QuarantinedLine) -> Option<(String, String)> {
+fn resource_of(line: &QuarantinedLine) -> Option<What> {
     #[derive(Deserialize)]
     struct Resource {
         #[serde(rename = "resourceType")]
@@ -84,5 +122,5 @@ fn resource_of(line: &QuarantinedLine) -> Option<(String, String)> {
         id: String,
     }
     let resource: Resource = serde_json::from_slice(&line.bytes()).ok().filter(|_| line.can_be_tried())?;
-    Some((resource.resource_type, resource.id))
+    Some(What::Deleted(resource.resource_type, resource.id))
 }

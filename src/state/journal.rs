@@ -19,22 +19,6 @@ pub enum JournalEntry {
         /// The types that it asks for.
         types: Vec<String>,
     },
-    /// The server accepted an export. The URL may hold a secret: the file is private.
-    Accepted {
-        /// Which of the run's exports.
-        export: usize,
-        /// Its status URL.
-        status: String,
-    },
-    /// The manifest came.
-    Complete {
-        /// Which of the run's exports.
-        export: usize,
-        /// Microseconds since the epoch.
-        transaction_time: i64,
-        /// Files that the manifest lists.
-        files: usize,
-    },
     /// The run ended; everything of it is committed or removed.
     Ended {
         /// The run's id.

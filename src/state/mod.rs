@@ -2,11 +2,13 @@
 //! All but the quarantine can be rebuilt from the tables.
 
 mod deleted;
+mod exports;
 mod journal;
 mod lock;
 mod quarantine;
 mod watermark;
 
+pub use exports::{Exports, InFlight, NotBefore};
 pub use journal::{Journal, JournalEntry};
 pub use lock::Lock;
 pub use quarantine::{Quarantine, QuarantinedLine};
@@ -74,6 +76,23 @@ impl StateFolder {
         Journal::at(self.folder.join("journal.ndjson"))
     }
 
+    /// Exports in flight, and when the server may be asked again.
+    pub fn exports(&self) -> Result<Exports> {
+        Exports::read(&self.folder.join("exports.json"))
+    }
+
+    /// Changes what is remembered of exports, durably.
+    pub fn change_exports(&self, change: impl FnOnce(&mut Exports)) -> Result<()> {
+        let mut exports = self.exports()?;
+        let before = exports.clone();
+        change(&mut exports);
+        if exports == before {
+            return Ok(());
+        }
+        private_dir(&self.folder)?;
+        exports.write(&self.folder.join("exports.json"))
+    }
+
     /// Where the run's bad lines go.
     pub fn quarantine(&self, run: &str) -> Result<Quarantine> {
         Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")))
@@ -102,6 +121,18 @@ impl StateFolder {
     /// Takes lines out of quarantine; how many.
     pub fn remove_quarantined(&self, gone: &HashSet<LineId>) -> Result<u64> {
         quarantine::remove(&self.quarantine_folder(), gone)
+    }
+
+    /// Takes the lines out that earlier runs than `run` kept of some types; how many.
+    pub fn remove_quarantined_of(&self, run: &str, of_type: impl Fn(&str) -> bool) -> Result<u64> {
+        let mut gone = HashSet::new();
+        for line in self.quarantined() {
+            let (since, line) = line?;
+            if *since < *run && line.can_be_tried() && line.resource_type.as_deref().is_some_and(&of_type) {
+                gone.insert(line.id());
+            }
+        }
+        self.remove_quarantined(&gone)
     }
 
     /// The quarantined lines that some ids, or their beginnings, name.

@@ -107,6 +107,19 @@ impl Quarantine {
     }
 }
 
+impl Quarantine {
+    /// The list of what was deleted, where lines of earlier runs may be concerned, and the run's id.
+    fn list<'a>(&'a self, inner: &'a mut Inner) -> Result<Option<(&'a mut File, &'a str)>> {
+        let run = self.path.file_stem().and_then(|run| run.to_str());
+        let (true, Some(folder), Some(run)) = (inner.earlier, self.path.parent(), run) else { return Ok(None) };
+        let list = match &mut inner.deleted {
+            Some(list) => list,
+            none => none.insert(deleted::open(folder)?),
+        };
+        Ok(Some((list, run)))
+    }
+}
+
 /// The files of a quarantine, the oldest run's first.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -244,7 +257,11 @@ impl BadLines for Quarantine {
         json.push(b'\n');
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if !inner.known.insert(LineId::of(bad.bytes)) {
-            return Ok(());
+            // A deletion before this run is older than what the line says.
+            return match self.list(&mut inner)? {
+                Some((list, run)) => deleted::seen_again(list, run, LineId::of(bad.bytes)),
+                None => Ok(()),
+            };
         }
         let file = match &mut inner.file {
             Some(file) => file,
@@ -260,15 +277,13 @@ impl BadLines for Quarantine {
 
     fn deleted(&self, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let (true, Some(folder), Some(run)) = (inner.earlier && !ids.is_empty(), self.path.parent(), self.path.file_stem())
-        else {
+        if ids.is_empty() {
             return Ok(());
-        };
-        let list = match &mut inner.deleted {
-            Some(list) => list,
-            none => none.insert(deleted::open(folder)?),
-        };
-        deleted::append(list, &run.to_string_lossy(), ids)
+        }
+        match self.list(&mut inner)? {
+            Some((list, run)) => deleted::append(list, run, ids),
+            None => Ok(()),
+        }
     }
 
     fn sync(&self) -> Result<()> {

@@ -29,6 +29,7 @@ fn module(path: &Path) -> String {
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("tape", &[]),
+    ("unpack", &["error"]),
     // Knows nothing of FHIR or Delta.
     ("flow", &["error", "flow"]),
     ("schema", &["error", "schema", "tape"]),
@@ -37,7 +38,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("delta", &["delta", "error", "flow", "messages", "private", "schema"]),
     ("fhir", &["error", "fhir", "flow", "schema", "telemetry"]),
     ("state", &["error", "messages", "private", "state"]),
-    ("stages", &["delta", "error", "fhir", "flow", "messages", "schema", "tape", "telemetry"]),
+    ("stages", &["delta", "error", "fhir", "flow", "messages", "schema", "tape", "telemetry", "unpack"]),
     ("config", &["config", "delta", "error", "fhir", "schema"]),
     ("telemetry", &[]),
     ("demo", &["demo", "error", "flow"]),

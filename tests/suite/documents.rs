@@ -53,9 +53,18 @@ fn the_full_pipeline_names_every_key_at_its_default() {
     // Keys without a default, which the example shows a value for.
     let shown: PipelineFile = full.clone();
     let mut shown = serde_json::to_value(shown).unwrap();
-    for path in
-        ["source/auth", "source/types", "source/group", "source/level", "state", "stages/parse/max_bad_lines", "vacuum/retention"]
-    {
+    for path in [
+        "source/auth",
+        "source/types",
+        "source/group",
+        "source/level",
+        "source/until",
+        "source/organize_output_by",
+        "source/output_format",
+        "state",
+        "stages/parse/max_bad_lines",
+        "vacuum/retention",
+    ] {
         let pointer = format!("/{path}");
         let value = shown.pointer_mut(&pointer).unwrap_or_else(|| panic!("{path} is not shown")).take();
         let (parent, key) = pointer.rsplit_once('/').unwrap();

@@ -1,0 +1,110 @@
+//! `fhirlake auth check` and `fhirlake keygen`
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::output::Output;
+use super::run::plan_of;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fhir::{KeyAlgorithm, generate_key};
+use crate::flow::{Board, Stop};
+use crate::pipeline;
+use crate::private::private_new;
+
+#[derive(Debug, Args)]
+pub(super) struct AuthArgs {
+    #[command(subcommand)]
+    command: AuthCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum AuthCommand {
+    /// Gets a token and tells what came with it: discovery, key, scopes, life. Never the token.
+    Check {
+        /// The pipeline file.
+        pipeline: PathBuf,
+        /// Set a key of the file.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
+    },
+}
+
+pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
+    let AuthCommand::Check { pipeline: path, sets } = args.command;
+    let plan = plan_of(&path, &sets)?;
+    let Some(client) = pipeline::client(&plan, &Board::default(), &Stop::default())? else {
+        return output.line("a folder needs no authentication");
+    };
+    let Some(granted) = client.check_auth().await? else {
+        return output.line("no token is asked for: the pipeline has no client id");
+    };
+    let line = |name: &str, value: &str| output.line(&format!("{name:<18}{value}"));
+    let listed = |list: &[String]| if list.is_empty() { "not told".to_owned() } else { list.join(", ") };
+    if let Some(endpoint) = &granted.endpoint {
+        let mut shown = endpoint.clone();
+        shown.set_query(None);
+        line("token endpoint", shown.as_str())?;
+    }
+    if let Some(server) = granted.server.as_ref().filter(|server| server.token_endpoint.is_some()) {
+        line("auth methods", &listed(&server.methods))?;
+        line("algorithms", &listed(&server.algorithms))?;
+        line("scopes supported", &listed(&server.scopes))?;
+        line("capabilities", &listed(&server.capabilities))?;
+        if server.skew != 0 {
+            line("clock", &format!("the server's is {} s ahead of ours; assertions follow it", server.skew))?;
+        }
+    }
+    if let Some((algorithm, kid)) = &granted.key {
+        line("key", &format!("{algorithm}, kid {}", kid.as_deref().unwrap_or("none")))?;
+    }
+    line("scope asked for", &granted.asked)?;
+    line("scope granted", granted.granted.as_deref().unwrap_or("not told"))?;
+    line("token lives", &format!("{} s", granted.life.as_secs()))?;
+    if granted.missing.is_empty() {
+        return output.check(true, "the token was granted");
+    }
+    let why = format!("the granted scope does not let these types be read: {}", granted.missing.join(", "));
+    Err(Error::new(ErrorKind::Auth, why))
+}
+
+#[derive(Debug, Args)]
+pub(super) struct KeygenArgs {
+    /// Where the private key goes, as a JWK that only you can read. An existing file is not replaced.
+    #[arg(value_name = "FILE")]
+    private: PathBuf,
+    /// The key's algorithm. Servers must take both.
+    #[arg(long, value_enum, default_value = "es384")]
+    algorithm: Algorithm,
+    /// Where the JWKS with the public key goes. Default: stdout.
+    #[arg(long, value_name = "FILE")]
+    jwks: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Algorithm {
+    Es384,
+    Rs384,
+}
+
+pub(super) fn keygen(args: &KeygenArgs, output: &Output) -> Result<()> {
+    let algorithm = match args.algorithm {
+        Algorithm::Es384 => KeyAlgorithm::Es384,
+        Algorithm::Rs384 => KeyAlgorithm::Rs384,
+    };
+    let (private, public) = generate_key(algorithm)?;
+    private_new(&args.private, format!("{private:#}\n").as_bytes())?;
+    let public = format!("{public:#}\n");
+    match &args.jwks {
+        Some(path) => {
+            std::fs::write(path, &public).context(ErrorKind::Config, format!("{} cannot be written", path.display()))?
+        }
+        None => output.raw(public.as_bytes())?,
+    }
+    output.remark(&format!(
+        "private key: {}; register the JWKS with the server, and set\n  auth: {{ client_id: …, private_key: \"${{file:{}}}\" }}",
+        args.private.display(),
+        args.private.display()
+    ));
+    Ok(())
+}

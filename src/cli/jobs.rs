@@ -1,0 +1,80 @@
+//! `fhirlake jobs list | cancel`
+
+use std::path::PathBuf;
+
+use chrono::{DateTime, SecondsFormat};
+use clap::{Args, Subcommand};
+
+use super::output::{Output, table};
+use super::run::plan_of;
+use crate::error::Result;
+use crate::pipeline;
+use crate::state::StateFolder;
+
+#[derive(Debug, Args)]
+pub(super) struct JobsArgs {
+    #[command(subcommand)]
+    command: JobsCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum JobsCommand {
+    /// Names the exports that are in flight, and says when the server may be asked again.
+    List {
+        /// The pipeline file.
+        pipeline: PathBuf,
+    },
+    /// Tells the server that exports are not wanted any more (DELETE), and forgets them and any time to wait for.
+    Cancel {
+        /// The pipeline file.
+        pipeline: PathBuf,
+        /// Numbers, as `list` shows them.
+        #[arg(value_name = "NUMBER", required_unless_present = "all")]
+        numbers: Vec<usize>,
+        /// All of them.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
+    match args.command {
+        JobsCommand::List { pipeline } => {
+            let plan = plan_of(&pipeline, &[])?;
+            let exports = StateFolder::at(&plan.state, plan.state_file.as_deref()).exports()?;
+            if let Some(until) = &exports.not_before {
+                let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
+                output.line(&format!("not before {time}: {}", until.why))?;
+            }
+            if exports.in_flight.is_empty() {
+                return output.line("no export is in flight");
+            }
+            let instant = |micros: Option<i64>| micros.and_then(DateTime::from_timestamp_micros);
+            let shown = |time: Option<DateTime<chrono::Utc>>| {
+                time.map_or_else(|| "-".to_owned(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true))
+            };
+            let rows = exports.in_flight.iter().enumerate().map(|(at, export)| {
+                let types = if export.types.is_empty() { "all".to_owned() } else { export.types.join(",") };
+                let manifest = if export.transaction_time.is_some() { "complete" } else { "in progress" };
+                // A query may hold a secret.
+                let status = export.status.split(['?', '#']).next().unwrap_or_default();
+                vec![
+                    format!("{}", at + 1),
+                    types,
+                    shown(instant(export.since)),
+                    shown(Some(export.accepted)),
+                    manifest.to_owned(),
+                    export.failures.to_string(),
+                    status.to_owned(),
+                ]
+            });
+            let rows: Vec<_> = rows.collect();
+            output.line(&table(&["number", "types", "since", "accepted", "manifest", "failed runs", "status URL"], &rows))
+        }
+        JobsCommand::Cancel { pipeline, numbers, all } => {
+            let plan = plan_of(&pipeline, &[])?;
+            let cancelled = pipeline::cancel_exports(&plan, (!all).then_some(numbers.as_slice())).await?;
+            output.line(&format!("{cancelled} exports cancelled"))
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! `source:` of the pipeline file: the server, what is asked of it, and who we are to it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::values::{Instant, Span, Text, instant_schema, resource_types_schema};
+
+/// Where resources come from.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceSection {
+    /// FHIR base URL, or `file:///folder` of NDJSON files.
+    pub url: Text,
+    /// A server's kind: sets defaults for the other keys of `source`, and nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<ProfileName>,
+    /// Whose data is exported.
+    #[serde(default)]
+    pub level: LevelName,
+    /// The group's id, for level `group`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Resource types; empty for all that the server has (`_type`).
+    #[serde(default)]
+    #[schemars(schema_with = "resource_types_schema")]
+    pub types: Vec<String>,
+    /// What is asked for: since the tables' watermark, everything, or since an instant (`_since`).
+    #[serde(default = "defaults::since")]
+    pub since: Instant,
+    /// Taken off the watermark before it is asked with.
+    #[serde(default = "defaults::overlap")]
+    pub overlap: Span,
+    /// Nothing that changed after this instant (`_until`, STU 3).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "instant_schema")]
+    pub until: Option<String>,
+    /// Elements that resources are cut down to (`_elements`): `id`, or `Patient.id`. Tables keep complete resources over
+    /// such ones.
+    #[serde(default)]
+    pub elements: Vec<String>,
+    /// FHIR searches that resources must match (`_typeFilter`), unencoded: `Observation?category=laboratory`.
+    #[serde(default)]
+    pub type_filters: Vec<String>,
+    /// Only the data of these patients (`patient`): `Patient/7`, or ids. Needs a POST, and level patient or group.
+    #[serde(default)]
+    pub patients: Vec<String>,
+    /// Resources that come along (`includeAssociatedData`): LatestProvenanceResources, RelevantProvenanceResources, or the
+    /// server's own.
+    #[serde(default)]
+    pub include_associated_data: Vec<String>,
+    /// A type by whose instances files are organised (`organizeOutputBy`, STU 3).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organize_output_by: Option<String>,
+    /// Lets the server page its manifest, and list files while it still works (`allowPartialManifests`, STU 3).
+    #[serde(default)]
+    pub allow_partial_manifests: bool,
+    /// Format of the files (`_outputFormat`). Default: the parameter is not sent, since some servers refuse the usual value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_format: Option<String>,
+    /// Further parameters of the kick-off.
+    #[serde(default)]
+    pub parameters: BTreeMap<String, OneOrMore>,
+    /// Further headers of every request to the server.
+    #[serde(default)]
+    pub headers: BTreeMap<String, Text>,
+    /// How the kick-off is sent; `auto`: POST where a parameter needs it, else GET.
+    #[serde(default)]
+    pub method: MethodName,
+    /// How a parameter with several values is written; a POST always repeats it.
+    #[serde(default)]
+    pub lists: ListStyle,
+    /// Lets the server pass over what it does not support (`Prefer: handling=lenient`); what it ignored is read back and
+    /// reported.
+    #[serde(default)]
+    pub lenient: bool,
+    /// Asks for the export's own status apart from the poll's (`Prefer: separate-export-status`, STU 3).
+    #[serde(default)]
+    pub separate_export_status: bool,
+    /// Who we are to the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auth: Option<AuthSection>,
+    /// Origins beside the server's own that may get the token for files that require it: `https://files.example.org`.
+    #[serde(default)]
+    pub token_origins: Vec<String>,
+    /// How long the server may work on an export.
+    #[serde(default = "defaults::timeout")]
+    pub timeout: Span,
+    /// How long a request that fails for a passing reason is tried again.
+    #[serde(default = "defaults::retry_for")]
+    pub retry_for: Span,
+    /// Longest pause between polls, and longest that a server may ask for.
+    #[serde(default = "defaults::max_poll_interval")]
+    pub max_poll_interval: Span,
+    /// Pauses before a kick-off that a server's refusal (429) may ask for within a run; a longer one ends the run, and the
+    /// next is not before it.
+    #[serde(default = "defaults::max_kick_off_wait")]
+    pub max_kick_off_wait: Span,
+    /// When the server is told that its files are no longer needed.
+    #[serde(default)]
+    pub delete_export: DeleteExport,
+}
+
+/// A value, or several.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum OneOrMore {
+    /// One.
+    One(String),
+    /// Several: the parameter is repeated.
+    More(Vec<String>),
+}
+
+impl OneOrMore {
+    /// The values.
+    pub fn values(&self) -> &[String] {
+        match self {
+            OneOrMore::One(value) => std::slice::from_ref(value),
+            OneOrMore::More(values) => values,
+        }
+    }
+}
+
+/// Servers whose ways are known; `fhirlake profiles` shows what each sets, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ProfileName {
+    /// Epic.
+    Epic,
+    /// Oracle Health (Cerner) Millennium.
+    Oracle,
+    /// The SMART reference server.
+    Smart,
+    /// HAPI FHIR.
+    Hapi,
+    /// CMS Beneficiary Claims Data API.
+    Bcda,
+    /// AWS HealthLake.
+    Healthlake,
+    /// athenahealth.
+    Athena,
+    /// Medplum.
+    Medplum,
+    /// Azure Health Data Services.
+    Azure,
+}
+
+/// Whose data is exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LevelName {
+    /// Everything: `[base]/$export`.
+    #[default]
+    System,
+    /// All patients: `[base]/Patient/$export`.
+    Patient,
+    /// A group of patients: `[base]/Group/[id]/$export`.
+    Group,
+}
+
+/// How the kick-off is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MethodName {
+    /// POST where a parameter needs it, else GET.
+    #[default]
+    Auto,
+    /// GET, with the parameters in the URL (STU 1 to 3).
+    Get,
+    /// POST, with the parameters in a `Parameters` resource (the only form of STU 4).
+    Post,
+}
+
+/// How a parameter with several values is written in a GET.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ListStyle {
+    /// `_type=Patient,Condition`; `_typeFilter` is always repeated, since a search may hold commas.
+    #[default]
+    Comma,
+    /// `_type=Patient&_type=Condition`
+    Repeat,
+}
+
+/// When the server is told that its files are no longer needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeleteExport {
+    /// Once every type has committed.
+    #[default]
+    AfterCommit,
+    /// Never.
+    Never,
+}
+
+/// Who we are to the server: a client with a private key (a SMART backend service) or a secret, or the bearer of a token.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AuthSection {
+    /// The client id that the server knows us by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_id: Option<Text>,
+    /// The private key: a JWK, a JWKS or a PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_key: Option<Text>,
+    /// The `kid` of the key: which of a JWKS, and what a PEM, which has none, is registered as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+    /// A secret, instead of a key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_secret: Option<Text>,
+    /// Where the secret goes.
+    #[serde(default)]
+    pub client_secret_in: SecretPlace,
+    /// The scopes to ask for. Default: those that the server's SMART configuration supports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<String>,
+    /// The token endpoint, where the server's SMART configuration does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_url: Option<Text>,
+    /// The assertion's audience (`aud`), where the server wants another than the token endpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audience: Option<String>,
+    /// A token that never changes, instead of a client id and key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bearer_token: Option<Text>,
+}
+
+/// Where a client's secret goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SecretPlace {
+    /// `Authorization: Basic` (RFC 6749, section 2.3.1).
+    #[default]
+    Basic,
+    /// The form, as `client_id` and `client_secret`.
+    Form,
+}
+
+mod defaults {
+    use super::{Duration, Instant, Span};
+
+    pub fn since() -> Instant {
+        Instant::LastSync
+    }
+    pub fn overlap() -> Span {
+        Span(Duration::ZERO)
+    }
+    /// The recipe's.
+    pub fn timeout() -> Span {
+        Span(Duration::from_secs(3600))
+    }
+    pub fn retry_for() -> Span {
+        Span(Duration::from_secs(15 * 60))
+    }
+    pub fn max_poll_interval() -> Span {
+        Span(Duration::from_secs(60))
+    }
+    pub fn max_kick_off_wait() -> Span {
+        Span(Duration::from_secs(60))
+    }
+}

@@ -1,0 +1,133 @@
+//! How many files are read at a time: fewer when the server is in trouble, and slowly more again
+//! (additive increase, multiplicative decrease).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+/// Halving again within this span would count one trouble twice.
+const TROUBLE: Duration = Duration::from_secs(1);
+
+/// A number of places that follows how the server does. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    most: usize,
+    freed: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    taken: usize,
+    /// Places that there are, in parts.
+    places: f64,
+    halved: Option<Instant>,
+}
+
+/// A place that is taken; given back when dropped.
+#[derive(Debug)]
+pub struct Place {
+    pace: Pace,
+}
+
+impl Pace {
+    /// So many places at most, and to begin with.
+    pub fn new(most: usize) -> Self {
+        let most = most.max(1);
+        let state = State { taken: 0, places: most as f64, halved: None };
+        Self { shared: Arc::new(Shared { state: Mutex::new(state), most, freed: Notify::new() }) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a place.
+    pub async fn enter(&self) -> Place {
+        loop {
+            let freed = self.shared.freed.notified();
+            tokio::pin!(freed);
+            // Before the look, so that nothing that is freed in between is missed.
+            freed.as_mut().enable();
+            {
+                let mut state = self.state();
+                if state.taken < state.places as usize {
+                    state.taken += 1;
+                    return Place { pace: self.clone() };
+                }
+            }
+            freed.await;
+        }
+    }
+
+    /// The server is in trouble: half as many places, one at least.
+    pub fn slower(&self) {
+        let mut state = self.state();
+        if state.halved.is_some_and(|halved| halved.elapsed() < TROUBLE) {
+            return;
+        }
+        state.halved = Some(Instant::now());
+        state.places = (state.places / 2.0).max(1.0);
+        tracing::info!(files = state.places as usize, "the server is in trouble: fewer files at a time");
+    }
+
+    /// A file went well: a part of a place more.
+    pub fn faster(&self) {
+        let mut state = self.state();
+        if state.places < self.shared.most as f64 {
+            state.places = (state.places + 1.0 / state.places).min(self.shared.most as f64);
+            drop(state);
+            self.shared.freed.notify_waiters();
+        }
+    }
+
+    /// How many places there are now.
+    pub fn places(&self) -> usize {
+        self.state().places as usize
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.pace.state().taken -= 1;
+        self.pace.shared.freed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn places_halve_at_trouble_and_come_back_one_by_one() {
+        let pace = Pace::new(8);
+        let held: Vec<Place> = vec![pace.enter().await, pace.enter().await];
+        pace.slower();
+        pace.slower();
+        assert_eq!(pace.places(), 4, "one trouble halves once");
+        for _ in 0..4 {
+            pace.faster();
+        }
+        assert_eq!(pace.places(), 4);
+        pace.faster();
+        assert_eq!(pace.places(), 5, "about as many files as there are places make one place more");
+        for _ in 0..100 {
+            pace.faster();
+        }
+        assert_eq!(pace.places(), 8, "never more than was asked for");
+        drop(held);
+        let pace = Pace::new(1);
+        let first = pace.enter().await;
+        let waiting = pace.enter();
+        tokio::pin!(waiting);
+        assert!(futures::poll!(waiting.as_mut()).is_pending());
+        drop(first);
+        let _second = waiting.await;
+    }
+}

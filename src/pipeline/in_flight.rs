@@ -1,0 +1,162 @@
+//! Exports that outlive a run: remembered as soon as the server accepts them, gone on with by the next run, given back when
+//! all of it is merged.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use url::Url;
+
+use crate::config::Plan;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fhir::{Client, ExportRequest};
+use crate::flow::{Board, Stop};
+use crate::messages::ResourceType;
+use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
+use crate::state::{InFlight, NotBefore, StateFolder};
+
+/// Runs that may end without all of an export before another is asked for: the server may never give the rest.
+const MAX_FAILURES: u32 = 3;
+
+/// How long a server that refuses without saying how long is left alone.
+const USUAL_WAIT: TimeDelta = TimeDelta::hours(1);
+
+/// Everything that is asked, as a text that is the same for the same.
+fn asked(request: &ExportRequest) -> String {
+    let mut types = request.types.clone();
+    types.sort();
+    let until = request.options.until.as_deref().unwrap_or_default();
+    format!("{:?}|{}|{}{}", request.level, types.join(","), until, request.options.scope())
+}
+
+/// The exports in flight that a run of `scope` can go on with, instead of asking for the same again. `kickoffs` are those
+/// that it would make; what it goes on with covers types of several of them.
+pub(super) fn resume(
+    state: &StateFolder,
+    scope: &str,
+    kickoffs: Vec<Kickoff>,
+    full_refresh: bool,
+    tables: &BTreeMap<ResourceType, i64>,
+) -> Result<Vec<Kickoff>> {
+    let Some(like) = kickoffs.first().map(|kickoff| kickoff.request.clone()) else { return Ok(kickoffs) };
+    let mut found: Vec<Kickoff> = Vec::new();
+    let mut rest = kickoffs;
+    for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
+        let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
+        let Ok(status) = Url::parse(&export.status) else { continue };
+        if asked(&request) != export.asked || export.failures >= MAX_FAILURES || (full_refresh && export.since.is_some()) {
+            tracing::warn!("an export in flight was asked for otherwise, or failed too often; `fhirlake jobs` can cancel it");
+            continue;
+        }
+        let types: Vec<ResourceType> = export.types.iter().map(|name| name.as_str().into()).collect();
+        let wanted = |name: &ResourceType| rest.iter().any(|kickoff| kickoff.asked.contains(name));
+        // All types of it, or none: with other types asked for, the answer would be another.
+        let covers_all = types.is_empty() && rest.iter().any(|kickoff| kickoff.asked.is_empty());
+        if !covers_all && (types.is_empty() || !types.iter().all(wanted)) {
+            continue;
+        }
+        let in_flight = Accepted { status, separate: export.separate, tables: tables.clone() };
+        let known = rest.iter().flat_map(|kickoff| kickoff.known.clone()).collect();
+        for kickoff in &mut rest {
+            kickoff.asked.retain(|name| !types.contains(name));
+            kickoff.request.types.retain(|name| !export.types.contains(name));
+        }
+        rest.retain(|kickoff| !kickoff.asked.is_empty());
+        found.push(Kickoff { request, asked: types, known, in_flight: Some(in_flight) });
+        if covers_all {
+            break;
+        }
+    }
+    found.extend(rest);
+    Ok(found)
+}
+
+/// Whether an earlier run of `scope` ended by itself without all of an export.
+pub(super) fn is_behind(state: &StateFolder, scope: &str) -> Result<bool> {
+    Ok(state.exports()?.in_flight.iter().any(|export| export.scope == scope && (1..MAX_FAILURES).contains(&export.failures)))
+}
+
+/// Whether a server that was asked too often may be asked again.
+pub(super) fn check_not_before(state: &StateFolder, scope: &str) -> Result<()> {
+    let Some(until) = state.exports()?.not_before.filter(|until| until.scope == scope && until.time > Utc::now()) else {
+        return Ok(());
+    };
+    let time = until.time.format("%Y-%m-%d %H:%M:%S UTC");
+    Err(Error::new(ErrorKind::Throttled, format!("the server is not to be asked before {time}: {}", until.why)))
+}
+
+/// Writes down what happens to exports.
+pub(super) fn remember(state: StateFolder, scope: String) -> Remember {
+    Arc::new(move |note| {
+        state.change_exports(|exports| match note {
+            ExportNote::Accepted { kickoff, status, separate } => {
+                exports.not_before = None;
+                exports.in_flight.push(InFlight {
+                    status: status.to_string(),
+                    separate: *separate,
+                    accepted: Utc::now(),
+                    scope: scope.clone(),
+                    asked: asked(&kickoff.request),
+                    types: kickoff.request.types.clone(),
+                    since: kickoff.request.since,
+                    transaction_time: None,
+                    failures: 0,
+                });
+            }
+            ExportNote::Complete { status, transaction_time } => {
+                let found = exports.in_flight.iter_mut().filter(|export| export.status == status.as_str());
+                found.for_each(|export| export.transaction_time = Some(*transaction_time));
+            }
+            ExportNote::Lost { status } => exports.in_flight.retain(|export| export.status != status.as_str()),
+            ExportNote::Later { wait, why } => {
+                let wait = wait.and_then(|wait| TimeDelta::from_std(wait).ok()).unwrap_or(USUAL_WAIT);
+                let time: DateTime<Utc> = Utc::now() + wait.min(TimeDelta::days(7));
+                exports.not_before = Some(NotBefore { time, scope: scope.clone(), why: (*why).to_owned() });
+            }
+        })
+    })
+}
+
+/// A run ended by itself, and not all of its exports is merged.
+pub(super) fn failed(state: &StateFolder, scope: &str) -> Result<()> {
+    state.change_exports(|exports| {
+        let done = |export: &&mut InFlight| export.scope == scope && export.transaction_time.is_some();
+        exports.in_flight.iter_mut().filter(done).for_each(|export| export.failures += 1);
+    })
+}
+
+/// All is merged: the server may have its files back.
+pub(super) async fn merged(state: &StateFolder, scope: &str, client: &Client, delete: bool) -> Result<()> {
+    let done: Vec<InFlight> = state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope).collect();
+    for export in &done {
+        if let (true, Ok(status)) = (delete, Url::parse(&export.status)) {
+            client.delete_export(&status).await;
+        }
+    }
+    state.change_exports(|exports| exports.in_flight.retain(|export| export.scope != scope))
+}
+
+/// Cancels exports in flight, by their numbers from 1, or all of them; how many. A time to wait for is forgotten too.
+pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>) -> Result<usize> {
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let _lock = state.lock()?;
+    let exports = state.exports()?;
+    if let Some(unknown) = numbers.into_iter().flatten().find(|number| **number == 0 || **number > exports.in_flight.len()) {
+        return Err(Error::new(ErrorKind::Config, format!("there is no export number {unknown}")));
+    }
+    let chosen = exports.in_flight.iter().enumerate();
+    let chosen = chosen.filter(|(at, _)| numbers.is_none_or(|numbers| numbers.contains(&(at + 1))));
+    let chosen: Vec<String> = chosen.map(|(_, export)| export.status.clone()).collect();
+    if let Some(client) = super::client(plan, &Board::default(), &Stop::default())? {
+        for status in &chosen {
+            if let Ok(status) = Url::parse(status) {
+                client.delete_export(&status).await;
+            }
+        }
+    }
+    state.change_exports(|exports| {
+        exports.in_flight.retain(|export| !chosen.contains(&export.status));
+        exports.not_before = None;
+    })?;
+    Ok(chosen.len())
+}

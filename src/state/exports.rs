@@ -1,0 +1,71 @@
+//! Exports that a server works on or holds for us, and when it may be asked again: what must outlive a run, so that an
+//! export of days is never begun twice.
+
+use std::path::Path;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, ErrorKind, Result};
+use crate::private::write_atomically;
+
+/// An export that was kicked off and is not yet merged whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InFlight {
+    /// Where its status is asked for. May hold a secret: the file is private.
+    pub status: String,
+    /// Whether a poll's own status and the export's are apart.
+    pub separate: bool,
+    /// When the server accepted it.
+    pub accepted: DateTime<Utc>,
+    /// Pipeline and scope, as the watermark has them.
+    pub scope: String,
+    /// Everything that was asked, to know the same again.
+    pub asked: String,
+    /// Types that were asked for; empty for all.
+    pub types: Vec<String>,
+    /// `_since`, microseconds since the epoch.
+    pub since: Option<i64>,
+    /// The server's `transactionTime`, microseconds since the epoch, once its manifest came.
+    pub transaction_time: Option<i64>,
+    /// Runs that ended by themselves and did not get all of it.
+    pub failures: u32,
+}
+
+/// When a server that refused a kick-off may be asked again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotBefore {
+    /// Not before.
+    pub time: DateTime<Utc>,
+    /// Pipeline and scope.
+    pub scope: String,
+    /// The server's words.
+    pub why: String,
+}
+
+/// What is remembered.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exports {
+    /// Exports in flight.
+    #[serde(default)]
+    pub in_flight: Vec<InFlight>,
+    /// A server that asks to come back later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<NotBefore>,
+}
+
+impl Exports {
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let text = match std::fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
+        };
+        serde_json::from_slice(&text).context(ErrorKind::State, format!("{} is not what a run wrote", path.display()))
+    }
+
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_vec_pretty(self).context(ErrorKind::Internal, "the exports in flight")?;
+        write_atomically(path, &text)
+    }
+}
