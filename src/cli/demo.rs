@@ -9,7 +9,7 @@ use super::output::Output;
 use super::query::answer;
 use crate::config::{ByteSize, Plan, Problem, read_pipeline};
 use crate::delta::Tables;
-use crate::demo::{DEMO_TYPES, DemoServer, Population};
+use crate::demo::{DEMO_TYPES, DemoServer, Faults, Population, Registration};
 use crate::error::{Context, ErrorKind, Result};
 use crate::pipeline::RunOptions;
 
@@ -39,6 +39,18 @@ pub(super) struct DemoArgs {
     /// Only serve, until Ctrl-C: any Bulk Data client may ask.
     #[arg(long)]
     serve: bool,
+    /// What the server does wrong, as YAML (`kickoffs_throttled: 2`, `files_cut: 3`, `page_files: 5`, …).
+    #[arg(long, value_name = "FILE")]
+    faults: Option<PathBuf>,
+    /// Registers a client whose token is asked for from then on, by its JWKS file (see `fhirlake keygen`).
+    #[arg(long, value_name = "FILE")]
+    register_jwks: Option<PathBuf>,
+    /// Registers a client by a secret instead.
+    #[arg(long, value_name = "SECRET", conflicts_with = "register_jwks")]
+    register_secret: Option<String>,
+    /// The registered client's id.
+    #[arg(long, value_name = "ID", default_value = "demo-client")]
+    client_id: String,
 }
 
 fn size(text: &str) -> std::result::Result<ByteSize, String> {
@@ -62,6 +74,7 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     }
     let per_file = PATIENTS_PER_FILE.min(patients.div_ceil(2)).max(1);
     let server = DemoServer::start(population, args.port, per_file).await?;
+    set_up(&server, &args)?;
     if args.serve {
         output.line(&format!("a Bulk Data server with {patients} synthetic patients: {}", server.base()))?;
         output.remark("Ctrl-C ends it");
@@ -100,6 +113,23 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
         "\nThe tables are in {shown}, one Delta table a resource type.\nTry next:\n  {program} query \"SELECT status, count(*) FROM Encounter GROUP BY status\" --tables {shown}\n  {program} status {}\n  {program} schema Observation\n  {program} demo --size 1GB",
         file.display()
     ));
+    Ok(())
+}
+
+/// Faults and registered clients.
+fn set_up(server: &DemoServer, args: &DemoArgs) -> Result<()> {
+    let read = |path: &PathBuf| std::fs::read_to_string(path).context(ErrorKind::Config, format!("{}", path.display()));
+    if let Some(path) = &args.faults {
+        let faults: Result<Faults, _> = serde_saphyr::from_str(&read(path)?);
+        server.set_faults(faults.context(ErrorKind::Config, format!("{}", path.display()))?);
+    }
+    let client_id = args.client_id.clone();
+    if let Some(path) = &args.register_jwks {
+        let jwks = serde_json::from_str(&read(path)?).context(ErrorKind::Config, format!("{} is no JWKS", path.display()))?;
+        server.register(Registration { client_id, jwks: Some(jwks), secret: None });
+    } else if let Some(secret) = &args.register_secret {
+        server.register(Registration { client_id, jwks: None, secret: Some(secret.clone()) });
+    }
     Ok(())
 }
 

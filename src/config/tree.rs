@@ -307,7 +307,9 @@ impl<'a> Checker<'a> {
                 self.problem(*key_place, &below(key), "this key stands twice".into(), None);
             }
             // Looked up in the schema itself, which outlives this call.
-            match schema.get("properties").and_then(|properties| properties.get(key)) {
+            let named = schema.get("properties").and_then(|properties| properties.get(key));
+            // Keys that are the file's own to choose have a schema together.
+            match named.or_else(|| schema.get("additionalProperties").filter(|schema| schema.is_object())) {
                 Some(property) => self.value(value, *value_place, &below(key), property),
                 None => {
                     let hint = nearest(key, properties.keys().map(String::as_str));

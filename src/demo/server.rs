@@ -5,50 +5,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::extract::{Path, Query, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use bytes::Bytes;
+use axum::routing::{get, post};
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use super::faults::Faults;
+use super::files::{elsewhere, file};
 use super::population::{DEMO_TYPES, Population};
+use super::tokens::{Registration, Tokens};
 use crate::error::{Context, ErrorKind, Result};
 use crate::flow::{Crew, Stop, compute};
-
-/// What the server does wrong, for tests. Counters count down as the fault is played.
-#[derive(Debug, Clone, Default)]
-pub struct Faults {
-    /// Polls that are answered 202 before the manifest.
-    pub polls: usize,
-    /// File requests that are answered 503.
-    pub files_unavailable: usize,
-    /// File responses that break off in the middle.
-    pub files_cut: usize,
-    /// Files of this type are answered 404, always.
-    pub missing_type: Option<String>,
-    /// Kick-offs that are answered 429 with `Retry-After: 1`.
-    pub kickoffs_throttled: usize,
-    /// Lines that are put before the first line of each file of a type.
-    pub junk: HashMap<String, Vec<u8>>,
-    /// The manifest promises that many more resources a file than there are.
-    pub count_off_by: u64,
-    /// Whether files are sent with gzip encoding.
-    pub gzip: bool,
-    /// Pause between two pieces of a file.
-    pub slow: Option<Duration>,
-    /// `transactionTime` instead of the clock's.
-    pub transaction_time: Option<DateTime<Utc>>,
-    /// Kick-offs that name this type are answered 403.
-    pub forbidden_type: Option<String>,
-    /// Content of an `error` file.
-    pub errors: Vec<u8>,
-    /// Ids put into `deleted`, beside the true ones: `Type/id`.
-    pub also_deleted: Vec<String>,
-}
 
 /// What was asked of the server, for tests.
 #[derive(Debug, Clone, Default)]
@@ -59,27 +29,46 @@ pub struct Seen {
     pub files: Vec<String>,
     /// Exports that were deleted.
     pub deleted: usize,
+    /// `Prefer` of each kick-off.
+    pub prefer: Vec<String>,
+    /// Tokens that were given out.
+    pub tokens: usize,
+    /// The scope that was asked for last.
+    pub scope: String,
+    /// Requests that began in the middle of a file.
+    pub ranges: usize,
+    /// Requests to the files' other origin that carried an `Authorization`.
+    pub leaked: usize,
+    /// Most files that were being sent at a time.
+    pub at_once: usize,
 }
 
 #[derive(Debug, Clone)]
-struct Job {
-    population: Population,
-    kinds: Vec<usize>,
-    since: Option<DateTime<Utc>>,
+pub(super) struct Job {
+    pub population: Population,
+    pub kinds: Vec<usize>,
+    pub since: Option<DateTime<Utc>>,
     time: DateTime<Utc>,
     polls: usize,
+    separate: bool,
+    /// Parameters that were passed over.
+    pub ignored: Vec<String>,
+    /// Which of its links are good: those that the newest manifest gave out.
+    pub links: usize,
 }
 
-struct World {
+pub(super) struct World {
     population: Population,
-    jobs: Vec<Option<Job>>,
-    faults: Faults,
-    seen: Seen,
+    pub jobs: Vec<Option<Job>>,
+    pub faults: Faults,
+    pub seen: Seen,
+    pub tokens: Tokens,
+    pub sending: usize,
     /// Patients that one file covers.
-    patients_per_file: u32,
+    pub patients_per_file: u32,
 }
 
-type Shared = Arc<Mutex<World>>;
+pub(super) type Shared = Arc<Mutex<World>>;
 
 /// A running server; it stops when dropped.
 pub struct DemoServer {
@@ -89,7 +78,7 @@ pub struct DemoServer {
     _crew: Crew,
 }
 
-fn locked(world: &Shared) -> MutexGuard<'_, World> {
+pub(super) fn locked(world: &Shared) -> MutexGuard<'_, World> {
     world.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -111,16 +100,22 @@ impl DemoServer {
             jobs: Vec::new(),
             faults: Faults::default(),
             seen: Seen::default(),
+            tokens: Tokens::default(),
+            sending: 0,
             patients_per_file: patients_per_file.max(1),
         };
         let world: Shared = Arc::new(Mutex::new(world));
         let app = Router::new()
             .route("/fhir/metadata", get(metadata))
-            .route("/fhir/$export", get(kick_off))
-            .route("/fhir/Patient/$export", get(kick_off))
-            .route("/fhir/Group/{id}/$export", get(kick_off))
+            .route("/fhir/.well-known/smart-configuration", get(smart_configuration))
+            .route("/fhir/token", post(token))
+            .route("/fhir/$export", get(kick_off).post(kick_off))
+            .route("/fhir/Patient/$export", get(kick_off).post(kick_off))
+            .route("/fhir/Group/{id}/$export", get(kick_off).post(kick_off))
             .route("/fhir/jobs/{job}", get(status).delete(forget))
-            .route("/fhir/files/{job}/{name}", get(file))
+            .route("/fhir/jobs/{job}/{page}", get(page))
+            .route("/fhir/files/{job}/{links}/{name}", get(file))
+            .route("/elsewhere/{job}/{links}/{name}", get(elsewhere))
             .with_state((world.clone(), format!("http://{address}/fhir")));
         let stop = Stop::default();
         let mut crew = Crew::new(stop.clone());
@@ -154,13 +149,29 @@ impl DemoServer {
 
     /// What was asked so far.
     pub fn seen(&self) -> Seen {
-        locked(&self.world).seen.clone()
+        let world = locked(&self.world);
+        Seen { tokens: world.tokens.issued, scope: world.tokens.scope.clone(), ..world.seen.clone() }
+    }
+
+    /// Lets the exports that are under way be done.
+    pub fn finish_polls(&self) {
+        locked(&self.world).jobs.iter_mut().flatten().for_each(|job| job.polls = 0);
+    }
+
+    /// Forgets all exports.
+    pub fn lose_exports(&self) {
+        locked(&self.world).jobs.iter_mut().for_each(|job| *job = None);
+    }
+
+    /// Registers a client: from now on nothing is answered without its token.
+    pub fn register(&self, client: Registration) {
+        locked(&self.world).tokens.registered = Some(client);
     }
 }
 
-type Shop = State<(Shared, String)>;
+pub(super) type Shop = State<(Shared, String)>;
 
-fn outcome(status: StatusCode, code: &str, text: &str) -> Response {
+pub(super) fn outcome(status: StatusCode, code: &str, text: &str) -> Response {
     let body = json!({"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": code, "diagnostics": text}]});
     (status, [("content-type", "application/fhir+json")], body.to_string()).into_response()
 }
@@ -175,18 +186,101 @@ async fn metadata() -> Response {
     ([("content-type", "application/fhir+json")], body.to_string()).into_response()
 }
 
-async fn kick_off(State((world, base)): Shop, Query(query): Query<HashMap<String, String>>, headers: HeaderMap) -> Response {
+/// What every protected answer begins with; `None` where the request may be answered.
+pub(super) fn refuse(world: &World, headers: &HeaderMap) -> Option<Response> {
+    (!world.tokens.allow(headers)).then(|| outcome(StatusCode::UNAUTHORIZED, "login", "no valid token"))
+}
+
+/// `Date` as the server's clock has it: hyper leaves one that is there alone.
+fn dated(mut answer: Response, ahead: i64) -> Response {
+    let seconds = u64::try_from(Utc::now().timestamp() + ahead).unwrap_or(0);
+    let time = std::time::UNIX_EPOCH + Duration::from_secs(seconds);
+    if let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(time)) {
+        answer.headers_mut().insert("date", date);
+    }
+    answer
+}
+
+async fn smart_configuration(State((world, base)): Shop) -> Response {
+    let world = locked(&world);
+    if world.tokens.registered.is_none() {
+        return StatusCode::NOT_FOUND.into_response();
+    }
+    let scopes = world.faults.scopes.clone().unwrap_or_else(|| vec!["system/*.read".into(), "system/*.rs".into()]);
+    let body = json!({
+        "token_endpoint": format!("{base}/token"),
+        "token_endpoint_auth_methods_supported": ["private_key_jwt", "client_secret_basic", "client_secret_post"],
+        "token_endpoint_auth_signing_alg_values_supported": ["RS384", "ES384"],
+        "scopes_supported": scopes,
+        "capabilities": ["client-confidential-asymmetric", "permission-v1", "permission-v2"],
+    });
+    dated(([("content-type", "application/json")], body.to_string()).into_response(), world.faults.clock_ahead)
+}
+
+async fn token(State((world, base)): Shop, headers: HeaderMap, body: String) -> Response {
+    let form: HashMap<String, String> = url::form_urlencoded::parse(body.as_bytes()).into_owned().collect();
     let mut world = locked(&world);
+    let World { tokens, faults, .. } = &mut *world;
+    let ahead = faults.clock_ahead;
+    dated(tokens.issue(&format!("{base}/token"), &headers, &form, faults), ahead)
+}
+
+/// The parameters of a kick-off: of a GET's query, or of a POST's `Parameters`; what is repeated is joined by commas, but
+/// for `_typeFilter`, whose values may have some.
+fn parameters(query: &str, body: &str) -> HashMap<String, String> {
+    let mut all: Vec<(String, String)> = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+    let json: Value = serde_json::from_str(body).unwrap_or_default();
+    for parameter in json.get("parameter").and_then(Value::as_array).into_iter().flatten() {
+        let name = parameter.get("name").and_then(Value::as_str).unwrap_or_default();
+        let value = parameter.as_object().into_iter().flatten().find(|(key, _)| key.starts_with("value")).map(|(_, value)| value);
+        let value = match value {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Object(reference)) => reference.get("reference").and_then(Value::as_str).unwrap_or_default().to_owned(),
+            other => other.map(ToString::to_string).unwrap_or_default(),
+        };
+        all.push((name.to_owned(), value));
+    }
+    let mut joined: HashMap<String, String> = HashMap::new();
+    for (name, value) in all {
+        let separator = if name == "_typeFilter" { "\n" } else { "," };
+        joined.entry(name).and_modify(|known| *known = format!("{known}{separator}{value}")).or_insert(value);
+    }
+    joined
+}
+
+async fn kick_off(
+    State((world, base)): Shop,
+    method: Method,
+    axum::extract::RawQuery(query): axum::extract::RawQuery,
+    headers: HeaderMap,
+    body: String,
+) -> Response {
+    let mut world = locked(&world);
+    if let Some(refusal) = refuse(&world, &headers) {
+        return refusal;
+    }
+    if world.faults.post_only && method != Method::POST {
+        return outcome(StatusCode::METHOD_NOT_ALLOWED, "not-supported", "the kick-off is a POST");
+    }
+    let query = parameters(query.as_deref().unwrap_or_default(), &body);
     world.seen.kickoffs.push(query.clone());
+    let prefers = headers.get("prefer").and_then(|text| text.to_str().ok()).unwrap_or_default().to_owned();
+    world.seen.prefer.push(prefers.clone());
     if world.faults.kickoffs_throttled > 0 {
         world.faults.kickoffs_throttled -= 1;
         let mut answer = outcome(StatusCode::TOO_MANY_REQUESTS, "throttled", "one export at a time");
-        answer.headers_mut().insert("retry-after", HeaderValue::from_static("1"));
+        let wait = world.faults.kickoff_retry_after.clone().unwrap_or_else(|| "1".to_owned());
+        if let Ok(wait) = HeaderValue::from_str(&wait) {
+            answer.headers_mut().insert("retry-after", wait);
+        }
         return answer;
     }
-    let prefers = headers.get("prefer").and_then(|text| text.to_str().ok()).unwrap_or_default();
     if !prefers.contains("respond-async") {
         return outcome(StatusCode::BAD_REQUEST, "invalid", "the header Prefer must contain respond-async");
+    }
+    let ignored: Vec<String> = world.faults.unsupported.iter().filter(|name| query.contains_key(*name)).cloned().collect();
+    if let (Some(name), false) = (ignored.first(), prefers.contains("handling=lenient")) {
+        return outcome(StatusCode::BAD_REQUEST, "not-supported", &format!("the parameter {name} is not supported"));
     }
     if let (Some(forbidden), Some(asked)) = (&world.faults.forbidden_type, query.get("_type"))
         && asked.split(',').any(|name| name == forbidden)
@@ -206,39 +300,99 @@ async fn kick_off(State((world, base)): Shop, Query(query): Query<HashMap<String
         Some(Err(_)) => return outcome(StatusCode::BAD_REQUEST, "invalid", "_since is not an instant"),
     };
     let time = world.faults.transaction_time.unwrap_or_else(Utc::now);
-    let job = Job { population: world.population.clone(), kinds, since, time, polls: world.faults.polls };
-    world.jobs.push(Some(job));
+    let separate = world.faults.separate_status && prefers.contains("separate-export-status");
+    let (population, polls) = (world.population.clone(), world.faults.polls);
+    world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, links: 0 }));
     let location = format!("{base}/jobs/{}", world.jobs.len() - 1);
-    (StatusCode::ACCEPTED, [("content-location", location)]).into_response()
+    let mut answer = (StatusCode::ACCEPTED, [("content-location", location)]).into_response();
+    if separate {
+        answer.headers_mut().insert("preference-applied", HeaderValue::from_static("separate-export-status"));
+    }
+    answer
 }
 
-async fn status(State((world, base)): Shop, Path(id): Path<usize>) -> Response {
+async fn status(shop: Shop, Path(id): Path<usize>, headers: HeaderMap) -> Response {
+    answer_status(shop, id, 0, headers).await
+}
+
+async fn page(shop: Shop, Path((id, page)): Path<(usize, usize)>, headers: HeaderMap) -> Response {
+    answer_status(shop, id, page, headers).await
+}
+
+async fn answer_status(State((world, base)): Shop, id: usize, page: usize, headers: HeaderMap) -> Response {
     let (job, faults, per_file) = {
         let mut world = locked(&world);
-        let (faults, per_file) = (world.faults.clone(), world.patients_per_file);
-        let Some(Some(job)) = world.jobs.get_mut(id) else {
+        if let Some(refusal) = refuse(&world, &headers) {
+            return refusal;
+        }
+        let World { faults, jobs, patients_per_file, .. } = &mut *world;
+        let Some(Some(job)) = jobs.get_mut(id) else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
-        if job.polls > 0 {
+        let played = |count: &mut usize| std::mem::replace(count, count.saturating_sub(1)) > 0;
+        if played(&mut faults.polls_transient) {
+            return outcome(StatusCode::INTERNAL_SERVER_ERROR, "exception", "the status cannot be told now");
+        }
+        if played(&mut faults.polls_bad_gateway) {
+            return (StatusCode::BAD_GATEWAY, [("content-type", "text/html")], "<html>Bad Gateway</html>").into_response();
+        }
+        if played(&mut faults.polls_throttled) {
+            let mut answer = outcome(StatusCode::TOO_MANY_REQUESTS, "throttled", "not so often");
+            answer.headers_mut().insert("retry-after", HeaderValue::from_static("1"));
+            return answer;
+        }
+        if faults.export_fails {
+            let code = StatusCode::INTERNAL_SERVER_ERROR;
+            let mut answer = outcome(if job.separate { StatusCode::OK } else { code }, "processing", "the export failed");
+            if job.separate {
+                answer.headers_mut().insert("x-export-status", HeaderValue::from_static("500"));
+            }
+            return answer;
+        }
+        if job.polls > 0 && page == 0 {
             job.polls -= 1;
             let progress = format!("{} more polls", job.polls);
-            return (StatusCode::ACCEPTED, [("x-progress", progress), ("retry-after", "0".to_owned())]).into_response();
+            let wait = faults.poll_retry_after.clone().unwrap_or_else(|| "0".to_owned());
+            let code = if job.separate { StatusCode::OK } else { StatusCode::ACCEPTED };
+            let mut answer = (code, [("x-progress", progress), ("retry-after", wait)]).into_response();
+            if job.separate {
+                answer.headers_mut().insert("x-export-status", HeaderValue::from_static("202"));
+            }
+            return answer;
         }
-        (job.clone(), faults, per_file)
+        job.links += 1;
+        (job.clone(), faults.clone(), *patients_per_file)
     };
+    let separate = job.separate;
+    let page_files = faults.page_files;
+    let protected = locked(&world).tokens.registered.is_some();
     // Counting the population is work: not for the reactor.
-    let manifest = compute(tracing::Span::none(), async move { manifest(&job, &faults, per_file, &base, id) }).await;
-    match manifest {
+    let made =
+        compute(tracing::Span::none(), async move { manifest(&job, &faults, per_file, &base, (id, page), protected) }).await;
+    match made {
         Ok(manifest) => {
             let expires = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(3600));
-            ([("content-type", "application/json".to_owned()), ("expires", expires)], manifest.to_string()).into_response()
+            // A page with a next one is final while the server still works.
+            let still = page_files > 0 && manifest.get("link").is_some();
+            let code = if still { StatusCode::ACCEPTED } else { StatusCode::OK };
+            let headers = [("content-type", "application/json".to_owned()), ("expires", expires)];
+            let mut answer = (code, headers, manifest.to_string()).into_response();
+            if separate {
+                answer.headers_mut().insert("x-export-status", HeaderValue::from_static(if still { "202" } else { "200" }));
+            }
+            answer
         }
         Err(_) => outcome(StatusCode::INTERNAL_SERVER_ERROR, "exception", "the manifest could not be drawn up"),
     }
 }
 
-fn manifest(job: &Job, faults: &Faults, per_file: u32, base: &str, id: usize) -> Value {
+fn manifest(job: &Job, faults: &Faults, per_file: u32, base: &str, (id, page): (usize, usize), protected: bool) -> Value {
     let (mut output, mut deleted) = (Vec::new(), false);
+    let links = job.links;
+    let url = |name: &str| match faults.sloppy_manifest {
+        true => format!("/fhir/files/{id}/{links}/{name}"),
+        false => format!("{base}/files/{id}/{links}/{name}"),
+    };
     for kind in &job.kinds {
         let name = DEMO_TYPES[*kind];
         for (part, first) in (0..job.population.patients()).step_by(per_file as usize).enumerate() {
@@ -251,23 +405,43 @@ fn manifest(job: &Job, faults: &Faults, per_file: u32, base: &str, id: usize) ->
                 });
             }
             if count > 0 {
-                output.push(json!({"type": name, "url": format!("{base}/files/{id}/{name}.{part}.ndjson"), "count": count + faults.count_off_by}));
+                let url = url(&format!("{name}.{part}.ndjson"));
+                output.push(json!({"type": name, "url": url, "count": count + faults.count_off_by}));
             }
         }
     }
-    let deleted: Vec<Value> = (deleted || !faults.also_deleted.is_empty())
-        .then(|| json!({"type": "Bundle", "url": format!("{base}/files/{id}/deleted.0.ndjson")}))
-        .into_iter()
-        .collect();
-    let errors: Vec<Value> = (!faults.errors.is_empty())
-        .then(|| json!({"type": "OperationOutcome", "url": format!("{base}/files/{id}/errors.0.ndjson")}))
-        .into_iter()
-        .collect();
-    json!({
-        "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true),
-        "request": format!("{base}/$export"), "requiresAccessToken": false,
-        "output": output, "deleted": deleted, "error": errors
-    })
+    let list = |there: bool, kind: &str, name: &str| -> Vec<Value> {
+        there.then(|| json!({"type": kind, "url": url(name)})).into_iter().collect()
+    };
+    let deleted = list(deleted || !faults.also_deleted.is_empty(), "Bundle", "deleted.0.ndjson");
+    let errors = list(!faults.errors.is_empty() || !job.ignored.is_empty(), "OperationOutcome", "errors.0.ndjson");
+    let mut manifest =
+        json!({ "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true), "requiresAccessToken": protected });
+    if faults.page_files > 0 {
+        let pages = output.len().div_ceil(faults.page_files).max(1);
+        output = output.into_iter().skip(page * faults.page_files).take(faults.page_files).collect();
+        if page + 1 < pages {
+            manifest["link"] = json!([{ "relation": "next", "url": format!("{base}/jobs/{id}/{}", page + 1) }]);
+        }
+    }
+    let last = manifest.get("link").is_none();
+    manifest["output"] = output.into();
+    manifest["deleted"] = if last { deleted.into() } else { json!([]) };
+    let errors = if last { Value::from(errors) } else { json!([]) };
+    if faults.stu4 {
+        manifest["outcome"] = errors;
+        manifest["manifestType"] = "complete".into();
+    } else {
+        manifest["request"] = format!("{base}/$export").into();
+        manifest["error"] = errors;
+    }
+    if faults.sloppy_manifest
+        && let Some(members) = manifest.as_object_mut()
+    {
+        members.remove("error");
+        members.remove("requiresAccessToken");
+    }
+    manifest
 }
 
 async fn forget(State((world, _)): Shop, Path(id): Path<usize>) -> StatusCode {
@@ -280,141 +454,4 @@ async fn forget(State((world, _)): Shop, Path(id): Path<usize>) -> StatusCode {
         }
         _ => StatusCode::NOT_FOUND,
     }
-}
-
-/// Bytes of a file are made and sent in pieces of about this size.
-const PIECE: usize = 256 * 1024;
-
-async fn file(State((world, _)): Shop, Path((id, name)): Path<(usize, String)>) -> Response {
-    let (job, faults, per_file, cut) = {
-        let mut world = locked(&world);
-        world.seen.files.push(name.clone());
-        let Some(Some(job)) = world.jobs.get(id).cloned() else {
-            return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
-        };
-        if world.faults.files_unavailable > 0 {
-            world.faults.files_unavailable -= 1;
-            return (StatusCode::SERVICE_UNAVAILABLE, "try again").into_response();
-        }
-        let cut = world.faults.files_cut > 0;
-        world.faults.files_cut = world.faults.files_cut.saturating_sub(1);
-        (job, world.faults.clone(), world.patients_per_file, cut)
-    };
-    let mut parts = name.split('.');
-    let (kind, part) = (parts.next().unwrap_or_default().to_owned(), parts.next().and_then(|part| part.parse::<u32>().ok()));
-    let Some(part) = part.filter(|_| faults.missing_type.as_deref() != Some(kind.as_str())) else {
-        return outcome(StatusCode::NOT_FOUND, "not-found", "no such file");
-    };
-    let (pieces, body) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(4);
-    let gzip = faults.gzip;
-    let work = async move {
-        let writer = FileWriter { job, faults, pieces, cut, sent: 0, packer: None };
-        writer.write(&kind, part, per_file).await;
-    };
-    // The task ends by itself when the client goes away: its channel closes.
-    crate::flow::detach_response(work);
-    let stream = futures::stream::unfold(body, |mut body| async move { body.recv().await.map(|piece| (piece, body)) });
-    let mut answer = Response::new(Body::from_stream(stream));
-    answer.headers_mut().insert("content-type", HeaderValue::from_static("application/fhir+ndjson"));
-    if gzip {
-        answer.headers_mut().insert("content-encoding", HeaderValue::from_static("gzip"));
-    }
-    answer
-}
-
-struct FileWriter {
-    job: Job,
-    faults: Faults,
-    pieces: tokio::sync::mpsc::Sender<std::io::Result<Bytes>>,
-    cut: bool,
-    sent: usize,
-    packer: Option<flate2::write::GzEncoder<Vec<u8>>>,
-}
-
-impl FileWriter {
-    async fn write(mut self, name: &str, part: u32, per_file: u32) {
-        if self.faults.gzip {
-            self.packer = Some(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
-        }
-        if let Some(junk) = self.faults.junk.get(name).cloned()
-            && !self.send(&junk).await
-        {
-            return;
-        }
-        let population = self.job.population.clone();
-        let (first, since) = (part * per_file, self.job.since);
-        let patients = first..(first + per_file).min(population.patients());
-        let mut text = String::with_capacity(PIECE + 8192);
-        if name == "errors" {
-            text.push_str(&String::from_utf8_lossy(&self.faults.errors));
-        } else if name == "deleted" {
-            for id in &self.faults.also_deleted {
-                text.push_str(&deletion(id));
-            }
-            for kind in self.job.kinds.clone() {
-                for patient in 0..population.patients() {
-                    population.for_each(kind, patient, |number, fate| {
-                        if fate.deleted && since.is_some_and(|since| fate.updated >= since) {
-                            text.push_str(&deletion(&format!("{}/{}", DEMO_TYPES[kind], population.id(kind, patient, number))));
-                        }
-                    });
-                }
-            }
-        } else if let Some(kind) = DEMO_TYPES.iter().position(|known| *known == name) {
-            for patient in patients {
-                population.for_each(kind, patient, |number, fate| {
-                    if !fate.deleted && since.is_none_or(|since| fate.updated >= since) {
-                        population.write(kind, patient, number, fate, &mut text);
-                    }
-                });
-                if text.len() >= PIECE {
-                    if !self.send(text.as_bytes()).await {
-                        return;
-                    }
-                    text.clear();
-                }
-            }
-        }
-        if !self.send(text.as_bytes()).await {
-            return;
-        }
-        if let Some(packer) = self.packer.take()
-            && let Ok(rest) = packer.finish()
-        {
-            // The client may be gone; there is nobody to tell.
-            let _ = self.pieces.send(Ok(rest.into())).await;
-        }
-    }
-
-    /// Whether to go on.
-    async fn send(&mut self, bytes: &[u8]) -> bool {
-        use std::io::Write;
-        let bytes = match &mut self.packer {
-            Some(packer) => {
-                let _ = packer.write_all(bytes);
-                std::mem::take(packer.get_mut())
-            }
-            None => bytes.to_vec(),
-        };
-        if let Some(pause) = self.faults.slow {
-            tokio::time::sleep(pause).await;
-        }
-        let mut bytes = Bytes::from(bytes);
-        if self.cut && bytes.len() > 1 {
-            bytes.truncate(bytes.len() / 2);
-            let _ = self.pieces.send(Ok(bytes)).await;
-            let _ = self.pieces.send(Err(std::io::Error::other("cut"))).await;
-            return false;
-        }
-        self.sent += bytes.len();
-        self.pieces.send(Ok(bytes)).await.is_ok()
-    }
-}
-
-fn deletion(id: &str) -> String {
-    let bundle = json!({
-        "resourceType": "Bundle", "type": "transaction",
-        "entry": [{"request": {"method": "DELETE", "url": id}}]
-    });
-    format!("{bundle}\n")
 }

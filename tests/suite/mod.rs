@@ -8,6 +8,7 @@ mod maintenance;
 mod merge;
 mod modes;
 mod process;
+mod protocol;
 mod quarantine;
 mod readers;
 mod server;

@@ -110,10 +110,10 @@ async fn sync_takes_the_recipes_flags() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_run_is_made_good_by_the_next() {
     let (server, lake) = (DemoServer::start(Population::new(9, 60), 0, 5).await.unwrap(), lake());
-    server.set_faults(Faults { slow: Some(Duration::from_millis(20)), ..Default::default() });
+    server.set_faults(Faults { slow: Some(Duration::from_millis(100)), ..Default::default() });
     let file = lake.folder.path().join("p.yaml");
     let yaml = format!(
-        "version: 1\nname: k\nsource: {{ url: \"{}\", types: [Patient, Observation, Claim] }}\nstages: {{ encode: {{ row_group: 64KiB }} }}\ntables: {}\nstate: {}\n",
+        "version: 1\nname: k\nsource: {{ url: \"{}\", types: [Patient, Observation, Claim] }}\nstages: {{ encode: {{ row_group: 64KiB }}, download: {{ concurrency: 2 }} }}\ntables: {}\nstate: {}\n",
         server.base(),
         lake.tables().display(),
         lake.state().display()
@@ -127,6 +127,13 @@ async fn a_killed_run_is_made_good_by_the_next() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        // What the server says of a kick-off is lost to a process that is killed before it hears it.
+        for _ in 0..500 {
+            if lake.state().join("exports.json").exists() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         tokio::time::sleep(Duration::from_millis(after)).await;
         child.kill().unwrap();
         child.wait().unwrap();
@@ -135,6 +142,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
     let output = tokio::task::block_in_place(|| fhirlake(&["run", &file.display().to_string()]));
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_is(&lake, &server.population(), &["Patient", "Observation", "Claim"]).await;
+    assert_eq!(server.seen().kickoffs.len(), 1, "the same export goes on");
     for name in ["Patient", "Observation", "Claim"] {
         let (there, named) = lake.files(name).await;
         assert_eq!(there, named, "{name}: orphans");

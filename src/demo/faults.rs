@@ -1,0 +1,89 @@
+//! What the embedded server does wrong, or in another way: for tests, and for whoever wants to see what a client does then.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Deserialize;
+
+/// The script of a server, as YAML: `fhirlake demo --serve --faults FILE`. Numbers count down as the fault is played.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Faults {
+    /// Polls that are answered 202 before the manifest.
+    pub polls: usize,
+    /// `Retry-After` of those polls, as it is sent; `0` by default.
+    pub poll_retry_after: Option<String>,
+    /// Polls that fail with 500 and an OperationOutcome of code `exception`: the poll failed, not the export.
+    pub polls_transient: usize,
+    /// Polls that are answered 429.
+    pub polls_throttled: usize,
+    /// Polls that fail with 502 and a page of HTML.
+    pub polls_bad_gateway: usize,
+    /// The export itself fails: 500 with an OperationOutcome of code `processing`.
+    pub export_fails: bool,
+    /// Whether `Prefer: separate-export-status` is in effect.
+    pub separate_status: bool,
+    /// File requests that are answered 503.
+    pub files_unavailable: usize,
+    /// File responses that break off in the middle.
+    pub files_cut: usize,
+    /// Files of this type are answered 404, always.
+    pub missing_type: Option<String>,
+    /// Whether files have an entity tag and `Range` is understood.
+    pub ranges: bool,
+    /// Links of files that were given out end: files are answered 403 until the manifest is asked for again.
+    pub links_end: bool,
+    /// Whether files are answered by a redirect to another origin, which refuses an `Authorization`.
+    pub redirect: bool,
+    /// Kick-offs that are answered 429.
+    pub kickoffs_throttled: usize,
+    /// `Retry-After` of those; `1` by default.
+    pub kickoff_retry_after: Option<String>,
+    /// Whether a GET is no kick-off, as in STU 4.
+    pub post_only: bool,
+    /// Parameters that the server does not support: 400, or an outcome where `handling=lenient` is preferred.
+    pub unsupported: Vec<String>,
+    /// Lines that are put before the first line of each file of a type.
+    pub junk: HashMap<String, Vec<u8>>,
+    /// The manifest promises that many more resources a file than there are.
+    pub count_off_by: u64,
+    /// Whether files are sent with gzip encoding.
+    pub gzip: bool,
+    /// Pause between two pieces of a file.
+    #[serde(with = "millis")]
+    pub slow: Option<Duration>,
+    /// `transactionTime` instead of the clock's.
+    pub transaction_time: Option<DateTime<Utc>>,
+    /// Kick-offs that name this type are answered 403.
+    pub forbidden_type: Option<String>,
+    /// Content of an `error` file.
+    pub errors: Vec<u8>,
+    /// Ids put into `deleted`, beside the true ones: `Type/id`.
+    pub also_deleted: Vec<String>,
+    /// Files a page of the manifest; 0 for one page. Each page but the last is there while the server still works.
+    pub page_files: usize,
+    /// Whether the manifest is of STU 4: `outcome` and no `request`.
+    pub stu4: bool,
+    /// Whether manifests leave out what they may not: `error` and `requiresAccessToken`; and have relative URLs.
+    pub sloppy_manifest: bool,
+    /// Seconds that a token lives, where the server has registered keys.
+    pub token_life: Option<u64>,
+    /// Token requests that are answered by a bare 400.
+    pub tokens_refused: usize,
+    /// Seconds by which the server's clock is ahead.
+    pub clock_ahead: i64,
+    /// `scopes_supported`, where they are not `system/*.read system/*.rs`.
+    pub scopes: Option<Vec<String>>,
+}
+
+/// Spans as numbers of milliseconds.
+mod millis {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer};
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(deserializer)?.map(Duration::from_millis))
+    }
+}

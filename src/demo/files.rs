@@ -1,0 +1,226 @@
+//! The embedded server's files, made as they are sent.
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use serde_json::json;
+
+use super::faults::Faults;
+use super::population::DEMO_TYPES;
+use super::server::{Job, Shared, Shop, locked, outcome, refuse};
+
+/// Bytes of a file are made and sent in pieces of about this size.
+const PIECE: usize = 256 * 1024;
+
+/// A file, or where it is.
+pub(super) async fn file(shop: Shop, Path((id, links, name)): Path<(usize, usize, String)>, headers: HeaderMap) -> Response {
+    let State((world, base)) = &shop;
+    {
+        let world = locked(world);
+        if let Some(refusal) = refuse(&world, &headers) {
+            return refusal;
+        }
+        if world.faults.redirect {
+            // Another name of the same host is another origin.
+            let elsewhere = base.replace("127.0.0.1", "localhost").replace("/fhir", "/elsewhere");
+            let to = format!("{elsewhere}/{id}/{links}/{name}?signature=secret");
+            return (StatusCode::TEMPORARY_REDIRECT, [("location", to)]).into_response();
+        }
+    }
+    send_file(shop, (id, links), &name, &headers)
+}
+
+/// The files' other origin: it takes no token beside the signature in its links.
+pub(super) async fn elsewhere(shop: Shop, Path((id, links, name)): Path<(usize, usize, String)>, headers: HeaderMap) -> Response {
+    if headers.contains_key("authorization") {
+        locked(&shop.0.0).seen.leaked += 1;
+        let body = "<Error><Code>InvalidArgument</Code><Message>Only one auth mechanism allowed</Message></Error>";
+        return (StatusCode::BAD_REQUEST, [("content-type", "application/xml")], body).into_response();
+    }
+    send_file(shop, (id, links), &name, &headers)
+}
+
+/// Counts a file while it is sent.
+struct Sending(Shared);
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        locked(&self.0).sending -= 1;
+    }
+}
+
+fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, headers: &HeaderMap) -> Response {
+    let (job, faults, per_file, cut, sending) = {
+        let mut world = locked(&shared);
+        world.seen.files.push(name.to_owned());
+        let Some(Some(job)) = world.jobs.get(id).cloned() else {
+            return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
+        };
+        if world.faults.links_end && links < 2 {
+            return (StatusCode::FORBIDDEN, [("content-type", "application/xml")], "<Error>Request has expired</Error>")
+                .into_response();
+        }
+        if world.faults.files_unavailable > 0 {
+            world.faults.files_unavailable -= 1;
+            return (StatusCode::SERVICE_UNAVAILABLE, "try again").into_response();
+        }
+        let cut = world.faults.files_cut > 0;
+        world.faults.files_cut = world.faults.files_cut.saturating_sub(1);
+        world.sending += 1;
+        world.seen.at_once = world.seen.at_once.max(world.sending);
+        (job, world.faults.clone(), world.patients_per_file, cut, Sending(shared.clone()))
+    };
+    let mut parts = name.split('.');
+    let (kind, part) = (parts.next().unwrap_or_default().to_owned(), parts.next().and_then(|part| part.parse::<u32>().ok()));
+    let Some(part) = part.filter(|_| faults.missing_type.as_deref() != Some(kind.as_str())) else {
+        return outcome(StatusCode::NOT_FOUND, "not-found", "no such file");
+    };
+    let tag = format!("\"{id}-{name}\"");
+    let range =
+        headers.get("range").and_then(|range| range.to_str().ok()?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+    let same = headers.get("if-range").is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
+    let from: Option<usize> = range.filter(|_| faults.ranges && same);
+    if from.is_some() {
+        locked(&shared).seen.ranges += 1;
+    }
+    let (pieces, body) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(4);
+    let (gzip, ranges) = (faults.gzip, faults.ranges);
+    let work = async move {
+        let _sending = sending;
+        let writer = FileWriter { job, faults, pieces, cut, skip: from.unwrap_or(0), packer: None };
+        writer.write(&kind, part, per_file).await;
+    };
+    // The task ends by itself when the client goes away: its channel closes.
+    crate::flow::detach_response(work);
+    let stream = futures::stream::unfold(body, |mut body| async move { body.recv().await.map(|piece| (piece, body)) });
+    let mut answer = Response::new(Body::from_stream(stream));
+    let mut set = |name: &'static str, value: &str| {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            answer.headers_mut().insert(name, value);
+        }
+    };
+    set("content-type", "application/fhir+ndjson");
+    if ranges {
+        set("etag", &tag);
+    }
+    if let Some(from) = from {
+        set("content-range", &format!("bytes {from}-/*"));
+    }
+    if gzip {
+        set("content-encoding", "gzip");
+    }
+    if from.is_some() {
+        *answer.status_mut() = StatusCode::PARTIAL_CONTENT;
+    }
+    answer
+}
+
+struct FileWriter {
+    job: Job,
+    faults: Faults,
+    pieces: tokio::sync::mpsc::Sender<std::io::Result<Bytes>>,
+    cut: bool,
+    /// Bytes that the client has.
+    skip: usize,
+    packer: Option<flate2::write::GzEncoder<Vec<u8>>>,
+}
+
+impl FileWriter {
+    async fn write(mut self, name: &str, part: u32, per_file: u32) {
+        if self.faults.gzip {
+            self.packer = Some(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+        }
+        if let Some(junk) = self.faults.junk.get(name).cloned()
+            && !self.send(&junk).await
+        {
+            return;
+        }
+        let population = self.job.population.clone();
+        let (first, since) = (part * per_file, self.job.since);
+        let patients = first..(first + per_file).min(population.patients());
+        let mut text = String::with_capacity(PIECE + 8192);
+        if name == "errors" {
+            text.push_str(&String::from_utf8_lossy(&self.faults.errors));
+            for name in &self.job.ignored {
+                let issue = json!({"severity": "warning", "code": "not-supported", "diagnostics": format!("{name} was ignored")});
+                text.push_str(&format!("{}\n", json!({"resourceType": "OperationOutcome", "issue": [issue]})));
+            }
+        } else if name == "deleted" {
+            for id in &self.faults.also_deleted {
+                text.push_str(&deletion(id));
+            }
+            for kind in self.job.kinds.clone() {
+                for patient in 0..population.patients() {
+                    population.for_each(kind, patient, |number, fate| {
+                        if fate.deleted && since.is_some_and(|since| fate.updated >= since) {
+                            text.push_str(&deletion(&format!("{}/{}", DEMO_TYPES[kind], population.id(kind, patient, number))));
+                        }
+                    });
+                }
+            }
+        } else if let Some(kind) = DEMO_TYPES.iter().position(|known| *known == name) {
+            for patient in patients {
+                population.for_each(kind, patient, |number, fate| {
+                    if !fate.deleted && since.is_none_or(|since| fate.updated >= since) {
+                        population.write(kind, patient, number, fate, &mut text);
+                    }
+                });
+                if text.len() >= PIECE {
+                    if !self.send(text.as_bytes()).await {
+                        return;
+                    }
+                    text.clear();
+                }
+            }
+        }
+        if !self.send(text.as_bytes()).await {
+            return;
+        }
+        if let Some(packer) = self.packer.take()
+            && let Ok(rest) = packer.finish()
+        {
+            // The client may be gone; there is nobody to tell.
+            let _ = self.pieces.send(Ok(rest.into())).await;
+        }
+    }
+
+    /// Whether to go on.
+    async fn send(&mut self, bytes: &[u8]) -> bool {
+        use std::io::Write;
+        let bytes = match &mut self.packer {
+            Some(packer) => {
+                let _ = packer.write_all(bytes);
+                std::mem::take(packer.get_mut())
+            }
+            None => bytes.to_vec(),
+        };
+        if let Some(pause) = self.faults.slow {
+            tokio::time::sleep(pause).await;
+        }
+        let skipped = self.skip.min(bytes.len());
+        self.skip -= skipped;
+        let mut bytes = Bytes::from(bytes).slice(skipped..);
+        if bytes.is_empty() {
+            return true;
+        }
+        if self.cut && bytes.len() > 1 {
+            bytes.truncate(bytes.len() / 2);
+            let _ = self.pieces.send(Ok(bytes)).await;
+            // Long enough for what was sent to be on its way.
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            let _ = self.pieces.send(Err(std::io::Error::other("cut"))).await;
+            return false;
+        }
+        self.pieces.send(Ok(bytes)).await.is_ok()
+    }
+}
+
+fn deletion(id: &str) -> String {
+    let bundle = json!({
+        "resourceType": "Bundle", "type": "transaction",
+        "entry": [{"request": {"method": "DELETE", "url": id}}]
+    });
+    format!("{bundle}\n")
+}
