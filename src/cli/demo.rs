@@ -39,6 +39,9 @@ pub(super) struct DemoArgs {
     /// Only serve, until Ctrl-C: any Bulk Data client may ask.
     #[arg(long)]
     serve: bool,
+    /// Patients whose resources of one type share a file: 1 makes many small files.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    patients_per_file: Option<u32>,
     /// What the server does wrong, as YAML (`kickoffs_throttled: 2`, `files_cut: 3`, `page_files: 5`, …).
     #[arg(long, value_name = "FILE")]
     faults: Option<PathBuf>,
@@ -72,7 +75,7 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     if let Some(folder) = &args.write_ndjson {
         return write_ndjson(&population, folder, output);
     }
-    let per_file = PATIENTS_PER_FILE.min(patients.div_ceil(2)).max(1);
+    let per_file = args.patients_per_file.unwrap_or(PATIENTS_PER_FILE.min(patients.div_ceil(2)).max(1));
     let server = DemoServer::start(population, args.port, per_file).await?;
     set_up(&server, &args)?;
     if args.serve {

@@ -36,6 +36,14 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
             _ => output.line("now         idle")?,
         },
     }
+    let exports = state.exports()?;
+    if let Some(until) = exports.not_before.as_ref().filter(|until| until.time > Utc::now()) {
+        let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
+        output.line(&format!("not before  {time}: {}", until.why))?;
+    }
+    if !exports.in_flight.is_empty() {
+        output.line(&format!("in flight   {} (fhirlake jobs list)", exports.in_flight.len()))?;
+    }
     let remembered = StateFile::read(state.state_file())?;
     let time =
         |time: Option<DateTime<Utc>>| time.map_or_else(|| "never".into(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true));

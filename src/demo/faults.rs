@@ -45,6 +45,7 @@ pub struct Faults {
     /// Parameters that the server does not support: 400, or an outcome where `handling=lenient` is preferred.
     pub unsupported: Vec<String>,
     /// Lines that are put before the first line of each file of a type.
+    #[serde(deserialize_with = "text::lines")]
     pub junk: HashMap<String, Vec<u8>>,
     /// The manifest promises that many more resources a file than there are.
     pub count_off_by: u64,
@@ -58,6 +59,7 @@ pub struct Faults {
     /// Kick-offs that name this type are answered 403.
     pub forbidden_type: Option<String>,
     /// Content of an `error` file.
+    #[serde(deserialize_with = "text::bytes")]
     pub errors: Vec<u8>,
     /// Ids put into `deleted`, beside the true ones: `Type/id`.
     pub also_deleted: Vec<String>,
@@ -75,6 +77,22 @@ pub struct Faults {
     pub clock_ahead: i64,
     /// `scopes_supported`, where they are not `system/*.read system/*.rs`.
     pub scopes: Option<Vec<String>>,
+}
+
+/// Bytes as texts.
+mod text {
+    use std::collections::HashMap;
+
+    use serde::{Deserialize, Deserializer};
+
+    pub fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        String::deserialize(deserializer).map(String::into_bytes)
+    }
+
+    pub fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HashMap<String, Vec<u8>>, D::Error> {
+        let texts = HashMap::<String, String>::deserialize(deserializer)?;
+        Ok(texts.into_iter().map(|(name, text)| (name, text.into_bytes())).collect())
+    }
 }
 
 /// Spans as numbers of milliseconds.

@@ -76,17 +76,32 @@ pub(super) fn is_behind(state: &StateFolder, scope: &str) -> Result<bool> {
     Ok(state.exports()?.in_flight.iter().any(|export| export.scope == scope && (1..MAX_FAILURES).contains(&export.failures)))
 }
 
-/// Whether a server that was asked too often may be asked again.
-pub(super) fn check_not_before(state: &StateFolder, scope: &str) -> Result<()> {
+/// Whether an export that a run of `scope` goes on with was asked for by a full refresh.
+pub(super) fn is_full_refresh(state: &StateFolder, scope: &str, kickoffs: &[Kickoff]) -> Result<bool> {
+    let resumed = |export: &InFlight| {
+        let mut accepted = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
+        export.scope == scope && export.full_refresh && accepted.any(|accepted| accepted.status.as_str() == export.status)
+    };
+    Ok(state.exports()?.in_flight.iter().any(resumed))
+}
+
+/// A server that was asked too often is not asked again before it may be: only what is in flight is gone on with then, and
+/// where nothing is, there is nothing to do.
+pub(super) fn check_not_before(state: &StateFolder, scope: &str, kickoffs: &mut Vec<Kickoff>) -> Result<()> {
     let Some(until) = state.exports()?.not_before.filter(|until| until.scope == scope && until.time > Utc::now()) else {
         return Ok(());
     };
+    if kickoffs.iter().any(|kickoff| kickoff.in_flight.is_some()) {
+        kickoffs.retain(|kickoff| kickoff.in_flight.is_some());
+        tracing::warn!(until = %until.time, "the server is not to be asked yet: only exports in flight are gone on with");
+        return Ok(());
+    }
     let time = until.time.format("%Y-%m-%d %H:%M:%S UTC");
     Err(Error::new(ErrorKind::Throttled, format!("the server is not to be asked before {time}: {}", until.why)))
 }
 
 /// Writes down what happens to exports.
-pub(super) fn remember(state: StateFolder, scope: String) -> Remember {
+pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool) -> Remember {
     Arc::new(move |note| {
         state.change_exports(|exports| match note {
             ExportNote::Accepted { kickoff, status, separate } => {
@@ -99,6 +114,7 @@ pub(super) fn remember(state: StateFolder, scope: String) -> Remember {
                     asked: asked(&kickoff.request),
                     types: kickoff.request.types.clone(),
                     since: kickoff.request.since,
+                    full_refresh,
                     transaction_time: None,
                     failures: 0,
                 });

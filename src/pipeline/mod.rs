@@ -131,10 +131,11 @@ async fn once(
     state.clear_scratch()?;
     clean_up(&journal, &Tables::at(&plan.tables)?).await?;
     let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
-    let prepared = prepare(plan, options).await?;
+    let mut prepared = prepare(plan, options).await?;
     if client.is_some() {
-        in_flight::check_not_before(&state, &prepared.app_id)?;
+        in_flight::check_not_before(&state, &prepared.app_id, &mut prepared.kickoffs)?;
     }
+    let prepared = prepared;
     let plan = &prepared.plan;
     match prepared.kickoffs.iter().filter(|_| !options.replay_only).filter_map(|kickoff| kickoff.request.since).min() {
         Some(since) => tracing::info!(since = %instant_text(since), "incremental sync"),
@@ -176,7 +177,7 @@ async fn once(
                 first_index,
                 files: files_in,
                 merge: merge_in.clone(),
-                remember: in_flight::remember(state.clone(), prepared.app_id.clone()),
+                remember: in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh),
                 heard: Arc::new(move |text| *locked(&words) = Some(text.to_owned())),
                 links: links.clone(),
                 board: watch.board.clone(),

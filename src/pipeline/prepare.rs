@@ -126,6 +126,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         true => kickoffs,
         false => super::in_flight::resume(&state, &app_id, kickoffs, options.full_refresh, &transactions)?,
     };
+    let full_refresh = options.full_refresh || super::in_flight::is_full_refresh(&state, &app_id, &kickoffs)?;
     let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
     if plan.mode != Mode::Merge && !all_are_full && !options.replay_only {
@@ -137,7 +138,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     {
         tracing::warn!("stages.merge.mode deletes every row that is not in the group or compartment that is exported");
     }
-    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh: options.full_refresh, behind })
+    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh, behind })
 }
 
 /// Whether a run can write `table`: its features, and its columns where it exists.

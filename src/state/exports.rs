@@ -26,6 +26,9 @@ pub struct InFlight {
     pub types: Vec<String>,
     /// `_since`, microseconds since the epoch.
     pub since: Option<i64>,
+    /// Whether rows of equal version are to be rewritten where their content differs.
+    #[serde(default)]
+    pub full_refresh: bool,
     /// The server's `transactionTime`, microseconds since the epoch, once its manifest came.
     pub transaction_time: Option<i64>,
     /// Runs that ended by themselves and did not get all of it.

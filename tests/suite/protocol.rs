@@ -168,6 +168,16 @@ async fn k21_a_throttled_kick_off_is_waited_for_or_remembered() {
     let again = lake.run(&source(&server, ""), "").await.unwrap_err();
     assert!(again.to_string().contains("not to be asked before"), "{again}");
     assert_eq!((again.kind(), server.seen().kickoffs.len()), (ErrorKind::Throttled, 1), "nobody was asked");
+    let file = lake.folder.path().join("p.yaml");
+    let yaml = format!(
+        "version: 1\nname: test\nsource: {}\ntables: {}\nstate: {}\n",
+        source(&server, ""),
+        lake.tables().display(),
+        lake.state().display()
+    );
+    std::fs::write(&file, yaml).unwrap();
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).arg("status").arg(&file).output().unwrap();
+    assert!(String::from_utf8(status.stdout).unwrap().contains("not before  2"));
     // Another pipeline of the same server is another matter, and so is a changed scope.
     assert!(lake.run(&source(&server, ", level: patient"), "").await.unwrap().succeeded);
 }
@@ -306,6 +316,16 @@ async fn an_export_that_is_gone_or_was_asked_for_otherwise_is_asked_for_anew() {
     let full = RunOptions { full_refresh: true, ..RunOptions::default() };
     assert!(lake.run_with(plan, full).await.unwrap().succeeded);
     assert!(!server.seen().kickoffs.last().unwrap().contains_key("_since"));
+}
+
+// The script of a server may be written as YAML.
+#[test]
+fn faults_are_a_script() {
+    let text = "kickoffs_throttled: 2\nslow: 20\njunk: { Patient: \"x\\n\" }\nerrors: \"{}\"\ntransaction_time: 2026-01-01T00:00:00Z\nscopes: [system/*.rs]\n";
+    let faults: Faults = serde_saphyr::from_str(text).unwrap();
+    assert_eq!((faults.kickoffs_throttled, faults.slow), (2, Some(Duration::from_millis(20))));
+    assert_eq!((faults.junk["Patient"].as_slice(), faults.errors.as_slice()), (b"x\n".as_slice(), b"{}".as_slice()));
+    assert!(serde_saphyr::from_str::<Faults>("kickoff_throttled: 2").is_err(), "what is misspelt is an error");
 }
 
 // One run through a server that does everything wrong that a client can live with.
