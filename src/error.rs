@@ -68,7 +68,11 @@ impl ErrorKind {
             Self::Locked => (9, true, "wait for the other run to end"),
             Self::Partial => (10, true, "types that succeeded are committed; the next run tries the others again"),
             Self::Data => (11, false, "look at the quarantine; raise `max_bad_lines` only if the loss is known"),
-            Self::Throttled => (12, true, "run again after the time above; until then nothing is asked of the server"),
+            Self::Throttled => (
+                12,
+                true,
+                "run again after that time; until then nothing is asked of the server (`fhirlake jobs cancel --all` forgets it)",
+            ),
             Self::Interrupted => (130, true, "run again: what was committed is kept, the rest starts anew"),
         }
     }

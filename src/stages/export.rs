@@ -158,7 +158,11 @@ impl ServerExport {
             KickOff::Accepted { status, separate } => Accepted { status, separate, tables: BTreeMap::new() },
             KickOff::Later { wait, why } => {
                 (self.remember)(&ExportNote::Later { wait, why: &why })?;
-                return Err(Error::new(ErrorKind::Throttled, why).into());
+                let asks = match wait {
+                    Some(wait) => format!("it asks to wait for {} s", wait.as_secs()),
+                    None => "it does not say for how long, so for an hour".to_owned(),
+                };
+                return Err(Error::new(ErrorKind::Throttled, format!("{why}; {asks}")).into());
             }
         };
         (self.remember)(&ExportNote::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
