@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::output::Output;
 use super::run::plan_of;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::{KeyAlgorithm, generate_key};
+use crate::fhir::{KeyAlgorithm, generate_key, shown};
 use crate::flow::{Board, Stop};
 use crate::pipeline;
 use crate::private::private_new;
@@ -42,9 +42,7 @@ pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
     let line = |name: &str, value: &str| output.line(&format!("{name:<18}{value}"));
     let listed = |list: &[String]| if list.is_empty() { "not told".to_owned() } else { list.join(", ") };
     if let Some(endpoint) = &granted.endpoint {
-        let mut shown = endpoint.clone();
-        shown.set_query(None);
-        line("token endpoint", shown.as_str())?;
+        line("token endpoint", &shown(endpoint))?;
     }
     if let Some(server) = granted.server.as_ref().filter(|server| server.token_endpoint.is_some()) {
         line("auth methods", &listed(&server.methods))?;

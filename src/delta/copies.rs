@@ -37,6 +37,8 @@ pub(super) struct Shape {
     file: SchemaRef,
     /// Columns of which some old file has statistics, by their Parquet path.
     filtered: HashSet<String>,
+    /// Rows of the old files, those included that are gone.
+    pub rows: u64,
 }
 
 /// A row group in memory.
@@ -50,16 +52,17 @@ pub(super) struct RowGroup {
 impl Shape {
     /// For files that hold the rows of `files`, which are of a table with the columns of `schema`.
     pub async fn of(table: &Table, schema: &SchemaRef, files: &[&DataFile]) -> Result<Self> {
-        let (mut names, mut filtered) = (HashSet::new(), HashSet::new());
+        let (mut names, mut filtered, mut rows) = (HashSet::new(), HashSet::new(), 0);
         for file in files {
             let file = OpenFile::open(table, file).await?;
             names.extend(file.schema().fields().iter().map(|field| field.name().clone()));
+            rows += file.rows();
             let columns = file.groups().iter().flat_map(|group| group.columns());
             let with_statistics = columns.filter(|column| column.statistics().is_some());
             filtered.extend(with_statistics.map(|column| column.column_path().string()));
         }
         filtered.insert("id".to_owned());
-        Ok(Self { file: Arc::new(whole(schema, &names)), table: schema.clone(), filtered })
+        Ok(Self { file: Arc::new(whole(schema, &names)), table: schema.clone(), filtered, rows })
     }
 
     /// Rows as the table has them, without the columns that none of them fills.

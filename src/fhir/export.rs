@@ -128,10 +128,7 @@ impl Client {
     /// export's own status is apart.
     pub async fn poll(&self, status: &Url, separate: bool) -> Result<Poll> {
         let ask = Ask { judges: Judges::All, ..Ask::get(status, "application/json", "the export's status") };
-        let response = match self.send(&ask).await {
-            Ok(response) => response,
-            Err(error) => return Err(error),
-        };
+        let response = self.send(&ask).await?;
         let own = response.headers().get("x-export-status").and_then(|code| code.to_str().ok()?.trim().parse::<u16>().ok());
         let own =
             own.and_then(|code| StatusCode::from_u16(code).ok()).filter(|_| separate && response.status() == StatusCode::OK);
@@ -146,16 +143,12 @@ impl Client {
                 Ok(Poll::Working { progress, wait, partial })
             }
             StatusCode::OK => {
-                let expires =
-                    response.headers().get("expires").and_then(|time| httpdate::parse_http_date(time.to_str().ok()?).ok());
                 let body = response.bytes().await.map_err(|error| error.without_url());
                 let body = match body.context(ErrorKind::Network, "the manifest broke off") {
                     Ok(body) => body,
                     Err(error) => return Ok(Poll::Troubled { error, wait: None, throttled: false }),
                 };
-                let mut manifest = Manifest::read(&body, status)?;
-                manifest.expires = expires;
-                Ok(Poll::Done(Box::new(manifest)))
+                Ok(Poll::Done(Box::new(Manifest::read(&body, status)?)))
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => {
                 let (error, body) = refused_with(response, ask.what).await;
@@ -181,8 +174,8 @@ impl Client {
     }
 
     /// Tells the server that its files are no longer needed, or that the export is not wanted any more. Servers answer this
-    /// in many ways; none is an error of the run. Whether it was taken.
-    pub async fn delete_export(&self, status: &Url) -> bool {
+    /// in many ways; none is an error of the run.
+    pub async fn delete_export(&self, status: &Url) {
         let ask = Ask {
             method: Method::DELETE,
             url: status,
@@ -193,13 +186,10 @@ impl Client {
             what: "the export's end",
         };
         match self.send(&ask).await {
-            Ok(response) if response.status().is_success() || matches!(response.status().as_u16(), 404 | 405 | 410 | 501) => {
-                return true;
-            }
+            Ok(response) if response.status().is_success() || matches!(response.status().as_u16(), 404 | 405 | 410 | 501) => {}
             Ok(response) => tracing::warn!(status = %response.status(), "the server did not take the export back"),
             Err(error) => tracing::warn!(%error, "the export could not be given back to the server"),
         }
-        false
     }
 }
 

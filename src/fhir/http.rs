@@ -107,7 +107,7 @@ impl<'a> Ask<'a> {
 }
 
 /// A URL for messages: without its query, which may hold a secret.
-fn shown(url: &Url) -> String {
+pub fn shown(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);

@@ -33,8 +33,6 @@ pub struct Manifest {
     pub outcomes: Vec<ManifestFile>,
     /// The next page of it (`link` with relation `next`).
     pub next: Option<Url>,
-    /// When the files' links end.
-    pub expires: Option<std::time::SystemTime>,
     /// What was missing or odd, for the log.
     pub findings: Vec<String>,
 }
@@ -101,7 +99,7 @@ impl Manifest {
             Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is no web address")),
             next => next.and_then(std::result::Result::ok),
         };
-        Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, expires: None, findings })
+        Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, findings })
     }
 }
 

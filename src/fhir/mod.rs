@@ -12,7 +12,7 @@ mod smart;
 
 pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
 pub use export::{KickOff, Poll};
-pub use http::{Client, HttpSettings, Resume, parse_retry_after};
+pub use http::{Client, HttpSettings, Resume, parse_retry_after, shown};
 pub use keys::{KeyAlgorithm, generate_key};
 pub use links::{LinkPlace, Links};
 pub use manifest::{Manifest, ManifestFile};

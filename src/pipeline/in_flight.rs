@@ -29,6 +29,15 @@ fn asked(request: &ExportRequest) -> String {
     format!("{:?}|{}|{}{}", request.level, types.join(","), until, request.options.scope())
 }
 
+/// What a run asks for, and goes on with.
+pub(super) struct Resumed {
+    pub kickoffs: Vec<Kickoff>,
+    /// Whether an earlier run ended by itself without all of what it goes on with.
+    pub behind: bool,
+    /// Whether a full refresh asked for some of it.
+    pub full_refresh: bool,
+}
+
 /// The exports in flight that a run of `scope` can go on with, instead of asking for the same again. `kickoffs` are those
 /// that it would make; what it goes on with covers types of several of them.
 pub(super) fn resume(
@@ -37,10 +46,10 @@ pub(super) fn resume(
     kickoffs: Vec<Kickoff>,
     full_refresh: bool,
     tables: &BTreeMap<ResourceType, i64>,
-) -> Result<Vec<Kickoff>> {
-    let Some(like) = kickoffs.first().map(|kickoff| kickoff.request.clone()) else { return Ok(kickoffs) };
-    let mut found: Vec<Kickoff> = Vec::new();
+) -> Result<Resumed> {
+    let mut resumed = Resumed { kickoffs: Vec::new(), behind: false, full_refresh };
     let mut rest = kickoffs;
+    let Some(like) = rest.first().map(|kickoff| kickoff.request.clone()) else { return Ok(resumed) };
     for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
@@ -62,27 +71,15 @@ pub(super) fn resume(
             kickoff.request.types.retain(|name| !export.types.contains(name));
         }
         rest.retain(|kickoff| !kickoff.asked.is_empty());
-        found.push(Kickoff { request, asked: types, known, in_flight: Some(in_flight) });
+        resumed.behind |= export.failures > 0;
+        resumed.full_refresh |= export.full_refresh;
+        resumed.kickoffs.push(Kickoff { request, asked: types, known, in_flight: Some(in_flight) });
         if covers_all {
             break;
         }
     }
-    found.extend(rest);
-    Ok(found)
-}
-
-/// Whether an earlier run of `scope` ended by itself without all of an export.
-pub(super) fn is_behind(state: &StateFolder, scope: &str) -> Result<bool> {
-    Ok(state.exports()?.in_flight.iter().any(|export| export.scope == scope && (1..MAX_FAILURES).contains(&export.failures)))
-}
-
-/// Whether an export that a run of `scope` goes on with was asked for by a full refresh.
-pub(super) fn is_full_refresh(state: &StateFolder, scope: &str, kickoffs: &[Kickoff]) -> Result<bool> {
-    let resumed = |export: &InFlight| {
-        let mut accepted = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
-        export.scope == scope && export.full_refresh && accepted.any(|accepted| accepted.status.as_str() == export.status)
-    };
-    Ok(state.exports()?.in_flight.iter().any(resumed))
+    resumed.kickoffs.extend(rest);
+    Ok(resumed)
 }
 
 /// A server that was asked too often is not asked again before it may be: only what is in flight is gone on with then, and

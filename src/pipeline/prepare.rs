@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use chrono::DateTime;
 
 use super::RunOptions;
+use super::in_flight::{Resumed, resume};
 use crate::config::{Mode, Plan, Since, SourcePlan};
 use crate::delta::{Table, Tables};
 use crate::error::{Error, ErrorKind, Result};
@@ -121,12 +122,10 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             })
             .collect(),
     };
-    let behind = super::in_flight::is_behind(&state, &app_id)? && !options.replay_only && !options.new_export;
-    let kickoffs = match options.replay_only || options.new_export {
-        true => kickoffs,
-        false => super::in_flight::resume(&state, &app_id, kickoffs, options.full_refresh, &transactions)?,
+    let Resumed { kickoffs, behind, full_refresh } = match options.replay_only || options.new_export {
+        true => Resumed { kickoffs, behind: false, full_refresh: options.full_refresh },
+        false => resume(&state, &app_id, kickoffs, options.full_refresh, &transactions)?,
     };
-    let full_refresh = options.full_refresh || super::in_flight::is_full_refresh(&state, &app_id, &kickoffs)?;
     let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
     if plan.mode != Mode::Merge && !all_are_full && !options.replay_only {

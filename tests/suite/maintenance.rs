@@ -120,14 +120,8 @@ async fn killed_maintenance_is_made_good_by_the_next() {
     };
     let before = answer().await;
     assert_eq!(before.0.len(), 12 * 1900);
-    let yaml = lake.folder.path().join("p.yaml");
     let (_data, source) = folder(&[("Patient.ndjson", "")]);
-    let text = format!(
-        "version: 1\nname: test\nsource: {source}\ntables: {}\nstate: {}\n",
-        lake.tables().display(),
-        lake.state().display()
-    );
-    std::fs::write(&yaml, text).unwrap();
+    let yaml = lake.pipeline_file(&source);
     let command = |arguments: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake"));
         command

@@ -168,14 +168,7 @@ async fn k21_a_throttled_kick_off_is_waited_for_or_remembered() {
     let again = lake.run(&source(&server, ""), "").await.unwrap_err();
     assert!(again.to_string().contains("not to be asked before"), "{again}");
     assert_eq!((again.kind(), server.seen().kickoffs.len()), (ErrorKind::Throttled, 1), "nobody was asked");
-    let file = lake.folder.path().join("p.yaml");
-    let yaml = format!(
-        "version: 1\nname: test\nsource: {}\ntables: {}\nstate: {}\n",
-        source(&server, ""),
-        lake.tables().display(),
-        lake.state().display()
-    );
-    std::fs::write(&file, yaml).unwrap();
+    let file = lake.pipeline_file(&source(&server, ""));
     let status = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).arg("status").arg(&file).output().unwrap();
     assert!(String::from_utf8(status.stdout).unwrap().contains("not before  2"));
     // Another pipeline of the same server is another matter, and so is a changed scope.
@@ -279,14 +272,8 @@ async fn an_export_that_outlasts_its_run_is_gone_on_with() {
     let error = lake.run(&source(&server, ", timeout: 1s"), "").await.unwrap_err();
     assert!(error.to_string().contains("source.timeout"), "{error}");
     assert!(error.hint().contains("goes on with this export"));
-    let file = lake.folder.path().join("p.yaml");
     let source = source(&server, "");
-    let yaml = format!(
-        "version: 1\nname: test\nsource: {source}\ntables: {}\nstate: {}\n",
-        lake.tables().display(),
-        lake.state().display()
-    );
-    std::fs::write(&file, yaml).unwrap();
+    let file = lake.pipeline_file(&source);
     let jobs = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(["jobs", "list"]).arg(&file).output().unwrap();
     let said = String::from_utf8(jobs.stdout).unwrap();
     assert!(said.contains("in progress") && said.contains("/jobs/0") && said.contains("Patient,Immunization,Claim"), "{said}");

@@ -137,13 +137,7 @@ async fn lines_are_named_and_dismissed() {
     let lake = lake();
     let (_data, source) = folder(&[("Patient.ndjson", "secret one\nsecret two\nsecret three")]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
-    let yaml = lake.folder.path().join("p.yaml");
-    let text = format!(
-        "version: 1\nname: test\nsource: {source}\ntables: {}\nstate: {}\n",
-        lake.tables().display(),
-        lake.state().display()
-    );
-    std::fs::write(&yaml, text).unwrap();
+    let yaml = lake.pipeline_file(&source);
     let run = |arguments: &[&str]| {
         let output =
             std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).arg("quarantine").args(arguments).output().unwrap();

@@ -29,15 +29,24 @@ impl Lake {
     pub fn state(&self) -> PathBuf {
         self.folder.path().join("state")
     }
-    /// A plan with `source` for its source and `rest` behind it, both YAML.
-    pub fn plan(&self, source: &str, rest: &str) -> Plan {
-        let yaml = format!(
+    /// A pipeline with `source` for its source and `rest` behind it, both YAML.
+    fn yaml(&self, source: &str, rest: &str) -> String {
+        format!(
             "version: 1\nname: test\nsource: {source}\ntables: {}\nstate: {}\n{rest}",
             self.tables().display(),
             self.state().display()
-        );
+        )
+    }
+    /// The pipeline as a file, for the binary.
+    pub fn pipeline_file(&self, source: &str) -> PathBuf {
+        let file = self.folder.path().join("p.yaml");
+        std::fs::write(&file, self.yaml(source, "")).unwrap();
+        file
+    }
+    /// The pipeline's plan.
+    pub fn plan(&self, source: &str, rest: &str) -> Plan {
         let error = |problems: Vec<Problem>| Problem::error("test", &problems).to_string();
-        let read = read_pipeline(&yaml, &[]).map_err(error).unwrap();
+        let read = read_pipeline(&self.yaml(source, rest), &[]).map_err(error).unwrap();
         Plan::resolve(&read).map_err(error).unwrap()
     }
     pub async fn run(&self, source: &str, rest: &str) -> Result<RunReport> {
