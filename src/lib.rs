@@ -25,6 +25,7 @@ pub mod messages;
 pub mod pipeline;
 pub mod private;
 pub mod schema;
+pub mod staged;
 pub mod stages;
 pub mod state;
 pub mod tape;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use parquet::file::metadata::ParquetMetaData;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use url::Url;
 
@@ -45,7 +46,8 @@ impl AtMost {
 }
 
 /// What a file of an export holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FileKind {
     /// Resources, one a line.
     Output,
@@ -53,6 +55,17 @@ pub enum FileKind {
     Deleted,
     /// OperationOutcomes.
     Outcome,
+}
+
+/// Where a manifest lists a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FilePlace {
+    /// The page.
+    pub page: usize,
+    /// The list on the page.
+    pub kind: FileKind,
+    /// The place in the list.
+    pub at: usize,
 }
 
 /// A file of an export: from a server's manifest or a folder.
@@ -78,8 +91,8 @@ pub struct ExportFile {
     pub requires_access_token: bool,
     /// Whether these are lines that an earlier run quarantined, tried again.
     pub replayed: bool,
-    /// Its page of the manifest and its place on the page, where a newer link may be had.
-    pub place: (usize, usize),
+    /// Where the manifest lists it; a newer link may be had there.
+    pub place: FilePlace,
 }
 
 impl Weighed for Arc<ExportFile> {
@@ -119,6 +132,11 @@ impl Arrival {
     /// copies of equal version tie, and one of them wins.
     pub fn new(file: u32, line: u64) -> Self {
         Self(u64::from(file.min(0xff_ffff)) << 40 | line.min((1 << 40) - 1))
+    }
+
+    /// The file, where there are no more than 16 million.
+    pub const fn file(self) -> u32 {
+        (self.0 >> 40) as u32
     }
 
     /// As a number that keeps the order.
@@ -242,6 +260,8 @@ impl Weighed for MergeInput {
 pub struct ManifestPage {
     /// Which export.
     pub export: usize,
+    /// Where its status is asked for, which names it to later runs. May hold a secret.
+    pub status: Option<Arc<str>>,
     /// Files that it lists.
     pub files: Vec<Arc<ExportFile>>,
 }
@@ -273,12 +293,14 @@ pub struct FileDone {
 }
 
 /// What became of the lines of one chunk: lines = rows + bad + blank + headers.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParsedChunk {
     /// [`ExportFile::index`].
     pub file: u32,
     /// All lines.
     pub lines: u64,
+    /// Their bytes.
+    pub bytes: u64,
     /// Resources, by type.
     pub rows: Vec<(ResourceType, u64)>,
     /// Lines that could not be read, by the type that they are held against.
@@ -294,6 +316,7 @@ pub struct ParsedChunk {
     /// Issues of severity fatal or error.
     pub errors: u64,
     /// Lines out of quarantine that could be read, and the type of each.
+    #[serde(skip)]
     pub replayed: Vec<(LineId, ResourceType)>,
 }
 
@@ -306,6 +329,8 @@ pub enum Fact {
     ExportEnd(ExportEnd),
     /// A file was read to its end.
     FileDone(FileDone),
+    /// An earlier run read the file to its end and staged all of its rows; what its lines were.
+    FileHeld(ParsedChunk),
     /// A file could not be read; its types fail.
     FileFailed(u32, String),
     /// An export failed: its types fail.
@@ -350,6 +375,10 @@ impl FlushRequests {
     /// The requests so far.
     pub fn wanted(&self) -> HashMap<ResourceType, u64> {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    /// Takes a request back: what is gathered from now on can wait again.
+    pub fn withdraw(&self, resource_type: &ResourceType) {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).remove(resource_type);
     }
     /// Sees every later request.
     pub fn watch(&self) -> watch::Receiver<u64> {

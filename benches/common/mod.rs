@@ -23,7 +23,7 @@ pub fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {
         count: None,
         requires_access_token: false,
         replayed: false,
-        place: (0, 0),
+        place: fhirlake::messages::FilePlace { page: 0, kind: FileKind::Output, at: 0 },
     })
 }
 

@@ -255,10 +255,16 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             add(&path, "Pathling's layout has no table for this type", None);
         }
     }
-    if let Some(MaxBad::Share(share)) = &file.stages.parse.max_bad_lines
-        && share.trim_end_matches('%').parse::<f64>().is_ok_and(|percent| percent > 100.0)
-    {
-        add("stages.parse.max_bad_lines", "more than 100%", None);
+    let shares = [
+        ("stages.parse.max_bad_lines", file.stages.parse.max_bad_lines.as_ref()),
+        ("stages.merge.max_deleted", Some(&file.stages.merge.max_deleted)),
+    ];
+    for (path, most) in shares {
+        if let Some(MaxBad::Share(share)) = most
+            && share.trim_end_matches('%').parse::<f64>().is_ok_and(|percent| percent > 100.0)
+        {
+            add(path, "more than 100%", None);
+        }
     }
     for (index, name) in file.stages.encode.open_types.iter().enumerate() {
         if crate::schema::Model::r4().definition(name).is_none() {

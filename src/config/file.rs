@@ -156,6 +156,11 @@ pub struct MergeSection {
     pub max_deleted: MaxBad,
     /// Size at which a Parquet file is closed.
     pub target_file: ByteSize,
+    /// How often at least what is staged is closed and written down: a run that is killed is gone on with from there. Each
+    /// time closes a file of each type.
+    pub checkpoint: Span,
+    /// Bytes of Parquet after which it is, if that is sooner.
+    pub checkpoint_size: ByteSize,
     /// Deletion vectors in tables that are created.
     pub deletion_vectors: bool,
     /// Turns deletion vectors on in tables that exist and have them off. Raises their protocol: older readers cannot read
@@ -286,6 +291,8 @@ impl Default for MergeSection {
             mode: Mode::Merge,
             max_deleted: MaxBad::Share("10%".to_owned()),
             target_file: ByteSize(128 << 20),
+            checkpoint: Span(std::time::Duration::from_secs(300)),
+            checkpoint_size: ByteSize(1 << 30),
             deletion_vectors: true,
             upgrade_deletion_vectors: false,
             schema_evolution: SchemaEvolution::None,

@@ -129,6 +129,8 @@ pub struct Plan {
     pub max_deleted: MaxBad,
     /// Size at which a file is closed.
     pub target_file_bytes: u64,
+    /// How often, and after how many bytes, what is staged is written down.
+    pub checkpoint: (Duration, u64),
     /// Deletion vectors in new tables.
     pub deletion_vectors: bool,
     /// Deletion vectors in tables that exist and have them off.
@@ -314,6 +316,7 @@ impl Plan {
             mode: stages.merge.mode,
             max_deleted: stages.merge.max_deleted.clone(),
             target_file_bytes: stages.merge.target_file.0,
+            checkpoint: (stages.merge.checkpoint.0, stages.merge.checkpoint_size.0),
             deletion_vectors: stages.merge.deletion_vectors,
             upgrade_deletion_vectors: stages.merge.upgrade_deletion_vectors,
             optimize: file.optimize.clone(),

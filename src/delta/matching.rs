@@ -171,8 +171,8 @@ pub(super) struct Matching<'a> {
 impl Matching<'_> {
     /// The rows that go.
     pub async fn marks(&self) -> Result<Marks> {
-        let none = || vec![RoaringTreemap::new(); self.files.len()];
-        let mut marks = Marks { staged_gone: none(), equal: none(), ..Marks::default() };
+        let staged_gone = self.files.iter().map(|file| file.void.clone()).collect();
+        let mut marks = Marks { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..Marks::default() };
         let brought: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
         if brought * BYTES_A_ROW <= self.scratch.memory as u64 {
             self.at_once(&mut marks).await?;

@@ -33,7 +33,7 @@ pub use deletions::{Deletions, Scratch};
 pub use optimize::{OptimizeSettings, Optimized};
 pub use pages::PageEncoder;
 pub use shape::adapt;
-pub use staging::{StagedFile, StagingFile};
+pub use staging::{Fate, StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};
 pub use upsert::{Commit, Merged, Upsert, Watermark};
 pub use vacuum::{VacuumSettings, Vacuumed};

@@ -1,13 +1,18 @@
 //! Rows that arrive, in Parquet files in the table's folder that its log does not know yet.
 
+use std::collections::BTreeMap;
+
+use object_store::ObjectStoreExt;
 use object_store::path::Path;
+use roaring::RoaringTreemap;
 
 use super::new_file::{self, NewFile};
 use super::spill::{KeyAt, Spill};
-use super::table::Table;
+use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::EncodedBatch;
 use crate::schema::Filled;
+use crate::staged::StagedParquet;
 
 /// A file that is being written.
 pub struct StagingFile {
@@ -16,6 +21,18 @@ pub struct StagingFile {
     keys: Spill<KeyAt>,
     /// Least and greatest `lastUpdated`.
     updated: Option<(i64, i64)>,
+    brought: Brought,
+}
+
+/// What a staged file's rows came from.
+#[derive(Debug, Clone, Default)]
+pub struct Brought {
+    /// Rows by the index of the export's file.
+    pub rows_of: BTreeMap<u32, u64>,
+    /// Bytes of NDJSON.
+    pub json_bytes: u64,
+    /// What the layout could not hold, by path.
+    pub not_held: BTreeMap<String, u64>,
 }
 
 /// A file that is whole and not committed.
@@ -33,14 +50,33 @@ pub struct StagedFile {
     pub(super) updated: Option<(i64, i64)>,
     /// Least and greatest `id`, where the file's statistics know.
     pub id_range: Option<(String, String)>,
+    /// Rows that do not count: they come again.
+    pub(super) void: RoaringTreemap,
+    /// What its rows came from.
+    pub brought: Brought,
 }
+
+/// What became of a file that an earlier run staged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It waits to be merged.
+    Waits,
+    /// A version of the table names it, or did.
+    Merged,
+    /// It is not there as it was.
+    Gone,
+}
+
+/// Bytes of memory that keys take while they are read again.
+const KEYS_AT_ONCE: usize = 4 << 20;
 
 impl StagingFile {
     /// Begins a file at `path` in the table's folder for row groups with the columns of `filled`. Keys of its rows that
     /// are put on disk go into the folder `scratch`.
     pub async fn create(table: &Table, path: Path, filled: Filled, scratch: &std::path::Path) -> Result<Self> {
         let file = NewFile::create(table, path).await?;
-        Ok(Self { file, filled, keys: Spill::new(scratch, usize::MAX), updated: None })
+        let keys = Spill::new(scratch, usize::MAX);
+        Ok(Self { file, filled, keys, updated: None, brought: Brought::default() })
     }
 
     /// Whether row groups with the columns of `filled` fit into the file: all of a file's have the same.
@@ -61,6 +97,13 @@ impl StagingFile {
     /// Appends a batch's row group.
     pub async fn append(&mut self, batch: EncodedBatch) -> Result<()> {
         self.file.append(&batch.parquet, &batch.metadata).await?;
+        self.brought.json_bytes += batch.json_bytes;
+        for (path, count) in batch.losses {
+            *self.brought.not_held.entry(path).or_default() += count;
+        }
+        for keys in batch.keys.chunk_by(|a, b| a.arrival.file() == b.arrival.file()) {
+            *self.brought.rows_of.entry(keys[0].arrival.file()).or_default() += keys.len() as u64;
+        }
         for key in batch.keys {
             let (first, last) = self.updated.unwrap_or((key.last_updated, key.last_updated));
             self.updated = Some((first.min(key.last_updated), last.max(key.last_updated)));
@@ -76,7 +119,16 @@ impl StagingFile {
     pub async fn close(self, table: &Table) -> Result<StagedFile> {
         let file = self.file.close(table).await?;
         let rows = self.keys.rows();
-        Ok(StagedFile { path: file.path, size: file.size, rows, keys: self.keys, updated: self.updated, id_range: file.id_range })
+        Ok(StagedFile {
+            path: file.path,
+            size: file.size,
+            rows,
+            keys: self.keys,
+            updated: self.updated,
+            id_range: file.id_range,
+            void: RoaringTreemap::new(),
+            brought: self.brought,
+        })
     }
 
     /// Gives the file up.
@@ -86,6 +138,65 @@ impl StagingFile {
 }
 
 impl StagedFile {
+    /// A file that an earlier run staged, with its keys in the file `keys`. Of its rows count those from the export's files
+    /// that `counts` names by index.
+    pub fn again(
+        staged: StagedParquet,
+        keys: &std::path::Path,
+        scratch: &std::path::Path,
+        counts: impl Fn(u32) -> bool,
+    ) -> Result<Self> {
+        let (mut read, mut void) = (Spill::new(scratch, KEYS_AT_ONCE), RoaringTreemap::new());
+        Spill::load(keys, |key: KeyAt| {
+            if counts(key.arrival.file()) {
+                return read.push(key);
+            }
+            void.insert(key.row());
+            Ok(())
+        })?;
+        read.put_on_disk()?;
+        let rows_of: BTreeMap<u32, u64> = staged.rows_of.into_iter().filter(|(index, _)| counts(*index)).collect();
+        if read.rows() + void.len() != staged.rows || rows_of.values().sum::<u64>() != read.rows() {
+            return Err(Error::new(ErrorKind::State, format!("{} does not have the keys of its file", keys.display())));
+        }
+        // Those of the rows that come again are told again; which those were is not known, so a share of them.
+        let share = |count: u64| (u128::from(count) * u128::from(read.rows())).div_ceil(u128::from(staged.rows.max(1))) as u64;
+        let brought = Brought {
+            json_bytes: share(staged.json_bytes),
+            not_held: staged.not_held.into_iter().map(|(path, count)| (path, share(count))).collect(),
+            rows_of,
+        };
+        let (path, size, rows) = (Path::from(staged.path), staged.size, staged.rows);
+        let file = Self { path, size, rows, keys: read, updated: staged.updated, id_range: staged.id_range, void, brought };
+        Ok(file)
+    }
+
+    /// What is to be known of it to read it [again](Self::again). `columns` says what the table's were.
+    pub fn note(&self, table: &Table, columns: &str) -> StagedParquet {
+        StagedParquet {
+            resource_type: table.resource_type.clone(),
+            path: self.path.to_string(),
+            size: self.size,
+            rows: self.rows,
+            rows_of: self.brought.rows_of.clone(),
+            updated: self.updated,
+            id_range: self.id_range.clone(),
+            columns: columns.to_owned(),
+            json_bytes: self.brought.json_bytes,
+            not_held: self.brought.not_held.clone(),
+        }
+    }
+
+    /// Rows that count.
+    pub fn rows_brought(&self) -> u64 {
+        self.keys.rows()
+    }
+
+    /// Writes the keys of its rows into a file, durably.
+    pub fn save_keys(&self, path: &std::path::Path) -> Result<()> {
+        self.keys.save(path)
+    }
+
     /// Bytes of memory that the keys of its rows take.
     pub fn keys_memory(&self) -> usize {
         self.keys.memory()
@@ -99,5 +210,39 @@ impl StagedFile {
     /// Removes the file.
     pub async fn discard(&self, table: &Table) {
         new_file::remove(table, &self.path).await;
+    }
+}
+
+impl Table {
+    /// What became of files that an earlier run staged.
+    pub async fn fates(&self, staged: &[StagedParquet]) -> Result<Vec<Fate>> {
+        let named = self.named(chrono::DateTime::UNIX_EPOCH).await?;
+        let store = self.store();
+        let mut fates = Vec::with_capacity(staged.len());
+        for file in staged {
+            let path = Path::from(file.path.as_str());
+            fates.push(match store.head(&path).await {
+                _ if named.has(&path) => Fate::Merged,
+                Ok(found) if found.size == file.size => Fate::Waits,
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => Fate::Gone,
+                Err(error) => return Err(storage(error, &format!("{path} cannot be looked at"))),
+            });
+        }
+        Ok(fates)
+    }
+
+    /// Makes the names of new files durable, where they are in a local folder.
+    pub fn sync_folder(&self) {
+        if let Some(folder) = self.local() {
+            // A file system that cannot sync a folder has done what it can.
+            let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+        }
+    }
+
+    /// Removes staged files that nothing needs any more.
+    pub async fn discard_staged(&self, paths: impl IntoIterator<Item = &str>) {
+        for path in paths {
+            new_file::remove(self, &Path::from(path)).await;
+        }
     }
 }

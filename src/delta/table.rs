@@ -15,6 +15,7 @@ use super::vectors;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::private::private_dir;
 use crate::schema::{EXCLUDED_TYPES, Model};
+use crate::staged::StagedParquet;
 
 /// Where the tables are.
 #[derive(Debug, Clone)]
@@ -159,10 +160,13 @@ impl Tables {
 impl Table {
     /// Removes what a killed `run` left and no commit names: staged files (also those that were still being written,
     /// which a local store keeps under another name and does not list), rewritten files and deletion vectors. How many.
-    pub async fn remove_orphans(&self, run: &str) -> Result<usize> {
+    /// Those of `staged` stay.
+    pub async fn remove_orphans(&self, run: &str, staged: &[StagedParquet]) -> Result<usize> {
         use object_store::path::Path;
         // Older versions need their files too: only vacuum may take those.
         let named = self.named(chrono::DateTime::UNIX_EPOCH).await?;
+        let ours = staged.iter().filter(|file| file.resource_type == self.resource_type);
+        let staged: std::collections::HashSet<&str> = ours.map(|file| file.path.as_str()).collect();
         let store = self.store();
         let prefix = format!("part-{run}-");
         let mut orphans = Vec::new();
@@ -170,7 +174,10 @@ impl Table {
             Some(folder) => {
                 let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
                 let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-                for name in names.filter(|name| name.starts_with(&prefix) && !named.has(&Path::from(name.as_str()))) {
+                let orphan = |name: &String| {
+                    name.starts_with(&prefix) && !staged.contains(name.as_str()) && !named.has(&Path::from(name.as_str()))
+                };
+                for name in names.filter(orphan) {
                     std::fs::remove_file(folder.join(&name))
                         .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;
                     orphans.push(name);
@@ -181,7 +188,7 @@ impl Table {
                     store.list_with_delimiter(None).await.map_err(|error| storage(error, "the table cannot be listed"))?;
                 for object in listed.objects {
                     let name = object.location.filename().unwrap_or_default();
-                    if name.starts_with(&prefix) && !named.has(&object.location) {
+                    if name.starts_with(&prefix) && !staged.contains(name) && !named.has(&object.location) {
                         object_store::ObjectStoreExt::delete(&store, &object.location)
                             .await
                             .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;

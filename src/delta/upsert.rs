@@ -277,10 +277,8 @@ impl Upsert {
                 return Err(gone(format!("has {size} bytes, not {}", add.size)));
             }
         }
-        if let Some(folder) = table.local() {
-            // The files' names, before the log names them; a file system that cannot sync a folder has done what it can.
-            let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
-        }
+        // The files' names, before the log names them.
+        table.sync_folder();
         Ok(())
     }
 
@@ -330,7 +328,7 @@ impl Upsert {
     /// Operation metrics by the names of Spark's own merge. As there, a file whose rows are marked is neither removed nor
     /// added: its deletion vector is.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
-        let sources: u64 = self.files.iter().map(|file| file.rows).sum();
+        let sources: u64 = self.files.iter().map(StagedFile::rows_brought).sum();
         let added: HashSet<&str> = out.adds.iter().map(|add| add.path.as_str()).collect();
         let (marked, removed): (Vec<&Remove>, Vec<&Remove>) =
             out.removes.iter().partition(|remove| added.contains(remove.path.as_str()));

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::staged::StagedParquet;
 
 /// How a table is vacuumed.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct VacuumSettings {
     pub below_the_tables: bool,
     /// Whether files are removed, or only named.
     pub delete: bool,
+    /// Files that runs have staged and go on with: they stay.
+    pub staged: Vec<StagedParquet>,
     /// Further members of the commits' info.
     pub info: BTreeMap<String, Value>,
 }
@@ -65,6 +68,8 @@ impl Table {
         let back = TimeDelta::from_std(retention).ok().and_then(|back| Utc::now().checked_sub_signed(back));
         let until = back.unwrap_or(DateTime::<Utc>::MIN_UTC);
         let named = self.named(until).await?;
+        let ours = settings.staged.iter().filter(|file| file.resource_type == self.resource_type);
+        let staged: HashSet<Path> = ours.map(|file| Path::from(file.path.as_str())).collect();
         let store = self.store();
         let mut listed = store.list(None);
         let mut due: Vec<ObjectMeta> = Vec::new();
@@ -73,7 +78,7 @@ impl Table {
             let hidden = path.parts().any(|part| part.as_ref().starts_with(['_', '.']));
             let since = if named.ever.contains(path) { until } else { until.min(Utc::now() - UNCOMMITTED) };
             let old = file.last_modified < since;
-            if !hidden && old && !named.kept.contains(path) {
+            if !hidden && old && !named.kept.contains(path) && !staged.contains(path) {
                 due.push(file);
             }
         }

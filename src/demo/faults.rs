@@ -30,6 +30,10 @@ pub struct Faults {
     pub files_cut: usize,
     /// Files of this type are answered 404, always.
     pub missing_type: Option<String>,
+    /// Files that are answered 404, always: `Patient.0`, or `Patient.0.ndjson`.
+    pub missing_files: Vec<String>,
+    /// Files of which half comes, and then nothing, without an end.
+    pub hanging_files: Vec<String>,
     /// Whether files have an entity tag and `Range` is understood.
     pub ranges: bool,
     /// Links of files that were given out end: files are answered 403 until the manifest is asked for again.
@@ -77,6 +81,13 @@ pub struct Faults {
     pub clock_ahead: i64,
     /// `scopes_supported`, where they are not `system/*.read system/*.rs`.
     pub scopes: Option<Vec<String>>,
+}
+
+impl Faults {
+    /// Whether one of `files` is the file `name`.
+    pub(super) fn names(files: &[String], name: &str) -> bool {
+        files.iter().any(|file| file.trim_end_matches(".ndjson") == name.trim_end_matches(".ndjson"))
+    }
 }
 
 /// Bytes as texts.

@@ -55,6 +55,7 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
     let (job, faults, per_file, cut, sending) = {
         let mut world = locked(&shared);
         world.seen.files.push(name.to_owned());
+        world.seen.jobs.push(id);
         let Some(Some(job)) = world.jobs.get(id).cloned() else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
@@ -74,7 +75,9 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
     };
     let mut parts = name.split('.');
     let (kind, part) = (parts.next().unwrap_or_default().to_owned(), parts.next().and_then(|part| part.parse::<u32>().ok()));
-    let Some(part) = part.filter(|_| faults.missing_type.as_deref() != Some(kind.as_str())) else {
+    let missing = faults.missing_type.as_deref() == Some(kind.as_str()) || Faults::names(&faults.missing_files, name);
+    let hangs = Faults::names(&faults.hanging_files, name);
+    let Some(part) = part.filter(|_| !missing) else {
         return outcome(StatusCode::NOT_FOUND, "not-found", "no such file");
     };
     let tag = format!("\"{id}-{name}\"");
@@ -89,7 +92,7 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
     let (gzip, ranges) = (faults.gzip, faults.ranges);
     let work = async move {
         let _sending = sending;
-        let writer = FileWriter { job, faults, pieces, cut, skip: from.unwrap_or(0), packer: None };
+        let writer = FileWriter { job, faults, pieces, cut, hangs, skip: from.unwrap_or(0), packer: None };
         writer.write(&kind, part, per_file).await;
     };
     // The task ends by itself when the client goes away: its channel closes.
@@ -122,6 +125,7 @@ struct FileWriter {
     faults: Faults,
     pieces: tokio::sync::mpsc::Sender<std::io::Result<Bytes>>,
     cut: bool,
+    hangs: bool,
     /// Bytes that the client has.
     skip: usize,
     packer: Option<flate2::write::GzEncoder<Vec<u8>>>,
@@ -211,6 +215,12 @@ impl FileWriter {
             // Long enough for what was sent to be on its way.
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
             let _ = self.pieces.send(Err(std::io::Error::other("cut"))).await;
+            return false;
+        }
+        if self.hangs {
+            bytes.truncate(bytes.len() / 2);
+            let _ = self.pieces.send(Ok(bytes)).await;
+            self.pieces.closed().await;
             return false;
         }
         self.pieces.send(Ok(bytes)).await.is_ok()

@@ -28,6 +28,8 @@ pub struct Seen {
     pub kickoffs: Vec<HashMap<String, String>>,
     /// Files that were asked for.
     pub files: Vec<String>,
+    /// The export of each of those.
+    pub jobs: Vec<usize>,
     /// Exports that were deleted.
     pub deleted: usize,
     /// `Prefer` of each kick-off.

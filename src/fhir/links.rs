@@ -15,14 +15,16 @@ use crate::error::{Error, ErrorKind, Result};
 /// Asking for a page again sooner gives no newer links.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Where a file stands: its export, the page of the manifest, and its place among the page's files.
+/// Where a file stands: its export, the page of the manifest, the list of the page, and its place in that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LinkPlace {
     /// Which of the run's exports.
     pub export: usize,
     /// Which page of its manifest.
     pub page: usize,
-    /// Which file of the page, output before deletions before outcomes.
+    /// Which list of the page: 0 for output, 1 for deletions, 2 for outcomes.
+    pub list: usize,
+    /// Which file of the list.
     pub file: usize,
 }
 
@@ -37,13 +39,13 @@ struct Page {
     url: Url,
     separate: bool,
     asked: Option<Instant>,
-    files: Vec<Url>,
+    files: [Vec<Url>; 3],
 }
 
-/// The files of a page, in the order of their places.
-fn files(manifest: &Manifest) -> Vec<Url> {
-    let all = [&manifest.output, &manifest.deleted, &manifest.outcomes];
-    all.into_iter().flatten().map(|file| file.url.clone()).collect()
+/// The lists of a page.
+fn files(manifest: &Manifest) -> [Vec<Url>; 3] {
+    let lists = [&manifest.output, &manifest.deleted, &manifest.outcomes];
+    lists.map(|list| list.iter().map(|file| file.url.clone()).collect())
 }
 
 impl Links {
@@ -68,7 +70,7 @@ impl Links {
             page.files = files(&manifest);
             tracing::info!("links of files were asked for anew");
         }
-        let fresh = page.files.get(place.file).filter(|fresh| *fresh != ended);
+        let fresh = page.files.get(place.list).and_then(|list| list.get(place.file)).filter(|fresh| *fresh != ended);
         fresh.cloned().ok_or_else(|| gone("the manifest has no newer one"))
     }
 }

@@ -122,6 +122,14 @@ pub fn edge<T: Weighed>(name: &'static str, max_items: usize, max_bytes: usize) 
 }
 
 impl<T: Weighed> Sender<T> {
+    /// Sends some items, one after the other; `Err` as for one.
+    pub async fn send_all(&self, items: impl IntoIterator<Item = T>) -> Result<(), T> {
+        for item in items {
+            self.send(item).await?;
+        }
+        Ok(())
+    }
+
     /// Sends `item`, waiting while the edge is full. `Err` gives the item back: every receiver is
     /// gone, which only happens when the run is failing for a reason recorded elsewhere.
     pub async fn send(&self, item: T) -> Result<(), T> {

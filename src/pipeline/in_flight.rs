@@ -64,7 +64,9 @@ pub(super) fn resume(
         if !covers_all && (types.is_empty() || !types.iter().all(wanted)) {
             continue;
         }
-        let in_flight = Accepted { status, separate: export.separate, tables: tables.clone() };
+        let mixed = export.mixed.iter().map(|name| name.as_str().into()).collect();
+        let (separate, tables) = (export.separate, tables.clone());
+        let in_flight = Accepted { status, separate, tables, mixed, staged: Arc::default() };
         let known = rest.iter().flat_map(|kickoff| kickoff.known.clone()).collect();
         for kickoff in &mut rest {
             kickoff.asked.retain(|name| !types.contains(name));
@@ -114,6 +116,7 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool) ->
                     full_refresh,
                     transaction_time: None,
                     failures: 0,
+                    mixed: Vec::new(),
                 });
             }
             ExportNote::Complete { status, transaction_time } => {
@@ -121,6 +124,13 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool) ->
                 found.for_each(|export| export.transaction_time = Some(*transaction_time));
             }
             ExportNote::Lost { status } => exports.in_flight.retain(|export| export.status != status.as_str()),
+            ExportNote::Mixed { resource_type } => {
+                for export in exports.in_flight.iter_mut().filter(|export| export.scope == scope) {
+                    if !export.mixed.iter().any(|known| **known == ***resource_type) {
+                        export.mixed.push(resource_type.to_string());
+                    }
+                }
+            }
             ExportNote::Later { wait, why } => {
                 let wait = wait.and_then(|wait| TimeDelta::from_std(wait).ok()).unwrap_or(USUAL_WAIT);
                 let time: DateTime<Utc> = Utc::now() + wait.min(TimeDelta::days(7));
@@ -130,23 +140,31 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool) ->
     })
 }
 
+/// Whether a run of `kickoffs` asks for all that an export was asked for, by itself or by newer ones.
+fn is_covered(export: &InFlight, scope: &str, kickoffs: &[Kickoff]) -> bool {
+    let all = kickoffs.iter().any(|kickoff| kickoff.request.types.is_empty());
+    let asked = |name: &String| kickoffs.iter().any(|kickoff| kickoff.request.types.contains(name));
+    export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(asked))
+}
+
 /// A run ended by itself, and not all of its exports is merged.
-pub(super) fn failed(state: &StateFolder, scope: &str) -> Result<()> {
+pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff]) -> Result<()> {
     state.change_exports(|exports| {
-        let done = |export: &&mut InFlight| export.scope == scope && export.transaction_time.is_some();
+        let done = |export: &&mut InFlight| is_covered(export, scope, kickoffs) && export.transaction_time.is_some();
         exports.in_flight.iter_mut().filter(done).for_each(|export| export.failures += 1);
     })
 }
 
-/// All is merged: the server may have its files back.
-pub(super) async fn merged(state: &StateFolder, scope: &str, client: &Client, delete: bool) -> Result<()> {
-    let done: Vec<InFlight> = state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope).collect();
+/// All is merged: the server may have its files back, and those of older exports of the same.
+pub(super) async fn merged(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], client: &Client, delete: bool) -> Result<()> {
+    let done = |export: &InFlight| is_covered(export, scope, kickoffs);
+    let done: Vec<InFlight> = state.exports()?.in_flight.into_iter().filter(done).collect();
     for export in &done {
         if let (true, Ok(status)) = (delete, Url::parse(&export.status)) {
             client.delete_export(&status).await;
         }
     }
-    state.change_exports(|exports| exports.in_flight.retain(|export| export.scope != scope))
+    state.change_exports(|exports| exports.in_flight.retain(|export| !done.contains(export)))
 }
 
 /// Cancels exports in flight, by their numbers from 1, or all of them; how many. A time to wait for is forgotten too.

@@ -52,7 +52,7 @@ pub async fn optimize(plan: &Plan, options: &OptimizeOptions, stop: &Stop) -> Re
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
     state.clear_scratch()?;
-    clean_up(&state.journal(), &Tables::at(&plan.tables)?).await?;
+    clean_up(&state.journal(), &Tables::at(&plan.tables)?, state.staged().read()?.as_ref()).await?;
     optimize_locked(plan, &state, options, stop).await
 }
 
@@ -97,12 +97,13 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
 pub async fn vacuum(plan: &Plan, options: &VacuumOptions, stop: &Stop) -> Result<ByTable<Vacuumed>> {
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
-    clean_up(&state.journal(), &Tables::at(&plan.tables)?).await?;
-    vacuum_locked(plan, options, stop).await
+    clean_up(&state.journal(), &Tables::at(&plan.tables)?, state.staged().read()?.as_ref()).await?;
+    vacuum_locked(plan, &state, options, stop).await
 }
 
-async fn vacuum_locked(plan: &Plan, options: &VacuumOptions, stop: &Stop) -> Result<ByTable<Vacuumed>> {
+async fn vacuum_locked(plan: &Plan, state: &StateFolder, options: &VacuumOptions, stop: &Stop) -> Result<ByTable<Vacuumed>> {
     let settings = VacuumSettings {
+        staged: state.staged().read()?.map(|staged| staged.files).unwrap_or_default(),
         retention: options.retention,
         below_the_tables: options.below_the_tables,
         delete: options.delete,
@@ -137,7 +138,7 @@ pub(super) async fn after_run(plan: &Plan, state: &StateFolder, stop: &Stop) -> 
     if due(plan.vacuum.after, remembered.runs_since_vacuum) {
         let options =
             VacuumOptions { retention: plan.vacuum.retention.map(|span| span.0), delete: true, ..VacuumOptions::default() };
-        for (name, done) in vacuum_locked(plan, &options, stop).await? {
+        for (name, done) in vacuum_locked(plan, state, &options, stop).await? {
             match done {
                 Ok(done) => tracing::info!(resource_type = %name, files = done.files.len(), bytes = done.bytes, "vacuumed"),
                 Err(error) => tracing::warn!(resource_type = %name, %error, "the table was not vacuumed"),

@@ -11,6 +11,7 @@ mod inspect;
 mod maintain;
 mod prepare;
 mod report;
+mod staged;
 
 pub use in_flight::cancel as cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
@@ -25,17 +26,22 @@ use chrono::{DateTime, Utc};
 use tracing::Instrument;
 use url::Url;
 
+use self::staged::TakenUp;
 use crate::config::{MaxBad, Mode, Plan, SourcePlan};
 use crate::delta::{Absent, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, Links};
 use crate::flow::{Board, Crew, EdgeGauge, Sender, Stop, edge};
-use crate::messages::{AtMost, BadLineSink, Chunk, ExportFile, FileKind, FlushRequests, MergeInput, Rows, instant_text};
+use crate::messages::{
+    AtMost, BadLineSink, Chunk, ExportFile, FileKind, FilePlace, FlushRequests, MergeInput, Rows, instant_text,
+};
+use crate::staged::StagedWork;
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
-use crate::stages::export::{FolderExport, ServerExport};
+use crate::stages::export::{ExportNote, ServerExport};
+use crate::stages::folder::FolderExport;
 use crate::stages::ledger::Ledger;
-use crate::stages::merge::{Merge, MergeSettings};
+use crate::stages::merge::{Merge, MergeSettings, Staging, StagingSettings};
 use crate::stages::parse::Parse;
 use crate::stages::replay::Replay;
 use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
@@ -129,12 +135,15 @@ async fn once(
     let _lock = state.lock()?;
     let journal = state.journal();
     state.clear_scratch()?;
-    clean_up(&journal, &Tables::at(&plan.tables)?).await?;
+    let staged = state.staged().read()?;
+    clean_up(&journal, &Tables::at(&plan.tables)?, staged.as_ref()).await?;
     let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
     let mut prepared = prepare(plan, options).await?;
     if client.is_some() {
         in_flight::check_not_before(&state, &prepared.app_id, &mut prepared.kickoffs)?;
     }
+    let goes_on = client.is_some() && !options.replay_only;
+    let taken_up = if goes_on { staged::take_up(&state, staged, &mut prepared).await? } else { TakenUp::default() };
     let prepared = prepared;
     let plan = &prepared.plan;
     match prepared.kickoffs.iter().filter(|_| !options.replay_only).filter_map(|kickoff| kickoff.request.since).min() {
@@ -167,14 +176,14 @@ async fn once(
             drop(files_in);
             (Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0)
         }
-        (SourcePlan::Server { timeout, options, .. }, Some(client)) => {
+        (SourcePlan::Server { timeout, .. }, Some(client)) => {
             let words = watch.server.clone();
             let source = ServerExport {
                 client: client.clone(),
                 kickoffs: prepared.kickoffs.clone(),
                 timeout: Some(*timeout),
-                until: options.until.as_ref().and_then(|until| crate::schema::parse_instant(until.as_bytes())),
-                first_index,
+                until: prepared.until,
+                first_index: taken_up.work.next_index(),
                 files: files_in,
                 merge: merge_in.clone(),
                 remember: in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh),
@@ -197,7 +206,6 @@ async fn once(
                 first_index,
                 files: files_in,
                 merge: merge_in.clone(),
-                board: watch.board.clone(),
                 stop: stop.clone(),
             };
             crew.spawn("export", async move { source.run().await }.in_current_span());
@@ -245,10 +253,19 @@ async fn once(
     drop((files_out, chunks_in, chunks_out, rows_in, rows_out, merge_in, shared));
     let max_bad_lines = plan.max_bad_lines.as_ref().map(at_most);
     let absent = if options.replay_only { Absent::Stay } else { absent(plan) };
+    let staging = StagingSettings {
+        run: run.clone(),
+        target_file_bytes: plan.target_file_bytes,
+        max_open_files: 64,
+        keys_in_memory: memory.keys,
+        scratch: state.path().to_path_buf(),
+        layout: plan.layout.clone(),
+        keep: taken_up.keep,
+    };
+    let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh);
     let merge = Merge {
         input: merge_out,
-        tables: prepared.tables.clone(),
-        opened: prepared.opened,
+        staging: Staging::new(staging, prepared.tables.clone(), prepared.opened, (taken_up.work, taken_up.in_tables)),
         ledger: match absent {
             Absent::Stay => Ledger::new(exports, max_bad_lines),
             _ => Ledger::new(exports, max_bad_lines).wait_for_all(),
@@ -261,9 +278,6 @@ async fn once(
             tables_at_once: plan.tables_at_once,
             full_refresh: prepared.full_refresh,
             absent,
-            target_file_bytes: plan.target_file_bytes,
-            max_open_files: 64,
-            keys_in_memory: memory.keys,
             match_memory: memory.matching / plan.tables_at_once.max(1),
             scratch: state.path().to_path_buf(),
             layout: plan.layout.clone(),
@@ -271,6 +285,7 @@ async fn once(
             table: TableSettings { deletion_vectors: plan.deletion_vectors, upgrade: plan.upgrade_deletion_vectors },
             began,
         },
+        mixed: Arc::new(move |resource_type| remember(&ExportNote::Mixed { resource_type })),
         board: watch.board.clone(),
         stop: stop.clone(),
     };
@@ -280,7 +295,7 @@ async fn once(
     let ended = crew.join(waiting).await;
     let merged = report_out.await;
     if merged.is_ok() {
-        // Merge has removed what it staged and did not commit. Where it died, the next run does.
+        // Merge has removed what it staged and did not commit, or written it down. Where it died, the next run does.
         journal.write(&JournalEntry::Ended { run: run.clone() })?;
     }
     let merged = merged.unwrap_or_default();
@@ -302,12 +317,12 @@ async fn once(
         ));
     }
     if !report.succeeded && !options.replay_only && client.is_some() {
-        in_flight::failed(&state, &prepared.app_id)?;
+        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs)?;
     }
     if report.succeeded {
         remember_success(&state, &report, &prepared.app_id)?;
         if let Some(client) = client.filter(|_| !options.replay_only) {
-            in_flight::merged(&state, &prepared.app_id, &client, plan.delete_export).await?;
+            in_flight::merged(&state, &prepared.app_id, &prepared.kickoffs, &client, plan.delete_export).await?;
         }
         journal.clear()?;
         if let Err(error) = maintain::after_run(plan, &state, stop).await {
@@ -340,7 +355,7 @@ fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Send
             count: None,
             requires_access_token: false,
             replayed: true,
-            place: (0, 0),
+            place: FilePlace { page: 0, kind: FileKind::Output, at: files.len() },
         }));
     }
     if files.is_empty() {
@@ -350,8 +365,9 @@ fn replay(plan: &Plan, state: &StateFolder, chunks: &Sender<Chunk>, merge: &Send
     Ok(Some(Replay { files, lines, chunks: chunks.clone(), merge: merge.clone(), chunk_bytes: plan.chunk_bytes }))
 }
 
-/// Removes what a run left that was killed: staged files that no table's log names.
-async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
+/// Removes what a run left that was killed: staged files that no table's log names, and that are not written down to be gone
+/// on with.
+async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&StagedWork>) -> Result<()> {
     let steps = journal.unfinished()?;
     let runs = steps.iter().filter_map(|step| match step {
         JournalEntry::Began { run, .. } => Some(run.as_str()),
@@ -366,7 +382,7 @@ async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
         match tables.open(&name).await {
             Ok(table) => {
                 for run in &runs {
-                    removed += table.remove_orphans(run).await?;
+                    removed += table.remove_orphans(run, staged.map_or(&[], |staged| staged.files.as_slice())).await?;
                 }
                 table.remove_empty_folder();
             }
@@ -377,7 +393,11 @@ async fn clean_up(journal: &Journal, tables: &Tables) -> Result<()> {
             }
         }
     }
-    tracing::warn!(runs = runs.join(", "), removed, "the last run ended without a word; its staged files were removed");
+    tracing::warn!(
+        runs = runs.join(", "),
+        removed,
+        "the last run ended without a word; what it staged and had not written down was removed"
+    );
     if left { Ok(()) } else { journal.clear() }
 }
 

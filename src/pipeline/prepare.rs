@@ -12,7 +12,7 @@ use crate::delta::{Table, Tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{ExportRequest, Level};
 use crate::messages::{Layouts, ResourceType};
-use crate::schema::{Layout, LayoutOptions, layout_for};
+use crate::schema::{Layout, LayoutOptions, layout_for, parse_instant};
 use crate::stages::export::Kickoff;
 use crate::state::{StateFile, StateFolder};
 
@@ -30,9 +30,15 @@ pub struct Prepared {
     pub(super) full_refresh: bool,
     /// Whether it goes on with an export that an earlier run ended without.
     pub(super) behind: bool,
+    /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
+    pub(super) until: Option<i64>,
 }
 
 impl Prepared {
+    /// The watermark that an export of this `transactionTime` gives.
+    pub(super) fn until(&self, transaction_time: i64) -> i64 {
+        self.until.map_or(transaction_time, |until| transaction_time.min(until))
+    }
     /// The exports that will be asked for.
     pub fn kickoffs(&self) -> &[Kickoff] {
         &self.kickoffs
@@ -137,7 +143,11 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     {
         tracing::warn!("stages.merge.mode deletes every row that is not in the group or compartment that is exported");
     }
-    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh, behind })
+    let until = match &plan.source {
+        SourcePlan::Server { options, .. } => options.until.as_ref().and_then(|until| parse_instant(until.as_bytes())),
+        SourcePlan::Folder(_) => None,
+    };
+    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh, behind, until })
 }
 
 /// Whether a run can write `table`: its features, and its columns where it exists.

@@ -17,7 +17,7 @@ use url::Url;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{Client, LinkPlace, Links, Resume};
 use crate::flow::{Board, Receiver, Sender, Stop};
-use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, MergeInput};
+use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, FilePlace, MergeInput};
 use crate::telemetry;
 use crate::unpack::Unpack;
 
@@ -202,8 +202,8 @@ impl Download {
                         // F7: a link may end before its file is read; the manifest has newer ones, once.
                         Err(error) if !reading.renewed && link_may_have_ended(&error) => {
                             reading.renewed = true;
-                            let (page, place) = file.place;
-                            let place = LinkPlace { export: file.export, page, file: place };
+                            let FilePlace { page, kind, at } = file.place;
+                            let place = LinkPlace { export: file.export, page, list: kind as usize, file: at };
                             match links.refreshed(client, place, &reading.url).await {
                                 Ok(fresh) => reading.url = fresh,
                                 Err(why) => {

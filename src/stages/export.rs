@@ -1,17 +1,17 @@
-//! The source: where a run's files come from.
+//! The source, as a FHIR server: kick-off, polls, manifests.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::ObjectStore;
 use url::Url;
 
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{Client, ExportRequest, KickOff, Links, Manifest, ManifestFile, Poll};
 use crate::flow::{Board, Sender, Stop};
-use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, ManifestPage, MergeInput, ResourceType};
-use crate::schema::{EXCLUDED_TYPES, Model};
+use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType};
+use crate::schema::Model;
+use crate::staged::{ListedFile, said_of};
 use crate::telemetry;
 
 /// One kick-off: types of equal watermark share it.
@@ -36,6 +36,16 @@ pub struct Accepted {
     pub separate: bool,
     /// `transactionTime` of each type's table for this scope: a type whose table has the export's own was merged whole.
     pub tables: BTreeMap<ResourceType, i64>,
+    /// Types whose files hold rows of other types: merged or not, they are read again.
+    pub mixed: Vec<ResourceType>,
+    /// Files that it listed to earlier runs, and what is staged of them.
+    pub staged: Arc<HashMap<FilePlace, ListedFile>>,
+}
+
+impl Accepted {
+    fn new(status: Url, separate: bool) -> Self {
+        Self { status, separate, tables: BTreeMap::new(), mixed: Vec::new(), staged: Arc::default() }
+    }
 }
 
 /// Hears what must be remembered of an export before anything else happens.
@@ -65,6 +75,11 @@ pub enum ExportNote<'a> {
         /// Where its status was asked for.
         status: &'a Url,
     },
+    /// Files of a type hold rows of other types too, and the type is about to be merged.
+    Mixed {
+        /// The type.
+        resource_type: &'a ResourceType,
+    },
     /// The server asks to come back later.
     Later {
         /// How long it asks to wait, where it says.
@@ -84,7 +99,7 @@ pub struct ServerExport {
     pub timeout: Option<Duration>,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
     pub until: Option<i64>,
-    /// Index of the first file: those before it are the quarantine's.
+    /// Index of the first file that no earlier run has listed.
     pub first_index: u32,
     /// Where files go.
     pub files: Sender<Arc<ExportFile>>,
@@ -120,7 +135,7 @@ impl From<Error> for Ended {
 impl ServerExport {
     /// Makes each kick-off, or goes on with what was asked for before, and sends its files on.
     pub async fn run(self) -> Result<()> {
-        let mut index = self.first_index;
+        let mut index = self.first_index.max(FIRST_INDEX);
         for (export, kickoff) in self.kickoffs.iter().enumerate() {
             let span = tracing::info_span!("export", export);
             match tracing::Instrument::instrument(self.export(export, kickoff, &mut index), span).await {
@@ -155,7 +170,7 @@ impl ServerExport {
             }
         }
         let accepted = match self.client.kick_off(&kickoff.request).await? {
-            KickOff::Accepted { status, separate } => Accepted { status, separate, tables: BTreeMap::new() },
+            KickOff::Accepted { status, separate } => Accepted::new(status, separate),
             KickOff::Later { wait, why } => {
                 (self.remember)(&ExportNote::Later { wait, why: &why })?;
                 let asks = match wait {
@@ -322,26 +337,50 @@ impl ServerExport {
             (FileKind::Deleted, &manifest.deleted),
             (FileKind::Outcome, &manifest.outcomes),
         ];
-        let listed = lists.into_iter().flat_map(|(kind, list)| list.iter().map(move |listed| (kind, listed)));
-        let mut files = Vec::new();
-        for (at, (kind, listed)) in listed.enumerate() {
+        let listed =
+            lists.into_iter().flat_map(|(kind, list)| list.iter().enumerate().map(move |(at, listed)| (kind, at, listed)));
+        let (mut files, mut held) = (Vec::new(), Vec::new());
+        for (kind, at, listed) in listed {
             // A page that came again has the same files in the same places, perhaps by newer links.
-            if !passed.files.insert((page, at)) {
+            let place = FilePlace { page, kind, at };
+            if !passed.files.insert(place) {
                 continue;
             }
-            let file = export_file(*index, export, kind, listed, (manifest.requires_access_token, (page, at)));
-            *index += 1;
-            let merged = file.declared.as_ref().is_some_and(|name| passed.merged.contains(name));
-            if !(merged && kind == FileKind::Output) {
-                files.push(Arc::new(file));
+            let file = export_file(*index, export, listed, manifest.requires_access_token, place);
+            // The same file keeps its index, which its rows are known by.
+            let known = accepted.staged.get(&place).filter(|known| known.said == said_of(&file));
+            let file = match known {
+                Some(known) => export_file(known.index, export, listed, manifest.requires_access_token, place),
+                None => {
+                    *index += 1;
+                    file
+                }
+            };
+            let merged = |name: &ResourceType| passed.merged.contains(name) && !accepted.mixed.contains(name);
+            if kind == FileKind::Output && file.declared.as_ref().is_some_and(merged) {
+                continue;
             }
+            held.extend(known.and_then(|known| known.held.clone()));
+            files.push(Arc::new(file));
         }
-        expect(&self.board, &files);
         // The books must know a file before its first line comes.
-        self.tell(Fact::Page(ManifestPage { export, files: files.clone() })).await?;
-        if send_all(&self.files, files).await { Ok(()) } else { Err(Ended::Unheard) }
+        let status = Some(accepted.status.as_str().into());
+        self.tell(Fact::Page(ManifestPage { export, status, files: files.clone() })).await?;
+        if !held.is_empty() {
+            tracing::info!(files = held.len(), "staged by an earlier run; not downloaded again");
+            let indexes: HashSet<u32> = held.iter().map(|held| held.file).collect();
+            files.retain(|file| !indexes.contains(&file.index));
+        }
+        for held in held {
+            self.tell(Fact::FileHeld(held)).await?;
+        }
+        self.files.send_all(files).await.map_err(|_| Ended::Unheard)
     }
 }
+
+/// Index of the first file that a manifest lists: those below are lines out of quarantine, a file for each type. It is always
+/// the same, so that a file's rows keep their order of arrival from run to run.
+pub const FIRST_INDEX: u32 = 256;
 
 /// Pages of a manifest; each may have any number of files.
 const MAX_PAGES: usize = 100_000;
@@ -349,171 +388,26 @@ const MAX_PAGES: usize = 100_000;
 /// What was sent on of an export.
 struct Passed {
     time: Option<i64>,
-    /// Pages and places of files.
-    files: HashSet<(usize, usize)>,
+    files: HashSet<FilePlace>,
     /// Types that an earlier run merged.
     merged: Vec<ResourceType>,
 }
 
-async fn send_all(edge: &Sender<Arc<ExportFile>>, files: Vec<Arc<ExportFile>>) -> bool {
-    for file in files {
-        if edge.send(file).await.is_err() {
-            return false;
-        }
-    }
-    true
-}
-
-fn expect(board: &Board, files: &[Arc<ExportFile>]) {
-    for file in files.iter().filter(|file| file.kind == FileKind::Output) {
-        let label = file.declared.clone().unwrap_or_else(|| telemetry::NO_TYPE.into());
-        board.add(telemetry::FILES_EXPECTED, &label, 1);
-        board.add(telemetry::RESOURCES_EXPECTED, &label, file.count.unwrap_or(0));
-    }
-}
-
-fn export_file(
-    index: u32,
-    export: usize,
-    kind: FileKind,
-    listed: &ManifestFile,
-    (requires_access_token, place): (bool, (usize, usize)),
-) -> ExportFile {
+fn export_file(index: u32, export: usize, listed: &ManifestFile, requires_access_token: bool, place: FilePlace) -> ExportFile {
     let last = listed.url.path_segments().and_then(|mut parts| parts.next_back()).unwrap_or("file");
     // A type is trusted as a name only where R4 has it: it becomes a folder.
     let declared = listed.resource_type.as_deref().filter(|name| Model::r4().is_resource_type(name));
     ExportFile {
         index,
         export,
-        name: format!("{}#{index}:{last}", declared.unwrap_or("-")),
+        name: format!("{}#{}:{last}", declared.unwrap_or("-"), index - FIRST_INDEX),
         url: listed.url.clone(),
         location: None,
-        kind,
+        kind: place.kind,
         declared: declared.map(Into::into),
         count: listed.count,
         requires_access_token,
         replayed: false,
         place,
-    }
-}
-
-/// Files of a folder or object store of NDJSON.
-pub struct FolderExport {
-    /// The store.
-    pub store: Arc<dyn ObjectStore>,
-    /// The folder in it.
-    pub folder: object_store::path::Path,
-    /// The folder's URL.
-    pub url: Url,
-    /// Types to take; empty for all.
-    pub types: Vec<ResourceType>,
-    /// Whether a type without a file was asked for all the same: what it has is absent.
-    pub all_asked: bool,
-    /// Index of the first file: those before it are the quarantine's.
-    pub first_index: u32,
-    /// Where files go.
-    pub files: Sender<Arc<ExportFile>>,
-    /// Where facts go.
-    pub merge: Sender<MergeInput>,
-    /// Counters.
-    pub board: Board,
-    /// Ends the listing early.
-    pub stop: Stop,
-}
-
-impl FolderExport {
-    /// Lists the folder and sends its files on.
-    pub async fn run(self) -> Result<()> {
-        // One level only: what lies in folders below is none of ours, nor is it an error.
-        let listing = match self.stop.or(self.store.list_with_delimiter(Some(&self.folder))).await {
-            Some(listing) => listing.context(ErrorKind::Storage, "the source folder cannot be listed")?,
-            None => return Ok(()),
-        };
-        let mut names: Vec<(object_store::path::Path, ResourceType)> = Vec::new();
-        for object in listing.objects {
-            let Some(file_name) = object.location.filename() else { continue };
-            let Some(resource_type) = type_of_file(file_name) else {
-                if file_name.contains(".ndjson") {
-                    tracing::warn!(file = file_name, "not [Type].ndjson or [Type].[tag].ndjson of an R4 type; passed over");
-                }
-                continue;
-            };
-            if self.types.is_empty() || self.types.contains(&resource_type) {
-                names.push((object.location, resource_type));
-            }
-        }
-        // The order of arrival must not hang on the store's order of listing.
-        names.sort();
-        if names.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Storage,
-                "the source folder has no file [Type].ndjson or [Type].[tag].ndjson (plain, .gz or .zst) of the wanted types",
-            ));
-        }
-        let mut files = Vec::with_capacity(names.len());
-        for (index, (location, resource_type)) in names.into_iter().enumerate() {
-            let name = location.filename().unwrap_or("file").to_owned();
-            files.push(Arc::new(ExportFile {
-                index: self.first_index + index as u32,
-                export: 0,
-                name,
-                url: self.url.clone(),
-                location: Some(location),
-                kind: FileKind::Output,
-                declared: Some(resource_type),
-                count: None,
-                requires_access_token: false,
-                replayed: false,
-                place: (0, 0),
-            }));
-        }
-        expect(&self.board, &files);
-        let mut asked: Vec<ResourceType> = files.iter().filter_map(|file| file.declared.clone()).collect();
-        for name in self.types.iter().filter(|name| !files.iter().any(|file| file.declared.as_ref() == Some(*name))) {
-            tracing::warn!(resource_type = %name, "the source folder has no file of the type");
-            if self.all_asked {
-                asked.push(name.clone());
-            }
-        }
-        asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
-        asked.sort();
-        asked.dedup();
-        let end = ExportEnd { export: 0, asked, known: Vec::new(), transaction_time: None, full: true, merged: Vec::new() };
-        let page = Fact::Page(ManifestPage { export: 0, files: files.clone() });
-        for fact in [page, Fact::ExportEnd(end)] {
-            if self.merge.send(MergeInput::Fact(fact)).await.is_err() {
-                return Ok(());
-            }
-        }
-        send_all(&self.files, files).await;
-        Ok(())
-    }
-}
-
-/// The type of `[Type].ndjson` or `[Type].[tag].ndjson`, with `.gz` or `.zst` behind it or not.
-fn type_of_file(name: &str) -> Option<ResourceType> {
-    let stem = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name);
-    let stem = stem.strip_suffix(".ndjson")?;
-    let resource_type = stem.split_once('.').map_or(stem, |(name, _)| name);
-    Model::r4().is_resource_type(resource_type).then(|| resource_type.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_of_files() {
-        for (name, expected) in [
-            ("Patient.ndjson", Some("Patient")),
-            ("Patient.000.ndjson", Some("Patient")),
-            ("Observation.a.b.ndjson.gz", Some("Observation")),
-            ("Condition.ndjson.zst", Some("Condition")),
-            ("patient.ndjson", None),
-            ("Patient.json", None),
-            ("log.ndjson", None),
-        ] {
-            assert_eq!(type_of_file(name).as_deref(), expected, "{name}");
-        }
     }
 }

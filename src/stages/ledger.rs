@@ -57,6 +57,8 @@ pub struct Ledger {
     types: BTreeMap<ResourceType, TypeBook>,
     ends: BTreeMap<usize, ExportEnd>,
     failed_exports: BTreeMap<usize, String>,
+    /// Where each export's status is asked for.
+    statuses: BTreeMap<usize, Arc<str>>,
     /// Kick-offs that the run makes.
     exports: usize,
     max_bad_lines: Option<AtMost>,
@@ -89,6 +91,7 @@ impl Ledger {
             types: BTreeMap::new(),
             ends: BTreeMap::new(),
             failed_exports: BTreeMap::new(),
+            statuses: BTreeMap::new(),
             exports,
             max_bad_lines,
             merged: HashSet::new(),
@@ -106,6 +109,7 @@ impl Ledger {
     pub fn enter(&mut self, fact: Fact) {
         match fact {
             Fact::Page(page) => {
+                self.statuses.extend(page.status.map(|status| (page.export, status)));
                 for file in page.files {
                     if let Some(declared) = &file.declared
                         && file.kind == FileKind::Output
@@ -113,7 +117,8 @@ impl Ledger {
                     {
                         self.types.entry(declared.clone()).or_default();
                     }
-                    self.files.insert(file.index, FileBook { file, lines: None, parsed: ParsedChunk::default(), failed: None });
+                    let parsed = ParsedChunk { file: file.index, ..ParsedChunk::default() };
+                    self.files.insert(file.index, FileBook { file, lines: None, parsed, failed: None });
                 }
             }
             Fact::ExportEnd(end) => {
@@ -127,6 +132,15 @@ impl Ledger {
             Fact::FileDone(done) => {
                 if let Some(book) = self.files.get_mut(&done.file) {
                     book.lines = Some(done.lines);
+                }
+            }
+            Fact::FileHeld(held) => {
+                if let Some(book) = self.files.get_mut(&held.file) {
+                    book.lines = Some(held.lines);
+                    for (name, rows) in &held.rows {
+                        self.types.entry(name.clone()).or_default().staged += rows;
+                    }
+                    self.parsed(held);
                 }
             }
             Fact::FileFailed(index, why) => {
@@ -149,6 +163,7 @@ impl Ledger {
         let Some(book) = self.files.get_mut(&chunk.file) else { return };
         let declared = book.file.declared.clone();
         book.parsed.lines += chunk.lines;
+        book.parsed.bytes += chunk.bytes;
         book.parsed.blank += chunk.blank;
         book.parsed.headers += chunk.headers;
         book.parsed.fatal += chunk.fatal;
@@ -167,6 +182,9 @@ impl Ledger {
                 self.types.entry(name.clone()).or_default().bad += lines;
             }
             merge_count(&mut book.parsed.bad, name, lines);
+        }
+        for (name, lines) in chunk.excluded {
+            merge_count(&mut book.parsed.excluded, name, lines);
         }
     }
 
@@ -225,6 +243,16 @@ impl Ledger {
     /// Whether each export has said its last.
     pub fn all_ended(&self) -> bool {
         self.ends.len() + self.failed_exports.len() >= self.exports
+    }
+
+    /// The type that a file is declared for.
+    pub fn declared(&self, file: u32) -> Option<ResourceType> {
+        self.files.get(&file)?.file.declared.clone()
+    }
+
+    /// Whether the type failed.
+    pub fn has_failed(&self, resource_type: &ResourceType) -> bool {
+        matches!(self.standing(resource_type), Standing::Failed(_))
     }
 
     /// Bad lines of the type.
@@ -329,6 +357,33 @@ impl Ledger {
         files.flat_map(|book| &book.parsed.rows).filter(|(name, _)| name == resource_type).map(|(_, rows)| rows).sum()
     }
 
+    /// Files that exports of a server listed, where their export's status is asked for, and what their lines were, once all
+    /// of them are parsed and accounted for.
+    pub fn listed(&self) -> impl Iterator<Item = (&ExportFile, &Arc<str>, Option<&ParsedChunk>)> {
+        self.files.values().filter_map(|book| {
+            let status = self.statuses.get(&book.file.export)?;
+            let whole = book.failed.is_none() && book.settled() && book.balances();
+            Some((&*book.file, status, Some(&book.parsed).filter(|_| whole && book.file.kind == FileKind::Output)))
+        })
+    }
+
+    /// Whether files that are declared for the type hold rows of others.
+    pub fn is_mixed(&self, resource_type: &ResourceType) -> bool {
+        let mut ours = self.files.values().filter(|book| book.file.declared.as_ref() == Some(resource_type));
+        ours.any(|book| book.parsed.rows.iter().any(|(name, _)| name != resource_type))
+    }
+
+    /// Rows of each type that are parsed and not yet staged, of types that can still be merged: the type, and its rows so far.
+    pub fn behind(&self) -> Vec<(ResourceType, u64)> {
+        let behind = self.types.iter().filter(|(_, book)| book.failed.is_none() && book.staged < book.parsed);
+        behind.map(|(name, book)| (name.clone(), book.parsed)).collect()
+    }
+
+    /// Rows of the type that are staged so far.
+    pub fn staged_of(&self, resource_type: &ResourceType) -> u64 {
+        self.types.get(resource_type).map_or(0, |book| book.staged)
+    }
+
     /// Lines out of quarantine that were read, and whose type was committed.
     pub fn replayed(&self) -> Vec<LineId> {
         let read = self.files.values().flat_map(|book| &book.parsed.replayed);
@@ -352,7 +407,7 @@ fn merge_count<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K, by: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::messages::{FileDone, ManifestPage};
+    use crate::messages::{FileDone, FilePlace, ManifestPage};
 
     fn file(index: u32, declared: Option<&str>) -> Arc<ExportFile> {
         Arc::new(ExportFile {
@@ -366,7 +421,7 @@ mod tests {
             count: None,
             requires_access_token: false,
             replayed: false,
-            place: (0, 0),
+            place: FilePlace { page: 0, kind: FileKind::Output, at: index as usize },
         })
     }
     fn end() -> Fact {
@@ -396,7 +451,7 @@ mod tests {
     #[test]
     fn a_type_is_complete_only_when_all_is_accounted_for() {
         let mut books = Ledger::new(1, None);
-        books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
+        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
         books.enter(parsed(0, 5, &[("Patient", 5)], 0));
         assert_eq!(books.standing(&patient()), Standing::Open, "the file has not ended");
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 5 }));
@@ -413,7 +468,7 @@ mod tests {
     fn a_stray_row_makes_its_type_wait_for_every_file() {
         let mut books = Ledger::new(1, None);
         let files = vec![file(0, Some("Observation")), file(1, Some("Condition"))];
-        books.enter(Fact::Page(ManifestPage { export: 0, files }));
+        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files }));
         books.enter(end());
         books.enter(parsed(0, 1, &[("Patient", 1)], 0));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 1 }));
@@ -425,14 +480,14 @@ mod tests {
     #[test]
     fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
         let mut books = Ledger::new(1, Some(AtMost::Share(0.1)));
-        books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
+        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
         books.enter(end());
         books.enter(parsed(0, 10, &[("Patient", 8)], 2));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
         assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("2 bad lines of 10")));
 
         let mut books = Ledger::new(1, None);
-        books.enter(Fact::Page(ManifestPage { export: 0, files: vec![file(0, Some("Patient"))] }));
+        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
         books.enter(end());
         books.enter(parsed(0, 10, &[("Patient", 9)], 0));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
@@ -453,7 +508,7 @@ mod tests {
     fn a_failed_file_fails_its_type_and_not_the_others() {
         let mut books = Ledger::new(1, None);
         let files = vec![file(0, Some("Patient")), file(1, Some("Condition"))];
-        books.enter(Fact::Page(ManifestPage { export: 0, files }));
+        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files }));
         books.enter(end());
         books.enter(Fact::FileFailed(0, "404".into()));
         books.enter(Fact::FileDone(FileDone { file: 1, lines: 0 }));

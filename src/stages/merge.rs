@@ -2,25 +2,22 @@
 //!
 //! Staging never waits for a commit; `tables_at_once` limits matching and committing only.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
-use object_store::path::Path;
 use serde_json::{Value, json};
 
 use super::ledger::{Ledger, Standing};
 pub use super::outcome::{MergeReport, TypeOutcome};
-use crate::delta::{
-    Absent, Commit, Deletions, Merged, Scratch, StagedFile, StagingFile, Table, TableSettings, Tables, Upsert, Watermark,
-    commit_info,
-};
+pub use super::staging::{Keep, Staging, StagingSettings, columns_of};
+use crate::delta::{Absent, Commit, Deletions, Merged, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{EncodedBatch, ExportEnd, FlushRequests, MergeInput, ResourceType, instant_text};
-use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
+use crate::messages::{ExportEnd, Fact, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
+use crate::schema::{LayoutOptions, arrow_schema, layout_for};
 use crate::telemetry;
 
 /// How often merge looks whether a type is complete.
@@ -41,12 +38,6 @@ pub struct MergeSettings {
     pub full_refresh: bool,
     /// What becomes of rows that the run does not bring.
     pub absent: Absent,
-    /// Bytes at which a staged file is closed.
-    pub target_file_bytes: u64,
-    /// Bytes that the open files' footers and buffers may take before the largest is closed.
-    pub max_open_files: usize,
-    /// Bytes of memory that the keys of staged rows may take.
-    pub keys_in_memory: usize,
     /// Bytes of memory that matching one table may take.
     pub match_memory: usize,
     /// Folder for keys beyond that.
@@ -61,67 +52,46 @@ pub struct MergeSettings {
     pub began: Instant,
 }
 
-/// A type's staged rows.
-#[derive(Default)]
-struct TypeStage {
-    open: Option<StagingFile>,
-    staged: Vec<StagedFile>,
-    deletions: Option<Deletions>,
-    /// Commits that the run has begun to the type's table.
-    commits: usize,
-    outcome: TypeOutcome,
-}
+/// Rows that encode still gathers are waited for so long before what is staged is written down without them.
+const FLUSH_FOR: Duration = Duration::from_secs(30);
 
-impl TypeStage {
-    /// Bytes of memory that the keys of staged rows take.
-    fn keys_memory(&self) -> usize {
-        self.open.as_ref().map_or(0, StagingFile::keys_memory) + self.closed_keys_memory()
-    }
-
-    fn closed_keys_memory(&self) -> usize {
-        let deletions = self.deletions.as_ref().map_or(0, Deletions::memory);
-        self.staged.iter().map(StagedFile::keys_memory).sum::<usize>() + deletions
-    }
-
-    fn put_keys_on_disk(&mut self) -> Result<()> {
-        if let Some(deletions) = &mut self.deletions {
-            deletions.put_on_disk()?;
-        }
-        self.staged.iter_mut().try_for_each(StagedFile::put_keys_on_disk)
-    }
-}
+/// Hears of a type whose files hold rows of others, before it is merged.
+pub type Mixed = Arc<dyn Fn(&ResourceType) -> Result<()> + Send + Sync>;
 
 /// The merge stage: one worker owns the books and all staged files.
 pub struct Merge {
     /// Everything comes here.
     pub input: Receiver<MergeInput>,
-    /// The tables.
-    pub tables: Tables,
-    /// Tables by type, as they were opened before the run; others are opened when their rows come.
-    pub opened: HashMap<ResourceType, Table>,
+    /// What is staged.
+    pub staging: Staging,
     /// The books.
     pub ledger: Ledger,
     /// Asks encode for what it holds.
     pub requests: FlushRequests,
     /// Settings.
     pub settings: MergeSettings,
+    /// Hears of types whose files hold rows of others.
+    pub mixed: Mixed,
     /// Counters.
     pub board: Board,
     /// Whether the run was stopped.
     pub stop: Stop,
 }
 
-type Committed = (ResourceType, Result<Commit>, f64);
+/// A commit's outcome: the type, what became of it, what was not merged, seconds.
+type Committed = (ResourceType, Result<Commit>, Vec<StagedFile>, f64);
+
+/// Rows of each type that are to be staged before what is staged is written down, and since when they are waited for.
+type Flush = (BTreeMap<ResourceType, u64>, Instant);
 
 impl Merge {
     /// Stages, and commits each type as it is complete, until the input ends.
     pub async fn run(mut self, done: tokio::sync::oneshot::Sender<MergeReport>) -> Result<()> {
-        let mut stages: BTreeMap<ResourceType, TypeStage> = BTreeMap::new();
         let mut ready: Vec<ResourceType> = Vec::new();
         let mut committing: FuturesUnordered<futures::future::BoxFuture<'static, Committed>> = FuturesUnordered::new();
         let mut in_flight: HashSet<ResourceType> = HashSet::new();
         let mut outcome = Ok(());
-        let mut files = 0usize;
+        let mut flush: Option<Flush> = None;
         let mut open = true;
         // Looking whether a type is complete goes through all files, so it is done now and then, not at every message:
         // an export may have twenty thousand files, and each of them several messages.
@@ -134,13 +104,12 @@ impl Merge {
                 && let Some(at) = ready.iter().position(|name| !in_flight.contains(name))
             {
                 let name = ready.swap_remove(at);
-                let stage = stages.entry(name.clone()).or_default();
-                match self.commit_of(&name, stage).await {
+                match self.commit_of(&name).await {
                     Ok(work) => {
                         in_flight.insert(name);
                         committing.push(work);
                     }
-                    Err(error) => self.failed(&name, stage, &error),
+                    Err(error) => self.failed(&name, &error),
                 }
             }
             if !open && committing.is_empty() && ready.is_empty() {
@@ -150,7 +119,7 @@ impl Merge {
                 input = self.input.recv(), if open => match input {
                     Some(parcel) => {
                         let input = parcel.into_inner();
-                        if let Err(error) = self.take(input, &mut stages, &mut files).await {
+                        if let Err(error) = self.take(input).await {
                             // Staging cannot go on (a full disk): the run ends, its files are removed.
                             outcome = Err(error);
                             open = false;
@@ -159,34 +128,36 @@ impl Merge {
                     }
                     None => open = false,
                 },
-                Some((name, result, seconds)) = committing.next() => {
+                Some((name, result, left, seconds)) = committing.next() => {
                     in_flight.remove(&name);
-                    let stage = stages.entry(name.clone()).or_default();
-                    self.record(&name, stage, result, seconds);
+                    self.record(&name, result, left, seconds);
                 }
                 _ = tick.tick() => {}
             }
             if outcome.is_ok() && (!open || settled.elapsed() >= SETTLE_EVERY) {
-                self.settle(&stages, &mut ready);
+                self.settle(&mut ready);
+                if open && let Err(error) = self.write_down(&mut flush).await {
+                    outcome = Err(error);
+                    open = false;
+                    self.stop.pull();
+                }
                 settled = Instant::now();
             }
         }
-        let report = self.close(stages).await;
+        let report = self.close().await;
         // The pipeline may be gone already, when it failed elsewhere.
         let _ = done.send(report);
         outcome
     }
 
     /// Finds types that can commit or fail now, and asks encode for the rest of those that are parsed.
-    fn settle(&mut self, stages: &BTreeMap<ResourceType, TypeStage>, ready: &mut Vec<ResourceType>) {
+    fn settle(&mut self, ready: &mut Vec<ResourceType>) {
         if !self.ledger.all_ended() {
             return;
         }
         // Deletions may concern types that no file names.
-        for (name, stage) in stages {
-            if stage.deletions.is_some() {
-                self.ledger.staged(name, 0);
-            }
+        for (name, _) in self.staging.types().filter(|(_, has_deletions)| *has_deletions) {
+            self.ledger.staged(name, 0);
         }
         for name in self.ledger.types() {
             match self.ledger.standing(&name) {
@@ -200,118 +171,90 @@ impl Merge {
         }
     }
 
-    async fn take(&mut self, input: MergeInput, stages: &mut BTreeMap<ResourceType, TypeStage>, files: &mut usize) -> Result<()> {
-        match input {
-            MergeInput::Fact(fact) => self.ledger.enter(fact),
-            MergeInput::Deletions(ids) => {
-                for (name, id) in ids {
-                    let deletions = &mut stages.entry(name).or_default().deletions;
-                    deletions.get_or_insert_with(|| Deletions::new(&self.settings.scratch)).push(id)?;
+    /// Where it is time, asks encode for what it holds, and writes down what is staged once that has come.
+    async fn write_down(&mut self, flush: &mut Option<Flush>) -> Result<()> {
+        match flush {
+            None if self.staging.is_due() => {
+                let behind = self.ledger.behind();
+                behind.iter().for_each(|(name, rows)| self.requests.request(name, *rows));
+                *flush = Some((behind.into_iter().collect(), Instant::now()));
+                Ok(())
+            }
+            None => Ok(()),
+            Some((behind, since)) => {
+                behind.retain(|name, rows| {
+                    let waits = self.ledger.staged_of(name) < *rows && !self.ledger.has_failed(name);
+                    if !waits {
+                        self.requests.withdraw(name);
+                    }
+                    waits
+                });
+                if !behind.is_empty() && since.elapsed() < FLUSH_FOR {
+                    return Ok(());
                 }
-                self.keep_to_memory(stages).await?;
+                behind.keys().for_each(|name| self.requests.withdraw(name));
+                *flush = None;
+                self.staging.write_down(&self.ledger, false).await.map(drop)
             }
+        }
+    }
+
+    async fn take(&mut self, input: MergeInput) -> Result<()> {
+        match input {
+            MergeInput::Fact(fact) => {
+                self.count(&fact);
+                self.ledger.enter(fact);
+                Ok(())
+            }
+            MergeInput::Deletions(ids) => self.staging.delete(ids).await,
             MergeInput::Batch(batch) => {
-                let name = batch.resource_type.clone();
-                self.stage(*batch, stages, files).await.map_err(|error| error.at(name.to_string()))?;
+                let (name, rows) = (batch.resource_type.clone(), batch.keys.len() as u64);
+                self.staging.stage(*batch).await.map_err(|error| error.at(name.to_string()))?;
+                self.ledger.staged(&name, rows);
+                self.board.add(telemetry::STAGED, &name, rows);
+                Ok(())
             }
         }
-        Ok(())
     }
 
-    async fn stage(
-        &mut self,
-        mut batch: EncodedBatch,
-        stages: &mut BTreeMap<ResourceType, TypeStage>,
-        files: &mut usize,
-    ) -> Result<()> {
-        let name = batch.resource_type.clone();
-        self.table(&name).await?;
-        let table = &self.opened[&name];
-        let rows = batch.keys.len() as u64;
-        let stage = stages.entry(name.clone()).or_default();
-        stage.outcome.resources += rows;
-        stage.outcome.bytes += batch.json_bytes;
-        for (path, count) in std::mem::take(&mut batch.losses) {
-            let not_held = &mut stage.outcome.not_held;
-            // Batches bring paths of their own: a server that invents members must not fill the report with them.
-            let path = if not_held.len() < MAX_LOSS_PATHS || not_held.contains_key(&path) { path } else { format!("{name}.?") };
-            *not_held.entry(path).or_default() += count;
-        }
-        if let Some(full) = stage.open.take_if(|file| !file.takes(&batch.filled)) {
-            stage.staged.push(full.close(table).await?);
-        }
-        let file = match &mut stage.open {
-            Some(file) => file,
-            none => {
-                *files += 1;
-                let path = Path::from(format!("part-{}-{files:05}.zstd.parquet", self.settings.run));
-                none.insert(StagingFile::create(table, path, batch.filled.clone(), &self.settings.scratch).await?)
+    /// Counts the files that are to come, and those that need not come again.
+    fn count(&mut self, fact: &Fact) {
+        let none = || telemetry::NO_TYPE.into();
+        match fact {
+            Fact::Page(page) => {
+                for file in page.files.iter().filter(|file| file.kind == FileKind::Output && !file.replayed) {
+                    let label = file.declared.clone().unwrap_or_else(none);
+                    self.board.add(telemetry::FILES_EXPECTED, &label, 1);
+                    self.board.add(telemetry::RESOURCES_EXPECTED, &label, file.count.unwrap_or(0));
+                }
             }
-        };
-        file.append(batch).await?;
-        let is_full = file.size() >= self.settings.target_file_bytes;
-        if is_full && let Some(file) = stage.open.take() {
-            stage.staged.push(file.close(table).await?);
-        }
-        self.ledger.staged(&name, rows);
-        self.board.add(telemetry::STAGED, &name, rows);
-        // Open files share a budget: when it is spent, the largest is closed.
-        while stages.values().filter(|stage| stage.open.is_some()).count() > self.settings.max_open_files.max(1) {
-            let open = stages.iter_mut().filter(|(_, stage)| stage.open.is_some());
-            let largest = open.max_by_key(|(_, stage)| stage.open.as_ref().map_or(0, StagingFile::size));
-            let Some((name, stage)) = largest else { break };
-            let Some(file) = stage.open.take() else { break };
-            stage.staged.push(file.close(&self.opened[name]).await?);
-        }
-        self.keep_to_memory(stages).await
-    }
-
-    /// Keys of staged rows beyond the budget go to disk: those of closed files first, then of the file that has most,
-    /// which is closed.
-    async fn keep_to_memory(&mut self, stages: &mut BTreeMap<ResourceType, TypeStage>) -> Result<()> {
-        while stages.values().map(TypeStage::keys_memory).sum::<usize>() > self.settings.keys_in_memory {
-            let Some((name, stage)) = stages.iter_mut().max_by_key(|(_, stage)| stage.keys_memory()) else { break };
-            if stage.closed_keys_memory() == 0
-                && let Some(file) = stage.open.take()
-            {
-                stage.staged.push(file.close(&self.opened[name]).await?);
+            Fact::FileHeld(held) => {
+                self.staging.hold(held);
+                let label = self.ledger.declared(held.file).unwrap_or_else(none);
+                self.board.add(telemetry::FILES, &label, 1);
+                count_lines(&self.board, &label, held);
+                for (name, rows) in &held.rows {
+                    self.board.add(telemetry::STAGED, name, *rows);
+                }
             }
-            let mut keys = std::mem::take(stage);
-            let (kept, result) = compute(tracing::Span::current(), async move {
-                let result = keys.put_keys_on_disk();
-                (keys, result)
-            })
-            .await?;
-            *stage = kept;
-            result?;
+            Fact::Parsed(chunk) => {
+                let label = self.ledger.declared(chunk.file).unwrap_or_else(none);
+                count_lines(&self.board, &label, chunk);
+            }
+            _ => {}
         }
-        Ok(())
-    }
-
-    /// Makes sure that the type's table is opened.
-    async fn table(&mut self, name: &ResourceType) -> Result<()> {
-        if !self.opened.contains_key(name) {
-            let table = self.tables.open(name).await?;
-            table.check_writable()?;
-            self.opened.insert(name.clone(), table);
-        }
-        Ok(())
     }
 
     /// The work of committing a type, to be polled with the others'.
-    async fn commit_of(
-        &mut self,
-        name: &ResourceType,
-        stage: &mut TypeStage,
-    ) -> Result<futures::future::BoxFuture<'static, Committed>> {
-        self.table(name).await?;
-        let mut table = self.opened[name].clone();
-        if stage.commits > 0 {
+    async fn commit_of(&mut self, name: &ResourceType) -> Result<futures::future::BoxFuture<'static, Committed>> {
+        let mut table = self.staging.table(name).await?;
+        if self.staging.of(name).commits > 0 {
             table.refresh().await?;
         }
-        stage.commits += 1;
-        if let Some(file) = stage.open.take() {
-            stage.staged.push(file.close(&table).await?);
+        self.staging.of(name).commits += 1;
+        let earlier_commits = self.staging.of(name).commits - 1;
+        if self.ledger.is_mixed(name) {
+            (self.mixed)(name)?;
         }
         let end = self.ledger.end_of(name);
         let watermark = end
@@ -324,17 +267,17 @@ impl Merge {
         if absent != Absent::Stay && table.version().is_some() {
             self.may_delete_absent(name, end)?;
         }
-        let files = std::mem::take(&mut stage.staged);
-        let deletions = stage.deletions.take().filter(|_| !merged);
+        let layout = layout_for(name, &self.settings.layout, table.schema()?.as_ref())?;
+        let (files, deletions) = self.staging.take(name, merged).await?;
+        let deletions = deletions.filter(|_| !merged);
         let deletions = deletions.unwrap_or_else(|| Deletions::new(&self.settings.scratch));
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
         // for gets its table though nothing came.
         let asked = end.is_some_and(|end| end.asked.contains(name));
         if table.version().is_none() && files.is_empty() && !asked {
             let name = name.clone();
-            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), 0.0) }));
+            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), Vec::new(), 0.0) }));
         }
-        let layout = layout_for(name, &self.settings.layout, table.schema()?.as_ref())?;
         let upsert = Upsert {
             files,
             deletions,
@@ -347,24 +290,19 @@ impl Merge {
             settings: self.settings.table.clone(),
             info: info(&self.settings, end),
             run: self.settings.run.clone(),
-            earlier_commits: stage.commits - 1,
+            earlier_commits,
         };
         let name = name.clone();
         let span = tracing::info_span!("commit", resource_type = %name);
         Ok(Box::pin(async move {
             let started = Instant::now();
-            let result = compute(span, async move {
+            let done = compute(span, async move {
                 let result = upsert.commit(&mut table).await;
-                if !matches!(result, Ok(Commit::Done(_) | Commit::Unknown { .. })) {
-                    for file in &upsert.files {
-                        file.discard(&table).await;
-                    }
-                }
-                result
-            })
-            .await
-            .and_then(|result| result);
-            (name, result, started.elapsed().as_secs_f64())
+                let is_open = !matches!(result, Ok(Commit::Done(_) | Commit::Unknown { .. }));
+                (result, if is_open { upsert.files } else { Vec::new() })
+            });
+            let (result, left) = done.await.unwrap_or_else(|error| (Err(error), Vec::new()));
+            (name, result, left, started.elapsed().as_secs_f64())
         }))
     }
 
@@ -383,12 +321,20 @@ impl Merge {
         Err(Error::new(ErrorKind::Data, why).with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
     }
 
-    fn record(&mut self, name: &ResourceType, stage: &mut TypeStage, result: Result<Commit>, seconds: f64) {
+    fn record(&mut self, name: &ResourceType, result: Result<Commit>, left: Vec<StagedFile>, seconds: f64) {
+        let began = self.settings.began;
+        let stage = self.staging.of(name);
         stage.outcome.merge_seconds += seconds;
-        stage.outcome.seconds = self.settings.began.elapsed().as_secs_f64();
+        stage.outcome.seconds = began.elapsed().as_secs_f64();
+        match &result {
+            Ok(Commit::Done(_)) => self.staging.merged(name),
+            // Its files may be in the table: they stay where they are.
+            Ok(Commit::Unknown { .. }) => {}
+            _ => self.staging.put_back(name, left),
+        }
         match result {
             Ok(Commit::Done(merged)) => {
-                let outcome = &mut stage.outcome;
+                let outcome = &mut self.staging.of(name).outcome;
                 outcome.inserted += merged.inserted;
                 outcome.updated += merged.updated;
                 outcome.deleted += merged.deleted;
@@ -404,7 +350,7 @@ impl Merge {
             }
             Ok(Commit::Unknown { error }) => {
                 let why = format!("{error}; whether the commit was made could not be found out, so its files are kept");
-                self.failed(name, stage, &Error::new(error.kind(), why));
+                self.failed(name, &Error::new(error.kind(), why));
             }
             Ok(Commit::Stale { table }) => {
                 let error = Error::new(
@@ -414,51 +360,44 @@ impl Merge {
                         instant_text(table)
                     ),
                 );
-                self.failed(name, stage, &error);
+                self.failed(name, &error);
             }
-            Err(error) => self.failed(name, stage, &error),
+            Err(error) => self.failed(name, &error),
         }
     }
 
-    fn failed(&mut self, name: &ResourceType, stage: &mut TypeStage, error: &Error) {
+    fn failed(&mut self, name: &ResourceType, error: &Error) {
         tracing::error!(resource_type = %name, %error, hint = error.hint(), "the type failed");
-        stage.outcome.error.get_or_insert(error.to_string());
+        self.staging.of(name).outcome.error.get_or_insert(error.to_string());
         self.ledger.fail(name, error.to_string());
     }
 
-    /// Removes what was staged and not committed, and draws up the report.
-    async fn close(mut self, mut stages: BTreeMap<ResourceType, TypeStage>) -> MergeReport {
+    /// Removes what was staged and not merged, or leaves it to the next run, and draws up the report.
+    async fn close(mut self) -> MergeReport {
         let unfinished = self.ledger.unfinished();
+        let mut all = self.ledger.all_ended() && self.ledger.types().iter().all(|name| !unfinished.contains(name));
         for name in self.ledger.types() {
-            let stage = stages.entry(name.clone()).or_default();
-            if let Standing::Failed(why) = self.ledger.standing(&name)
-                && stage.outcome.error.is_none()
-            {
+            let known = self.staging.of(&name).outcome.error.is_some();
+            all &= !known;
+            if let Standing::Failed(why) = self.ledger.standing(&name) {
+                all = false;
                 let about_lines = why.contains("bad lines");
                 let error = Error::new(ErrorKind::Data, why);
                 let hint = "run again once the file is whole; its type is as it was";
-                self.failed(&name, stage, &if about_lines { error } else { error.with_hint(hint) });
-            } else if unfinished.contains(&name) && stage.outcome.error.is_none() {
-                let why = if self.stop.is_pulled() { "stopped before all of it came" } else { "not all of it came" };
-                stage.outcome.error = Some(why.to_owned());
-            }
-        }
-        for (name, stage) in &mut stages {
-            if let Some(file) = stage.open.take() {
-                file.discard().await;
-            }
-            if let Some(table) = self.opened.get(name) {
-                for file in stage.staged.drain(..) {
-                    file.discard(table).await;
+                if !known {
+                    self.failed(&name, &if about_lines { error } else { error.with_hint(hint) });
                 }
-                table.remove_empty_folder();
+            } else if unfinished.contains(&name) && !known {
+                let why = if self.stop.is_pulled() { "stopped before all of it came" } else { "not all of it came" };
+                self.staging.of(&name).outcome.error = Some(why.to_owned());
             }
         }
+        let outcomes = self.staging.end(&self.ledger, !all).await;
         let transaction_time = self.ledger.types().iter().filter_map(|name| self.ledger.end_of(name)?.transaction_time).min();
-        let types = stages.into_iter().map(|(name, mut stage)| {
-            stage.outcome.files = self.ledger.files_of(&name);
-            stage.outcome.quarantined = self.ledger.bad(&name);
-            (name.to_string(), stage.outcome)
+        let types = outcomes.into_iter().map(|(name, mut outcome)| {
+            outcome.files = self.ledger.files_of(&name);
+            outcome.quarantined = self.ledger.bad(&name);
+            (name.to_string(), outcome)
         });
         let watermark_held = (0..self.settings.exports).any(|export| self.ledger.holds_watermark(export));
         MergeReport {
@@ -471,6 +410,20 @@ impl Merge {
             transaction_time,
         }
     }
+}
+
+/// Counts what a file's lines were.
+fn count_lines(board: &Board, declared: &ResourceType, lines: &ParsedChunk) {
+    for (name, rows) in &lines.rows {
+        board.add(telemetry::PARSED, name, *rows);
+    }
+    for (name, count) in &lines.excluded {
+        board.add(telemetry::EXCLUDED, name, *count);
+    }
+    for (name, count) in &lines.bad {
+        board.add(telemetry::BAD_LINES, name.as_ref().unwrap_or(&telemetry::NO_TYPE.into()), *count);
+    }
+    board.add(telemetry::BYTES, declared, lines.bytes);
 }
 
 fn info(settings: &MergeSettings, end: Option<&ExportEnd>) -> BTreeMap<String, Value> {

@@ -3,8 +3,10 @@
 pub mod download;
 pub mod encode;
 pub mod export;
+pub mod folder;
 pub mod ledger;
 pub mod merge;
 pub mod outcome;
 pub mod parse;
 pub mod replay;
+pub mod staging;

@@ -71,7 +71,6 @@ impl Parse {
             for (severity, count) in outcomes {
                 self.board.add(telemetry::OUTCOME_ISSUES, &severity, count);
             }
-            self.count(chunk, &tally);
             if !rows.by_type.is_empty() {
                 // The bytes now belong to the next edge's budget; holding both shares could never block
                 // this worker alone for ever, but would halve what the edges hold.
@@ -88,21 +87,6 @@ impl Parse {
             }
         }
         Ok(())
-    }
-
-    fn count(&self, chunk: &Chunk, tally: &ParsedChunk) {
-        for (resource_type, rows) in &tally.rows {
-            self.board.add(telemetry::PARSED, resource_type, *rows);
-        }
-        for (resource_type, lines) in &tally.excluded {
-            self.board.add(telemetry::EXCLUDED, resource_type, *lines);
-        }
-        let none: ResourceType = telemetry::NO_TYPE.into();
-        for (resource_type, lines) in &tally.bad {
-            self.board.add(telemetry::BAD_LINES, resource_type.as_ref().unwrap_or(&none), *lines);
-        }
-        let declared = chunk.file.declared.as_ref().unwrap_or(&none);
-        self.board.add(telemetry::BYTES, declared, chunk.bytes.len() as u64);
     }
 }
 
@@ -141,7 +125,7 @@ impl ChunkParser {
             bad_lines: &self.bad_lines,
             tape: Tape::default(),
             by_type: Vec::new(),
-            tally: ParsedChunk { file: chunk.file.index, ..ParsedChunk::default() },
+            tally: ParsedChunk { file: chunk.file.index, bytes: chunk.bytes.len() as u64, ..ParsedChunk::default() },
             deletions: Vec::new(),
             outcomes: Vec::new(),
         };

@@ -37,7 +37,7 @@ impl Replay {
     /// Sends all lines on.
     pub fn run(self, handle: &Handle) -> Result<()> {
         // `usize::MAX`: no export of this run's.
-        let page = ManifestPage { export: usize::MAX, files: self.files.clone() };
+        let page = ManifestPage { export: usize::MAX, status: None, files: self.files.clone() };
         if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Page(page)))).is_err() {
             return Ok(());
         }

@@ -33,6 +33,9 @@ pub struct InFlight {
     pub transaction_time: Option<i64>,
     /// Runs that ended by themselves and did not get all of it.
     pub failures: u32,
+    /// Types whose files hold rows of other types: they are read again though the type is merged.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mixed: Vec<String>,
 }
 
 /// When a server that refused a kick-off may be asked again.

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
 use crate::private::{private_dir, write_atomically};
+use crate::staged::StagedFolder;
 
 /// The folder of a pipeline's state.
 #[derive(Debug, Clone)]
@@ -74,6 +75,11 @@ impl StateFolder {
     /// The journal of the run in flight.
     pub fn journal(&self) -> Journal {
         Journal::at(self.folder.join("journal.ndjson"))
+    }
+
+    /// What runs have staged and no table has yet.
+    pub fn staged(&self) -> StagedFolder {
+        StagedFolder::at(self.folder.join("staged"))
     }
 
     /// Exports in flight, and when the server may be asked again.

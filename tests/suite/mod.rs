@@ -11,6 +11,7 @@ mod process;
 mod protocol;
 mod quarantine;
 mod readers;
+mod resume;
 mod server;
 mod stores;
 mod support;

@@ -113,7 +113,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
     server.set_faults(Faults { slow: Some(Duration::from_millis(100)), ..Default::default() });
     let file = lake.folder.path().join("p.yaml");
     let yaml = format!(
-        "version: 1\nname: k\nsource: {{ url: \"{}\", types: [Patient, Observation, Claim] }}\nstages: {{ encode: {{ row_group: 64KiB }}, download: {{ concurrency: 2 }} }}\ntables: {}\nstate: {}\n",
+        "version: 1\nname: k\nsource: {{ url: \"{}\", types: [Patient, Observation, Claim] }}\nstages: {{ encode: {{ row_group: 64KiB }}, download: {{ concurrency: 2 }}, merge: {{ checkpoint: 20ms }} }}\ntables: {}\nstate: {}\n",
         server.base(),
         lake.tables().display(),
         lake.state().display()

@@ -1,0 +1,186 @@
+//! What runs have staged and no table has yet: written down, so that a run that is killed or fails does not let its successor
+//! download it again.
+//!
+//! One file, `index.json`, says all of it and is replaced as a whole; beside it lie the keys of each staged Parquet file's
+//! rows. A file of an export is *held* when every row of it is in a Parquet file that is closed, durable and listed here.
+//! Row groups mix files, so a Parquet file may have rows of files that are not held: those do not count, since they come again.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, ErrorKind, Result};
+use crate::messages::{ExportFile, FileKind, FilePlace, ParsedChunk, ResourceType};
+use crate::private::{private_dir, write_atomically};
+
+/// A file of an export, as its manifest listed it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedFile {
+    /// The export, by where its status is asked for.
+    pub status: String,
+    /// Its place in the manifest.
+    pub place: FilePlace,
+    /// Hash of what else the manifest says of it, its link's last part among that: the rest may be signed anew.
+    pub said: String,
+    /// [`ExportFile::index`]: its rows' keys have it.
+    pub index: u32,
+    /// What its lines were, where it is held.
+    pub held: Option<ParsedChunk>,
+}
+
+/// A Parquet file that is whole and that no table's log names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StagedParquet {
+    /// Its type.
+    pub resource_type: ResourceType,
+    /// Path in the table's folder.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// Rows, those included that do not count.
+    pub rows: u64,
+    /// Rows by the index of the export's file that they are from.
+    pub rows_of: BTreeMap<u32, u64>,
+    /// Least and greatest `lastUpdated`.
+    pub updated: Option<(i64, i64)>,
+    /// Least and greatest `id`, where the file's statistics know.
+    pub id_range: Option<(String, String)>,
+    /// What the table's columns were: the rows fit no other.
+    pub columns: String,
+    /// Bytes of NDJSON that it stands for.
+    pub json_bytes: u64,
+    /// What the layout could not hold, by path.
+    pub not_held: BTreeMap<String, u64>,
+}
+
+/// All of it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StagedWork {
+    /// The program that staged it: another version may encode otherwise.
+    pub created_by: String,
+    /// The export files that the manifests listed.
+    pub listed: Vec<ListedFile>,
+    /// The Parquet files.
+    pub files: Vec<StagedParquet>,
+}
+
+/// What this program writes into [`StagedWork::created_by`].
+pub const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
+
+impl StagedWork {
+    /// An index that no file has, and none after it.
+    pub fn next_index(&self) -> u32 {
+        self.listed.iter().map(|file| file.index + 1).max().unwrap_or(0)
+    }
+
+    /// Files of exports that are held.
+    pub fn held(&self) -> usize {
+        self.listed.iter().filter(|file| file.held.is_some()).count()
+    }
+
+    /// Files of exports with an index in `gone` are not held: they must come again.
+    pub fn release(&mut self, gone: &HashSet<u32>) {
+        for file in self.listed.iter_mut().filter(|file| gone.contains(&file.index)) {
+            file.held = None;
+        }
+        for file in &mut self.files {
+            file.rows_of.retain(|index, _| !gone.contains(index));
+        }
+    }
+
+    /// What the export with this status URL listed, by place.
+    pub fn of_export(&self, status: &str) -> HashMap<FilePlace, ListedFile> {
+        self.listed.iter().filter(|file| file.status == status).map(|file| (file.place, file.clone())).collect()
+    }
+}
+
+/// Hash of what a manifest says of a file, for [`ListedFile::said`].
+pub fn said_of(file: &ExportFile) -> String {
+    let last = file.url.path_segments().and_then(|mut parts| parts.next_back());
+    let said = format!("{:?} {:?} {last:?}", file.declared, file.count);
+    format!("{:032x}", twox_hash::XxHash3_128::oneshot(said.as_bytes()))
+}
+
+/// Where it is kept. Holds ids' hashes and statistics of rows: private.
+#[derive(Debug, Clone)]
+pub struct StagedFolder {
+    folder: PathBuf,
+}
+
+impl StagedFolder {
+    /// In `folder`, which need not exist.
+    pub fn at(folder: PathBuf) -> Self {
+        Self { folder }
+    }
+
+    fn index(&self) -> PathBuf {
+        self.folder.join("index.json")
+    }
+
+    /// Where the keys of a staged Parquet file of a type are.
+    pub fn keys_of(&self, resource_type: &str, path: &str) -> PathBuf {
+        self.folder.join(format!("{resource_type}-{path}.keys"))
+    }
+
+    /// What is kept; `None` where nothing is. What another version of the program kept cannot be gone on with, and comes
+    /// back with its files only, to be removed.
+    pub fn read(&self) -> Result<Option<StagedWork>> {
+        let unreadable = || format!("{} cannot be read", self.index().display());
+        let text = match std::fs::read(self.index()) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).context(ErrorKind::State, unreadable()),
+        };
+        let mut work: StagedWork = match serde_json::from_slice(&text) {
+            Ok(work) => work,
+            Err(error) => {
+                tracing::warn!(%error, "what was staged is not readable; its files are downloaded again");
+                return Ok(None);
+            }
+        };
+        if work.created_by != CREATED_BY {
+            tracing::warn!(created_by = work.created_by, "another version staged what there is; it is downloaded again");
+            work.listed.clear();
+        }
+        Ok(Some(work))
+    }
+
+    /// Replaces what is kept. Keys of files that are not named any more go.
+    pub fn write(&self, work: &StagedWork) -> Result<()> {
+        private_dir(&self.folder)?;
+        let text = serde_json::to_vec(work).context(ErrorKind::Internal, "what is staged")?;
+        write_atomically(&self.index(), &text)?;
+        let named: HashSet<PathBuf> = work.files.iter().map(|file| self.keys_of(&file.resource_type, &file.path)).collect();
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        for stray in entries.filter(|path| path.extension().is_some_and(|ext| ext == "keys") && !named.contains(path)) {
+            // What cannot be removed now is removed the next time, or with the folder.
+            let _ = std::fs::remove_file(stray);
+        }
+        Ok(())
+    }
+
+    /// Forgets all of it.
+    pub fn clear(&self) -> Result<()> {
+        // Without the index there is nothing, whatever happens to the rest.
+        for outcome in [std::fs::remove_file(self.index()), std::fs::remove_dir_all(&self.folder)] {
+            match outcome {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).context(ErrorKind::State, format!("{} cannot be removed", self.folder.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// Whether a file's rows are worth keeping: the others are read with every run.
+pub fn can_be_held(file: &ExportFile) -> bool {
+    file.kind == FileKind::Output && !file.replayed
+}
