@@ -196,6 +196,8 @@ pub struct ParsedRow {
 /// Parsed resources of one chunk.
 #[derive(Debug)]
 pub struct Rows {
+    /// The file that they are from.
+    pub file: Arc<ExportFile>,
     /// The lines.
     pub bytes: Bytes,
     /// Their tapes.

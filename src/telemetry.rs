@@ -23,7 +23,9 @@ pub const BAD_LINES: &str = "fhirlake.lines.bad";
 pub const EXCLUDED: &str = "fhirlake.lines.excluded";
 /// Requests that were tried again.
 pub const RETRIES: &str = "fhirlake.http.retries";
-/// Issues in the export's error files, by severity.
+/// Attachments, by what came of them: `files`, `inline`, `left` (links that are not to be followed), `failed`.
+pub const ATTACHMENTS: &str = "fhirlake.attachments";
+/// Issues in the export's error files, by severity and code.
 pub const OUTCOME_ISSUES: &str = "fhirlake.export.outcome_issues";
 /// Label of what belongs to no type.
 pub const NO_TYPE: &str = "(none)";

@@ -238,6 +238,30 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             add(&format!("source.token_origins.{index}"), "not an origin such as https://files.example.org", None);
         }
     }
+    if let Some(attachments) = &file.stages.attachments {
+        if attachments.inline_up_to.0 > 64 << 20 {
+            add("stages.attachments.inline_up_to", "more than 64MiB", Some("larger ones are kept as files"));
+        }
+        for (index, origin) in attachments.origins.iter().enumerate().filter(|(_, origin)| *origin != "any") {
+            let is_origin =
+                url::Url::parse(origin).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.path() == "/");
+            if !is_origin {
+                add(
+                    &format!("stages.attachments.origins.{index}"),
+                    "neither `any` nor an origin such as https://files.example.org",
+                    None,
+                );
+            }
+        }
+        for (index, name) in
+            attachments.types.iter().enumerate().filter(|(_, name)| !crate::schema::Model::r4().is_resource_type(name))
+        {
+            add(&format!("stages.attachments.types.{index}"), &format!("{name} is not a resource type of FHIR R4"), None);
+        }
+        if source.url.0.starts_with("file:") {
+            add("stages.attachments", "a folder has no server to fetch attachments from", None);
+        }
+    }
     for name in source.headers.keys() {
         if reqwest::header::HeaderName::from_bytes(name.as_bytes()).is_err() {
             add(&format!("source.headers.{name}"), "not a header's name", None);

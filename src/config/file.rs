@@ -51,6 +51,9 @@ pub struct Stages {
     pub download: DownloadSection,
     /// Bytes to resources.
     pub parse: ParseSection,
+    /// What resources link to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attachments: Option<AttachmentsSection>,
     /// Resources to columns and pages.
     pub encode: EncodeSection,
     /// Pages to commits.
@@ -106,6 +109,26 @@ pub enum MaxBad {
     Lines(u64),
     /// A share, such as `0.5%`.
     Share(#[schemars(pattern(r"^\d+(\.\d+)?%$"))] String),
+}
+
+/// Attachments that resources link to: fetched, and kept as files in `attachments` beside the tables, or in the resource.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AttachmentsSection {
+    /// Attachments of at most so many bytes become the `data` of their resource; larger ones, and all with 0, become files, and
+    /// `url` their path from the tables' folder on.
+    pub inline_up_to: ByteSize,
+    /// Larger ones stay links.
+    pub max_size: ByteSize,
+    /// Resource types whose attachments are fetched; empty for all.
+    pub types: Vec<String>,
+    /// Content types that are fetched, `application/pdf` or `image/*`; empty for all.
+    pub content_types: Vec<String>,
+    /// Hosts beside the server's and the export files' that attachments are fetched from; `[any]` for all there are.
+    pub origins: Vec<String>,
+    /// Attachments at the same time.
+    #[schemars(range(min = 1, max = 256))]
+    pub concurrency: usize,
 }
 
 /// Resources to columns and pages.
@@ -280,6 +303,19 @@ impl Default for EncodeSection {
             source_json: layout.source_json,
             row_group: ByteSize(16 << 20),
             columns: FileColumns::Whole,
+        }
+    }
+}
+
+impl Default for AttachmentsSection {
+    fn default() -> Self {
+        Self {
+            inline_up_to: ByteSize(0),
+            max_size: ByteSize(1 << 30),
+            types: Vec::new(),
+            content_types: Vec::new(),
+            origins: Vec::new(),
+            concurrency: 10,
         }
     }
 }

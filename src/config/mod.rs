@@ -11,8 +11,8 @@ mod values;
 
 pub use check::{Problem, Read, read_pipeline};
 pub use file::{
-    Bad, DownloadSection, EncodeSection, FileColumns, MaxBad, MergeSection, Mode, OptimizeSection, ParseSection, PipelineFile,
-    Schedule, SchemaEvolution, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
+    AttachmentsSection, Bad, DownloadSection, EncodeSection, FileColumns, MaxBad, MergeSection, Mode, OptimizeSection,
+    ParseSection, PipelineFile, Schedule, SchemaEvolution, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
 };
 pub use plan::{MemorySplit, Plan, Since, SourcePlan, default_state_folder};
 pub use profiles::PROFILES;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use url::Url;
 
 use super::check::{Problem, Read};
-use super::file::{Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
+use super::file::{AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
 use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection};
 use super::values::{Instant, Text};
 use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
@@ -115,6 +115,8 @@ pub struct Plan {
     pub max_line: usize,
     /// Bad lines that a type may have; `None` for any number.
     pub max_bad_lines: Option<MaxBad>,
+    /// What becomes of attachments that resources link to; `None`: they stay links.
+    pub attachments: Option<AttachmentsSection>,
     /// Encode threads.
     pub encode_workers: usize,
     /// Layout of tables that are created.
@@ -300,6 +302,7 @@ impl Plan {
             max_line: bytes(stages.parse.max_line),
             max_bad_lines,
             encode_workers,
+            attachments: stages.attachments.clone(),
             layout: LayoutOptions {
                 extensions: stages.encode.extensions,
                 max_nesting_level: stages.encode.max_nesting_level,

@@ -129,6 +129,13 @@ impl Tables {
 }
 
 impl Tables {
+    /// The store that the tables are in, from their folder on.
+    pub fn store(&self) -> Result<Arc<dyn ObjectStore>> {
+        let built = DeltaTableBuilder::from_url(self.root.clone()).and_then(|builder| builder.build_storage());
+        let built = built.map_err(|error| storage(error, &format!("{} cannot be written", self.display())))?;
+        Ok(built.object_store(None))
+    }
+
     /// Writes a file into the tables' folder and removes it.
     pub async fn check_writable(&self) -> Result<()> {
         use object_store::ObjectStoreExt;
@@ -136,10 +143,7 @@ impl Tables {
             private_dir(&path)?;
         }
         let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{} cannot be written", self.display()));
-        let store = DeltaTableBuilder::from_url(self.root.clone())
-            .and_then(|builder| builder.build_storage())
-            .map_err(|error| failed(&error))?
-            .object_store(None);
+        let store = self.store()?;
         let path = object_store::path::Path::from(format!(".fhirlake-check-{}", uuid::Uuid::new_v4()));
         store.put(&path, "check".into()).await.map_err(|error| failed(&error))?;
         store.delete(&path).await.map_err(|error| failed(&error))

@@ -34,12 +34,16 @@ pub struct Faults {
     pub missing_files: Vec<String>,
     /// Files of which half comes, and then nothing, without an end.
     pub hanging_files: Vec<String>,
+    /// Whether a Binary is answered as a resource, with its content in `data`, though the content itself was asked for.
+    pub binaries_as_fhir: bool,
     /// Whether files have an entity tag and `Range` is understood.
     pub ranges: bool,
     /// Links of files that were given out end: files are answered 403 until the manifest is asked for again.
     pub links_end: bool,
     /// Whether files are answered by a redirect to another origin, which refuses an `Authorization`.
     pub redirect: bool,
+    /// Whether the manifest lists links to another origin that are signed, and refuse an `Authorization`.
+    pub signed_links: bool,
     /// Kick-offs that are answered 429.
     pub kickoffs_throttled: usize,
     /// `Retry-After` of those; `1` by default.

@@ -4,10 +4,12 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use base64::Engine;
 use bytes::Bytes;
 use serde_json::json;
 
 use super::faults::Faults;
+use super::manifest::elsewhere as elsewhere_of;
 use super::population::DEMO_TYPES;
 use super::server::{Job, Shared, Shop, locked, outcome, refuse};
 
@@ -23,13 +25,28 @@ pub(super) async fn file(shop: Shop, Path((id, links, name)): Path<(usize, usize
             return refusal;
         }
         if world.faults.redirect {
-            // Another name of the same host is another origin.
-            let elsewhere = base.replace("127.0.0.1", "localhost").replace("/fhir", "/elsewhere");
-            let to = format!("{elsewhere}/{id}/{links}/{name}?signature=secret");
+            let to = format!("{}/{id}/{links}/{name}?signature=secret", elsewhere_of(base));
             return (StatusCode::TEMPORARY_REDIRECT, [("location", to)]).into_response();
         }
     }
     send_file(shop, (id, links), &name, &headers)
+}
+
+/// What an Attachment links to: `Binary/100` has a hundred bytes, others are not there.
+pub(super) async fn binary(State((world, _)): Shop, Path(id): Path<String>, headers: HeaderMap) -> Response {
+    let mut world = locked(&world);
+    if let Some(refusal) = refuse(&world, &headers) {
+        return refusal;
+    }
+    world.seen.binaries.push(id.clone());
+    let Ok(size) = id.parse::<usize>() else { return outcome(StatusCode::NOT_FOUND, "not-found", "no such Binary") };
+    let content = vec![b'x'; size.min(1 << 26)];
+    if world.faults.binaries_as_fhir {
+        let data = base64::engine::general_purpose::STANDARD.encode(content);
+        let binary = json!({"resourceType": "Binary", "id": id, "contentType": "text/plain", "data": data});
+        return ([("content-type", "application/fhir+json")], binary.to_string()).into_response();
+    }
+    ([("content-type", "text/plain")], content).into_response()
 }
 
 /// The files' other origin: it takes no token beside the signature in its links.
@@ -163,6 +180,29 @@ impl FileWriter {
                         }
                     });
                 }
+            }
+        } else if name == "organized" {
+            // A patient's block: a header, and what is of the patient. The last patient's goes on in the next file.
+            let kinds = self.job.kinds.clone();
+            let (first_half, second_half) = kinds.split_at(kinds.len() / 2);
+            let last = patients.end == population.patients();
+            let block = |patient: u32, kinds: &[usize], text: &mut String| {
+                let parameter = json!([{"name": "Patient", "valueReference": {"reference": format!("Patient/{patient}")}}]);
+                text.push_str(&format!("{}\n", json!({"resourceType": "Parameters", "parameter": parameter})));
+                for kind in kinds {
+                    population.for_each(*kind, patient, |number, fate| {
+                        if !fate.deleted && since.is_none_or(|since| fate.updated >= since) {
+                            population.write(*kind, patient, number, fate, text);
+                        }
+                    });
+                }
+            };
+            if let Some(before) = patients.start.checked_sub(1) {
+                block(before, second_half, &mut text);
+            }
+            for patient in patients.clone() {
+                let goes_on = patient + 1 == patients.end && !last;
+                block(patient, if goes_on { first_half } else { &kinds }, &mut text);
             }
         } else if let Some(kind) = DEMO_TYPES.iter().position(|known| *known == name) {
             for patient in patients {

@@ -3,6 +3,7 @@
 
 mod faults;
 mod files;
+mod manifest;
 mod population;
 mod resources;
 mod server;

@@ -10,12 +10,13 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use super::faults::Faults;
-use super::files::{elsewhere, file};
+use super::files::{binary, elsewhere, file};
+use super::manifest::manifest;
 use super::population::{DEMO_TYPES, Population};
 use super::tokens::{Registration, Tokens};
 use crate::error::{Context, ErrorKind, Result};
@@ -30,6 +31,8 @@ pub struct Seen {
     pub files: Vec<String>,
     /// The export of each of those.
     pub jobs: Vec<usize>,
+    /// Binaries that were asked for.
+    pub binaries: Vec<String>,
     /// Exports that were deleted.
     pub deleted: usize,
     /// `Prefer` of each kick-off.
@@ -51,11 +54,13 @@ pub(super) struct Job {
     pub population: Population,
     pub kinds: Vec<usize>,
     pub since: Option<DateTime<Utc>>,
-    time: DateTime<Utc>,
+    pub time: DateTime<Utc>,
     polls: usize,
     separate: bool,
     /// Parameters that were passed over.
     pub ignored: Vec<String>,
+    /// Whether its files are organised by patients.
+    pub organized: bool,
     /// Which of its links are good: those that the newest manifest gave out.
     pub links: usize,
 }
@@ -118,6 +123,7 @@ impl DemoServer {
             .route("/fhir/jobs/{job}", get(status).delete(forget))
             .route("/fhir/jobs/{job}/{page}", get(page))
             .route("/fhir/files/{job}/{links}/{name}", get(file))
+            .route("/fhir/Binary/{id}", get(binary))
             .route("/elsewhere/{job}/{links}/{name}", get(elsewhere))
             .with_state((world.clone(), format!("http://{address}/fhir")));
         // A small file is two writes, and without this the second waits 40 ms for the client's word on the first.
@@ -309,7 +315,8 @@ async fn kick_off(
     let time = world.faults.transaction_time.unwrap_or_else(Utc::now);
     let separate = world.faults.separate_status && prefers.contains("separate-export-status");
     let (population, polls) = (world.population.clone(), world.faults.polls);
-    world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, links: 0 }));
+    let organized = query.get("organizeOutputBy").is_some_and(|name| name == "Patient");
+    world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, organized, links: 0 }));
     let location = format!("{base}/jobs/{}", world.jobs.len() - 1);
     let mut answer = (StatusCode::ACCEPTED, [("content-location", location)]).into_response();
     if separate {
@@ -391,64 +398,6 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
         }
         Err(_) => outcome(StatusCode::INTERNAL_SERVER_ERROR, "exception", "the manifest could not be drawn up"),
     }
-}
-
-fn manifest(job: &Job, faults: &Faults, per_file: u32, base: &str, (id, page): (usize, usize), protected: bool) -> Value {
-    let (mut output, mut deleted) = (Vec::new(), false);
-    let links = job.links;
-    let url = |name: &str| match faults.sloppy_manifest {
-        true => format!("/fhir/files/{id}/{links}/{name}"),
-        false => format!("{base}/files/{id}/{links}/{name}"),
-    };
-    for kind in &job.kinds {
-        let name = DEMO_TYPES[*kind];
-        for (part, first) in (0..job.population.patients()).step_by(per_file as usize).enumerate() {
-            let mut count = 0u64;
-            for patient in first..(first + per_file).min(job.population.patients()) {
-                job.population.for_each(*kind, patient, |_, fate| {
-                    let is_new = job.since.is_none_or(|since| fate.updated >= since);
-                    count += u64::from(is_new && !fate.deleted);
-                    deleted |= job.since.is_some() && is_new && fate.deleted;
-                });
-            }
-            if count > 0 {
-                let url = url(&format!("{name}.{part}.ndjson"));
-                output.push(json!({"type": name, "url": url, "count": count + faults.count_off_by}));
-            }
-        }
-    }
-    let list = |there: bool, kind: &str, name: &str| -> Vec<Value> {
-        there.then(|| json!({"type": kind, "url": url(name)})).into_iter().collect()
-    };
-    let deleted = list(deleted || !faults.also_deleted.is_empty(), "Bundle", "deleted.0.ndjson");
-    let errors = list(!faults.errors.is_empty() || !job.ignored.is_empty(), "OperationOutcome", "errors.0.ndjson");
-    let mut manifest =
-        json!({ "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true), "requiresAccessToken": protected });
-    if faults.page_files > 0 {
-        let pages = output.len().div_ceil(faults.page_files).max(1);
-        output = output.into_iter().skip(page * faults.page_files).take(faults.page_files).collect();
-        if page + 1 < pages {
-            manifest["link"] = json!([{ "relation": "next", "url": format!("{base}/jobs/{id}/{}", page + 1) }]);
-        }
-    }
-    let last = manifest.get("link").is_none();
-    manifest["output"] = output.into();
-    manifest["deleted"] = if last { deleted.into() } else { json!([]) };
-    let errors = if last { Value::from(errors) } else { json!([]) };
-    if faults.stu4 {
-        manifest["outcome"] = errors;
-        manifest["manifestType"] = "complete".into();
-    } else {
-        manifest["request"] = format!("{base}/$export").into();
-        manifest["error"] = errors;
-    }
-    if faults.sloppy_manifest
-        && let Some(members) = manifest.as_object_mut()
-    {
-        members.remove("error");
-        members.remove("requiresAccessToken");
-    }
-    manifest
 }
 
 async fn forget(State((world, _)): Shop, Path(id): Path<usize>) -> StatusCode {

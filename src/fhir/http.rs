@@ -194,6 +194,18 @@ impl Client {
         if response.status().is_success() { Ok(response) } else { Err(refusal(response, "the download").await) }
     }
 
+    /// The body of what an Attachment links to, as `content_type` where it says one.
+    pub async fn open_attachment(&self, url: &Url, with_token: bool, content_type: &str) -> Result<Response> {
+        let mut ask = Ask { with_token, ..Ask::get(url, "*/*", "the attachment") };
+        if let Ok(accept) = HeaderValue::from_str(&format!("{content_type}, */*;q=0.1")).map_err(drop)
+            && !content_type.is_empty()
+        {
+            ask.headers.insert(ACCEPT, accept);
+        }
+        let response = self.send(&ask).await?;
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response, "the attachment").await) }
+    }
+
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
     /// kind is the caller's to judge.
     pub(super) async fn send(&self, ask: &Ask<'_>) -> Result<Response> {

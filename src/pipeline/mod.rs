@@ -23,11 +23,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use chrono::{DateTime, Utc};
+use tokio::sync::Semaphore;
 use tracing::Instrument;
 use url::Url;
 
 use self::staged::TakenUp;
-use crate::config::{MaxBad, Mode, Plan, SourcePlan};
+use crate::config::{AttachmentsSection, MaxBad, Mode, Plan, SourcePlan};
 use crate::delta::{Absent, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, Links};
@@ -36,6 +37,7 @@ use crate::messages::{
     AtMost, BadLineSink, Chunk, ExportFile, FileKind, FilePlace, FlushRequests, MergeInput, Rows, instant_text,
 };
 use crate::staged::StagedWork;
+use crate::stages::attach::{Attach, AttachSettings};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, ServerExport};
@@ -157,11 +159,39 @@ async fn once(
     let memory = plan.memory;
     let (files_in, files_out, files_gauge) = edge("export->download", 1024, 4 << 20);
     let (chunks_in, chunks_out, chunks_gauge) = edge::<Chunk>("download->parse", 256, memory.chunks);
-    let (rows_in, rows_out, rows_gauge) = edge::<Rows>("parse->encode", 256, memory.rows);
+    let attachments = plan.attachments.as_ref().zip(client.clone());
+    // A further stage shares the budget.
+    let rows_bytes = if attachments.is_some() { memory.rows / 2 } else { memory.rows };
+    let (rows_in, mut rows_out, rows_gauge) =
+        edge::<Rows>(if attachments.is_some() { "parse->attach" } else { "parse->encode" }, 256, rows_bytes);
     let (merge_in, merge_out, merge_gauge) = edge::<MergeInput>("encode->merge", 1024, memory.batches);
-    *locked(&watch.edges) = vec![files_gauge, chunks_gauge, rows_gauge, merge_gauge];
-
+    let mut gauges = vec![files_gauge, chunks_gauge, rows_gauge];
     let mut crew = Crew::new(stop.clone());
+    if let Some((settings, client)) = attachments {
+        let (attached_in, attached_out, gauge) = edge::<Rows>("attach->encode", 256, rows_bytes);
+        gauges.push(gauge);
+        let places = Arc::new(Semaphore::new(settings.concurrency.max(1)));
+        let workers = settings.concurrency.max(1);
+        let settings = Arc::new(attach_settings(settings, plan));
+        let (store, failures) = (prepared.tables.store()?, Arc::default());
+        let rows = std::mem::replace(&mut rows_out, attached_out);
+        for _ in 0..workers {
+            let worker = Attach {
+                rows: rows.clone(),
+                attached: attached_in.clone(),
+                client: client.clone(),
+                store: store.clone(),
+                settings: settings.clone(),
+                places: places.clone(),
+                failures: Arc::clone(&failures),
+                board: watch.board.clone(),
+                stop: stop.clone(),
+            };
+            crew.spawn("attach", async move { worker.run().await }.in_current_span());
+        }
+    }
+    gauges.push(merge_gauge);
+    *locked(&watch.edges) = gauges;
     // A run that deletes what the export does not name takes the export's word for everything.
     let replays = plan.mode == Mode::Merge || options.replay_only;
     let replay = if replays { replay(plan, &state, &chunks_in, &merge_in)? } else { None };
@@ -399,6 +429,19 @@ async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&StagedWork
         "the last run ended without a word; what it staged and had not written down was removed"
     );
     if left { Ok(()) } else { journal.clear() }
+}
+
+fn attach_settings(section: &AttachmentsSection, plan: &Plan) -> AttachSettings {
+    let any = section.origins.iter().any(|origin| origin == "any");
+    let origins = section.origins.iter().filter_map(|origin| Some(Url::parse(origin).ok()?.origin())).collect();
+    AttachSettings {
+        inline_up_to: section.inline_up_to.0,
+        max_size: section.max_size.0,
+        types: section.types.iter().map(|name| name.as_str().into()).collect(),
+        content_types: section.content_types.iter().map(|text| text.to_ascii_lowercase()).collect(),
+        origins: (!any).then_some(origins),
+        chunk_bytes: plan.chunk_bytes,
+    }
 }
 
 fn absent(plan: &Plan) -> Absent {

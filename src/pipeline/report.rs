@@ -43,9 +43,12 @@ pub struct RunReport {
     pub other_bad_lines: u64,
     /// Whether the watermark stays where it was: the server reports fatal errors of its export.
     pub watermark_held: bool,
-    /// Issues in the export's error files, by severity.
+    /// Issues in the export's error files, by severity and code: `error not-found`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub outcome_issues: BTreeMap<String, u64>,
+    /// Attachments by what came of them: `files`, `inline`, `left` a link, `failed`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub attachments: BTreeMap<String, u64>,
     /// Requests that were tried again.
     pub retries: u64,
     /// Lines out of quarantine that could be read now.
@@ -73,6 +76,7 @@ impl RunReport {
             count_findings: self.count_findings.into_iter().chain(after.count_findings).collect(),
             other_bad_lines: self.other_bad_lines + after.other_bad_lines,
             outcome_issues: sums(self.outcome_issues, after.outcome_issues),
+            attachments: sums(self.attachments, after.attachments),
             retries: self.retries.max(after.retries),
             replayed: self.replayed + after.replayed,
             ..after
@@ -90,11 +94,12 @@ pub(super) fn draw_up(
     merged: MergeReport,
     ended_well: bool,
 ) -> RunReport {
-    let (mut excluded, mut outcome_issues, mut retries) = (BTreeMap::new(), BTreeMap::new(), 0);
+    let (mut excluded, mut outcome_issues, mut attachments, mut retries) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), 0);
     for ((metric, label), value) in board.read() {
         match metric {
             telemetry::EXCLUDED => drop(excluded.insert(label.to_string(), value)),
             telemetry::OUTCOME_ISSUES => drop(outcome_issues.insert(label.to_string(), value)),
+            telemetry::ATTACHMENTS => drop(attachments.insert(label.to_string(), value)),
             telemetry::RETRIES => retries += value,
             _ => {}
         }
@@ -102,7 +107,7 @@ pub(super) fn draw_up(
     for (file, promised, came) in &merged.count_findings {
         tracing::warn!(file, promised, came, "the manifest's count differs from what came");
     }
-    if outcome_issues.contains_key("fatal") || outcome_issues.contains_key("error") {
+    if outcome_issues.keys().any(|issue: &String| issue.starts_with("fatal") || issue.starts_with("error")) {
         tracing::warn!(?outcome_issues, "the server reports that its export is not whole");
     }
     let types: BTreeMap<String, TypeOutcome> =
@@ -121,6 +126,7 @@ pub(super) fn draw_up(
         other_bad_lines: merged.other_bad,
         watermark_held: merged.watermark_held,
         outcome_issues,
+        attachments,
         retries,
         replayed: merged.replayed.len() as u64,
     }

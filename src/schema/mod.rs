@@ -5,6 +5,7 @@
 //! JSON tapes and knows nothing of the layout's name.
 
 mod arrow_schema;
+mod attachments;
 mod columns;
 mod definitions;
 mod encoder;
@@ -17,6 +18,7 @@ mod ucum;
 mod ucum_fractions;
 
 pub use arrow_schema::{arrow_schema, conform, layout_for, same_types, widen};
+pub use attachments::for_each_attachment;
 pub use definitions::Model;
 pub use encoder::{EncodedRows, Encoder, MAX_LOSS_PATHS};
 pub use filled::{Columns, Filled};

@@ -1,5 +1,6 @@
 //! The stages, one file each. They never import each other: they meet in `messages`.
 
+pub mod attach;
 pub mod download;
 pub mod encode;
 pub mod export;

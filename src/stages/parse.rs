@@ -99,7 +99,7 @@ pub struct Parsed {
     pub tally: ParsedChunk,
     /// Ids that are gone.
     pub deletions: Vec<(ResourceType, Box<str>)>,
-    /// Issues of OperationOutcomes, by severity.
+    /// Issues of OperationOutcomes, by severity and code.
     pub outcomes: Vec<(Arc<str>, u64)>,
 }
 
@@ -131,7 +131,12 @@ impl ChunkParser {
         };
         work.chunk()?;
         let Work { tape, by_type, tally, deletions, outcomes, .. } = work;
-        Ok(Parsed { rows: Rows { bytes: chunk.bytes.clone(), tape, by_type }, tally, deletions, outcomes })
+        Ok(Parsed {
+            rows: Rows { file: chunk.file.clone(), bytes: chunk.bytes.clone(), tape, by_type },
+            tally,
+            deletions,
+            outcomes,
+        })
     }
 }
 
@@ -359,7 +364,7 @@ fn deletion(names: &Names, request: Value<'_>) -> Result<(ResourceType, Box<str>
     Ok((resource_type.clone(), id.into()))
 }
 
-/// Counts the issues of an OperationOutcome by severity; how many were fatal, and how many fatal or errors.
+/// Counts the issues of an OperationOutcome by severity and code; how many were fatal, and how many fatal or errors.
 fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64) {
     let (mut fatal, mut errors) = (0, 0);
     for issue in value.get(b"issue").iter().flat_map(Value::items) {
@@ -371,7 +376,10 @@ fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64
         };
         fatal += u64::from(severity == "fatal");
         errors += u64::from(matches!(severity, "fatal" | "error"));
-        add(out, severity.into());
+        // A code of FHIR's, or none: what else stands there might be anything.
+        let code = issue.get(b"code").and_then(|code| code.as_str()).unwrap_or_default();
+        let is_code = (1..=20).contains(&code.len()) && code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+        add(out, if is_code { format!("{severity} {code}") } else { severity.to_owned() }.into());
     }
     (fatal, errors)
 }

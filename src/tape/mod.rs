@@ -69,7 +69,7 @@ impl Node {
 }
 
 /// Tapes of the lines of one chunk, one after the other.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Tape {
     nodes: Vec<Node>,
     /// Text of the strings that had escapes.

@@ -319,7 +319,7 @@ async fn fatal_outcomes_hold_the_watermark_and_warnings_do_not() {
     server.set_faults(Faults { errors: issue("fatal").into_bytes(), ..Default::default() });
     let report = lake.run(&source(&server), "").await.unwrap();
     assert!(report.succeeded && report.watermark_held);
-    assert_eq!(report.outcome_issues["fatal"], 1);
+    assert_eq!(report.outcome_issues["fatal x"], 1);
     assert_is(&lake, &server.population(), &TYPES).await;
     server.set_faults(Faults { errors: issue("warning").into_bytes(), ..Default::default() });
     assert!(!lake.run(&source(&server), "").await.unwrap().watermark_held);
