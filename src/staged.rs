@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
-use crate::messages::{ExportFile, FileKind, FilePlace, ParsedChunk, ResourceType};
+use crate::messages::{ExportFile, FilePlace, ParsedChunk, ResourceType};
 use crate::private::{private_dir, write_atomically};
 
 /// A file of an export, as its manifest listed it.
@@ -21,7 +21,7 @@ pub struct ListedFile {
     pub status: String,
     /// Its place in the manifest.
     pub place: FilePlace,
-    /// Hash of what else the manifest says of it, its link's last part among that: the rest may be signed anew.
+    /// Hash of what else the manifest says of it, its link but for a signature among that.
     pub said: String,
     /// [`ExportFile::index`]: its rows' keys have it.
     pub index: u32,
@@ -63,6 +63,8 @@ pub struct StagedWork {
     pub listed: Vec<ListedFile>,
     /// The Parquet files.
     pub files: Vec<StagedParquet>,
+    /// Parquet files that were merged: they need not be there any more.
+    pub in_tables: Vec<StagedParquet>,
 }
 
 /// What this program writes into [`StagedWork::created_by`].
@@ -84,9 +86,25 @@ impl StagedWork {
         for file in self.listed.iter_mut().filter(|file| gone.contains(&file.index)) {
             file.held = None;
         }
-        for file in &mut self.files {
+        for file in self.files.iter_mut().chain(&mut self.in_tables) {
             file.rows_of.retain(|index, _| !gone.contains(index));
         }
+    }
+
+    /// Takes the export files out that `ours` names, and the Parquet files that have rows of them; what is left is of other
+    /// exports.
+    pub fn split(&mut self, ours: impl Fn(&ListedFile) -> bool) -> StagedWork {
+        let (ours, others) = std::mem::take(&mut self.listed).into_iter().partition(ours);
+        let mut taken = StagedWork { created_by: self.created_by.clone(), listed: ours, ..StagedWork::default() };
+        self.listed = others;
+        let indexes: HashSet<u32> = taken.listed.iter().map(|file| file.index).collect();
+        let is_ours = |file: &StagedParquet| file.rows_of.keys().any(|index| indexes.contains(index));
+        (taken.files, self.files) = std::mem::take(&mut self.files).into_iter().partition(is_ours);
+        (taken.in_tables, self.in_tables) = std::mem::take(&mut self.in_tables).into_iter().partition(is_ours);
+        // A file that has rows of both goes with ours: theirs come again.
+        let both = taken.files.iter().flat_map(|file| file.rows_of.keys()).filter(|index| !indexes.contains(index));
+        self.release(&both.copied().collect());
+        taken
     }
 
     /// What the export with this status URL listed, by place.
@@ -97,9 +115,40 @@ impl StagedWork {
 
 /// Hash of what a manifest says of a file, for [`ListedFile::said`].
 pub fn said_of(file: &ExportFile) -> String {
-    let last = file.url.path_segments().and_then(|mut parts| parts.next_back());
-    let said = format!("{:?} {:?} {last:?}", file.declared, file.count);
+    let pairs = file.url.query_pairs().filter(|(name, _)| !is_of_signature(name));
+    let query: Vec<(String, String)> = pairs.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
+    let said = format!("{:?} {:?} {} {query:?}", file.declared, file.count, file.url.path());
     format!("{:032x}", twox_hash::XxHash3_128::oneshot(said.as_bytes()))
+}
+
+/// Whether a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
+/// not. A name that is missing here costs a download, no more.
+fn is_of_signature(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let known = [
+        "expires",
+        "signature",
+        "awsaccesskeyid",
+        "googleaccessid",
+        "key-pair-id",
+        "policy",
+        "sig",
+        "se",
+        "st",
+        "sp",
+        "sv",
+        "sr",
+        "spr",
+        "sip",
+        "skoid",
+        "sktid",
+        "skt",
+        "ske",
+        "sks",
+        "skv",
+        "token",
+    ];
+    known.contains(&name.as_str()) || name.starts_with("x-amz-") || name.starts_with("x-goog-")
 }
 
 /// Where it is kept. Holds ids' hashes and statistics of rows: private.
@@ -178,9 +227,4 @@ impl StagedFolder {
     pub fn path(&self) -> &Path {
         &self.folder
     }
-}
-
-/// Whether a file's rows are worth keeping: the others are read with every run.
-pub fn can_be_held(file: &ExportFile) -> bool {
-    file.kind == FileKind::Output && !file.replayed
 }

@@ -246,13 +246,13 @@ impl Matching<'_> {
         let quarter = self.scratch.memory / 4;
         let mut filter = Filter::new(brought, quarter);
         let mut rows = [0; PARTITIONS];
-        for keys in self.files.iter().map(|file| &file.keys).chain([&self.deletions.keys]) {
-            keys.read(0..PARTITIONS, |staged| {
-                filter.put(staged.key);
-                rows[partition(staged.key)] += 1;
-                Ok(())
-            })?;
-        }
+        let mut put = |staged: KeyAt| {
+            filter.put(staged.key);
+            rows[partition(staged.key)] += 1;
+            Ok(())
+        };
+        self.files.iter().try_for_each(|file| file.keys.read(0..PARTITIONS, &mut put))?;
+        self.deletions.keys.read(0..PARTITIONS, &mut put)?;
         let mut held = Spill::new(&self.scratch.folder, quarter);
         for (index, target) in self.targets.iter().enumerate() {
             let file = self.open(target).await?;

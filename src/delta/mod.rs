@@ -10,6 +10,7 @@ mod deletions;
 mod evolve;
 mod features;
 mod filter;
+mod kept;
 mod keys;
 mod matching;
 mod new_file;

@@ -4,21 +4,16 @@
 //! [`PARTITIONS`] is then read by itself.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use twox_hash::XxHash3_64;
-
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{Arrival, RowKey};
-use crate::private::{private_append, unnamed_file};
+use crate::private::unnamed_file;
 
 /// How many parts the key space has: keys are hashes, so each part has about the same share.
 pub(super) const PARTITIONS: usize = 256;
-
-/// Records of a block of a file that is kept.
-const BLOCK: usize = 4096;
 
 /// What [`Spill`] holds.
 pub(super) trait Record: Copy {
@@ -197,6 +192,8 @@ impl Part {
 pub(super) struct Spill<T> {
     folder: PathBuf,
     memory: Vec<T>,
+    /// Whether those are in the order of partitions.
+    sorted: bool,
     /// Bytes that records may take in memory before they go to disk.
     limit: usize,
     disk: Option<Disk>,
@@ -215,7 +212,7 @@ struct Disk {
 impl<T: Record> Spill<T> {
     /// Nothing yet; a file in `folder` is made when more than `limit` bytes come.
     pub fn new(folder: &Path, limit: usize) -> Self {
-        Self { folder: folder.to_path_buf(), memory: Vec::new(), limit, disk: None, rows: 0 }
+        Self { folder: folder.to_path_buf(), memory: Vec::new(), sorted: false, limit, disk: None, rows: 0 }
     }
 
     /// Records.
@@ -234,6 +231,7 @@ impl<T: Record> Spill<T> {
             self.put_on_disk()?;
         }
         self.memory.push(record);
+        self.sorted = false;
         self.rows += 1;
         Ok(())
     }
@@ -270,48 +268,10 @@ impl<T: Record> Spill<T> {
         Ok(())
     }
 
-    /// Writes all of them into a file at `path`, durable when this returns.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let failed = || format!("{} cannot be written", path.display());
-        // What a killed run left under the name.
-        let _ = std::fs::remove_file(path);
-        let mut file = BufWriter::with_capacity(1 << 18, private_append(path)?);
-        let mut block = Vec::with_capacity(BLOCK * T::BYTES);
-        let mut write = |block: &mut Vec<u8>| {
-            let hash = XxHash3_64::oneshot(block);
-            let outcome = file.write_all(&(block.len() as u32).to_le_bytes()).and_then(|()| file.write_all(block));
-            let outcome = outcome.and_then(|()| file.write_all(&hash.to_le_bytes()));
-            block.clear();
-            outcome.context(ErrorKind::State, failed())
-        };
-        self.read(0..PARTITIONS, |record| {
-            record.write(&mut block);
-            if block.len() >= BLOCK * T::BYTES { write(&mut block) } else { Ok(()) }
-        })?;
-        if !block.is_empty() {
-            write(&mut block)?;
-        }
-        file.flush().and_then(|()| file.get_ref().sync_all()).context(ErrorKind::State, failed())
-    }
-
-    /// Goes through what [`Spill::save`] wrote.
-    pub fn load(path: &Path, mut each: impl FnMut(T) -> Result<()>) -> Result<()> {
-        let failed = || format!("{} cannot be read", path.display());
-        let mut file = BufReader::with_capacity(1 << 18, File::open(path).context(ErrorKind::State, failed())?);
-        let mut block = Vec::new();
-        while !file.fill_buf().context(ErrorKind::State, failed())?.is_empty() {
-            let (mut length, mut hash) = ([0; 4], [0; 8]);
-            file.read_exact(&mut length).context(ErrorKind::State, failed())?;
-            let length = u32::from_le_bytes(length) as usize;
-            let fits = length <= BLOCK * T::BYTES && length.is_multiple_of(T::BYTES);
-            block.resize(if fits { length } else { 0 }, 0);
-            file.read_exact(&mut block).and_then(|()| file.read_exact(&mut hash)).context(ErrorKind::State, failed())?;
-            if !fits || XxHash3_64::oneshot(&block) != u64::from_le_bytes(hash) {
-                return Err(Error::new(ErrorKind::State, format!("{} is not what was written", path.display())));
-            }
-            block.chunks_exact(T::BYTES).try_for_each(|bytes| each(T::read(bytes)))?;
-        }
-        Ok(())
+    /// Puts what is in memory in the order of partitions, so that each can be found.
+    pub fn sort(&mut self) {
+        self.memory.sort_unstable_by_key(|record| partition(record.key()));
+        self.sorted = true;
     }
 
     /// Goes through the records of some partitions.
@@ -327,7 +287,14 @@ impl<T: Record> Spill<T> {
                 bytes.chunks_exact(T::BYTES).try_for_each(|bytes| each(T::read(bytes)))?;
             }
         }
-        let here = self.memory.iter().filter(|record| partitions.contains(&partition(record.key())));
+        let here = match self.sorted {
+            true => {
+                let before = |end: usize| self.memory.partition_point(|record| partition(record.key()) < end);
+                &self.memory[before(partitions.start)..before(partitions.end)]
+            }
+            false => &self.memory,
+        };
+        let here = here.iter().filter(|record| partitions.contains(&partition(record.key())));
         here.copied().try_for_each(each)
     }
 }
@@ -376,38 +343,6 @@ mod tests {
             }
         }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "its file has no name");
-    }
-
-    // Breaks if what is kept comes back otherwise, or if a file that was cut or changed is taken for whole.
-    #[test]
-    fn what_is_saved_is_loaded_or_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("keys");
-        let mut spill = Spill::new(folder.path(), 1000 * 48);
-        for number in 0..10_000 {
-            spill.push(record(number)).unwrap();
-        }
-        spill.save(&path).unwrap();
-        let load = || {
-            let mut found = Vec::new();
-            Spill::load(&path, |record: KeyAt| {
-                found.push(record);
-                Ok(())
-            })?;
-            found.sort_by_key(KeyAt::row);
-            Ok::<_, Error>(found.iter().map(|found| format!("{found:?}")).collect::<Vec<_>>())
-        };
-        let expected: Vec<String> = (0..10_000).map(|number| format!("{:?}", record(number))).collect();
-        assert_eq!(load().unwrap(), expected);
-        let whole = std::fs::read(&path).unwrap();
-        let mut changed = whole.clone();
-        changed[300_000] ^= 1;
-        let mut long = whole.clone();
-        long[..4].copy_from_slice(&u32::MAX.to_le_bytes());
-        for wrong in [&whole[..whole.len() - 5], &changed, &long] {
-            std::fs::write(&path, wrong).unwrap();
-            assert_eq!(load().unwrap_err().kind(), ErrorKind::State);
-        }
     }
 
     // Breaks if a key falls into no part, or into two.

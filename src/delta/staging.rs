@@ -1,14 +1,17 @@
 //! Rows that arrive, in Parquet files in the table's folder that its log does not know yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
+use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 use roaring::RoaringTreemap;
 
+use super::kept::KeptKeys;
 use super::new_file::{self, NewFile};
 use super::spill::{KeyAt, Spill};
 use super::table::{Table, storage};
+use super::vacuum::data_path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::EncodedBatch;
 use crate::schema::Filled;
@@ -45,7 +48,7 @@ pub struct StagedFile {
     /// Its rows.
     pub rows: u64,
     /// Keys of its rows.
-    pub(super) keys: Spill<KeyAt>,
+    pub(super) keys: Keys,
     /// Least and greatest `lastUpdated`, absent ones the least.
     pub(super) updated: Option<(i64, i64)>,
     /// Least and greatest `id`, where the file's statistics know.
@@ -54,6 +57,35 @@ pub struct StagedFile {
     pub(super) void: RoaringTreemap,
     /// What its rows came from.
     pub brought: Brought,
+    /// What an earlier run wrote down of it, where that staged it.
+    noted: Option<StagedParquet>,
+}
+
+/// Keys of a staged file's rows.
+#[derive(Debug)]
+pub(super) enum Keys {
+    /// In memory, and on disk as long as the process lives.
+    Fresh(Spill<KeyAt>),
+    /// Written down.
+    Kept(KeptKeys),
+}
+
+impl Keys {
+    /// Rows that count.
+    pub fn rows(&self) -> u64 {
+        match self {
+            Keys::Fresh(keys) => keys.rows(),
+            Keys::Kept(keys) => keys.rows(),
+        }
+    }
+
+    /// Goes through those of some partitions.
+    pub fn read(&self, partitions: std::ops::Range<usize>, each: impl FnMut(KeyAt) -> Result<()>) -> Result<()> {
+        match self {
+            Keys::Fresh(keys) => keys.read(partitions, each),
+            Keys::Kept(keys) => keys.read(partitions, each),
+        }
+    }
 }
 
 /// What became of a file that an earlier run staged.
@@ -66,9 +98,6 @@ pub enum Fate {
     /// It is not there as it was.
     Gone,
 }
-
-/// Bytes of memory that keys take while they are read again.
-const KEYS_AT_ONCE: usize = 4 << 20;
 
 impl StagingFile {
     /// Begins a file at `path` in the table's folder for row groups with the columns of `filled`. Keys of its rows that
@@ -123,11 +152,12 @@ impl StagingFile {
             path: file.path,
             size: file.size,
             rows,
-            keys: self.keys,
+            keys: Keys::Fresh(self.keys),
             updated: self.updated,
             id_range: file.id_range,
             void: RoaringTreemap::new(),
             brought: self.brought,
+            noted: None,
         })
     }
 
@@ -139,40 +169,48 @@ impl StagingFile {
 
 impl StagedFile {
     /// A file that an earlier run staged, with its keys in the file `keys`. Of its rows count those from the export's files
-    /// that `counts` names by index.
-    pub fn again(
-        staged: StagedParquet,
-        keys: &std::path::Path,
-        scratch: &std::path::Path,
-        counts: impl Fn(u32) -> bool,
-    ) -> Result<Self> {
-        let (mut read, mut void) = (Spill::new(scratch, KEYS_AT_ONCE), RoaringTreemap::new());
-        Spill::load(keys, |key: KeyAt| {
-            if counts(key.arrival.file()) {
-                return read.push(key);
-            }
-            void.insert(key.row());
-            Ok(())
-        })?;
-        read.put_on_disk()?;
-        let rows_of: BTreeMap<u32, u64> = staged.rows_of.into_iter().filter(|(index, _)| counts(*index)).collect();
-        if read.rows() + void.len() != staged.rows || rows_of.values().sum::<u64>() != read.rows() {
-            return Err(Error::new(ErrorKind::State, format!("{} does not have the keys of its file", keys.display())));
+    /// with the indexes `held`. An error of kind `Data` says that the keys are not what was written.
+    pub fn again(staged: StagedParquet, keys: &std::path::Path, held: &HashSet<u32>) -> Result<Self> {
+        let mut kept = KeptKeys::open(keys)?;
+        let mut void = RoaringTreemap::new();
+        let held: HashSet<u32> = staged.rows_of.keys().copied().filter(|index| held.contains(index)).collect();
+        let counted: u64 = staged.rows_of.iter().filter(|(index, _)| held.contains(index)).map(|(_, rows)| rows).sum();
+        if counted != staged.rows {
+            kept.count_only(held.clone(), |key| void.extend([key.row()]))?;
         }
-        // Those of the rows that come again are told again; which those were is not known, so a share of them.
-        let share = |count: u64| (u128::from(count) * u128::from(read.rows())).div_ceil(u128::from(staged.rows.max(1))) as u64;
+        if kept.rows() != counted || kept.rows() + void.len() != staged.rows {
+            return Err(Error::new(ErrorKind::Data, format!("{} does not have the keys of its file", keys.display())));
+        }
+        // What the rows that come again brought is told again; which part that was is not known, so a share.
+        let share = |count: u64| (u128::from(count) * u128::from(counted)).div_ceil(u128::from(staged.rows.max(1))) as u64;
         let brought = Brought {
+            rows_of: staged
+                .rows_of
+                .iter()
+                .filter(|(index, _)| held.contains(index))
+                .map(|(index, rows)| (*index, *rows))
+                .collect(),
             json_bytes: share(staged.json_bytes),
-            not_held: staged.not_held.into_iter().map(|(path, count)| (path, share(count))).collect(),
-            rows_of,
+            not_held: staged.not_held.iter().map(|(path, count)| (path.clone(), share(*count))).collect(),
         };
-        let (path, size, rows) = (Path::from(staged.path), staged.size, staged.rows);
-        let file = Self { path, size, rows, keys: read, updated: staged.updated, id_range: staged.id_range, void, brought };
-        Ok(file)
+        Ok(Self {
+            path: Path::from(staged.path.as_str()),
+            size: staged.size,
+            rows: staged.rows,
+            keys: Keys::Kept(kept),
+            updated: staged.updated,
+            id_range: staged.id_range.clone(),
+            void,
+            brought,
+            noted: Some(staged),
+        })
     }
 
     /// What is to be known of it to read it [again](Self::again). `columns` says what the table's were.
     pub fn note(&self, table: &Table, columns: &str) -> StagedParquet {
+        if let Some(noted) = &self.noted {
+            return StagedParquet { rows_of: self.brought.rows_of.clone(), ..noted.clone() };
+        }
         StagedParquet {
             resource_type: table.resource_type.clone(),
             path: self.path.to_string(),
@@ -192,19 +230,28 @@ impl StagedFile {
         self.keys.rows()
     }
 
-    /// Writes the keys of its rows into a file, durably.
-    pub fn save_keys(&self, path: &std::path::Path) -> Result<()> {
-        self.keys.save(path)
+    /// Writes the keys of its rows into a file, durably; they are read there from then on.
+    pub fn save_keys(&mut self, path: &std::path::Path) -> Result<()> {
+        if let Keys::Fresh(keys) = &mut self.keys {
+            self.keys = Keys::Kept(KeptKeys::save(keys, path)?);
+        }
+        Ok(())
     }
 
     /// Bytes of memory that the keys of its rows take.
     pub fn keys_memory(&self) -> usize {
-        self.keys.memory()
+        match &self.keys {
+            Keys::Fresh(keys) => keys.memory(),
+            Keys::Kept(_) => 0,
+        }
     }
 
     /// Puts the keys of its rows on disk.
     pub fn put_keys_on_disk(&mut self) -> Result<()> {
-        self.keys.put_on_disk()
+        match &mut self.keys {
+            Keys::Fresh(keys) => keys.put_on_disk(),
+            Keys::Kept(_) => Ok(()),
+        }
     }
 
     /// Removes the file.
@@ -214,15 +261,25 @@ impl StagedFile {
 }
 
 impl Table {
-    /// What became of files that an earlier run staged.
+    /// What became of files that an earlier run staged. One that a version named and a later one removed so long ago that the
+    /// table does not know it any more waits, for all that can be told; its rows then lose against the table's.
     pub async fn fates(&self, staged: &[StagedParquet]) -> Result<Vec<Fate>> {
-        let named = self.named(chrono::DateTime::UNIX_EPOCH).await?;
+        let mut named: HashSet<Path> = HashSet::new();
+        if let Some(delta) = &self.delta {
+            let failed = |error| storage(error, "the table's log cannot be read");
+            let snapshot = delta.snapshot().map_err(failed)?;
+            named.extend(snapshot.log_data().iter().map(|file| file.object_store_path()));
+            let mut tombstones = snapshot.all_tombstones(self.log_store.as_ref());
+            while let Some(tombstone) = tombstones.try_next().await.map_err(failed)? {
+                named.insert(data_path(tombstone.path().as_ref()));
+            }
+        }
         let store = self.store();
         let mut fates = Vec::with_capacity(staged.len());
         for file in staged {
             let path = Path::from(file.path.as_str());
             fates.push(match store.head(&path).await {
-                _ if named.has(&path) => Fate::Merged,
+                _ if named.contains(&path) => Fate::Merged,
                 Ok(found) if found.size == file.size => Fate::Waits,
                 Ok(_) | Err(object_store::Error::NotFound { .. }) => Fate::Gone,
                 Err(error) => return Err(storage(error, &format!("{path} cannot be looked at"))),

@@ -183,7 +183,12 @@ impl Upsert {
                 return failed.map(|_| Written::Conflict);
             }
         }
+        let held: HashSet<&Path> = targets.iter().map(|target| &target.data.path).collect();
         for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
+            // A commit that was thought to have failed may have named it after all.
+            if held.contains(&staged.path) {
+                continue;
+            }
             if gone.len() == staged.rows || !out.adds.iter().any(|add| add.path == staged.path.as_ref()) {
                 staged.discard(table).await;
             }

@@ -217,6 +217,6 @@ struct LogFile {
 }
 
 /// A path as the log writes it, percent-encoded.
-fn data_path(path: &str) -> Path {
+pub(super) fn data_path(path: &str) -> Path {
     Path::from_url_path(path).unwrap_or_else(|_| Path::from(path))
 }

@@ -1,7 +1,7 @@
 //! The embedded server's files, made as they are sent.
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
@@ -16,8 +16,22 @@ use super::server::{Job, Shared, Shop, locked, outcome, refuse};
 /// Bytes of a file are made and sent in pieces of about this size.
 const PIECE: usize = 256 * 1024;
 
+/// What a link says behind its question mark.
+#[derive(serde::Deserialize)]
+pub(super) struct Signed {
+    /// Which links it is one of: each manifest gives out new ones.
+    #[serde(default)]
+    expires: usize,
+}
+
 /// A file, or where it is.
-pub(super) async fn file(shop: Shop, Path((id, links, name)): Path<(usize, usize, String)>, headers: HeaderMap) -> Response {
+pub(super) async fn file(
+    shop: Shop,
+    Path((id, name)): Path<(usize, String)>,
+    Query(signed): Query<Signed>,
+    headers: HeaderMap,
+) -> Response {
+    let links = signed.expires;
     let State((world, base)) = &shop;
     {
         let world = locked(world);
@@ -25,7 +39,7 @@ pub(super) async fn file(shop: Shop, Path((id, links, name)): Path<(usize, usize
             return refusal;
         }
         if world.faults.redirect {
-            let to = format!("{}/{id}/{links}/{name}?signature=secret", elsewhere_of(base));
+            let to = format!("{}/{id}/{name}?expires={links}&signature=secret", elsewhere_of(base));
             return (StatusCode::TEMPORARY_REDIRECT, [("location", to)]).into_response();
         }
     }
@@ -50,7 +64,13 @@ pub(super) async fn binary(State((world, _)): Shop, Path(id): Path<String>, head
 }
 
 /// The files' other origin: it takes no token beside the signature in its links.
-pub(super) async fn elsewhere(shop: Shop, Path((id, links, name)): Path<(usize, usize, String)>, headers: HeaderMap) -> Response {
+pub(super) async fn elsewhere(
+    shop: Shop,
+    Path((id, name)): Path<(usize, String)>,
+    Query(signed): Query<Signed>,
+    headers: HeaderMap,
+) -> Response {
+    let links = signed.expires;
     if headers.contains_key("authorization") {
         locked(&shop.0.0).seen.leaked += 1;
         let body = "<Error><Code>InvalidArgument</Code><Message>Only one auth mechanism allowed</Message></Error>";

@@ -24,9 +24,9 @@ pub(super) fn manifest(
     let (mut output, mut deleted) = (Vec::new(), false);
     let links = job.links;
     let url = |name: &str| match (faults.sloppy_manifest, faults.signed_links) {
-        (true, _) => format!("/fhir/files/{id}/{links}/{name}"),
-        (false, true) => format!("{}/{id}/{links}/{name}?signature=secret", elsewhere(base)),
-        (false, false) => format!("{base}/files/{id}/{links}/{name}"),
+        (true, _) => format!("/fhir/files/{id}/{name}?expires={links}"),
+        (false, true) => format!("{}/{id}/{name}?expires={links}&signature=secret", elsewhere(base)),
+        (false, false) => format!("{base}/files/{id}/{name}?expires={links}"),
     };
     if job.organized {
         let parts = job.population.patients().div_ceil(per_file);

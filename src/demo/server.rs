@@ -122,9 +122,9 @@ impl DemoServer {
             .route("/fhir/Group/{id}/$export", get(kick_off).post(kick_off))
             .route("/fhir/jobs/{job}", get(status).delete(forget))
             .route("/fhir/jobs/{job}/{page}", get(page))
-            .route("/fhir/files/{job}/{links}/{name}", get(file))
+            .route("/fhir/files/{job}/{name}", get(file))
             .route("/fhir/Binary/{id}", get(binary))
-            .route("/elsewhere/{job}/{links}/{name}", get(elsewhere))
+            .route("/elsewhere/{job}/{name}", get(elsewhere))
             .with_state((world.clone(), format!("http://{address}/fhir")));
         // A small file is two writes, and without this the second waits 40 ms for the client's word on the first.
         let listener = listener.tap_io(|stream| {

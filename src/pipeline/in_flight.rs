@@ -29,6 +29,11 @@ fn asked(request: &ExportRequest) -> String {
     format!("{:?}|{}|{}{}", request.level, types.join(","), until, request.options.scope())
 }
 
+/// Whether a run of `scope` may go on with an export.
+pub(super) fn can_be_resumed(export: &InFlight, scope: &str) -> bool {
+    export.scope == scope && export.failures < MAX_FAILURES
+}
+
 /// What a run asks for, and goes on with.
 pub(super) struct Resumed {
     pub kickoffs: Vec<Kickoff>,

@@ -213,7 +213,7 @@ async fn once(
                 kickoffs: prepared.kickoffs.clone(),
                 timeout: Some(*timeout),
                 until: prepared.until,
-                first_index: taken_up.work.next_index(),
+                first_index: taken_up.first_index,
                 files: files_in,
                 merge: merge_in.clone(),
                 remember: in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh),
@@ -295,7 +295,7 @@ async fn once(
     let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh);
     let merge = Merge {
         input: merge_out,
-        staging: Staging::new(staging, prepared.tables.clone(), prepared.opened, (taken_up.work, taken_up.in_tables)),
+        staging: Staging::new(staging, prepared.tables.clone(), prepared.opened, taken_up.earlier),
         ledger: match absent {
             Absent::Stay => Ledger::new(exports, max_bad_lines),
             _ => Ledger::new(exports, max_bad_lines).wait_for_all(),

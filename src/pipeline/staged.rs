@@ -3,21 +3,22 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
+use super::in_flight;
 use super::prepare::Prepared;
 use crate::delta::Fate;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::messages::ResourceType;
-use crate::staged::{StagedFolder, StagedParquet, StagedWork};
-use crate::stages::merge::{Keep, columns_of};
+use crate::staged::{ListedFile, StagedFolder, StagedParquet, StagedWork};
+use crate::stages::merge::{Earlier, Keep, columns_of};
 use crate::state::StateFolder;
 
 /// What a run goes on with.
 #[derive(Default)]
 pub(super) struct TakenUp {
-    /// What waits to be merged.
-    pub work: StagedWork,
-    /// What was merged before the run that staged it ended.
-    pub in_tables: Vec<StagedParquet>,
+    /// What earlier runs staged.
+    pub earlier: Earlier,
+    /// Index of the first file that no earlier run has listed.
+    pub first_index: u32,
     /// Where the run writes down what it stages itself.
     pub keep: Option<Keep>,
 }
@@ -27,16 +28,18 @@ pub(super) struct TakenUp {
 pub(super) async fn take_up(state: &StateFolder, staged: Option<StagedWork>, prepared: &mut Prepared) -> Result<TakenUp> {
     let folder = state.staged();
     let exports = state.exports()?.in_flight;
-    let accepted = prepared.kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
-    let going_on: HashSet<String> = accepted.clone().map(|accepted| accepted.status.to_string()).collect();
-    let mut work = staged.unwrap_or_default();
-    let is_ours = work.listed.iter().any(|file| going_on.contains(&file.status));
-    let is_others = work.listed.iter().any(|file| exports.iter().any(|export| export.status == file.status));
-    if is_others && !is_ours {
-        // Of an export that this run does not ask for; one that does will go on with it.
-        tracing::info!("what is staged of another export in flight is left alone");
-        return Ok(TakenUp::default());
-    }
+    let mut others = staged.unwrap_or_default();
+    let first_index = others.next_index();
+    let accepted: Vec<_> = prepared.kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref()).collect();
+    let going_on: HashSet<String> = accepted.iter().map(|accepted| accepted.status.to_string()).collect();
+    let mut ours = others.split(|file| going_on.contains(&file.status));
+    // Of what a later run may go on with, nothing is touched.
+    let alive = |file: &ListedFile| {
+        let export = exports.iter().find(|export| export.status == file.status);
+        export.is_some_and(|export| in_flight::can_be_resumed(export, &prepared.app_id))
+    };
+    let alive = others.split(alive);
+    let (dead, others) = (others, alive);
     // Types that were merged whole, whatever became of their files.
     let mut merged: HashSet<ResourceType> = HashSet::new();
     for accepted in accepted {
@@ -46,66 +49,79 @@ pub(super) async fn take_up(state: &StateFolder, staged: Option<StagedWork>, pre
             merged.extend(accepted.tables.iter().filter(|(_, table)| **table == time).map(|(name, _)| name.clone()));
         }
     }
-    work.listed.retain(|file| going_on.contains(&file.status));
-    let in_tables = look_through(&folder, &mut work, &merged, prepared).await?;
+    look_through(&folder, &mut ours, &merged, prepared).await;
+    discard(dead.files, prepared).await;
     for kickoff in &mut prepared.kickoffs {
         if let Some(accepted) = &mut kickoff.in_flight {
-            accepted.staged = Arc::new(work.of_export(accepted.status.as_str()));
+            accepted.staged = Arc::new(ours.of_export(accepted.status.as_str()));
         }
     }
-    if work.held() > 0 {
-        tracing::info!(files = work.held(), parquet_files = work.files.len(), "going on with what an earlier run staged");
+    if ours.held() > 0 {
+        tracing::info!(files = ours.held(), parquet_files = ours.files.len(), "going on with what an earlier run staged");
     }
     let keep = Keep { folder, every: prepared.plan.checkpoint.0, bytes: prepared.plan.checkpoint.1 };
-    Ok(TakenUp { work, in_tables, keep: Some(keep) })
+    Ok(TakenUp { earlier: Earlier { ours, others }, first_index, keep: Some(keep) })
 }
 
-/// Leaves in `work` what waits to be merged; what is in the tables already.
-async fn look_through(
-    folder: &StagedFolder,
-    work: &mut StagedWork,
-    merged: &HashSet<ResourceType>,
-    prepared: &Prepared,
-) -> Result<Vec<StagedParquet>> {
+/// Leaves in `work` what waits to be merged, and what is in the tables already. What can be neither is to be downloaded again.
+async fn look_through(folder: &StagedFolder, work: &mut StagedWork, merged: &HashSet<ResourceType>, prepared: &Prepared) {
     let mut by_type: BTreeMap<ResourceType, Vec<StagedParquet>> = BTreeMap::new();
     for file in std::mem::take(&mut work.files) {
         by_type.entry(file.resource_type.clone()).or_default().push(file);
     }
-    let (mut in_tables, mut lost) = (Vec::new(), HashSet::new());
-    for (name, files) in &by_type {
-        let table = match prepared.opened.get(name) {
-            Some(table) => table.clone(),
-            None => prepared.tables.open(name).await?,
+    // Without a watermark, which rows of a table are of this export is not known to what deletes rows: they come again.
+    let (in_tables, mut lost): (Vec<_>, Vec<_>) =
+        std::mem::take(&mut work.in_tables).into_iter().partition(|file| merged.contains(&file.resource_type));
+    work.in_tables = in_tables;
+    let mut useless = Vec::new();
+    for (name, files) in by_type {
+        let found = async {
+            let table = match prepared.opened.get(&name) {
+                Some(table) => table.clone(),
+                None => prepared.tables.open(&name).await?,
+            };
+            Ok::<_, Error>((columns_of(&name, &prepared.plan.layout, &table)?, table.fates(&files).await?))
         };
-        let columns = columns_of(name, &prepared.plan.layout, &table)?;
-        let fates = table.fates(files).await?;
-        for (file, fate) in files.iter().zip(fates) {
-            let keys = folder.keys_of(name, &file.path);
+        let (columns, fates) = match found.await {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(resource_type = %name, %error, "staged rows cannot be looked at; they are downloaded again");
+                lost.extend(files);
+                continue;
+            }
+        };
+        for (file, fate) in files.into_iter().zip(fates) {
+            let keys = folder.keys_of(&name, &file.path);
             match fate {
-                Fate::Merged => in_tables.push(file.clone()),
-                Fate::Waits if file.columns == columns && keys.is_file() => work.files.push(file.clone()),
-                Fate::Waits | Fate::Gone if !merged.contains(name) => {
+                Fate::Merged if merged.contains(&name) => work.in_tables.push(file),
+                Fate::Merged => lost.push(file),
+                Fate::Waits if file.columns == columns && keys.is_file() => work.files.push(file),
+                Fate::Waits | Fate::Gone => {
                     tracing::warn!(file = file.path, resource_type = %name, "staged rows cannot be used; they are downloaded again");
-                    lost.extend(file.rows_of.keys().copied());
-                    table.discard_staged([file.path.as_str()]).await;
+                    useless.push(file.clone());
+                    lost.push(file);
                 }
-                Fate::Waits | Fate::Gone => table.discard_staged([file.path.as_str()]).await,
             }
         }
     }
+    work.release(&lost.iter().flat_map(|file| file.rows_of.keys().copied()).collect());
     let held: HashSet<u32> = work.listed.iter().filter(|file| file.held.is_some()).map(|file| file.index).collect();
-    work.release(&lost);
-    for file in &mut work.files {
-        file.rows_of.retain(|index, _| held.contains(index) && !lost.contains(index));
+    for file in work.files.iter_mut().chain(&mut work.in_tables) {
+        file.rows_of.retain(|index, _| held.contains(index));
     }
-    let (files, useless): (Vec<_>, Vec<_>) =
-        std::mem::take(&mut work.files).into_iter().partition(|file| !file.rows_of.is_empty());
+    let (files, empty): (Vec<_>, Vec<_>) = std::mem::take(&mut work.files).into_iter().partition(|file| !file.rows_of.is_empty());
     work.files = files;
-    for file in useless {
-        if let Ok(table) = prepared.tables.open(&file.resource_type).await {
+    useless.extend(empty);
+    discard(useless, prepared).await;
+}
+
+/// Removes staged files that nothing needs any more; those that a table names stay.
+async fn discard(files: Vec<StagedParquet>, prepared: &Prepared) {
+    for file in files {
+        let Ok(table) = prepared.tables.open(&file.resource_type).await else { continue };
+        if table.fates(std::slice::from_ref(&file)).await.is_ok_and(|fates| fates == [Fate::Waits]) {
             table.discard_staged([file.path.as_str()]).await;
             table.remove_empty_folder();
         }
     }
-    Ok(in_tables)
 }

@@ -4,10 +4,12 @@
 //! may hold it has reported its end and the counts agree: lines = rows + bad + blank + headers, and each
 //! stage's rows equal the next one's.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+mod findings;
+
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, LineId, ParsedChunk, ResourceType};
+use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
 use crate::schema::EXCLUDED_TYPES;
 
 #[derive(Debug)]
@@ -42,6 +44,8 @@ impl FileBook {
 struct TypeBook {
     parsed: u64,
     staged: u64,
+    /// Of both, rows that an earlier run staged: encode knows nothing of them.
+    held: u64,
     bad: u64,
     /// Rows came in a file declared for another type.
     stray: bool,
@@ -73,7 +77,7 @@ pub struct Ledger {
 pub enum Standing {
     /// Something is still to come.
     Open,
-    /// All rows are parsed; encode still holds some: how many there are.
+    /// All rows are parsed; encode still holds some: how many it was given.
     Parsed(u64),
     /// All rows are staged: it may commit.
     Complete,
@@ -138,7 +142,9 @@ impl Ledger {
                 if let Some(book) = self.files.get_mut(&held.file) {
                     book.lines = Some(held.lines);
                     for (name, rows) in &held.rows {
-                        self.types.entry(name.clone()).or_default().staged += rows;
+                        let book = self.types.entry(name.clone()).or_default();
+                        book.staged += rows;
+                        book.held += rows;
                     }
                     self.parsed(held);
                 }
@@ -325,75 +331,11 @@ impl Ledger {
         {
             return Standing::Failed(format!("{} bad lines of {lines}, more than on_bad_line and max_bad_lines allow", book.bad));
         }
-        if book.staged < book.parsed { Standing::Parsed(book.parsed) } else { Standing::Complete }
+        if book.staged < book.parsed { Standing::Parsed(book.parsed - book.held) } else { Standing::Complete }
     }
 
     fn stray(&self, resource_type: &ResourceType) -> bool {
         self.types.get(resource_type).is_some_and(|book| book.stray)
-    }
-
-    /// What the manifest promised and what came, where they differ: file, promised, came.
-    pub fn count_findings(&self) -> Vec<(String, u64, u64)> {
-        let differing = self.files.values().filter_map(|book| {
-            let (promised, came) = (book.file.count?, book.rows() + book.bad() + book.parsed.headers);
-            (book.failed.is_none() && book.lines.is_some() && promised != came).then(|| (book.file.name.clone(), promised, came))
-        });
-        differing.collect()
-    }
-
-    /// Output files by declared type.
-    pub fn files_of(&self, resource_type: &ResourceType) -> u64 {
-        let files = self.files.values().filter(|book| book.file.kind == FileKind::Output && !book.file.replayed);
-        files
-            .filter(|book| {
-                book.parsed.rows.iter().any(|row| row.0 == *resource_type) || book.file.declared.as_ref() == Some(resource_type)
-            })
-            .count() as u64
-    }
-
-    /// Rows of the type that the export itself brought.
-    pub fn rows_of_export(&self, resource_type: &ResourceType) -> u64 {
-        let files = self.files.values().filter(|book| !book.file.replayed);
-        files.flat_map(|book| &book.parsed.rows).filter(|(name, _)| name == resource_type).map(|(_, rows)| rows).sum()
-    }
-
-    /// Files that exports of a server listed, where their export's status is asked for, and what their lines were, once all
-    /// of them are parsed and accounted for.
-    pub fn listed(&self) -> impl Iterator<Item = (&ExportFile, &Arc<str>, Option<&ParsedChunk>)> {
-        self.files.values().filter_map(|book| {
-            let status = self.statuses.get(&book.file.export)?;
-            let whole = book.failed.is_none() && book.settled() && book.balances();
-            Some((&*book.file, status, Some(&book.parsed).filter(|_| whole && book.file.kind == FileKind::Output)))
-        })
-    }
-
-    /// Whether files that are declared for the type hold rows of others.
-    pub fn is_mixed(&self, resource_type: &ResourceType) -> bool {
-        let mut ours = self.files.values().filter(|book| book.file.declared.as_ref() == Some(resource_type));
-        ours.any(|book| book.parsed.rows.iter().any(|(name, _)| name != resource_type))
-    }
-
-    /// Rows of each type that are parsed and not yet staged, of types that can still be merged: the type, and its rows so far.
-    pub fn behind(&self) -> Vec<(ResourceType, u64)> {
-        let behind = self.types.iter().filter(|(_, book)| book.failed.is_none() && book.staged < book.parsed);
-        behind.map(|(name, book)| (name.clone(), book.parsed)).collect()
-    }
-
-    /// Rows of the type that are staged so far.
-    pub fn staged_of(&self, resource_type: &ResourceType) -> u64 {
-        self.types.get(resource_type).map_or(0, |book| book.staged)
-    }
-
-    /// Lines out of quarantine that were read, and whose type was committed.
-    pub fn replayed(&self) -> Vec<LineId> {
-        let read = self.files.values().flat_map(|book| &book.parsed.replayed);
-        read.filter(|(_, name)| self.standing(name) == Standing::Done).map(|(line, _)| *line).collect()
-    }
-
-    /// Types that still wait for something, of a run that ended early.
-    pub fn unfinished(&self) -> BTreeSet<ResourceType> {
-        let open = self.types.keys().filter(|name| !matches!(self.standing(name), Standing::Done | Standing::Failed(_)));
-        open.cloned().collect()
     }
 }
 
@@ -492,6 +434,26 @@ mod tests {
         books.enter(parsed(0, 10, &[("Patient", 9)], 0));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
         assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("balance")));
+    }
+
+    // Breaks if encode is asked for rows that it never saw, and so never answers.
+    #[test]
+    fn rows_that_are_held_are_not_asked_of_encode() {
+        let mut books = Ledger::new(1, None);
+        books.enter(Fact::Page(ManifestPage {
+            export: 0,
+            status: None,
+            files: vec![file(0, Some("Patient")), file(1, Some("Patient"))],
+        }));
+        let Fact::Parsed(held) = parsed(0, 7, &[("Patient", 7)], 0) else { unreachable!() };
+        books.enter(Fact::FileHeld(held));
+        books.enter(parsed(1, 3, &[("Patient", 3)], 0));
+        assert_eq!((books.behind(), books.staged_of(&patient())), (vec![(patient(), 3)], (7, 0)));
+        books.enter(Fact::FileDone(FileDone { file: 1, lines: 3 }));
+        books.enter(end());
+        assert_eq!(books.standing(&patient()), Standing::Parsed(3));
+        books.staged(&patient(), 3);
+        assert_eq!((books.standing(&patient()), books.staged_of(&patient())), (Standing::Complete, (10, 3)));
     }
 
     // Breaks if a refused export's types vanish from the report, as if they had succeeded.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::ledger::{Ledger, Standing};
 pub use super::outcome::{MergeReport, TypeOutcome};
-pub use super::staging::{Keep, Staging, StagingSettings, columns_of};
+pub use super::staging::{Earlier, Keep, Staging, StagingSettings, columns_of};
 use crate::delta::{Absent, Commit, Deletions, Merged, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
@@ -78,8 +78,8 @@ pub struct Merge {
     pub stop: Stop,
 }
 
-/// A commit's outcome: the type, what became of it, what was not merged, seconds.
-type Committed = (ResourceType, Result<Commit>, Vec<StagedFile>, f64);
+/// A commit's outcome: the type, what became of it, what was surely not merged, seconds.
+type Committed = (ResourceType, Result<Commit>, Option<Vec<StagedFile>>, f64);
 
 /// Rows of each type that are to be staged before what is staged is written down, and since when they are waited for.
 type Flush = (BTreeMap<ResourceType, u64>, Instant);
@@ -120,9 +120,10 @@ impl Merge {
                     Some(parcel) => {
                         let input = parcel.into_inner();
                         if let Err(error) = self.take(input).await {
-                            // Staging cannot go on (a full disk): the run ends, its files are removed.
+                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged.
                             outcome = Err(error);
                             open = false;
+                            ready.clear();
                             self.stop.pull();
                         }
                     }
@@ -136,10 +137,8 @@ impl Merge {
             }
             if outcome.is_ok() && (!open || settled.elapsed() >= SETTLE_EVERY) {
                 self.settle(&mut ready);
-                if open && let Err(error) = self.write_down(&mut flush).await {
-                    outcome = Err(error);
-                    open = false;
-                    self.stop.pull();
+                if open {
+                    self.write_down(&mut flush).await;
                 }
                 settled = Instant::now();
             }
@@ -172,29 +171,30 @@ impl Merge {
     }
 
     /// Where it is time, asks encode for what it holds, and writes down what is staged once that has come.
-    async fn write_down(&mut self, flush: &mut Option<Flush>) -> Result<()> {
+    async fn write_down(&mut self, flush: &mut Option<Flush>) {
         match flush {
             None if self.staging.is_due() => {
                 let behind = self.ledger.behind();
                 behind.iter().for_each(|(name, rows)| self.requests.request(name, *rows));
                 *flush = Some((behind.into_iter().collect(), Instant::now()));
-                Ok(())
             }
-            None => Ok(()),
+            None => {}
             Some((behind, since)) => {
                 behind.retain(|name, rows| {
-                    let waits = self.ledger.staged_of(name) < *rows && !self.ledger.has_failed(name);
+                    let waits = self.ledger.staged_of(name).1 < *rows && !self.ledger.has_failed(name);
                     if !waits {
                         self.requests.withdraw(name);
                     }
                     waits
                 });
                 if !behind.is_empty() && since.elapsed() < FLUSH_FOR {
-                    return Ok(());
+                    return;
                 }
                 behind.keys().for_each(|name| self.requests.withdraw(name));
                 *flush = None;
-                self.staging.write_down(&self.ledger, false).await.map(drop)
+                for (name, error) in self.staging.write_down(&self.ledger).await {
+                    self.failed(&name, &error);
+                }
             }
         }
     }
@@ -268,7 +268,7 @@ impl Merge {
             self.may_delete_absent(name, end)?;
         }
         let layout = layout_for(name, &self.settings.layout, table.schema()?.as_ref())?;
-        let (files, deletions) = self.staging.take(name, merged).await?;
+        let (files, deletions) = self.staging.take(name, &self.ledger).await?;
         let deletions = deletions.filter(|_| !merged);
         let deletions = deletions.unwrap_or_else(|| Deletions::new(&self.settings.scratch));
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
@@ -276,7 +276,7 @@ impl Merge {
         let asked = end.is_some_and(|end| end.asked.contains(name));
         if table.version().is_none() && files.is_empty() && !asked {
             let name = name.clone();
-            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), Vec::new(), 0.0) }));
+            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), None, 0.0) }));
         }
         let upsert = Upsert {
             files,
@@ -299,9 +299,9 @@ impl Merge {
             let done = compute(span, async move {
                 let result = upsert.commit(&mut table).await;
                 let is_open = !matches!(result, Ok(Commit::Done(_) | Commit::Unknown { .. }));
-                (result, if is_open { upsert.files } else { Vec::new() })
+                (result, is_open.then_some(upsert.files))
             });
-            let (result, left) = done.await.unwrap_or_else(|error| (Err(error), Vec::new()));
+            let (result, left) = done.await.unwrap_or_else(|error| (Err(error), None));
             (name, result, left, started.elapsed().as_secs_f64())
         }))
     }
@@ -321,16 +321,19 @@ impl Merge {
         Err(Error::new(ErrorKind::Data, why).with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
     }
 
-    fn record(&mut self, name: &ResourceType, result: Result<Commit>, left: Vec<StagedFile>, seconds: f64) {
+    fn record(&mut self, name: &ResourceType, result: Result<Commit>, left: Option<Vec<StagedFile>>, seconds: f64) {
         let began = self.settings.began;
         let stage = self.staging.of(name);
         stage.outcome.merge_seconds += seconds;
         stage.outcome.seconds = began.elapsed().as_secs_f64();
-        match &result {
-            Ok(Commit::Done(_)) => self.staging.merged(name),
+        match (&result, left) {
+            (Ok(Commit::Done(_)), _) => self.staging.merged(name),
+            (_, Some(left)) => self.staging.put_back(name, left),
             // Its files may be in the table: they stay where they are.
-            Ok(Commit::Unknown { .. }) => {}
-            _ => self.staging.put_back(name, left),
+            (_, None) => {}
+        }
+        if let Err(error) = &result {
+            self.staging.spoilt(name, error);
         }
         match result {
             Ok(Commit::Done(merged)) => {

@@ -1,6 +1,8 @@
 //! What a run has staged, by type: files that are being written, files that are whole, deletions. And what of it is written
 //! down, so that a run that is killed or fails does not let the next one download it again.
 
+mod keeping;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -14,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::flow::compute;
 use crate::messages::{EncodedBatch, ParsedChunk, ResourceType};
 use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
-use crate::staged::{CREATED_BY, ListedFile, StagedFolder, StagedParquet, StagedWork, said_of};
+use crate::staged::{StagedFolder, StagedParquet, StagedWork};
 
 /// A type's staged rows.
 #[derive(Default)]
@@ -97,6 +99,15 @@ pub struct StagingSettings {
     pub keep: Option<Keep>,
 }
 
+/// What earlier runs staged.
+#[derive(Default)]
+pub struct Earlier {
+    /// What waits to be merged, and what was.
+    pub ours: StagedWork,
+    /// What belongs to exports that this run does not go on with.
+    pub others: StagedWork,
+}
+
 /// All types' staged rows.
 pub struct Staging {
     settings: StagingSettings,
@@ -105,45 +116,42 @@ pub struct Staging {
     types: BTreeMap<ResourceType, TypeStage>,
     /// What earlier runs staged, and is not yet taken up.
     again: StagedWork,
-    /// Parquet files that earlier runs staged and merged.
-    in_tables: Vec<StagedParquet>,
-    /// Indexes of the export's files that earlier runs staged and that this one does not download.
-    held: HashSet<u32>,
-    /// Rows that those brought, by type.
-    rows_held: BTreeMap<ResourceType, u64>,
-    /// Indexes of files that are to be read again by the next run, since their rows are not where they should be.
+    others: StagedWork,
+    /// Files that this run has merged.
+    merged: Vec<StagedParquet>,
+    /// By index, the export's files that earlier runs staged and that this one does not download: rows by type.
+    held: HashMap<u32, Vec<(ResourceType, u64)>>,
+    /// Indexes of files that the next run is to read again, since their rows are not where they should be.
     lost: HashSet<u32>,
-    /// Rows by the index of the export's file that are in the tables.
-    merged: HashMap<u32, u64>,
+    /// Rows that were handed over to be merged.
+    handed: BTreeMap<ResourceType, u64>,
     /// Parquet files whose keys are written down.
     saved: HashSet<String>,
+    /// Parquet files that the list on disk names.
+    listed: HashSet<String>,
     files: usize,
     since: Instant,
     bytes_since: u64,
 }
 
 impl Staging {
-    /// Nothing yet but what earlier runs staged, and of that, what they merged. Tables that are not `opened` are opened when
-    /// their rows come.
-    pub fn new(
-        settings: StagingSettings,
-        tables: Tables,
-        opened: HashMap<ResourceType, Table>,
-        (again, in_tables): (StagedWork, Vec<StagedParquet>),
-    ) -> Self {
-        let saved = again.files.iter().map(|file| file.path.clone()).collect();
+    /// Nothing yet but what earlier runs staged. Tables that are not `opened` are opened when their rows come.
+    pub fn new(settings: StagingSettings, tables: Tables, opened: HashMap<ResourceType, Table>, earlier: Earlier) -> Self {
+        let Earlier { ours: again, others } = earlier;
+        let listed: HashSet<String> = again.files.iter().chain(&others.files).map(|file| file.path.clone()).collect();
         Self {
             settings,
             tables,
             opened,
             types: BTreeMap::new(),
             again,
-            in_tables,
-            held: HashSet::new(),
-            rows_held: BTreeMap::new(),
+            others,
+            merged: Vec::new(),
+            held: HashMap::new(),
             lost: HashSet::new(),
-            merged: HashMap::new(),
-            saved,
+            handed: BTreeMap::new(),
+            saved: listed.clone(),
+            listed,
             files: 0,
             since: Instant::now(),
             bytes_since: 0,
@@ -180,10 +188,7 @@ impl Staging {
 
     /// Adds that an earlier run staged all rows of a file.
     pub(super) fn hold(&mut self, file: &ParsedChunk) {
-        self.held.insert(file.file);
-        for (name, rows) in &file.rows {
-            *self.rows_held.entry(name.clone()).or_default() += rows;
-        }
+        self.held.insert(file.file, file.rows.clone());
     }
 
     /// Adds rows.
@@ -239,65 +244,84 @@ impl Staging {
         Ok(())
     }
 
-    /// Hands over what is staged of a type, to be merged; what earlier runs staged of it among it.
-    /// All of it must be there, unless an earlier run `merged` the type.
-    pub(super) async fn take(&mut self, name: &ResourceType, merged: bool) -> Result<(Vec<StagedFile>, Option<Deletions>)> {
+    /// Hands over what is staged of a type, to be merged; what earlier runs staged of it among it. An error where that is not
+    /// all that the books say: a type is never merged in part.
+    pub(super) async fn take(&mut self, name: &ResourceType, ledger: &Ledger) -> Result<(Vec<StagedFile>, Option<Deletions>)> {
         let table = self.table(name).await?;
         self.of(name).close_open(&table).await?;
         let (ours, others) = std::mem::take(&mut self.again.files).into_iter().partition(|file| file.resource_type == *name);
         self.again.files = others;
-        let ours: Vec<StagedParquet> = ours;
-        let paths: HashSet<String> = ours.iter().map(|file| file.path.clone()).collect();
-        let found = self.read_again(name, ours, &table).await;
-        let expected = self.rows_held.remove(name).unwrap_or(0);
-        if !merged && !found.as_ref().is_ok_and(|found| *found == expected) {
-            // Nothing may be lost: the next run reads the files again.
-            self.lost.extend(&self.held);
-            let stage = self.types.entry(name.clone()).or_default();
-            stage.staged.retain(|file| !paths.contains(file.path.as_ref()));
-            table.discard_staged(paths.iter().map(String::as_str)).await;
-            let error = Error::new(ErrorKind::State, "what an earlier run staged is not whole");
-            return Err(found.err().unwrap_or(error).with_hint("run again: its files are then downloaded again"));
+        self.read_again(name, ours, &table, ledger).await?;
+        let earlier = self.again.in_tables.iter().filter(|file| file.resource_type == *name).flat_map(|file| &file.rows_of);
+        let in_table: u64 = earlier.filter(|(index, _)| self.held.contains_key(index)).map(|(_, rows)| rows).sum();
+        let stage = self.types.entry(name.clone()).or_default();
+        let handed = self.handed.entry(name.clone()).or_default();
+        *handed += stage.staged.iter().map(StagedFile::rows_brought).sum::<u64>();
+        let (there, expected) = (*handed + in_table, ledger.staged_of(name).0);
+        if there != expected {
+            self.release(name);
+            let why = format!("{expected} rows were staged, and {there} are there; nothing was merged");
+            return Err(Error::new(ErrorKind::State, why).with_hint("run again: what is missing is downloaded again"));
         }
         let columns = columns_of(name, &self.settings.layout, &table)?;
-        let stage = self.types.entry(name.clone()).or_default();
         stage.committing.extend(stage.staged.iter().map(|file| file.note(&table, &columns)));
         Ok((std::mem::take(&mut stage.staged), stage.deletions.take()))
     }
 
-    /// Takes up what earlier runs staged of a type. Rows of files that come again do not count. How many rows there are, here
-    /// and in the table.
-    async fn read_again(&mut self, name: &ResourceType, files: Vec<StagedParquet>, table: &Table) -> Result<u64> {
-        let in_table = self.in_tables.iter().filter(|file| file.resource_type == *name).flat_map(|file| &file.rows_of);
-        let mut found = in_table.filter(|(index, _)| self.held.contains(index)).map(|(_, rows)| rows).sum();
-        for file in files {
-            if !file.rows_of.keys().any(|index| self.held.contains(index)) {
+    /// Takes up what earlier runs staged of a type. Rows of files that come again do not count.
+    async fn read_again(&mut self, name: &ResourceType, files: Vec<StagedParquet>, table: &Table, ledger: &Ledger) -> Result<()> {
+        let Some(keep) = self.settings.keep.clone().filter(|_| !files.is_empty()) else { return Ok(()) };
+        let known: HashSet<u32> = ledger.listed().map(|(file, ..)| file.index).collect();
+        let held: HashSet<u32> = self.held.keys().copied().collect();
+        let mut files = files.into_iter();
+        while let Some(file) = files.next() {
+            // What an export brought that said nothing to this run is used up with the file.
+            let gone = file.rows_of.keys().filter(|index| !known.contains(index) && !held.contains(index));
+            self.lost.extend(gone);
+            if !file.rows_of.keys().any(|index| held.contains(index)) {
                 table.discard_staged([file.path.as_str()]).await;
                 continue;
             }
-            let Some(keep) = &self.settings.keep else { continue };
-            let (keys, scratch) = (keep.folder.keys_of(name, &file.path), self.settings.scratch.clone());
-            let (held, indexes) = (self.held.clone(), file.rows_of.keys().copied().collect::<HashSet<u32>>());
-            let read = compute(tracing::Span::current(), async move {
-                StagedFile::again(file, &keys, &scratch, |index| held.contains(&index) && indexes.contains(&index))
-            });
-            let file = read.await??;
-            found += file.rows_brought();
-            let stage = self.types.entry(name.clone()).or_default();
-            stage.count(name, file.rows_brought(), file.brought.json_bytes, file.brought.not_held.clone());
-            stage.staged.push(file);
-        }
-        Ok(found)
-    }
-
-    /// Enters what became of the files that were handed over: they are in the table, or came back.
-    pub(super) fn merged(&mut self, name: &ResourceType) {
-        let stage = self.types.entry(name.clone()).or_default();
-        for file in stage.committing.drain(..) {
-            for (index, rows) in file.rows_of {
-                *self.merged.entry(index).or_default() += rows;
+            let (keys, held, noted) = (keep.folder.keys_of(name, &file.path), held.clone(), file.clone());
+            let read = compute(tracing::Span::current(), async move { StagedFile::again(noted, &keys, &held) });
+            match read.await? {
+                Ok(file) => {
+                    let stage = self.types.entry(name.clone()).or_default();
+                    stage.count(name, file.rows_brought(), file.brought.json_bytes, file.brought.not_held.clone());
+                    stage.staged.push(file);
+                }
+                Err(error) => {
+                    self.spoilt(name, &error);
+                    // The others of the type are still there, and so is this one where it was only not readable now.
+                    self.again.files.extend(files);
+                    match error.kind() {
+                        ErrorKind::Data => table.discard_staged([file.path.as_str()]).await,
+                        _ => self.again.files.push(file),
+                    }
+                    return Err(error.with_hint("run again: what cannot be used is downloaded again"));
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Hears why a type was not merged: where what was staged is damaged, the next run reads its files again.
+    pub(super) fn spoilt(&mut self, name: &ResourceType, error: &Error) {
+        if error.kind() == ErrorKind::Data {
+            self.release(name);
+        }
+    }
+
+    /// The files that earlier runs staged rows of the type from are to come again.
+    fn release(&mut self, name: &ResourceType) {
+        let of_type = self.held.iter().filter(|(_, rows)| rows.iter().any(|(of, _)| of == name)).map(|(index, _)| *index);
+        self.lost.extend(of_type);
+    }
+
+    /// Enters that the files that were handed over are in the table.
+    pub(super) fn merged(&mut self, name: &ResourceType) {
+        let committing = std::mem::take(&mut self.of(name).committing);
+        self.merged.extend(committing);
     }
 
     /// Takes back what was handed over and not merged.
@@ -305,142 +329,6 @@ impl Staging {
         let stage = self.of(name);
         stage.committing.clear();
         stage.staged.extend(files);
-    }
-
-    /// Whether it is time to write down what is staged.
-    pub(super) fn is_due(&self) -> bool {
-        let due = |keep: &Keep| self.bytes_since >= keep.bytes || self.since.elapsed() >= keep.every;
-        self.bytes_since > 0 && self.settings.keep.as_ref().is_some_and(due)
-    }
-
-    /// Closes what is open and writes down what is staged. `last` at the run's end, when what is written is for another run:
-    /// files whose lines failed their type are then better read again. Whether there is anything.
-    pub(super) async fn write_down(&mut self, ledger: &Ledger, last: bool) -> Result<bool> {
-        let Some(keep) = self.settings.keep.clone() else { return Ok(false) };
-        let mut files = Vec::new();
-        for (name, stage) in &mut self.types {
-            let Some(table) = self.opened.get(name) else { continue };
-            stage.close_open(table).await?;
-            files.extend(stage.committing.iter().filter(|file| self.saved.contains(&file.path)).cloned());
-            if stage.staged.is_empty() {
-                continue;
-            }
-            let columns = columns_of(name, &self.settings.layout, table)?;
-            let notes: Vec<StagedParquet> = stage.staged.iter().map(|file| file.note(table, &columns)).collect();
-            let keys: Vec<_> = notes.iter().map(|file| (keep.folder.keys_of(name, &file.path), file.path.clone())).collect();
-            let (staged, saved) = (std::mem::take(&mut stage.staged), self.saved.clone());
-            crate::private::private_dir(keep.folder.path())?;
-            let (kept, result) = compute(tracing::Span::current(), async move {
-                let mut unsaved = staged.iter().zip(&keys).filter(|(_, (_, path))| !saved.contains(path));
-                let result = unsaved.try_for_each(|(file, (keys, _))| file.save_keys(keys));
-                (staged, result)
-            })
-            .await?;
-            stage.staged = kept;
-            result?;
-            table.sync_folder();
-            self.saved.extend(notes.iter().map(|file| file.path.clone()));
-            files.extend(notes);
-        }
-        let listed = self.listed(ledger, &files, last);
-        let known: HashSet<u32> = ledger.listed().map(|(file, ..)| file.index).collect();
-        for file in &self.again.files {
-            let mut file = file.clone();
-            // Those that come again are in other files now.
-            file.rows_of.retain(|index, _| !known.contains(index) || self.held.contains(index));
-            files.push(file);
-        }
-        if last {
-            let held: HashSet<u32> = listed.iter().filter(|file| file.held.is_some()).map(|file| file.index).collect();
-            let (useful, useless): (Vec<_>, Vec<_>) =
-                files.into_iter().partition(|file| file.rows_of.keys().any(|index| held.contains(index)));
-            files = useful;
-            // What a commit may have named must stay.
-            let uncertain: HashSet<String> =
-                self.types.values().flat_map(|stage| &stage.committing).map(|file| file.path.clone()).collect();
-            for file in useless.iter().filter(|file| !uncertain.contains(&file.path)) {
-                let table = self.table(&file.resource_type).await?;
-                table.discard_staged([file.path.as_str()]).await;
-                table.remove_empty_folder();
-            }
-        }
-        let work = StagedWork { created_by: CREATED_BY.to_owned(), listed, files };
-        self.since = Instant::now();
-        self.bytes_since = 0;
-        if last && work.files.is_empty() {
-            keep.folder.clear()?;
-            return Ok(false);
-        }
-        keep.folder.write(&work)?;
-        tracing::info!(files = work.held(), parquet_files = work.files.len(), "what is staged is written down");
-        Ok(true)
-    }
-
-    /// The export's files, and which of them are held by the Parquet files that are written down and the tables.
-    fn listed(&self, ledger: &Ledger, files: &[StagedParquet], last: bool) -> Vec<ListedFile> {
-        let mut rows = self.merged.clone();
-        for (index, count) in files.iter().flat_map(|file| &file.rows_of) {
-            *rows.entry(*index).or_default() += count;
-        }
-        let mut known = HashSet::new();
-        let mut listed: Vec<ListedFile> = Vec::new();
-        for (file, status, tally) in ledger.listed() {
-            let all = |tally: &&ParsedChunk| {
-                let brought: u64 = tally.rows.iter().map(|row| row.1).sum();
-                self.held.contains(&file.index) || rows.get(&file.index).copied().unwrap_or(0) == brought
-            };
-            let spoilt = |tally: &ParsedChunk| {
-                last && !tally.bad.is_empty() && file.declared.as_ref().is_some_and(|name| ledger.has_failed(name))
-            };
-            known.insert(file.index);
-            listed.push(ListedFile {
-                status: status.to_string(),
-                place: file.place,
-                said: said_of(file),
-                index: file.index,
-                held: tally.filter(all).filter(|tally| !spoilt(tally) && !self.lost.contains(&tally.file)).cloned(),
-            });
-        }
-        listed.extend(self.again.listed.iter().filter(|file| !known.contains(&file.index)).cloned());
-        listed
-    }
-
-    /// Ends it. What is staged and not merged is written down for the next run where that is to `keep`, else removed.
-    pub(super) async fn end(mut self, ledger: &Ledger, keep: bool) -> BTreeMap<ResourceType, TypeOutcome> {
-        let kept = keep
-            && self.write_down(ledger, true).await.unwrap_or_else(|error| {
-                tracing::warn!(%error, "what is staged could not be written down; it is removed and will be downloaded again");
-                false
-            });
-        if !kept {
-            self.remove().await;
-        }
-        self.types.into_iter().map(|(name, stage)| (name, stage.outcome)).collect()
-    }
-
-    async fn remove(&mut self) {
-        for file in std::mem::take(&mut self.again.files) {
-            if let Ok(table) = self.table(&file.resource_type).await {
-                table.discard_staged([file.path.as_str()]).await;
-                table.remove_empty_folder();
-            }
-        }
-        if let Some(keep) = &self.settings.keep
-            && let Err(error) = keep.folder.clear()
-        {
-            tracing::warn!(%error, "what was written down of staged files stays until the next run");
-        }
-        for (name, stage) in &mut self.types {
-            if let Some(file) = stage.open.take() {
-                file.discard().await;
-            }
-            if let Some(table) = self.opened.get(name) {
-                for file in stage.staged.drain(..) {
-                    file.discard(table).await;
-                }
-                table.remove_empty_folder();
-            }
-        }
     }
 }
 

@@ -19,7 +19,7 @@ pub enum JournalEntry {
         /// The types that it asks for.
         types: Vec<String>,
     },
-    /// The run ended; everything of it is committed or removed.
+    /// The run ended; everything of it is committed, removed, or written down to be gone on with.
     Ended {
         /// The run's id.
         run: String,

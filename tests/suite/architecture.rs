@@ -71,6 +71,10 @@ fn who_may_import_whom() {
 fn stages_never_import_each_other() {
     for (path, text) in sources().into_iter().filter(|(path, _)| module(path) == "stages") {
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        // A room of a stage's own is part of it.
+        if path.parent().unwrap().file_name().unwrap() != "stages" {
+            continue;
+        }
         let code = text.split("#[cfg(test)]").next().unwrap();
         for line in code.lines().filter(|line| line.starts_with("use super::") || line.contains("crate::stages")) {
             let own = ["ledger", "staging", "outcome"];
