@@ -73,7 +73,7 @@ impl ErrorKind {
                 true,
                 "run again after that time; until then nothing is asked of the server (`fhirlake jobs cancel --all` forgets it)",
             ),
-            Self::Interrupted => (130, true, "run again: what was committed is kept, the rest starts anew"),
+            Self::Interrupted => (130, true, "run again: what was committed is kept, and what is staged is gone on with"),
         }
     }
     /// The process's exit code for an error of this kind.

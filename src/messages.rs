@@ -191,6 +191,8 @@ pub struct ParsedRow {
     pub line: std::ops::Range<usize>,
     /// Its key and rank.
     pub key: RowKey,
+    /// Bytes that it has grown by since it came, by its attachments.
+    pub added: usize,
 }
 
 /// Parsed resources of one chunk.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
+use crate::fhir::unsigned;
 use crate::messages::{ExportFile, FilePlace, ParsedChunk, ResourceType};
 use crate::private::{private_dir, write_atomically};
 
@@ -115,40 +116,8 @@ impl StagedWork {
 
 /// Hash of what a manifest says of a file, for [`ListedFile::said`].
 pub fn said_of(file: &ExportFile) -> String {
-    let pairs = file.url.query_pairs().filter(|(name, _)| !is_of_signature(name));
-    let query: Vec<(String, String)> = pairs.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
-    let said = format!("{:?} {:?} {} {query:?}", file.declared, file.count, file.url.path());
+    let said = format!("{:?} {:?} {}", file.declared, file.count, unsigned(&file.url));
     format!("{:032x}", twox_hash::XxHash3_128::oneshot(said.as_bytes()))
-}
-
-/// Whether a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
-/// not. A name that is missing here costs a download, no more.
-fn is_of_signature(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    let known = [
-        "expires",
-        "signature",
-        "awsaccesskeyid",
-        "googleaccessid",
-        "key-pair-id",
-        "policy",
-        "sig",
-        "se",
-        "st",
-        "sp",
-        "sv",
-        "sr",
-        "spr",
-        "sip",
-        "skoid",
-        "sktid",
-        "skt",
-        "ske",
-        "sks",
-        "skv",
-        "token",
-    ];
-    known.contains(&name.as_str()) || name.starts_with("x-amz-") || name.starts_with("x-goog-")
 }
 
 /// Where it is kept. Holds ids' hashes and statistics of rows: private.

@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::output::{Output, peak_memory, report};
 use crate::config::Plan;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::Stop;
 use crate::pipeline::{self, RunOptions, RunReport, Watch};
 use crate::telemetry;
@@ -43,6 +43,10 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
     };
     progress.end();
     let outcome = outcome?;
+    if output.is_json() {
+        let report = serde_json::to_string(&outcome).context(ErrorKind::Internal, "the report")?;
+        output.line(&report)?;
+    }
     output.remark(&report(&outcome));
     if outcome.other_bad_lines > 0 || outcome.types.values().any(|kept| kept.quarantined > 0) {
         let quarantine = state.join("quarantine").join(format!("{}.ndjson", outcome.run));
@@ -74,7 +78,6 @@ impl Signals {
     fn new() -> Result<Self> {
         #[cfg(unix)]
         {
-            use crate::error::Context;
             use tokio::signal::unix::{SignalKind, signal};
             let failed = "signals cannot be heard";
             Ok(Self {

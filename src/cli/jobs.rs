@@ -41,7 +41,8 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
     match args.command {
         JobsCommand::List { pipeline } => {
             let plan = plan_of(&pipeline, &[])?;
-            let exports = StateFolder::at(&plan.state, plan.state_file.as_deref()).exports()?;
+            let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+            let (exports, staged) = (state.exports()?, state.staged().read()?.unwrap_or_default());
             if let Some(until) = &exports.not_before {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("not before {time}: {}", until.why))?;
@@ -56,6 +57,8 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             let rows = exports.in_flight.iter().enumerate().map(|(at, export)| {
                 let types = if export.types.is_empty() { "all".to_owned() } else { export.types.join(",") };
                 let manifest = if export.transaction_time.is_some() { "complete" } else { "in progress" };
+                let files = staged.listed.iter().filter(|file| file.status == export.status);
+                let (files, held) = files.fold((0, 0), |(all, held), file| (all + 1, held + u64::from(file.held.is_some())));
                 // A query may hold a secret.
                 let status = export.status.split(['?', '#']).next().unwrap_or_default();
                 vec![
@@ -64,12 +67,14 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                     shown(instant(export.since)),
                     shown(Some(export.accepted)),
                     manifest.to_owned(),
+                    if files == 0 { "-".to_owned() } else { format!("{held} of {files} files") },
                     export.failures.to_string(),
                     status.to_owned(),
                 ]
             });
             let rows: Vec<_> = rows.collect();
-            output.line(&table(&["number", "types", "since", "accepted", "manifest", "failed runs", "status URL"], &rows))
+            output
+                .line(&table(&["number", "types", "since", "accepted", "manifest", "staged", "failed runs", "status URL"], &rows))
         }
         JobsCommand::Cancel { pipeline, numbers, all } => {
             let plan = plan_of(&pipeline, &[])?;

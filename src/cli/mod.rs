@@ -93,7 +93,12 @@ fn exit_codes() -> String {
 /// The whole process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let output = Output::new(cli.global.quiet);
+    let json = match &cli.command {
+        Command::Run(args) => args.json,
+        Command::Sync(args) => args.json,
+        _ => false,
+    };
+    let output = Output::new(cli.global.quiet, json);
     let filter = cli.global.log.clone().or_else(|| environment("FHIRLAKE_LOG"));
     // Where bars show the progress, lines of information would only tear them.
     let usual = match &cli.command {

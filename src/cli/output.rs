@@ -13,6 +13,7 @@ use crate::pipeline::RunReport;
 #[derive(Debug, Clone)]
 pub(super) struct Output {
     quiet: bool,
+    json: bool,
     bars: MultiProgress,
     colour: bool,
 }
@@ -41,11 +42,18 @@ impl<'a> MakeWriter<'a> for LogWriter {
 }
 
 impl Output {
-    pub fn new(quiet: bool) -> Self {
+    /// Results for a person, or with `json` one document for a program.
+    pub fn new(quiet: bool, json: bool) -> Self {
+        let quiet = quiet || json;
         let terminal = std::io::stderr().is_terminal();
         let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
         let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|value| value.is_empty());
-        Self { quiet, bars: MultiProgress::with_draw_target(target), colour }
+        Self { quiet, json, bars: MultiProgress::with_draw_target(target), colour }
+    }
+
+    /// Whether the result is one JSON document.
+    pub fn is_json(&self) -> bool {
+        self.json
     }
 
     /// Whether progress is drawn as bars.
@@ -91,6 +99,15 @@ impl Output {
 
     /// The error that ended the command.
     pub fn error(&self, error: &Error) {
+        // A run of which some types failed has shown its report.
+        if self.json && error.kind() != ErrorKind::Partial {
+            let kind = format!("{:?}", error.kind()).to_lowercase();
+            let said = serde_json::json!({ "succeeded": false, "error": {
+                "kind": kind, "message": error.to_string(), "hint": error.hint(), "exit_code": error.kind().exit_code(),
+            }});
+            // Nobody can be told that stdout is gone; the exit code says it too.
+            let _ = self.line(&said.to_string());
+        }
         let (red, dim, off) = if self.colour { ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") } else { ("", "", "") };
         self.bars.suspend(|| {
             let mut stderr = std::io::stderr();

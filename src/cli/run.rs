@@ -27,6 +27,9 @@ pub(super) struct RunArgs {
     /// Show what would be done; ask nothing of the server and change nothing.
     #[arg(long)]
     dry_run: bool,
+    /// The report as one JSON document on stdout, and no progress.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub json: bool,
 }
 
 /// The recipe's arguments, with its names and defaults.
@@ -64,6 +67,9 @@ pub(super) struct SyncArgs {
     /// Show what would be done; ask nothing of the server and change nothing.
     #[arg(long)]
     dry_run: bool,
+    /// The report as one JSON document on stdout, and no progress.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub json: bool,
 }
 
 /// Reads and resolves a pipeline file.
@@ -189,7 +195,10 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     let existing: Vec<String> = prepared.existing().iter().map(|name| name.to_string()).collect();
     output.line(&format!("existing  {}", if existing.is_empty() { "no tables".into() } else { existing.join(", ") }))?;
     for kickoff in prepared.kickoffs() {
-        if let Some(base) = &base {
+        if let Some(accepted) = &kickoff.in_flight {
+            let types = if kickoff.asked.is_empty() { "all types".to_owned() } else { kickoff.asked.join(", ") };
+            output.line(&format!("export    goes on with {} ({types})", crate::fhir::shown(&accepted.status)))?;
+        } else if let Some(base) = &base {
             let mut base = base.clone();
             if !base.path().ends_with('/') {
                 base.set_path(&format!("{}/", base.path()));
@@ -203,7 +212,7 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
 
 fn level_words(level: &Level) -> String {
     match level {
-        Level::System => "everything".into(),
+        Level::System => "system level".into(),
         Level::Patient => "all patients".into(),
         Level::Group(id) => format!("group {id}"),
     }

@@ -31,7 +31,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
         Some(who) => output.line(&format!("now         running: {who}"))?,
         None => match state.journal().unfinished()?.first() {
             Some(JournalEntry::Began { run, .. }) => {
-                output.line(&format!("now         idle; run {run} ended without a word, the next run cleans up after it"))?;
+                output.line(&format!("now         idle; run {run} was cut off, the next run goes on with it"))?;
             }
             _ => output.line("now         idle")?,
         },
@@ -54,6 +54,9 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
         let outcome = if report["succeeded"] == true { "succeeded" } else { "failed" };
         let seconds = report["seconds"].as_f64().unwrap_or_default();
         output.line(&format!("last run    {} {outcome} after {seconds:.1} s", text("run")))?;
+        if let Some(error) = report["error"].as_str() {
+            output.line(&format!("            {error}"))?;
+        }
         for (name, kept) in report["types"].as_object().into_iter().flatten() {
             if let Some(error) = kept["error"].as_str() {
                 output.line(&format!("            {name}: {error}"))?;

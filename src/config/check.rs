@@ -239,8 +239,12 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         }
     }
     if let Some(attachments) = &file.stages.attachments {
-        if attachments.inline_up_to.0 > 64 << 20 {
-            add("stages.attachments.inline_up_to", "more than 64MiB", Some("larger ones are kept as files"));
+        if attachments.inline_up_to.0 > file.memory.0 / 64 {
+            add(
+                "stages.attachments.inline_up_to",
+                "more than a 64th of memory",
+                Some("larger ones are kept as files; or raise memory"),
+            );
         }
         for (index, origin) in attachments.origins.iter().enumerate().filter(|(_, origin)| *origin != "any") {
             let is_origin =

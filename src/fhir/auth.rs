@@ -153,6 +153,11 @@ impl Auth {
     }
 
     /// Whether a refused token can be renewed.
+    pub(super) fn is_none(&self) -> bool {
+        matches!(*self.method, Method::None)
+    }
+
+    /// Whether a new token can be had.
     pub(super) fn renews(&self) -> bool {
         matches!(*self.method, Method::Client(_))
     }

@@ -54,8 +54,15 @@ pub enum Poll {
     },
     /// The manifest.
     Done(Box<Manifest>),
-    /// The server knows no such export.
-    Gone(Error),
+    /// The server knows no such export, or whoever answers for it.
+    Gone {
+        /// What was said.
+        error: Error,
+        /// Whether it is the server that says so.
+        surely: bool,
+    },
+    /// The export failed, and will not come.
+    Failed(Error),
 }
 
 /// Issue types of the hierarchy `transient`: what was asked failed, and may not the next time.
@@ -120,7 +127,8 @@ impl Client {
             false => (Method::GET, request.url(self.base())?, None),
         };
         let judges = Judges::Throttling(self.settings().max_kick_off_wait);
-        let ask = Ask { method, url: &url, headers, body: body.as_ref(), with_token: true, judges, what: "the kick-off" };
+        let ask =
+            Ask { method, url: &url, headers, body: body.as_ref(), with_token: true, judges, what: "the kick-off", may_go: None };
         self.send(&ask).await
     }
 
@@ -151,10 +159,11 @@ impl Client {
                 Ok(Poll::Done(Box::new(Manifest::read(&body, status)?)))
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => {
+                let status_is_gone = response.status() == StatusCode::GONE;
                 let (error, body) = refused_with(response, ask.what).await;
                 match is_transient(&body) {
                     Some(true) => Ok(Poll::Troubled { error, wait, throttled: false }),
-                    _ => Ok(Poll::Gone(error)),
+                    of_server => Ok(Poll::Gone { error, surely: of_server.is_some() || status_is_gone }),
                 }
             }
             StatusCode::TOO_MANY_REQUESTS => {
@@ -167,6 +176,8 @@ impl Client {
                 let passes = matches!(code.as_u16(), 408 | 425 | 500 | 502 | 503 | 504) && own.is_none();
                 match is_transient(&body).unwrap_or(passes) {
                     true => Ok(Poll::Troubled { error, wait, throttled: false }),
+                    // What we may not do is no word on the export.
+                    false if error.kind() == ErrorKind::Server && code.is_server_error() => Ok(Poll::Failed(error)),
                     false => Err(error),
                 }
             }
@@ -182,8 +193,10 @@ impl Client {
             headers: HeaderMap::new(),
             body: None,
             with_token: true,
-            judges: Judges::Final,
+            // Whether it hears that or not is no reason to wait.
+            judges: Judges::All,
             what: "the export's end",
+            may_go: None,
         };
         match self.send(&ask).await {
             Ok(response) if response.status().is_success() || matches!(response.status().as_u16(), 404 | 405 | 410 | 501) => {}

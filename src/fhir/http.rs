@@ -85,6 +85,8 @@ pub(super) struct Ask<'a> {
     pub judges: Judges,
     /// What it is, for errors: "the kick-off".
     pub what: &'a str,
+    /// Where redirects may lead; anywhere by default.
+    pub may_go: Option<&'a (dyn Fn(&Url) -> bool + Sync)>,
 }
 
 /// Answers that are not tried again by themselves.
@@ -102,7 +104,7 @@ impl<'a> Ask<'a> {
     /// A GET with the token, tried again while it fails for a reason that passes.
     pub fn get(url: &'a Url, accept: &'static str, what: &'a str) -> Self {
         let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(accept))]);
-        Self { method: Method::GET, url, headers, body: None, with_token: true, judges: Judges::Final, what }
+        Self { method: Method::GET, url, headers, body: None, with_token: true, judges: Judges::Final, what, may_go: None }
     }
 }
 
@@ -195,8 +197,16 @@ impl Client {
     }
 
     /// The body of what an Attachment links to, as `content_type` where it says one.
-    pub async fn open_attachment(&self, url: &Url, with_token: bool, content_type: &str) -> Result<Response> {
-        let mut ask = Ask { with_token, ..Ask::get(url, "*/*", "the attachment") };
+    /// Redirects are followed to where `may_go` allows.
+    pub async fn open_attachment(
+        &self,
+        url: &Url,
+        with_token: bool,
+        content_type: &str,
+        may_go: &(dyn Fn(&Url) -> bool + Sync),
+    ) -> Result<Response> {
+        let mut ask = Ask { with_token, may_go: Some(may_go), ..Ask::get(url, "*/*", "the attachment") };
+        ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         if let Ok(accept) = HeaderValue::from_str(&format!("{content_type}, */*;q=0.1")).map_err(drop)
             && !content_type.is_empty()
         {
@@ -223,6 +233,10 @@ impl Client {
                     (refused, refusals) = (Some(token), refusals + 1);
                     continue;
                 }
+                Ok((response, _)) if response.status() == StatusCode::UNAUTHORIZED && self.auth.is_none() => {
+                    let hint = "the server wants a token: set source.auth (fhirlake keygen makes a key)";
+                    return Err(refusal(response, ask.what).await.with_hint(hint));
+                }
                 Ok((response, _)) if !passes(response.status()) || ask.judges == Judges::All => return Ok(response),
                 Ok((response, _)) => {
                     let asked = retry_after(response.headers());
@@ -244,7 +258,8 @@ impl Client {
                 return Err(error);
             }
             self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
-            tracing::warn!(%error, wait_seconds = wait.as_secs_f64(), "trying again");
+            let left = (until - tokio::time::Instant::now()).as_secs();
+            tracing::warn!(%error, wait_seconds = wait.as_secs_f64(), gives_up_in_seconds = left, "trying again");
             if self.stop.or(tokio::time::sleep(wait)).await.is_none() {
                 return Err(Error::new(ErrorKind::Interrupted, format!("{}: stopped while waiting", ask.what)));
             }
@@ -270,7 +285,8 @@ impl Client {
             }
             let mut token = None;
             if self.token_goes_to(ask, &url) {
-                token = self.auth.header(&self.http, &self.base, refused).await?;
+                let header = self.stop.or(self.auth.header(&self.http, &self.base, refused)).await;
+                token = header.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))??;
                 if let Some(token) = &token {
                     request = request.header(AUTHORIZATION, token);
                 }
@@ -287,6 +303,9 @@ impl Client {
                 .ok_or_else(|| Error::new(ErrorKind::Server, format!("{}: a redirect without a usable Location", ask.what)))?;
             if !matches!(to.scheme(), "http" | "https") {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to scheme {}", ask.what, to.scheme())));
+            }
+            if ask.may_go.is_some_and(|may_go| !may_go(&to)) {
+                return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to a host that was not named", ask.what)));
             }
             if url.scheme() == "https" && to.scheme() == "http" {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect from https to http", ask.what)));

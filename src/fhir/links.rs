@@ -9,7 +9,7 @@ use url::Url;
 
 use super::export::Poll;
 use super::http::Client;
-use super::manifest::Manifest;
+use super::manifest::{Manifest, ManifestFile};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Asking for a page again sooner gives no newer links.
@@ -39,19 +39,88 @@ struct Page {
     url: Url,
     separate: bool,
     asked: Option<Instant>,
-    files: [Vec<Url>; 3],
+    /// Its lists when it was asked for last.
+    newest: [Vec<Listed>; 3],
+    /// Its lists when its files were sent on: the places are of those.
+    files: [Vec<Listed>; 3],
+}
+
+/// A file as a page lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Listed {
+    url: Url,
+    resource_type: Option<String>,
+    count: Option<u64>,
+}
+
+/// A link without what signs it: the same for the same file, as long as its path is not signed.
+pub fn unsigned(link: &Url) -> String {
+    let pairs = link.query_pairs().filter(|(name, _)| !is_of_signature(name));
+    let query: Vec<(String, String)> = pairs.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
+    format!("{} {query:?}", link.path())
+}
+
+/// Whether a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
+/// not. A name that is missing here costs a download, no more.
+fn is_of_signature(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let known = [
+        "expires",
+        "signature",
+        "awsaccesskeyid",
+        "googleaccessid",
+        "key-pair-id",
+        "policy",
+        "sig",
+        "se",
+        "st",
+        "sp",
+        "sv",
+        "sr",
+        "spr",
+        "sip",
+        "skoid",
+        "sktid",
+        "skt",
+        "ske",
+        "sks",
+        "skv",
+        "token",
+    ];
+    known.contains(&name.as_str()) || name.starts_with("x-amz-") || name.starts_with("x-goog-")
+}
+
+/// The newer link of the file at place `at` of the list `old`, in the list `new`: the server may list files in another order.
+fn newer<'a>(old: &[Listed], new: &'a [Listed], at: usize) -> Option<&'a Url> {
+    let was = old.get(at)?;
+    let name = unsigned(&was.url);
+    let mut same = new.iter().filter(|file| unsigned(&file.url) == name);
+    if let Some(found) = same.next() {
+        return Some(&found.url).filter(|_| same.next().is_none());
+    }
+    // Paths are signed too: then no old one is among the new, and the place alone tells, where nothing else speaks against it.
+    let old_names: Vec<String> = old.iter().map(|file| unsigned(&file.url)).collect();
+    let no_path_is_kept = !new.iter().any(|file| old_names.contains(&unsigned(&file.url)));
+    let alike = |file: &&Listed| (&file.resource_type, file.count) == (&was.resource_type, was.count);
+    let in_order = old.len() == new.len()
+        && old.iter().zip(new).all(|(old, new)| (&old.resource_type, old.count) == (&new.resource_type, new.count));
+    new.get(at).filter(alike).filter(|_| no_path_is_kept && in_order && was.count.is_some()).map(|file| &file.url)
 }
 
 /// The lists of a page.
-fn files(manifest: &Manifest) -> [Vec<Url>; 3] {
+fn files(manifest: &Manifest) -> [Vec<Listed>; 3] {
     let lists = [&manifest.output, &manifest.deleted, &manifest.outcomes];
-    lists.map(|list| list.iter().map(|file| file.url.clone()).collect())
+    lists.map(|list| {
+        let listed =
+            |file: &ManifestFile| Listed { url: file.url.clone(), resource_type: file.resource_type.clone(), count: file.count };
+        list.iter().map(listed).collect()
+    })
 }
 
 impl Links {
     /// Remembers where a page came from.
     pub async fn page(&self, export: usize, page: usize, url: &Url, separate: bool, manifest: &Manifest) {
-        let known = Page { url: url.clone(), separate, asked: None, files: files(manifest) };
+        let known = Page { url: url.clone(), separate, asked: None, newest: Default::default(), files: files(manifest) };
         self.pages.lock().await.insert((export, page), known);
     }
 
@@ -62,15 +131,60 @@ impl Links {
         let page = pages.get_mut(&(place.export, place.page)).ok_or_else(|| gone("its manifest is not known"))?;
         // Another file may have asked already.
         if page.asked.is_none_or(|asked| asked.elapsed() >= INTERVAL) {
-            let poll = client.poll(&page.url, page.separate).await?;
-            let (Poll::Done(manifest) | Poll::Working { partial: Some(manifest), .. }) = poll else {
-                return Err(gone("the manifest cannot be had again"));
-            };
+            let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
             page.asked = Some(Instant::now());
-            page.files = files(&manifest);
+            page.newest = files(&manifest);
             tracing::info!("links of files were asked for anew");
         }
-        let fresh = page.files.get(place.list).and_then(|list| list.get(place.file)).filter(|fresh| *fresh != ended);
+        let lists = page.files.get(place.list).zip(page.newest.get(place.list));
+        let fresh = lists.and_then(|(old, new)| newer(old, new, place.file)).filter(|fresh| *fresh != ended);
         fresh.cloned().ok_or_else(|| gone("the manifest has no newer one"))
+    }
+}
+
+/// Asks for a page again, and once more where the server is only busy.
+async fn ask(client: &Client, page: &Page) -> Result<Option<Box<Manifest>>> {
+    for _ in 0..TRIES {
+        match client.poll(&page.url, page.separate).await? {
+            Poll::Done(manifest) | Poll::Working { partial: Some(manifest), .. } => return Ok(Some(manifest)),
+            Poll::Troubled { wait, .. } => {
+                let wait = wait.unwrap_or(client.settings().min_pause).min(client.settings().max_pause);
+                tokio::time::sleep(wait.max(Duration::from_millis(200))).await;
+            }
+            _ => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
+/// How often a manifest is asked for again while the server is busy.
+const TRIES: usize = 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Breaks if a file is read twice and another not at all, since the server lists them in another order.
+    #[test]
+    fn a_newer_link_is_of_the_same_file() {
+        let listed = |url: &str, count: u64| Listed {
+            url: Url::parse(url).unwrap(),
+            resource_type: Some("Patient".into()),
+            count: Some(count),
+        };
+        let old = [listed("https://x/a?sig=1", 5), listed("https://x/b?sig=1", 7)];
+        let turned = [listed("https://x/b?sig=2", 7), listed("https://x/a?sig=2", 5)];
+        assert_eq!(newer(&old, &turned, 0).unwrap().as_str(), "https://x/a?sig=2");
+        assert_eq!(newer(&old, &turned, 1).unwrap().as_str(), "https://x/b?sig=2");
+        // The path is signed: the place tells, as long as all counts are where they were.
+        let signed = [listed("https://x/s2/a", 5), listed("https://x/s2/b", 7)];
+        assert_eq!(newer(&old, &signed, 1).unwrap().path(), "/s2/b");
+        let signed_and_turned = [listed("https://x/s2/b", 7), listed("https://x/s2/a", 5)];
+        assert_eq!(newer(&old, &signed_and_turned, 1), None);
+        assert_eq!(newer(&old, &old[..1], 1), None, "it is not listed any more");
+        // Numbers in a query are part of the name.
+        let by_number = [listed("https://x/f?id=1&Expires=1", 5), listed("https://x/f?id=2&Expires=1", 5)];
+        let later = [listed("https://x/f?id=2&Expires=2", 5), listed("https://x/f?id=1&Expires=2", 5)];
+        assert_eq!(newer(&by_number, &later, 0).unwrap().query(), Some("id=1&Expires=2"));
     }
 }

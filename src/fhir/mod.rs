@@ -14,7 +14,7 @@ pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
 pub use export::{KickOff, Poll};
 pub use http::{Client, HttpSettings, Resume, parse_retry_after, shown};
 pub use keys::{KeyAlgorithm, generate_key};
-pub use links::{LinkPlace, Links};
+pub use links::{LinkPlace, Links, unsigned};
 pub use manifest::{Manifest, ManifestFile};
 pub use pace::{Pace, Place};
 pub use request::{ExportOptions, ExportRequest, Level, Method};

@@ -147,7 +147,12 @@ impl ExportRequest {
         add("_until", options.until.iter().cloned().collect(), "valueInstant", false);
         add("_elements", options.elements.clone(), "valueString", true);
         // K15, K7: a search may have commas of its own, so each is a parameter.
-        add("_typeFilter", options.type_filters.clone(), "valueString", false);
+        // Of the types that this export is asked for: others may have one of their own.
+        let asked = |filter: &&String| {
+            let name = filter.split('?').next().unwrap_or_default();
+            self.types.is_empty() || self.types.iter().any(|asked| asked == name)
+        };
+        add("_typeFilter", options.type_filters.iter().filter(asked).cloned().collect(), "valueString", false);
         let reference = |id: &String| if id.contains('/') { id.clone() } else { format!("Patient/{id}") };
         add("patient", options.patients.iter().map(reference).collect(), "valueReference", true);
         add("includeAssociatedData", options.include_associated_data.clone(), "valueCode", true);
@@ -249,7 +254,11 @@ mod tests {
         let options = ExportOptions {
             until: Some("2026-02-01T00:00:00+01:00".into()),
             elements: vec!["id".into(), "Patient.name".into()],
-            type_filters: vec!["Observation?code=a,b&date=gt2020".into(), "Condition?code=x y+z".into()],
+            type_filters: vec![
+                "Patient?code=a,b&date=gt2020".into(),
+                "Observation?not=asked".into(),
+                "Condition?code=x y+z".into(),
+            ],
             include_associated_data: vec!["LatestProvenanceResources".into()],
             organize_output_by: Some("Patient".into()),
             allow_partial_manifests: true,
@@ -260,7 +269,7 @@ mod tests {
         assert_eq!(
             query(&request(options.clone())),
             "_type=Patient%2CCondition&_since=2026-01-02T03%3A04%3A05Z&_until=2026-02-01T00%3A00%3A00%2B01%3A00&_elements=id%2CPatient.name\
-             &_typeFilter=Observation%3Fcode%3Da%2Cb%26date%3Dgt2020&_typeFilter=Condition%3Fcode%3Dx%20y%2Bz\
+             &_typeFilter=Patient%3Fcode%3Da%2Cb%26date%3Dgt2020&_typeFilter=Condition%3Fcode%3Dx%20y%2Bz\
              &includeAssociatedData=LatestProvenanceResources&organizeOutputBy=Patient&allowPartialManifests=true&_x=1"
         );
         let repeated = query(&request(ExportOptions { repeats: true, ..options.clone() }));

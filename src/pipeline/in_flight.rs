@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use url::Url;
 
 use crate::config::Plan;
+use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{Client, ExportRequest};
 use crate::flow::{Board, Stop};
@@ -59,7 +61,15 @@ pub(super) fn resume(
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
         if asked(&request) != export.asked || export.failures >= MAX_FAILURES || (full_refresh && export.since.is_some()) {
-            tracing::warn!("an export in flight was asked for otherwise, or failed too often; `fhirlake jobs` can cancel it");
+            let why = match export.failures >= MAX_FAILURES {
+                true => "too many runs failed with it",
+                false => "it was asked for otherwise",
+            };
+            tracing::warn!(
+                types = export.types.join(","),
+                why,
+                "an export in flight is not gone on with; `fhirlake jobs` can cancel it"
+            );
             continue;
         }
         let types: Vec<ResourceType> = export.types.iter().map(|name| name.as_str().into()).collect();
@@ -70,7 +80,10 @@ pub(super) fn resume(
             continue;
         }
         let mixed = export.mixed.iter().map(|name| name.as_str().into()).collect();
-        let (separate, tables) = (export.separate, tables.clone());
+        // Of other types the export says nothing.
+        let of_export = |name: &ResourceType| types.is_empty() || types.contains(name);
+        let ours = tables.iter().filter(|(name, _)| of_export(name)).map(|(name, time)| (name.clone(), *time));
+        let (separate, tables) = (export.separate, ours.collect());
         let in_flight = Accepted { status, separate, tables, mixed, staged: Arc::default() };
         let known = rest.iter().flat_map(|kickoff| kickoff.known.clone()).collect();
         for kickoff in &mut rest {
@@ -104,9 +117,12 @@ pub(super) fn check_not_before(state: &StateFolder, scope: &str, kickoffs: &mut 
     Err(Error::new(ErrorKind::Throttled, format!("the server is not to be asked before {time}: {}", until.why)))
 }
 
-/// Writes down what happens to exports.
-pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool) -> Remember {
+/// Writes down what happens to exports. `lost` is set where one that was gone on with is there no more.
+pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lost: Arc<AtomicBool>) -> Remember {
     Arc::new(move |note| {
+        if let ExportNote::Lost { .. } = note {
+            lost.store(true, Ordering::Relaxed);
+        }
         state.change_exports(|exports| match note {
             ExportNote::Accepted { kickoff, status, separate } => {
                 exports.not_before = None;
@@ -152,10 +168,14 @@ fn is_covered(export: &InFlight, scope: &str, kickoffs: &[Kickoff]) -> bool {
     export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(asked))
 }
 
-/// A run ended by itself, and not all of its exports is merged.
-pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff]) -> Result<()> {
+/// A run that began at `began` ended by itself, and not all of its exports is merged.
+pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], began: DateTime<Utc>) -> Result<()> {
+    let used = |export: &InFlight| {
+        let goes_on = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
+        export.accepted >= began || goes_on.into_iter().any(|accepted| accepted.status.as_str() == export.status)
+    };
     state.change_exports(|exports| {
-        let done = |export: &&mut InFlight| is_covered(export, scope, kickoffs) && export.transaction_time.is_some();
+        let done = |export: &&mut InFlight| export.scope == scope && used(export) && export.transaction_time.is_some();
         exports.in_flight.iter_mut().filter(done).for_each(|export| export.failures += 1);
     })
 }
@@ -164,7 +184,44 @@ pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff]) -> 
 pub(super) async fn merged(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], client: &Client, delete: bool) -> Result<()> {
     let done = |export: &InFlight| is_covered(export, scope, kickoffs);
     let done: Vec<InFlight> = state.exports()?.in_flight.into_iter().filter(done).collect();
-    for export in &done {
+    give_back(state, &done, client, delete).await
+}
+
+/// Some types failed: exports of which none did may be given back all the same, and those that were given up and asked for
+/// anew.
+pub(super) async fn merged_in_part(
+    state: &StateFolder,
+    (scope, kickoffs, tables): (&str, &[Kickoff], &Tables),
+    until: impl Fn(i64) -> i64,
+    client: &Client,
+    delete: bool,
+) -> Result<()> {
+    let mut done = Vec::new();
+    for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
+        let given_up = export.failures >= MAX_FAILURES && is_covered(&export, scope, kickoffs);
+        let goes_on = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
+        let is_used = goes_on.into_iter().any(|accepted| accepted.status.as_str() == export.status);
+        let mut merged = export.transaction_time.is_some() && !export.types.is_empty();
+        for name in export.types.iter().filter(|_| !given_up) {
+            let table = match tables.open(&name.as_str().into()).await {
+                Ok(table) if merged => table,
+                _ => {
+                    merged = false;
+                    continue;
+                }
+            };
+            let time = export.transaction_time.map(&until);
+            merged = table.transaction(scope).await.is_ok_and(|table| table >= time);
+        }
+        if merged || (given_up && !is_used) {
+            done.push(export);
+        }
+    }
+    give_back(state, &done, client, delete).await
+}
+
+async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, delete: bool) -> Result<()> {
+    for export in done {
         if let (true, Ok(status)) = (delete, Url::parse(&export.status)) {
             client.delete_export(&status).await;
         }

@@ -67,7 +67,9 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
             });
             add("server metadata".into(), probe);
             let token = match &plan.source {
-                SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => Ok("none is needed: no auth is set".into()),
+                SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => {
+                    Ok("not checked: no source.auth is set".into())
+                }
                 _ => client.check_auth().await.and_then(|granted| match granted {
                     Some(granted) if granted.missing.is_empty() => Ok(granted.granted.unwrap_or_else(|| "granted".into())),
                     Some(granted) => Err(Error::new(

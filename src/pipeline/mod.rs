@@ -19,6 +19,7 @@ pub use maintain::{ByTable, OptimizeOptions, VacuumOptions, optimize, vacuum};
 pub use prepare::{Prepared, prepare};
 pub use report::RunReport;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -36,8 +37,9 @@ use crate::flow::{Board, Crew, EdgeGauge, Sender, Stop, edge};
 use crate::messages::{
     AtMost, BadLineSink, Chunk, ExportFile, FileKind, FilePlace, FlushRequests, MergeInput, Rows, instant_text,
 };
+use crate::private::private_dir;
 use crate::staged::StagedWork;
-use crate::stages::attach::{Attach, AttachSettings};
+use crate::stages::attach::{ATTACHMENTS_FOLDER, Attach, AttachSettings};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, ServerExport};
@@ -57,6 +59,8 @@ pub struct RunOptions {
     pub new_export: bool,
     /// Ask the source for nothing: only try the lines in quarantine again.
     pub replay_only: bool,
+    /// This is a part of a run whose other types failed: it completes nothing.
+    pub part: bool,
 }
 
 /// What those who watch a run see of it.
@@ -106,7 +110,7 @@ pub async fn run(
     waiting: impl Fn(&[&'static str]),
 ) -> Result<RunReport> {
     let name = plan.name.clone();
-    let pass = async |plan: Plan| {
+    let pass = async |plan: Plan, options: RunOptions| {
         let run = maintain::run_id();
         let span = tracing::info_span!("run", pipeline = %name, run = %run);
         once(plan, options, watch, stop, &waiting, run)
@@ -114,14 +118,25 @@ pub async fn run(
             .await
             .map_err(|error| error.at(format!("pipeline {name}")))
     };
-    let (first, behind) = pass(plan.clone()).await?;
-    if !behind || !first.succeeded || stop.is_pulled() {
+    let (first, behind) = pass(plan.clone(), options).await?;
+    if !behind || stop.is_pulled() {
         return Ok(first);
     }
-    // What an earlier run had failed to bring is here now, as it was when its export was made.
-    tracing::info!("the export of an earlier run is merged; now what changed since");
-    let (second, _) = pass(plan).await?;
-    Ok(first.and_then(second))
+    let failed = |name: &String| first.types.get(name).is_some_and(|outcome| outcome.error.is_some());
+    let rest: Vec<String> = plan.types.iter().filter(|name| !failed(name)).cloned().collect();
+    let part = !first.succeeded;
+    if part && rest.is_empty() {
+        return Ok(first);
+    }
+    // What an earlier run had failed to bring is here now, as it was when its export was made; types that fail again and again
+    // must not keep the others from what changed since.
+    tracing::info!("what is there of an earlier run's export is merged; now what changed since");
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let types = if part { rest } else { plan.types.clone() };
+    let (second, _) = pass(Plan { types, ..plan }, RunOptions { part, ..options }).await?;
+    let report = first.and_then(second);
+    state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
+    Ok(report)
 }
 
 async fn once(
@@ -173,7 +188,10 @@ async fn once(
         let places = Arc::new(Semaphore::new(settings.concurrency.max(1)));
         let workers = settings.concurrency.max(1);
         let settings = Arc::new(attach_settings(settings, plan));
-        let (store, failures) = (prepared.tables.store()?, Arc::default());
+        if let Some(folder) = prepared.tables.local() {
+            private_dir(&folder.join(ATTACHMENTS_FOLDER))?;
+        }
+        let (store, failures, said) = (prepared.tables.store()?, Arc::default(), Arc::default());
         let rows = std::mem::replace(&mut rows_out, attached_out);
         for _ in 0..workers {
             let worker = Attach {
@@ -184,6 +202,7 @@ async fn once(
                 settings: settings.clone(),
                 places: places.clone(),
                 failures: Arc::clone(&failures),
+                said: Arc::clone(&said),
                 board: watch.board.clone(),
                 stop: stop.clone(),
             };
@@ -201,6 +220,7 @@ async fn once(
         crew.spawn_cpu("replay", move |handle| span.in_scope(|| replay.run(handle)));
     }
     let links = Links::default();
+    let lost = Arc::new(AtomicBool::new(false));
     let (origin, exports) = match (&plan.source, client.clone()) {
         _ if options.replay_only => {
             drop(files_in);
@@ -216,7 +236,7 @@ async fn once(
                 first_index: taken_up.first_index,
                 files: files_in,
                 merge: merge_in.clone(),
-                remember: in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh),
+                remember: in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone()),
                 heard: Arc::new(move |text| *locked(&words) = Some(text.to_owned())),
                 links: links.clone(),
                 board: watch.board.clone(),
@@ -292,7 +312,7 @@ async fn once(
         layout: plan.layout.clone(),
         keep: taken_up.keep,
     };
-    let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh);
+    let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone());
     let merge = Merge {
         input: merge_out,
         staging: Staging::new(staging, prepared.tables.clone(), prepared.opened, taken_up.earlier),
@@ -336,7 +356,8 @@ async fn once(
         let whole = |name: &str| merged.types.get(name).is_some_and(|outcome| outcome.error.is_none());
         state.remove_quarantined_of(&run, whole)?;
     }
-    let report = report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.is_ok());
+    let report =
+        report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.as_ref().err());
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
     if stop.is_pulled() && !report.succeeded {
@@ -347,10 +368,17 @@ async fn once(
         ));
     }
     if !report.succeeded && !options.replay_only && client.is_some() {
-        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs)?;
+        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started)?;
+        if let Some(client) = &client {
+            let what = (prepared.app_id.as_str(), prepared.kickoffs.as_slice(), &prepared.tables);
+            let until = |time: i64| prepared.until.map_or(time, |until| time.min(until));
+            in_flight::merged_in_part(&state, what, until, client, plan.delete_export).await?;
+        }
     }
     if report.succeeded {
-        remember_success(&state, &report, &prepared.app_id)?;
+        if !options.part {
+            remember_success(&state, &report, &prepared.app_id)?;
+        }
         if let Some(client) = client.filter(|_| !options.replay_only) {
             in_flight::merged(&state, &prepared.app_id, &prepared.kickoffs, &client, plan.delete_export).await?;
         }
@@ -359,7 +387,8 @@ async fn once(
             tracing::warn!(%error, "the run is done; the maintenance after it failed");
         }
     }
-    Ok((report, prepared.behind))
+    // An export that was lost was asked for anew: nothing is behind it.
+    Ok((report, prepared.behind && !lost.load(Ordering::Relaxed)))
 }
 
 /// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
@@ -423,10 +452,10 @@ async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&StagedWork
             }
         }
     }
-    tracing::warn!(
+    tracing::info!(
         runs = runs.join(", "),
         removed,
-        "the last run ended without a word; what it staged and had not written down was removed"
+        "the last run was cut off; what it staged and had not written down was removed"
     );
     if left { Ok(()) } else { journal.clear() }
 }

@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::config::Plan;
+use crate::error::Error;
 use crate::flow::Board;
 use crate::messages::instant_text;
 use crate::schema::EXCLUDED_TYPES;
@@ -31,6 +32,9 @@ pub struct RunReport {
     /// The server's `transactionTime`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transaction_time: Option<String>,
+    /// Why the run ended before its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
     /// By type.
     pub types: BTreeMap<String, TypeOutcome>,
     /// Lines of types that have no table.
@@ -71,6 +75,7 @@ impl RunReport {
             started: self.started,
             seconds: self.seconds + after.seconds,
             full: self.full,
+            succeeded: self.succeeded && after.succeeded,
             types,
             excluded: sums(self.excluded, after.excluded),
             count_findings: self.count_findings.into_iter().chain(after.count_findings).collect(),
@@ -92,7 +97,7 @@ pub(super) fn draw_up(
     full: bool,
     board: &Board,
     merged: MergeReport,
-    ended_well: bool,
+    ended: Option<&Error>,
 ) -> RunReport {
     let (mut excluded, mut outcome_issues, mut attachments, mut retries) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), 0);
     for ((metric, label), value) in board.read() {
@@ -117,9 +122,10 @@ pub(super) fn draw_up(
         run,
         started: time.0,
         seconds: time.1.as_secs_f64(),
-        succeeded: ended_well && merged.whole && types.values().all(|outcome| outcome.error.is_none()),
+        succeeded: ended.is_none() && merged.whole && types.values().all(|outcome| outcome.error.is_none()),
         full,
         transaction_time: merged.transaction_time.map(instant_text),
+        error: ended.map(ToString::to_string),
         types,
         excluded,
         count_findings: merged.count_findings,

@@ -46,7 +46,7 @@ pub(super) async fn take_up(state: &StateFolder, staged: Option<StagedWork>, pre
         let export = exports.iter().find(|export| export.status == accepted.status.as_str());
         if let Some(time) = export.and_then(|export| export.transaction_time) {
             let time = prepared.until(time);
-            merged.extend(accepted.tables.iter().filter(|(_, table)| **table == time).map(|(name, _)| name.clone()));
+            merged.extend(accepted.tables.iter().filter(|(_, table)| **table >= time).map(|(name, _)| name.clone()));
         }
     }
     look_through(&folder, &mut ours, &merged, prepared).await;
@@ -55,9 +55,6 @@ pub(super) async fn take_up(state: &StateFolder, staged: Option<StagedWork>, pre
         if let Some(accepted) = &mut kickoff.in_flight {
             accepted.staged = Arc::new(ours.of_export(accepted.status.as_str()));
         }
-    }
-    if ours.held() > 0 {
-        tracing::info!(files = ours.held(), parquet_files = ours.files.len(), "going on with what an earlier run staged");
     }
     let keep = Keep { folder, every: prepared.plan.checkpoint.0, bytes: prepared.plan.checkpoint.1 };
     Ok(TakenUp { earlier: Earlier { ours, others }, first_index, keep: Some(keep) })

@@ -147,6 +147,11 @@ impl Encoder {
         self.column_bytes
     }
 
+    /// Adds to the measure what a resource has grown by since its line came.
+    pub fn weigh(&mut self, added: usize) {
+        self.json_bytes += added;
+    }
+
     /// Encodes one resource; `line` is its text. What cannot be held is counted, never an error: a row is
     /// never lost for one of its values.
     pub fn push(&mut self, resource: Value<'_>, line: &[u8]) {

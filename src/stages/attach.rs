@@ -1,9 +1,9 @@
 //! Attachments that resources only link to (Bulk Data 2.0, "Attachments"): fetched, and put beside the tables or into the
 //! resource. Between parse and encode, where a pipeline asks for it.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine;
@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use url::{Origin, Url};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::Client;
+use crate::fhir::{Client, unsigned};
 use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{ExportFile, ParsedRow, ResourceType, Rows};
 use crate::schema::for_each_attachment;
@@ -56,6 +56,8 @@ pub struct Attach {
     pub places: Arc<Semaphore>,
     /// Attachments that failed one after the other, of all workers.
     pub failures: Arc<AtomicU32>,
+    /// Hosts of which was said that they are not asked.
+    pub said: Arc<Mutex<HashSet<String>>>,
     /// Counters.
     pub board: Board,
     /// The run's stop.
@@ -63,7 +65,7 @@ pub struct Attach {
 }
 
 /// Folder for attachments in the tables' folder.
-const FOLDER: &str = "attachments";
+pub const ATTACHMENTS_FOLDER: &str = "attachments";
 /// How long one attachment may be asked for and read before it is left a link.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// After so many failures one after the other no more are asked for: the others' host would hold up the whole run.
@@ -81,6 +83,8 @@ struct Wanted {
     content_type: String,
     /// Its file, should it become one.
     path: Path,
+    /// Whether a file there is surely of the same copy.
+    is_known: bool,
 }
 
 /// What comes of it.
@@ -151,19 +155,33 @@ impl Attach {
             let Some(link) = text(b"url").filter(|_| attachment.get(b"data").is_none()) else { return };
             let content_type = text(b"contentType").unwrap_or_default();
             // Absolute by the guide; a server's own may be relative to its base.
-            let url = self.client.base().join(link).ok().filter(|url| self.may_ask(file, url));
+            let url = self.client.base().join(link).ok().filter(|url| self.may_ask(file, url) || self.say_left(url));
             let (Some(url), true) = (url, self.takes(content_type)) else {
                 self.board.add(telemetry::ATTACHMENTS, &"left".into(), 1);
                 return;
             };
             // The same copy of a resource has its attachments in the same places, however often it comes.
             let said = |key: &[u8]| resource.get(b"meta").and_then(|meta| meta.get(key)).and_then(|value| value.as_str());
-            let copy = format!("{:032x} {:?} {:?} {number}", row.key.key, said(b"versionId"), said(b"lastUpdated"));
+            let (version, updated) = (said(b"versionId"), said(b"lastUpdated"));
+            let stated: Vec<_> = [b"hash".as_slice(), b"creation"].iter().map(|key| text(key)).collect();
+            let copy = format!("{:032x} {version:?} {updated:?} {number} {stated:?} {}", row.key.key, unsigned(&url));
+            // Without any of them, what is behind the same link may be another by now.
+            let is_known = version.is_some() || updated.is_some() || stated.iter().any(Option::is_some);
             let hash = twox_hash::XxHash3_128::oneshot(copy.as_bytes());
-            let path = Path::from(format!("{FOLDER}/{name}/{hash:032x}.{}", extension(content_type)));
-            wanted.push(Wanted { at: attachment.index(), url, content_type: content_type.to_owned(), path });
+            let path = Path::from(format!("{ATTACHMENTS_FOLDER}/{name}/{hash:032x}.{}", extension(content_type)));
+            wanted.push(Wanted { at: attachment.index(), url, content_type: content_type.to_owned(), path, is_known });
         });
         wanted
+    }
+
+    /// Says once of a host that its attachments stay links; no.
+    fn say_left(&self, url: &Url) -> bool {
+        let host = url.origin().ascii_serialization();
+        let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if said.len() < 100 && said.insert(host.clone()) {
+            tracing::warn!(host, "attachments there stay links: stages.attachments.origins does not name the host");
+        }
+        false
     }
 
     /// Whether an attachment may be asked for: links come with the data, so they lead to known hosts only.
@@ -203,10 +221,16 @@ impl Attach {
                 Ok(None) => "left",
                 // Not a row may go on that the stop has cut short: its type is brought by the next run.
                 Err(_) if self.stop.is_pulled() => return None,
+                // Neither its link nor the server's words are logged: they may speak of the patient.
                 Err(error) => {
-                    let row = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
-                    tracing::warn!(file = %file.name, %error, "an attachment could not be fetched; it stays a link");
-                    if row == MAX_FAILURES {
+                    let (status, kind) = (error.status(), error.kind());
+                    // That one document is not there says nothing of the others.
+                    let of_host = status.is_none_or(|status| status >= 500 || status == 429);
+                    let row = u32::from(of_host) + self.failures.fetch_add(u32::from(of_host), Ordering::Relaxed);
+                    if !of_host || row <= MAX_FAILURES {
+                        tracing::warn!(file = %file.name, status, ?kind, "an attachment could not be fetched; it stays a link");
+                    }
+                    if of_host && row == MAX_FAILURES {
                         tracing::error!(
                             "{MAX_FAILURES} attachments failed one after the other: no more are asked for in this run"
                         );
@@ -221,12 +245,12 @@ impl Attach {
 
     /// Fetches one; `None` where it is left a link.
     async fn fetch(&self, file: &ExportFile, wanted: &Wanted) -> Result<Option<Fetched>> {
-        if self.failures.load(Ordering::Relaxed) >= MAX_FAILURES {
-            return Ok(None);
-        }
         // A file is put in place as a whole, so one that is there is the same copy's.
-        if self.store.head(&wanted.path).await.is_ok() {
+        if wanted.is_known && self.store.head(&wanted.path).await.is_ok() {
             return Ok(Some(Fetched::File(wanted.path.clone())));
+        }
+        if self.failures.load(Ordering::Relaxed) >= MAX_FAILURES {
+            return Err(Error::new(ErrorKind::Network, "too many failed before it"));
         }
         let work = tokio::time::timeout(PATIENCE, self.ask(file, wanted));
         let done = self.stop.or(work).await.ok_or_else(|| Error::new(ErrorKind::Interrupted, "stopped"))?;
@@ -236,7 +260,8 @@ impl Attach {
     async fn ask(&self, file: &ExportFile, wanted: &Wanted) -> Result<Option<Fetched>> {
         // F11: the token by the export's own rule. Of a quarantined line that is not known any more; origins are checked.
         let with_token = file.requires_access_token || file.replayed;
-        let response = self.client.open_attachment(&wanted.url, with_token, &wanted.content_type).await?;
+        let response =
+            self.client.open_attachment(&wanted.url, with_token, &wanted.content_type, &|to| self.may_ask(file, to)).await?;
         let said = response.headers().get("content-type").and_then(|text| text.to_str().ok()).unwrap_or_default();
         let is_binary = said.contains("fhir+json") && !wanted.content_type.contains("fhir+json");
         let limit = if is_binary { self.settings.max_size.min(MAX_BINARY) } else { self.settings.max_size };
@@ -322,7 +347,7 @@ impl Gathered {
         write_json(resource, fetched, &mut self.bytes)?;
         let new = from..self.bytes.len();
         self.bytes.push(b'\n');
-        let row = ParsedRow { root: 0, line: came, key: row.key };
+        let row = ParsedRow { root: 0, line: came, key: row.key, added: new.len().saturating_sub(line.len()) };
         match self.by_type.iter_mut().find(|(known, _)| known == name) {
             Some((_, rows)) => rows.push((row, new)),
             None => self.by_type.push((name.clone(), vec![(row, new)])),

@@ -4,6 +4,7 @@
 
 use std::io::{ErrorKind as IoErrorKind, Read};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -55,6 +56,9 @@ pub struct Download {
     pub stop: Stop,
 }
 
+/// Pause before a file that broke off is asked for again; doubled with each try that gets no further.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
 /// How much of a line that is too long is kept for the quarantine.
 const KEPT_OF_OVERSIZED: usize = 64 * 1024;
 
@@ -104,7 +108,7 @@ impl Download {
     /// passed over then, once it has proved to be the same. Its lines.
     fn file(&self, handle: &Handle, file: &Arc<ExportFile>) -> Result<u64, Broken> {
         let mut lines = Lines::new(self, handle, file.clone());
-        let mut reading = Reading { url: file.url.clone(), renewed: false, validator: None, so_far: None };
+        let mut reading = Reading { url: file.url.clone(), renewed: false, validator: None, so_far: None, reached: 0 };
         let mut tried = 0;
         loop {
             // However many workers there are, the server may be able to serve fewer.
@@ -122,9 +126,15 @@ impl Download {
                     }
                     return Ok(lines.lines);
                 }
-                Err(Broken::Again(error)) if tried + 1 < self.tries => {
-                    tried += 1;
+                Err(Broken::Again(error)) if tried + 1 < self.tries || reading.got_on(lines.read) => {
+                    // What got on may go on for as long as it does: some proxies end each connection after a time.
+                    tried = if reading.got_on(lines.read) { 0 } else { tried + 1 };
+                    reading.reached = reading.reached.max(lines.read);
                     let from = reading.so_far.as_ref().map_or(0, |so_far| so_far.resume.from);
+                    let pause = FIRST_PAUSE * (1 << tried.min(6));
+                    if handle.block_on(self.stop.or(tokio::time::sleep(pause))).is_none() {
+                        return Err(Broken::Stopped);
+                    }
                     tracing::warn!(%error, tried, from, "the file broke off; reading on");
                     self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
                     if let Origin::Server(client, _) = &self.origin {
@@ -194,11 +204,15 @@ impl Download {
     ) -> Result<(Body, String, Option<Option<HeaderValue>>), Broken> {
         match &self.origin {
             Origin::Server(client, links) => {
-                let resume = reading.so_far.as_ref().map(|so_far| so_far.resume.clone());
+                let mut resume = reading.so_far.as_ref().map(|so_far| so_far.resume.clone());
                 let response = loop {
                     match client.open_file(&reading.url, file.requires_access_token, resume.as_ref()).await {
                         Ok(response) => break response,
                         Err(error) if error.kind() == ErrorKind::Interrupted => return Err(Broken::Stopped),
+                        // There is nothing after what we have, or the file is another: read again, it shows.
+                        Err(error) if error.status() == Some(416) && resume.is_some() => {
+                            (resume, reading.so_far) = (None, None);
+                        }
                         // F7: a link may end before its file is read; the manifest has newer ones, once.
                         Err(error) if !reading.renewed && link_may_have_ended(&error) => {
                             reading.renewed = true;
@@ -259,6 +273,15 @@ struct Reading {
     renewed: bool,
     validator: Option<HeaderValue>,
     so_far: Option<SoFar>,
+    /// Bytes that an earlier try had reached.
+    reached: u64,
+}
+
+impl Reading {
+    /// Whether the last try got further than those before it.
+    fn got_on(&self, read: u64) -> bool {
+        read > self.reached
+    }
 }
 
 /// What there is of a file that broke off and can be gone on with.

@@ -202,6 +202,7 @@ impl Encode {
                                 }
                             }
                             batch.encoder.push(document.value(row.root), &rows.bytes[row.line.clone()]);
+                            batch.encoder.weigh(row.added);
                             batch.keys.push(row.key);
                         }
                         let due = self.shared.put_back(resource_type, batch, parsed.len() as u64);

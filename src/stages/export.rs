@@ -34,7 +34,8 @@ pub struct Accepted {
     pub status: Url,
     /// Whether a poll's own status and the export's are apart.
     pub separate: bool,
-    /// `transactionTime` of each type's table for this scope: a type whose table has the export's own was merged whole.
+    /// `transactionTime` of each type's table for this scope: a type whose table has the export's own, or a newer one's, was
+    /// merged whole.
     pub tables: BTreeMap<ResourceType, i64>,
     /// Types whose files hold rows of other types: merged or not, they are read again.
     pub mixed: Vec<ResourceType>,
@@ -251,6 +252,7 @@ impl ServerExport {
         let began = tokio::time::Instant::now();
         let mut pause = settings.min_pause;
         let mut troubled: Option<tokio::time::Instant> = None;
+        let (mut missing, mut absences) = (None, 0);
         loop {
             let (wait, least) = match self.client.poll(url, accepted.separate).await? {
                 Poll::Done(manifest) => {
@@ -283,7 +285,24 @@ impl ServerExport {
                     // Too often: not at once again, whatever it says.
                     (wait, if throttled { settings.min_pause } else { Duration::ZERO })
                 }
-                Poll::Gone(error) => return Err(Ended::Gone(error)),
+                Poll::Failed(error) => {
+                    // It will not be another the next time: the next run asks anew.
+                    self.client.delete_export(&accepted.status).await;
+                    (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
+                    let hint = "the server gave the export up; run again: it is asked for anew";
+                    return Err(error.with_hint(hint).into());
+                }
+                Poll::Gone { error, surely } => {
+                    // A gateway may not find its server for a while, and some servers answer so before they know the job.
+                    let since = *missing.get_or_insert_with(tokio::time::Instant::now);
+                    absences += 1;
+                    let long = since.elapsed() > settings.retry_for;
+                    if long || (surely && absences >= ABSENCES) {
+                        return Err(Ended::Gone(error));
+                    }
+                    tracing::warn!(%error, "the server does not find the export; asking again");
+                    (None, Duration::ZERO)
+                }
             };
             let wait = wait.unwrap_or(pause).max(least).clamp(Duration::from_millis(50), settings.max_pause);
             pause = (pause * 2).min(settings.max_pause);
@@ -318,10 +337,10 @@ impl ServerExport {
                 passed.time = Some(manifest.transaction_time);
                 (self.remember)(&ExportNote::Complete { status: &accepted.status, transaction_time: manifest.transaction_time })?;
                 let time = self.until.map_or(manifest.transaction_time, |until| manifest.transaction_time.min(until));
-                let merged = accepted.tables.iter().filter(|(_, table)| **table == time).map(|(name, _)| name.clone());
+                let merged = accepted.tables.iter().filter(|(_, table)| **table >= time).map(|(name, _)| name.clone());
                 passed.merged = merged.collect();
                 if !passed.merged.is_empty() {
-                    tracing::info!(types = %passed.merged.join(", "), "merged out of this export by an earlier run; left alone");
+                    tracing::info!(types = %passed.merged.join(", "), "merged out of this export, or a newer one, by an earlier run; left alone");
                 }
             }
             // Only what every page covers is surely here.
@@ -381,6 +400,9 @@ impl ServerExport {
 /// Index of the first file that a manifest lists: those below are lines out of quarantine, a file for each type. It is always
 /// the same, so that a file's rows keep their order of arrival from run to run.
 pub const FIRST_INDEX: u32 = 256;
+
+/// Polls in a row to which the server says that it has no such export before that is believed.
+const ABSENCES: usize = 3;
 
 /// Pages of a manifest; each may have any number of files.
 const MAX_PAGES: usize = 100_000;

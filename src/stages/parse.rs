@@ -212,7 +212,7 @@ impl Work<'_> {
                 if replayed {
                     self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
                 }
-                let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key } };
+                let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key }, added: 0 };
                 match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
                     Some((_, rows)) => rows.push(row),
                     None => self.by_type.push((resource_type.clone(), vec![row])),

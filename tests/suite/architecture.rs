@@ -35,7 +35,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("schema", &["error", "schema", "tape"]),
     ("messages", &["error", "flow", "schema", "tape"]),
     ("private", &["error"]),
-    ("staged", &["error", "messages", "private"]),
+    ("staged", &["error", "fhir", "messages", "private"]),
     ("delta", &["delta", "error", "flow", "messages", "private", "schema", "staged"]),
     ("fhir", &["error", "fhir", "flow", "schema", "telemetry"]),
     ("state", &["error", "messages", "private", "staged", "state"]),

@@ -171,6 +171,34 @@ async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
     assert!(err.contains("stopping: waiting for what is under way"), "{err}");
 }
 
+// Breaks if a program cannot read how a run ended: one document on stdout, whatever came of it.
+#[test]
+fn the_report_as_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::create_dir(path("in")).unwrap();
+    std::fs::write(path("in/Patient.ndjson"), "{\"resourceType\":\"Patient\",\"id\":\"a\"}\n{broken\n").unwrap();
+    let yaml = format!("version: 1\nname: x\nsource: {{ url: \"file://{}\" }}\ntables: {}\n", path("in"), path("lake"));
+    std::fs::write(path("x.yaml"), yaml).unwrap();
+    let json = |more: &[&str]| {
+        let mut arguments = vec!["--log", "off", "run", "--json"];
+        let file = path("x.yaml");
+        arguments.extend(more);
+        arguments.push(&file);
+        let output = fhirlake(&arguments);
+        (serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap(), output.status.code(), text(&output.stderr))
+    };
+    let (report, code, err) = json(&[]);
+    assert_eq!((&report["succeeded"], &report["types"]["Patient"]["inserted"], code), (&true.into(), &1.into(), Some(0)));
+    assert!(err.is_empty(), "{err}");
+    let (report, code, _) = json(&["--set", "stages.parse.max_bad_lines=0"]);
+    assert_eq!((&report["succeeded"], code), (&false.into(), Some(10)));
+    assert!(report["types"]["Patient"]["error"].as_str().unwrap().contains("bad lines"), "{report}");
+    std::fs::remove_dir_all(path("in")).unwrap();
+    let (report, code, _) = json(&[]);
+    assert_eq!((&report["error"]["kind"], &report["error"]["exit_code"], code), (&"config".into(), &2.into(), Some(2)));
+}
+
 // What a run could not read or hold must be found by who reads its last lines.
 #[test]
 fn a_run_says_where_quarantine_and_report_are() {

@@ -185,7 +185,8 @@ async fn what_was_staged_and_is_damaged_is_downloaded_again() {
     server.set_faults(Faults::default());
     let report = lake.run(&source(&server), "").await.unwrap();
     assert!(report.types["Claim"].error.as_ref().is_some_and(|error| error.contains("is not what was written")), "{report:#?}");
-    assert!(lake.run(&source(&server), "").await.unwrap().succeeded);
+    let report = lake.run(&source(&server), "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
     assert_is(&lake, &server.population(), &TYPES).await;
     nothing_left_over(&lake).await;
 }
@@ -332,4 +333,29 @@ async fn staged_strays_that_are_damaged_come_again() {
     for name in ["Patient", "Claim"] {
         assert_eq!(lake.versions(name).await, model(&server.population(), name));
     }
+}
+
+// Breaks if a type that fails again and again keeps the others from what changed since, lets exports pile up at the server, or
+// lets the run count as complete.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_type_that_keeps_failing_does_not_hold_the_others_back() {
+    let (server, lake) = (server(Faults { missing_type: Some("Claim".into()), ..Faults::default() }).await, lake());
+    for round in 0..6 {
+        let report = lake.run(&source(&server), "").await.unwrap();
+        assert!(!report.succeeded && report.types["Claim"].error.is_some());
+        for name in ["Patient", "Immunization"] {
+            assert_eq!(lake.versions(name).await, model(&server.population(), name), "{name}, round {round}: {report:#?}");
+        }
+        let exports: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(lake.state().join("exports.json")).unwrap()).unwrap();
+        let in_flight = exports["in_flight"].as_array().unwrap();
+        assert!(in_flight.len() <= 1, "round {round}: {in_flight:#?}");
+        let state: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(lake.state().join("state.json")).unwrap_or(b"{}".to_vec())).unwrap();
+        assert!(state["last_completed"].is_null(), "{state}");
+        server.step(300, 10, 1);
+    }
+    server.set_faults(Faults::default());
+    assert!(lake.run(&source(&server), "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &TYPES).await;
 }

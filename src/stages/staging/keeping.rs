@@ -128,7 +128,13 @@ impl Staging {
         if nothing {
             return Ok(WrittenDown::Nothing);
         }
-        tracing::info!(files = held, parquet_files, "what is staged is written down");
+        if parquet_files > 0 {
+            tracing::info!(
+                files = held,
+                parquet_files,
+                "staged rows are written down: should the run end, the next goes on from here"
+            );
+        }
         Ok(WrittenDown::Done)
     }
 
