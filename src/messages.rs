@@ -26,6 +26,11 @@ pub fn instant_text(micros: i64) -> String {
         .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
 }
 
+/// The watermark that an export of this `transactionTime` gives: what changed after `_until` was not asked for.
+pub fn watermark_of(transaction_time: i64, until: Option<i64>) -> i64 {
+    until.map_or(transaction_time, |until| transaction_time.min(until))
+}
+
 /// How many of a number of lines or rows something may happen to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum AtMost {

@@ -69,9 +69,14 @@ pub struct StagedWork {
 }
 
 /// What this program writes into [`StagedWork::created_by`].
-pub const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
+const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
 
 impl StagedWork {
+    /// Nothing, staged by this program.
+    pub fn nothing() -> Self {
+        Self { created_by: CREATED_BY.to_owned(), ..Self::default() }
+    }
+
     /// An index that no file has, and none after it.
     pub fn next_index(&self) -> u32 {
         self.listed.iter().map(|file| file.index + 1).max().unwrap_or(0)

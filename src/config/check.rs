@@ -233,8 +233,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         );
     }
     for (index, origin) in source.token_origins.iter().enumerate() {
-        let is_origin = url::Url::parse(origin).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.path() == "/");
-        if !is_origin {
+        if !is_origin(origin) {
             add(&format!("source.token_origins.{index}"), "not an origin such as https://files.example.org", None);
         }
     }
@@ -247,9 +246,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             );
         }
         for (index, origin) in attachments.origins.iter().enumerate().filter(|(_, origin)| *origin != "any") {
-            let is_origin =
-                url::Url::parse(origin).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.path() == "/");
-            if !is_origin {
+            if !is_origin(origin) {
                 add(
                     &format!("stages.attachments.origins.{index}"),
                     "neither `any` nor an origin such as https://files.example.org",
@@ -322,6 +319,11 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     if file.name.contains(['/', '\\', '\0']) || file.name.starts_with('.') {
         add("name", "a name with slashes, or beginning with a dot", Some("it names a folder"));
     }
+}
+
+/// `https://files.example.org`
+fn is_origin(text: &str) -> bool {
+    url::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.path() == "/")
 }
 
 #[cfg(test)]

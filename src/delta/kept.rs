@@ -142,19 +142,7 @@ fn damaged(path: &Path) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::messages::{Arrival, RowKey, key_of};
-
-    fn record(number: u32) -> KeyAt {
-        let key = RowKey {
-            key: key_of(&number.to_le_bytes()),
-            last_updated: i64::from(number) - 7,
-            version: RowKey::ABSENT,
-            arrival: Arrival::new(number % 3, u64::from(number)),
-            subsetted: number.is_multiple_of(2),
-            replayed: false,
-        };
-        KeyAt::new(key, 0, number)
-    }
+    use crate::delta::spill::tests::record;
 
     // Breaks if what is kept comes back otherwise, if rows that come again count, or if a file that was cut or changed is taken
     // for whole.

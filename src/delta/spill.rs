@@ -300,16 +300,17 @@ impl<T: Record> Spill<T> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::messages::key_of;
 
-    fn record(number: u32) -> KeyAt {
+    /// A record that is like no other number's, of one of three files of the export.
+    pub fn record(number: u32) -> KeyAt {
         let key = RowKey {
             key: key_of(&number.to_le_bytes()),
             last_updated: i64::from(number) - 7,
             version: RowKey::ABSENT,
-            arrival: Arrival::new(3, u64::from(number)),
+            arrival: Arrival::new(number % 3, u64::from(number)),
             subsetted: number.is_multiple_of(2),
             replayed: number.is_multiple_of(3),
         };

@@ -54,6 +54,11 @@ impl Crew {
         Self { workers: JoinSet::new(), at_work: Arc::default(), first: Arc::default(), stop }
     }
 
+    /// What a worker that fails pulls.
+    pub fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
     /// Starts a worker on the reactor: one that waits for sockets, files and edges.
     pub fn spawn(&mut self, name: &'static str, work: impl Future<Output = Result<()>> + Send + 'static) {
         let finish = self.register(name);

@@ -13,7 +13,7 @@ use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{Client, ExportRequest};
 use crate::flow::{Board, Stop};
-use crate::messages::ResourceType;
+use crate::messages::{ResourceType, watermark_of};
 use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
 use crate::state::{InFlight, NotBefore, StateFolder};
 
@@ -31,9 +31,14 @@ fn asked(request: &ExportRequest) -> String {
     format!("{:?}|{}|{}{}", request.level, types.join(","), until, request.options.scope())
 }
 
+/// Whether too many runs ended without all of an export.
+fn is_given_up(export: &InFlight) -> bool {
+    export.failures >= MAX_FAILURES
+}
+
 /// Whether a run of `scope` may go on with an export.
 pub(super) fn can_be_resumed(export: &InFlight, scope: &str) -> bool {
-    export.scope == scope && export.failures < MAX_FAILURES
+    export.scope == scope && !is_given_up(export)
 }
 
 /// What a run asks for, and goes on with.
@@ -60,8 +65,8 @@ pub(super) fn resume(
     for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
-        if asked(&request) != export.asked || export.failures >= MAX_FAILURES || (full_refresh && export.since.is_some()) {
-            let why = match export.failures >= MAX_FAILURES {
+        if asked(&request) != export.asked || is_given_up(&export) || (full_refresh && export.since.is_some()) {
+            let why = match is_given_up(&export) {
                 true => "too many runs failed with it",
                 false => "it was asked for otherwise",
             };
@@ -187,37 +192,34 @@ pub(super) async fn merged(state: &StateFolder, scope: &str, kickoffs: &[Kickoff
     give_back(state, &done, client, delete).await
 }
 
-/// Some types failed: exports of which none did may be given back all the same, and those that were given up and asked for
-/// anew.
+/// Some types failed: exports of which none did may be given back all the same, and those that were given up.
 pub(super) async fn merged_in_part(
     state: &StateFolder,
     (scope, kickoffs, tables): (&str, &[Kickoff], &Tables),
-    until: impl Fn(i64) -> i64,
+    until: Option<i64>,
     client: &Client,
     delete: bool,
 ) -> Result<()> {
     let mut done = Vec::new();
     for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
-        let given_up = export.failures >= MAX_FAILURES && is_covered(&export, scope, kickoffs);
-        let goes_on = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
-        let is_used = goes_on.into_iter().any(|accepted| accepted.status.as_str() == export.status);
-        let mut merged = export.transaction_time.is_some() && !export.types.is_empty();
-        for name in export.types.iter().filter(|_| !given_up) {
-            let table = match tables.open(&name.as_str().into()).await {
-                Ok(table) if merged => table,
-                _ => {
-                    merged = false;
-                    continue;
-                }
-            };
-            let time = export.transaction_time.map(&until);
-            merged = table.transaction(scope).await.is_ok_and(|table| table >= time);
-        }
-        if merged || (given_up && !is_used) {
+        let given_up = is_given_up(&export) && is_covered(&export, scope, kickoffs);
+        if given_up || is_merged(&export, tables, until).await {
             done.push(export);
         }
     }
     give_back(state, &done, client, delete).await
+}
+
+/// Whether the tables of all types that an export was asked for are as new as it, by their own watermarks.
+async fn is_merged(export: &InFlight, tables: &Tables, until: Option<i64>) -> bool {
+    let Some(time) = export.transaction_time.filter(|_| !export.types.is_empty()) else { return false };
+    for name in &export.types {
+        let Ok(table) = tables.open(&name.as_str().into()).await else { return false };
+        if !table.transaction(&export.scope).await.is_ok_and(|own| own >= Some(watermark_of(time, until))) {
+            return false;
+        }
+    }
+    true
 }
 
 async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, delete: bool) -> Result<()> {

@@ -6,6 +6,7 @@
 //!     └─────────────────┴──────────────┴──── facts: pages, ends, counts ──────▲
 //! ```
 
+mod attachments;
 mod in_flight;
 mod inspect;
 mod maintain;
@@ -24,12 +25,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::Semaphore;
 use tracing::Instrument;
 use url::Url;
 
 use self::staged::TakenUp;
-use crate::config::{AttachmentsSection, MaxBad, Mode, Plan, SourcePlan};
+use crate::config::{MaxBad, Mode, Plan, SourcePlan};
 use crate::delta::{Absent, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Auth, Client, Links};
@@ -37,9 +37,7 @@ use crate::flow::{Board, Crew, EdgeGauge, Sender, Stop, edge};
 use crate::messages::{
     AtMost, BadLineSink, Chunk, ExportFile, FileKind, FilePlace, FlushRequests, MergeInput, Rows, instant_text,
 };
-use crate::private::private_dir;
 use crate::staged::StagedWork;
-use crate::stages::attach::{ATTACHMENTS_FOLDER, Attach, AttachSettings};
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, ServerExport};
@@ -182,32 +180,11 @@ async fn once(
     let (merge_in, merge_out, merge_gauge) = edge::<MergeInput>("encode->merge", 1024, memory.batches);
     let mut gauges = vec![files_gauge, chunks_gauge, rows_gauge];
     let mut crew = Crew::new(stop.clone());
-    if let Some((settings, client)) = attachments {
+    if let Some((section, client)) = attachments {
         let (attached_in, attached_out, gauge) = edge::<Rows>("attach->encode", 256, rows_bytes);
         gauges.push(gauge);
-        let places = Arc::new(Semaphore::new(settings.concurrency.max(1)));
-        let workers = settings.concurrency.max(1);
-        let settings = Arc::new(attach_settings(settings, plan));
-        if let Some(folder) = prepared.tables.local() {
-            private_dir(&folder.join(ATTACHMENTS_FOLDER))?;
-        }
-        let (store, failures, said) = (prepared.tables.store()?, Arc::default(), Arc::default());
         let rows = std::mem::replace(&mut rows_out, attached_out);
-        for _ in 0..workers {
-            let worker = Attach {
-                rows: rows.clone(),
-                attached: attached_in.clone(),
-                client: client.clone(),
-                store: store.clone(),
-                settings: settings.clone(),
-                places: places.clone(),
-                failures: Arc::clone(&failures),
-                said: Arc::clone(&said),
-                board: watch.board.clone(),
-                stop: stop.clone(),
-            };
-            crew.spawn("attach", async move { worker.run().await }.in_current_span());
-        }
+        attachments::spawn(&mut crew, section, &prepared, client, (rows, attached_in), &watch.board)?;
     }
     gauges.push(merge_gauge);
     *locked(&watch.edges) = gauges;
@@ -221,6 +198,7 @@ async fn once(
     }
     let links = Links::default();
     let lost = Arc::new(AtomicBool::new(false));
+    let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone());
     let (origin, exports) = match (&plan.source, client.clone()) {
         _ if options.replay_only => {
             drop(files_in);
@@ -236,7 +214,7 @@ async fn once(
                 first_index: taken_up.first_index,
                 files: files_in,
                 merge: merge_in.clone(),
-                remember: in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone()),
+                remember: remember.clone(),
                 heard: Arc::new(move |text| *locked(&words) = Some(text.to_owned())),
                 links: links.clone(),
                 board: watch.board.clone(),
@@ -312,7 +290,6 @@ async fn once(
         layout: plan.layout.clone(),
         keep: taken_up.keep,
     };
-    let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone());
     let merge = Merge {
         input: merge_out,
         staging: Staging::new(staging, prepared.tables.clone(), prepared.opened, taken_up.earlier),
@@ -371,8 +348,7 @@ async fn once(
         in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started)?;
         if let Some(client) = &client {
             let what = (prepared.app_id.as_str(), prepared.kickoffs.as_slice(), &prepared.tables);
-            let until = |time: i64| prepared.until.map_or(time, |until| time.min(until));
-            in_flight::merged_in_part(&state, what, until, client, plan.delete_export).await?;
+            in_flight::merged_in_part(&state, what, prepared.until, client, plan.delete_export).await?;
         }
     }
     if report.succeeded {
@@ -458,19 +434,6 @@ async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&StagedWork
         "the last run was cut off; what it staged and had not written down was removed"
     );
     if left { Ok(()) } else { journal.clear() }
-}
-
-fn attach_settings(section: &AttachmentsSection, plan: &Plan) -> AttachSettings {
-    let any = section.origins.iter().any(|origin| origin == "any");
-    let origins = section.origins.iter().filter_map(|origin| Some(Url::parse(origin).ok()?.origin())).collect();
-    AttachSettings {
-        inline_up_to: section.inline_up_to.0,
-        max_size: section.max_size.0,
-        types: section.types.iter().map(|name| name.as_str().into()).collect(),
-        content_types: section.content_types.iter().map(|text| text.to_ascii_lowercase()).collect(),
-        origins: (!any).then_some(origins),
-        chunk_bytes: plan.chunk_bytes,
-    }
 }
 
 fn absent(plan: &Plan) -> Absent {

@@ -35,10 +35,6 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// The watermark that an export of this `transactionTime` gives.
-    pub(super) fn until(&self, transaction_time: i64) -> i64 {
-        self.until.map_or(transaction_time, |until| transaction_time.min(until))
-    }
     /// The exports that will be asked for.
     pub fn kickoffs(&self) -> &[Kickoff] {
         &self.kickoffs

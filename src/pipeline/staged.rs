@@ -7,7 +7,7 @@ use super::in_flight;
 use super::prepare::Prepared;
 use crate::delta::Fate;
 use crate::error::{Error, Result};
-use crate::messages::ResourceType;
+use crate::messages::{ResourceType, watermark_of};
 use crate::staged::{ListedFile, StagedFolder, StagedParquet, StagedWork};
 use crate::stages::merge::{Earlier, Keep, columns_of};
 use crate::state::StateFolder;
@@ -45,8 +45,7 @@ pub(super) async fn take_up(state: &StateFolder, staged: Option<StagedWork>, pre
     for accepted in accepted {
         let export = exports.iter().find(|export| export.status == accepted.status.as_str());
         if let Some(time) = export.and_then(|export| export.transaction_time) {
-            let time = prepared.until(time);
-            merged.extend(accepted.tables.iter().filter(|(_, table)| **table >= time).map(|(name, _)| name.clone()));
+            merged.extend(accepted.merged(watermark_of(time, prepared.until)).cloned());
         }
     }
     look_through(&folder, &mut ours, &merged, prepared).await;
@@ -62,16 +61,12 @@ pub(super) async fn take_up(state: &StateFolder, staged: Option<StagedWork>, pre
 
 /// Leaves in `work` what waits to be merged, and what is in the tables already. What can be neither is to be downloaded again.
 async fn look_through(folder: &StagedFolder, work: &mut StagedWork, merged: &HashSet<ResourceType>, prepared: &Prepared) {
-    let mut by_type: BTreeMap<ResourceType, Vec<StagedParquet>> = BTreeMap::new();
-    for file in std::mem::take(&mut work.files) {
-        by_type.entry(file.resource_type.clone()).or_default().push(file);
-    }
     // Without a watermark, which rows of a table are of this export is not known to what deletes rows: they come again.
     let (in_tables, mut lost): (Vec<_>, Vec<_>) =
         std::mem::take(&mut work.in_tables).into_iter().partition(|file| merged.contains(&file.resource_type));
     work.in_tables = in_tables;
     let mut useless = Vec::new();
-    for (name, files) in by_type {
+    for (name, files) in by_type(std::mem::take(&mut work.files)) {
         let found = async {
             let table = match prepared.opened.get(&name) {
                 Some(table) => table.clone(),
@@ -112,13 +107,21 @@ async fn look_through(folder: &StagedFolder, work: &mut StagedWork, merged: &Has
     discard(useless, prepared).await;
 }
 
+fn by_type(files: Vec<StagedParquet>) -> BTreeMap<ResourceType, Vec<StagedParquet>> {
+    let mut by_type: BTreeMap<ResourceType, Vec<StagedParquet>> = BTreeMap::new();
+    for file in files {
+        by_type.entry(file.resource_type.clone()).or_default().push(file);
+    }
+    by_type
+}
+
 /// Removes staged files that nothing needs any more; those that a table names stay.
 async fn discard(files: Vec<StagedParquet>, prepared: &Prepared) {
-    for file in files {
-        let Ok(table) = prepared.tables.open(&file.resource_type).await else { continue };
-        if table.fates(std::slice::from_ref(&file)).await.is_ok_and(|fates| fates == [Fate::Waits]) {
-            table.discard_staged([file.path.as_str()]).await;
-            table.remove_empty_folder();
-        }
+    for (name, files) in by_type(files) {
+        let Ok(table) = prepared.tables.open(&name).await else { continue };
+        let Ok(fates) = table.fates(&files).await else { continue };
+        let waiting = files.iter().zip(fates).filter(|(_, fate)| *fate == Fate::Waits);
+        table.discard_staged(waiting.map(|(file, _)| file.path.as_str())).await;
+        table.remove_empty_folder();
     }
 }

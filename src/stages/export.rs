@@ -9,7 +9,7 @@ use url::Url;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{Client, ExportRequest, KickOff, Links, Manifest, ManifestFile, Poll};
 use crate::flow::{Board, Sender, Stop};
-use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType};
+use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType, watermark_of};
 use crate::schema::Model;
 use crate::staged::{ListedFile, said_of};
 use crate::telemetry;
@@ -46,6 +46,11 @@ pub struct Accepted {
 impl Accepted {
     fn new(status: Url, separate: bool) -> Self {
         Self { status, separate, tables: BTreeMap::new(), mixed: Vec::new(), staged: Arc::default() }
+    }
+
+    /// Types that were merged whole out of the export, whose watermark this is, or a newer one.
+    pub fn merged(&self, watermark: i64) -> impl Iterator<Item = &ResourceType> {
+        self.tables.iter().filter(move |(_, table)| **table >= watermark).map(|(name, _)| name)
     }
 }
 
@@ -219,7 +224,7 @@ impl ServerExport {
                 "the export is empty, though everything was asked for: check that the group or the types exist"
             );
         }
-        let time = passed.time.map(|time| self.until.map_or(time, |until| time.min(until)));
+        let time = passed.time.map(|time| watermark_of(time, self.until));
         let left = |names: &[ResourceType]| names.iter().filter(|name| !passed.merged.contains(name)).cloned().collect();
         let end = ExportEnd {
             export,
@@ -336,9 +341,7 @@ impl ServerExport {
             None => {
                 passed.time = Some(manifest.transaction_time);
                 (self.remember)(&ExportNote::Complete { status: &accepted.status, transaction_time: manifest.transaction_time })?;
-                let time = self.until.map_or(manifest.transaction_time, |until| manifest.transaction_time.min(until));
-                let merged = accepted.tables.iter().filter(|(_, table)| **table >= time).map(|(name, _)| name.clone());
-                passed.merged = merged.collect();
+                passed.merged = accepted.merged(watermark_of(manifest.transaction_time, self.until)).cloned().collect();
                 if !passed.merged.is_empty() {
                     tracing::info!(types = %passed.merged.join(", "), "merged out of this export, or a newer one, by an earlier run; left alone");
                 }

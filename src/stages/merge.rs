@@ -155,7 +155,7 @@ impl Merge {
             return;
         }
         // Deletions may concern types that no file names.
-        for (name, _) in self.staging.types().filter(|(_, has_deletions)| *has_deletions) {
+        for name in self.staging.with_deletions() {
             self.ledger.staged(name, 0);
         }
         for name in self.ledger.types() {

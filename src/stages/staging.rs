@@ -5,6 +5,7 @@ mod keeping;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use object_store::path::Path;
@@ -162,9 +163,9 @@ impl Staging {
         self.types.entry(name.clone()).or_default()
     }
 
-    /// The types that something came of.
-    pub(super) fn types(&self) -> impl Iterator<Item = (&ResourceType, bool)> {
-        self.types.iter().map(|(name, stage)| (name, stage.deletions.is_some()))
+    /// The types that ids were deleted of.
+    pub(super) fn with_deletions(&self) -> impl Iterator<Item = &ResourceType> {
+        self.types.iter().filter(|(_, stage)| stage.deletions.is_some()).map(|(name, _)| name)
     }
 
     /// The type's table, as it was when the run first looked at it.
@@ -263,8 +264,11 @@ impl Staging {
             let why = format!("{expected} rows were staged, and {there} are there; nothing was merged");
             return Err(Error::new(ErrorKind::State, why).with_hint("run again: what is missing is downloaded again"));
         }
-        let columns = columns_of(name, &self.settings.layout, &table)?;
-        stage.committing.extend(stage.staged.iter().map(|file| file.note(&table, &columns)));
+        // Notes are for what is written down only.
+        if self.settings.keep.is_some() {
+            let columns = columns_of(name, &self.settings.layout, &table)?;
+            stage.committing.extend(stage.staged.iter().map(|file| file.note(&table, &columns)));
+        }
         Ok((std::mem::take(&mut stage.staged), stage.deletions.take()))
     }
 
@@ -272,7 +276,7 @@ impl Staging {
     async fn read_again(&mut self, name: &ResourceType, files: Vec<StagedParquet>, table: &Table, ledger: &Ledger) -> Result<()> {
         let Some(keep) = self.settings.keep.clone().filter(|_| !files.is_empty()) else { return Ok(()) };
         let known: HashSet<u32> = ledger.listed().map(|(file, ..)| file.index).collect();
-        let held: HashSet<u32> = self.held.keys().copied().collect();
+        let held: Arc<HashSet<u32>> = Arc::new(self.held.keys().copied().collect());
         let mut files = files.into_iter();
         while let Some(file) = files.next() {
             // What an export brought that said nothing to this run is used up with the file.

@@ -171,15 +171,22 @@ async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
     assert!(err.contains("stopping: waiting for what is under way"), "{err}");
 }
 
-// Breaks if a program cannot read how a run ended: one document on stdout, whatever came of it.
-#[test]
-fn the_report_as_json() {
+/// A folder `in` of NDJSON, and the pipeline `x.yaml` of it.
+fn one_good_line_and_a_bad_one() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     std::fs::create_dir(path("in")).unwrap();
     std::fs::write(path("in/Patient.ndjson"), "{\"resourceType\":\"Patient\",\"id\":\"a\"}\n{broken\n").unwrap();
     let yaml = format!("version: 1\nname: x\nsource: {{ url: \"file://{}\" }}\ntables: {}\n", path("in"), path("lake"));
     std::fs::write(path("x.yaml"), yaml).unwrap();
+    folder
+}
+
+// Breaks if a program cannot read how a run ended: one document on stdout, whatever came of it.
+#[test]
+fn the_report_as_json() {
+    let folder = one_good_line_and_a_bad_one();
+    let path = |name: &str| folder.path().join(name).display().to_string();
     let json = |more: &[&str]| {
         let mut arguments = vec!["--log", "off", "run", "--json"];
         let file = path("x.yaml");
@@ -202,12 +209,8 @@ fn the_report_as_json() {
 // What a run could not read or hold must be found by who reads its last lines.
 #[test]
 fn a_run_says_where_quarantine_and_report_are() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = one_good_line_and_a_bad_one();
     let path = |name: &str| folder.path().join(name).display().to_string();
-    std::fs::create_dir(path("in")).unwrap();
-    std::fs::write(path("in/Patient.ndjson"), "{\"resourceType\":\"Patient\",\"id\":\"a\"}\n{broken\n").unwrap();
-    let yaml = format!("version: 1\nname: x\nsource: {{ url: \"file://{}\" }}\ntables: {}\n", path("in"), path("lake"));
-    std::fs::write(path("x.yaml"), yaml).unwrap();
     let output = fhirlake(&["--log", "off", "run", &path("x.yaml")]);
     let err = text(&output.stderr);
     assert!(output.status.success(), "{err}");

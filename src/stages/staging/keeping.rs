@@ -10,7 +10,7 @@ use super::{Keep, Staging, columns_of};
 use crate::error::{Error, Result};
 use crate::flow::compute;
 use crate::messages::{ParsedChunk, ResourceType};
-use crate::staged::{CREATED_BY, ListedFile, StagedParquet, StagedWork, said_of};
+use crate::staged::{ListedFile, StagedParquet, StagedWork, said_of};
 
 /// What came of writing down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,10 +119,10 @@ impl Staging {
             }
         }
         let nothing = last && files.is_empty();
-        let mut work = StagedWork { created_by: CREATED_BY.to_owned(), listed, files, in_tables };
-        if nothing {
-            work = StagedWork { created_by: CREATED_BY.to_owned(), ..StagedWork::default() };
-        }
+        let work = match nothing {
+            true => StagedWork::nothing(),
+            false => StagedWork { listed, files, in_tables, ..StagedWork::nothing() },
+        };
         let (held, parquet_files) = (work.held(), work.files.len());
         self.put_list(keep, work)?;
         if nothing {
@@ -192,8 +192,7 @@ impl Staging {
             WrittenDown::Done => {}
             WrittenDown::Nothing => {
                 if let Some(keep) = self.settings.keep.clone() {
-                    let nothing = StagedWork { created_by: CREATED_BY.to_owned(), ..StagedWork::default() };
-                    self.put_list(&keep, nothing).unwrap_or_else(|error| {
+                    self.put_list(&keep, StagedWork::nothing()).unwrap_or_else(|error| {
                         tracing::warn!(%error, "what was written down of staged files stays until the next run");
                     });
                 }

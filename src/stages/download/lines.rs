@@ -1,0 +1,204 @@
+//! Bytes → chunks of whole lines, and bytes that come a second time.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use twox_hash::XxHash3_128;
+
+use super::{Broken, Download};
+use crate::error::{Error, ErrorKind};
+use crate::messages::{Chunk, ExportFile};
+
+/// How much of a line that is too long is kept for the quarantine.
+const KEPT_OF_OVERSIZED: usize = 64 * 1024;
+
+/// A hash of bytes that come in pieces of any size.
+#[derive(Debug, Default)]
+struct RunningHash {
+    blocks: u128,
+    rest: Vec<u8>,
+}
+
+impl RunningHash {
+    const BLOCK: usize = 64 * 1024;
+
+    fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let take = (Self::BLOCK - self.rest.len()).min(bytes.len());
+            self.rest.extend_from_slice(&bytes[..take]);
+            bytes = &bytes[take..];
+            if self.rest.len() == Self::BLOCK {
+                self.blocks = self.with_rest();
+                self.rest.clear();
+            }
+        }
+    }
+
+    fn with_rest(&self) -> u128 {
+        XxHash3_128::oneshot_with_seed(self.blocks as u64 ^ (self.blocks >> 64) as u64, &self.rest)
+    }
+}
+
+/// Cuts bytes into chunks of whole lines and sends them on.
+pub(super) struct Lines<'a> {
+    stage: &'a Download,
+    handle: &'a Handle,
+    file: Arc<ExportFile>,
+    buffer: Vec<u8>,
+    /// How much of the buffer is known to have no line end: a line of 200 MB is not to be searched at every piece of it.
+    searched: usize,
+    /// Lines sent.
+    pub lines: u64,
+    /// Bytes before the buffer.
+    offset: u64,
+    /// Hash of every byte that was passed on, to know it again.
+    passed: RunningHash,
+    /// Bytes that were read before the file broke off, and their hash; and how far they were met again.
+    known: Option<(u64, u128, RunningHash, u64)>,
+    /// Bytes of the file that were read.
+    pub read: u64,
+    /// Length so far of a line that is too long, while it lasts.
+    oversized: Option<u64>,
+    began: bool,
+}
+
+impl<'a> Lines<'a> {
+    pub fn new(stage: &'a Download, handle: &'a Handle, file: Arc<ExportFile>) -> Self {
+        Self {
+            stage,
+            handle,
+            file,
+            buffer: Vec::new(),
+            searched: 0,
+            lines: 0,
+            offset: 0,
+            passed: RunningHash::default(),
+            known: None,
+            read: 0,
+            oversized: None,
+            began: false,
+        }
+    }
+
+    /// The file is read from its start again, or for the first time.
+    pub fn again(&mut self) {
+        if self.read > 0 {
+            self.known = Some((self.read, self.passed.with_rest(), RunningHash::default(), 0));
+        }
+    }
+
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        let mut bytes = bytes;
+        if let Some((length, hash, again, met)) = &mut self.known {
+            let take = usize::try_from(*length - *met).unwrap_or(usize::MAX).min(bytes.len());
+            again.add(&bytes[..take]);
+            *met += take as u64;
+            bytes = &bytes[take..];
+            if *met < *length {
+                return Ok(());
+            }
+            if again.with_rest() != *hash {
+                let error = Error::new(ErrorKind::Server, "the file changed while it was read again; its rows cannot be trusted");
+                return Err(Broken::Never(error));
+            }
+            self.known = None;
+        }
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.passed.add(bytes);
+        self.read += bytes.len() as u64;
+        let chunk_bytes = self.stage.chunk_bytes;
+        while !bytes.is_empty() {
+            if self.oversized.is_some() {
+                bytes = self.skip(bytes)?;
+                continue;
+            }
+            let room = chunk_bytes.saturating_sub(self.buffer.len()).max(64 * 1024).min(bytes.len());
+            self.buffer.extend_from_slice(&bytes[..room]);
+            bytes = &bytes[room..];
+            if !self.began && self.buffer.len() >= 3 {
+                self.began = true;
+                if self.buffer.starts_with(b"\xef\xbb\xbf") {
+                    self.buffer.drain(..3);
+                    self.offset = 3;
+                }
+            }
+            if self.buffer.len() >= chunk_bytes {
+                let end = memchr::memrchr(b'\n', &self.buffer[self.searched..]).map(|at| self.searched + at + 1);
+                self.searched = self.buffer.len() - end.unwrap_or(0);
+                match end {
+                    Some(end) => self.send(end)?,
+                    None if self.buffer.len() > self.stage.max_line => self.begin_oversized(),
+                    None => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the first `end` bytes of the buffer: whole lines. A line within them may be too long by itself.
+    fn send(&mut self, end: usize) -> Result<(), Broken> {
+        let rest = self.buffer.split_off(end);
+        let mut chunk = std::mem::replace(&mut self.buffer, rest);
+        self.buffer.reserve(self.stage.chunk_bytes.saturating_sub(self.buffer.len()));
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let lines = memchr::memchr_iter(b'\n', &chunk).count() as u64 + u64::from(chunk.last() != Some(&b'\n'));
+        let length = chunk.len() as u64;
+        chunk.shrink_to_fit();
+        self.pass_on(Bytes::from(chunk), lines, None)?;
+        self.offset += length;
+        Ok(())
+    }
+
+    fn pass_on(&mut self, bytes: Bytes, lines: u64, oversized: Option<u64>) -> Result<(), Broken> {
+        let chunk = Chunk { file: self.file.clone(), first_line: self.lines + 1, offset: self.offset, bytes, oversized };
+        self.lines += lines;
+        self.handle.block_on(self.stage.chunks.send(chunk)).map_err(|_| Broken::Stopped)
+    }
+
+    fn send_oversized(&mut self, line: &[u8], length: u64) -> Result<(), Broken> {
+        let kept = Bytes::copy_from_slice(&line[..line.len().min(KEPT_OF_OVERSIZED)]);
+        self.pass_on(kept, 1, Some(length))
+    }
+
+    /// The buffer is the beginning of a line that is too long: its beginning is kept, the rest passed over.
+    fn begin_oversized(&mut self) {
+        self.oversized = Some(self.buffer.len() as u64);
+        self.searched = 0;
+        self.buffer.truncate(KEPT_OF_OVERSIZED);
+        self.buffer.shrink_to_fit();
+    }
+
+    fn skip<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], Broken> {
+        let end = memchr::memchr(b'\n', bytes);
+        let length = self.oversized.unwrap_or(0) + end.unwrap_or(bytes.len()) as u64;
+        let Some(end) = end else {
+            self.oversized = Some(length);
+            return Ok(&[]);
+        };
+        self.oversized = None;
+        let kept = std::mem::take(&mut self.buffer);
+        self.send_oversized(&kept, length)?;
+        self.offset += length + 1;
+        Ok(&bytes[end + 1..])
+    }
+
+    /// Sends what is left: the last line may lack its end.
+    pub fn end(&mut self) -> Result<(), Broken> {
+        if let Some((length, _, _, met)) = &self.known
+            && met < length
+        {
+            let error = Error::new(ErrorKind::Server, "the file is shorter than when it was read before");
+            return Err(Broken::Never(error));
+        }
+        if let Some(length) = self.oversized.take() {
+            let kept = std::mem::take(&mut self.buffer);
+            return self.send_oversized(&kept, length);
+        }
+        if self.buffer.is_empty() { Ok(()) } else { self.send(self.buffer.len()) }
+    }
+}
