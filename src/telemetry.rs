@@ -23,10 +23,13 @@ pub const BAD_LINES: &str = "fhirlake.lines.bad";
 pub const EXCLUDED: &str = "fhirlake.lines.excluded";
 /// Requests that were tried again.
 pub const RETRIES: &str = "fhirlake.http.retries";
-/// Attachments, by what came of them: `files`, `inline`, `left` (links that are not to be followed), `failed`.
+/// Attachments, by what came of them: `files`, `inline`, `left` (links that are not to be followed), `failed`, and
+/// `unlike`: of those that were fetched, whose size or hash is not what their resource says.
 pub const ATTACHMENTS: &str = "fhirlake.attachments";
 /// Issues in the export's error files, by severity and code.
 pub const OUTCOME_ISSUES: &str = "fhirlake.export.outcome_issues";
+/// Ways in which the server differs from what the Bulk Data guide asks, by what it is.
+pub const DEVIATIONS: &str = "fhirlake.server.deviations";
 /// Label of what belongs to no type.
 pub const NO_TYPE: &str = "(none)";
 

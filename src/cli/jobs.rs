@@ -34,6 +34,9 @@ enum JobsCommand {
         /// All of them.
         #[arg(long)]
         all: bool,
+        /// Do not tell the server: it may be gone for good.
+        #[arg(long)]
+        forget: bool,
     },
 }
 
@@ -47,6 +50,12 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("not before {time}: {}", until.why))?;
             }
+            for kick_off in &exports.unanswered {
+                let time = kick_off.time.to_rfc3339_opts(SecondsFormat::Secs, true);
+                output.line(&format!(
+                    "no answer came to the kick-off of {time}: the server may hold an export that is not listed here"
+                ))?;
+            }
             if exports.in_flight.is_empty() {
                 return output.line("no export is in flight");
             }
@@ -56,7 +65,11 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             };
             let rows = exports.in_flight.iter().enumerate().map(|(at, export)| {
                 let types = if export.types.is_empty() { "all".to_owned() } else { export.types.join(",") };
-                let manifest = if export.transaction_time.is_some() { "complete" } else { "in progress" };
+                let manifest = match (export.merged, export.transaction_time.is_some()) {
+                    (true, _) => "merged; to be deleted",
+                    (false, true) => "complete",
+                    (false, false) => "in progress",
+                };
                 let files = staged.listed.iter().filter(|file| file.status == export.status);
                 let (files, held) = files.fold((0, 0), |(all, held), file| (all + 1, held + u64::from(file.held.is_some())));
                 // A query may hold a secret.
@@ -76,9 +89,9 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             output
                 .line(&table(&["number", "types", "since", "accepted", "manifest", "staged", "failed runs", "status URL"], &rows))
         }
-        JobsCommand::Cancel { pipeline, numbers, all } => {
+        JobsCommand::Cancel { pipeline, numbers, all, forget } => {
             let plan = plan_of(&pipeline, &[])?;
-            let cancelled = pipeline::cancel_exports(&plan, (!all).then_some(numbers.as_slice())).await?;
+            let cancelled = pipeline::cancel_exports(&plan, (!all).then_some(numbers.as_slice()), forget).await?;
             output.line(&format!("{cancelled} exports cancelled"))
         }
     }

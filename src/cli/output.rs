@@ -221,6 +221,10 @@ pub(super) fn report(report: &RunReport) -> String {
         let issues: Vec<String> = report.outcome_issues.iter().map(|(severity, count)| format!("{count} {severity}")).collect();
         text.push_str(&format!("\nthe server's own remarks on its export: {}", issues.join(", ")));
     }
+    if !report.server_deviations.is_empty() {
+        let met: Vec<String> = report.server_deviations.iter().map(|(what, count)| format!("{what} ({count})")).collect();
+        text.push_str(&format!("\nthe server's ways that differ from the guide: {}", met.join("; ")));
+    }
     if !report.attachments.is_empty() {
         let counts: Vec<String> = report.attachments.iter().map(|(what, count)| format!("{count} {what}")).collect();
         text.push_str(&format!("\nattachments: {}", counts.join(", ")));

@@ -141,6 +141,8 @@ fn with_auth(mut read: Read, client_id: Option<Text>, private_key: Option<String
             token_url: None,
             audience: None,
             bearer_token: None,
+            // The recipe, whose flags these are, takes any URL.
+            plain_http: true,
         }),
         (Some(_), None) => {
             return Err(Error::new(ErrorKind::Config, "a client id without a key: set --auth-private-key or FHIR_PRIVATE_KEY"));

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::file::{MaxBad, Mode, PipelineFile, pipeline_json_schema};
 use super::profiles;
-use super::source::{LevelName, MethodName};
+use super::source::{LevelName, MethodName, TOO_OPEN};
 use super::tree::{Place, Tree, check};
 use crate::error::{Error, ErrorKind};
 
@@ -176,6 +176,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             Ok(parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
                 add("source.url", "no user and password in a URL: it would be logged", Some("use source.auth"));
             }
+            Ok(parsed) if source.is_too_open(&parsed) => add("source.url", TOO_OPEN.0, Some(TOO_OPEN.1)),
             Ok(_) => {}
         }
     }

@@ -7,7 +7,7 @@ use url::Url;
 
 use super::check::{Problem, Read};
 use super::file::{AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
-use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection};
+use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, TOO_OPEN};
 use super::values::{Instant, Text};
 use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
 use crate::schema::{Columns, LayoutOptions};
@@ -245,6 +245,7 @@ impl Plan {
                     Some("use source.auth"),
                 )]);
             }
+            Ok(url) if source.is_too_open(&url) => return Err(vec![read.problem("source.url", TOO_OPEN.0, Some(TOO_OPEN.1))]),
             Ok(url) => url,
             Err(_) => return Err(vec![read.problem("source.url", "not a URL", None)]),
         };
@@ -269,6 +270,7 @@ impl Plan {
                 max_pause: file.source.max_poll_interval.0,
                 max_kick_off_wait: file.source.max_kick_off_wait.0,
                 headers,
+                retry_status: file.source.retry_status.clone(),
                 token_origins: file.source.token_origins.iter().filter_map(|url| Some(Url::parse(url).ok()?.origin())).collect(),
                 downloads: file.stages.download.concurrency,
                 ..HttpSettings::default()

@@ -91,6 +91,9 @@ pub struct SourceSection {
     /// How long a request that fails for a passing reason is tried again.
     #[serde(default = "defaults::retry_for")]
     pub retry_for: Span,
+    /// Statuses of polls and files that pass by themselves with this server, beside 408, 425, 429, 500, 502, 503 and 504.
+    #[serde(default)]
+    pub retry_status: Vec<u16>,
     /// Longest pause between polls, and longest that a server may ask for.
     #[serde(default = "defaults::max_poll_interval")]
     pub max_poll_interval: Span,
@@ -226,7 +229,27 @@ pub struct AuthSection {
     /// A token that never changes, instead of a client id and key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bearer_token: Option<Text>,
+    /// Lets the token go to another machine by http, where everybody on the way can read it and the data.
+    #[serde(default)]
+    pub plain_http: bool,
 }
+
+impl SourceSection {
+    /// Whether a token would go unencrypted to another machine (T1) though nothing allows it.
+    pub(super) fn is_too_open(&self, url: &url::Url) -> bool {
+        let is_here = match url.host() {
+            Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Some(url::Host::Ipv4(address)) => address.is_loopback(),
+            Some(url::Host::Ipv6(address)) => address.is_loopback(),
+            None => true,
+        };
+        url.scheme() == "http" && !is_here && self.auth.as_ref().is_some_and(|auth| !auth.plain_http)
+    }
+}
+
+/// What is said of such a URL, and what may help.
+pub(super) const TOO_OPEN: (&str, &str) =
+    ("the token and the data would go by http, for everybody on the way to read", "https, or source.auth.plain_http: true");
 
 /// Where a client's secret goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

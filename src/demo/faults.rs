@@ -20,6 +20,16 @@ pub struct Faults {
     pub polls_throttled: usize,
     /// Polls that fail with 502 and a page of HTML.
     pub polls_bad_gateway: usize,
+    /// Polls that are answered 404 with an OperationOutcome, though the export is there.
+    pub polls_missing: usize,
+    /// Kick-offs that make an export, and whose connection is then closed without an answer.
+    pub kickoffs_lost: usize,
+    /// Requests to delete an export that are answered 503.
+    pub deletes_refused: usize,
+    /// Whether each page of a manifest lists its files in the reverse of the last one's order.
+    pub reordered: bool,
+    /// Groups that there are, where not every name is one: of others the export is empty.
+    pub groups: Option<Vec<String>>,
     /// The export itself fails: 500 with an OperationOutcome of code `processing`.
     pub export_fails: bool,
     /// Whether `Prefer: separate-export-status` is in effect.
@@ -34,6 +44,9 @@ pub struct Faults {
     pub missing_files: Vec<String>,
     /// Files of which half comes, and then nothing, without an end.
     pub hanging_files: Vec<String>,
+    /// Content of every Binary, where it is not as many letters as its id says.
+    #[serde(deserialize_with = "text::bytes")]
+    pub binary: Vec<u8>,
     /// Whether a Binary is answered as a resource, with its content in `data`, though the content itself was asked for.
     pub binaries_as_fhir: bool,
     /// Whether files have an entity tag and `Range` is understood.
@@ -75,7 +88,8 @@ pub struct Faults {
     pub page_files: usize,
     /// Whether the manifest is of STU 4: `outcome` and no `request`.
     pub stu4: bool,
-    /// Whether manifests leave out what they may not: `error` and `requiresAccessToken`; and have relative URLs.
+    /// Whether manifests leave out what they may not, `error` and `requiresAccessToken`, have relative URLs, an empty
+    /// `outputOrganizedBy`, and file names alone in `continuesInFile`.
     pub sloppy_manifest: bool,
     /// Seconds that a token lives, where the server has registered keys.
     pub token_life: Option<u64>,

@@ -34,7 +34,8 @@ pub(super) async fn file(
     let links = signed.expires;
     let State((world, base)) = &shop;
     {
-        let world = locked(world);
+        let mut world = locked(world);
+        world.seen.accepts("file", &headers);
         if let Some(refusal) = refuse(&world, &headers) {
             return refusal;
         }
@@ -54,11 +55,22 @@ pub(super) async fn binary(State((world, _)): Shop, Path(id): Path<String>, head
     }
     world.seen.binaries.push(id.clone());
     let Ok(size) = id.parse::<usize>() else { return outcome(StatusCode::NOT_FOUND, "not-found", "no such Binary") };
-    let content = vec![b'x'; size.min(1 << 26)];
+    let content = match world.faults.binary.is_empty() {
+        true => vec![b'x'; size.min(1 << 26)],
+        false => world.faults.binary.clone(),
+    };
     if world.faults.binaries_as_fhir {
         let data = base64::engine::general_purpose::STANDARD.encode(content);
         let binary = json!({"resourceType": "Binary", "id": id, "contentType": "text/plain", "data": data});
         return ([("content-type", "application/fhir+json")], binary.to_string()).into_response();
+    }
+    if world.faults.gzip {
+        use std::io::Write;
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        // Writing into memory does not fail.
+        let _ = packer.write_all(&content);
+        let packed = packer.finish().unwrap_or_default();
+        return ([("content-type", "text/plain"), ("content-encoding", "gzip")], packed).into_response();
     }
     ([("content-type", "text/plain")], content).into_response()
 }

@@ -33,7 +33,8 @@ pub(super) fn manifest(
         output.extend((0..parts).map(|part| {
             let mut file = json!({"url": url(&format!("organized.{part}.ndjson"))});
             if part + 1 < parts {
-                file["continuesInFile"] = url(&format!("organized.{}.ndjson", part + 1)).into();
+                let next = format!("organized.{}.ndjson", part + 1);
+                file["continuesInFile"] = if faults.sloppy_manifest { next } else { url(&next) }.into();
             }
             file
         }));
@@ -69,8 +70,11 @@ pub(super) fn manifest(
             manifest["link"] = json!([{ "relation": "next", "url": format!("{base}/jobs/{id}/{}", page + 1) }]);
         }
     }
-    if job.organized {
-        manifest["outputOrganizedBy"] = "Patient".into();
+    if faults.reordered && job.links.is_multiple_of(2) {
+        output.reverse();
+    }
+    if job.organized || faults.sloppy_manifest {
+        manifest["outputOrganizedBy"] = if job.organized { "Patient" } else { "" }.into();
     }
     let last = manifest.get("link").is_none();
     manifest["output"] = output.into();

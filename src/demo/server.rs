@@ -1,6 +1,6 @@
 //! The embedded Bulk Data server: kick-off, status, manifest, files, over real HTTP on loopback.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -47,6 +47,21 @@ pub struct Seen {
     pub leaked: usize,
     /// Most files that were being sent at a time.
     pub at_once: usize,
+    /// `Accept` of each kind of request: `kick-off`, `status`, `file`.
+    pub accept: BTreeMap<&'static str, BTreeSet<String>>,
+    /// `Accept-Encoding` of files.
+    pub accept_encoding: BTreeSet<String>,
+}
+
+impl Seen {
+    /// Notes the `Accept` of a request.
+    pub(super) fn accepts(&mut self, what: &'static str, headers: &HeaderMap) {
+        let text = |name: &str| headers.get(name).and_then(|text| text.to_str().ok()).unwrap_or_default().to_owned();
+        self.accept.entry(what).or_default().insert(text("accept"));
+        if what == "file" {
+            self.accept_encoding.insert(text("accept-encoding"));
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -194,7 +209,14 @@ async fn metadata() -> Response {
         "resourceType": "CapabilityStatement", "status": "active", "kind": "instance", "fhirVersion": "4.0.1",
         "format": ["json"], "date": "2026-01-01",
         "instantiates": ["http://hl7.org/fhir/uv/bulkdata/CapabilityStatement/bulk-data"],
-        "rest": [{"mode": "server", "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/export"}]}]
+        "rest": [{
+            "mode": "server",
+            "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/export"}],
+            "resource": [
+                {"type": "Patient", "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/patient-export"}]},
+                {"type": "Group", "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/group-export"}]}
+            ]
+        }]
     });
     ([("content-type", "application/fhir+json")], body.to_string()).into_response()
 }
@@ -264,6 +286,7 @@ fn parameters(query: &str, body: &str) -> HashMap<String, String> {
 async fn kick_off(
     State((world, base)): Shop,
     method: Method,
+    path: axum::extract::RawPathParams,
     axum::extract::RawQuery(query): axum::extract::RawQuery,
     headers: HeaderMap,
     body: String,
@@ -277,6 +300,7 @@ async fn kick_off(
     }
     let query = parameters(query.as_deref().unwrap_or_default(), &body);
     world.seen.kickoffs.push(query.clone());
+    world.seen.accepts("kick-off", &headers);
     let prefers = headers.get("prefer").and_then(|text| text.to_str().ok()).unwrap_or_default().to_owned();
     world.seen.prefer.push(prefers.clone());
     if world.faults.kickoffs_throttled > 0 {
@@ -302,7 +326,9 @@ async fn kick_off(
     }
     let asked: Option<Vec<&str>> = query.get("_type").map(|types| types.split(',').collect());
     let mut kinds = Vec::new();
-    for (kind, name) in DEMO_TYPES.iter().enumerate() {
+    let group = path.iter().find(|(name, _)| *name == "id").map(|(_, id)| id.to_owned());
+    let is_there = group.is_none_or(|group| world.faults.groups.as_ref().is_none_or(|groups| groups.contains(&group)));
+    for (kind, name) in DEMO_TYPES.iter().enumerate().filter(|_| is_there) {
         if asked.as_ref().is_none_or(|asked| asked.contains(name)) {
             kinds.push(kind);
         }
@@ -317,6 +343,12 @@ async fn kick_off(
     let (population, polls) = (world.population.clone(), world.faults.polls);
     let organized = query.get("organizeOutputBy").is_some_and(|name| name == "Patient");
     world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, organized, links: 0 }));
+    if world.faults.kickoffs_lost > 0 {
+        world.faults.kickoffs_lost -= 1;
+        // A body that fails before its first byte takes the head with it.
+        let nothing = futures::stream::once(async { Err::<bytes::Bytes, _>(std::io::Error::other("lost")) });
+        return Response::new(axum::body::Body::from_stream(nothing));
+    }
     let location = format!("{base}/jobs/{}", world.jobs.len() - 1);
     let mut answer = (StatusCode::ACCEPTED, [("content-location", location)]).into_response();
     if separate {
@@ -339,11 +371,15 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
         if let Some(refusal) = refuse(&world, &headers) {
             return refusal;
         }
+        world.seen.accepts("status", &headers);
         let World { faults, jobs, patients_per_file, .. } = &mut *world;
         let Some(Some(job)) = jobs.get_mut(id) else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
         let played = |count: &mut usize| std::mem::replace(count, count.saturating_sub(1)) > 0;
+        if played(&mut faults.polls_missing) {
+            return outcome(StatusCode::NOT_FOUND, "not-found", "no such export, it seems");
+        }
         if played(&mut faults.polls_transient) {
             return outcome(StatusCode::INTERNAL_SERVER_ERROR, "exception", "the status cannot be told now");
         }
@@ -402,6 +438,10 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
 
 async fn forget(State((world, _)): Shop, Path(id): Path<usize>) -> StatusCode {
     let mut world = locked(&world);
+    if world.faults.deletes_refused > 0 {
+        world.faults.deletes_refused -= 1;
+        return StatusCode::SERVICE_UNAVAILABLE;
+    }
     match world.jobs.get_mut(id) {
         Some(job @ Some(_)) => {
             *job = None;

@@ -1,5 +1,6 @@
 //! Kick-off, polling and the end of an export.
 
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
@@ -7,7 +8,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 use url::Url;
 
-use super::http::{Ask, Client, Judges, refusal, refused_with, retry_after};
+use super::http::{Ask, Client, Judges, refusal, refused_with};
 use super::manifest::Manifest;
 use super::request::{ExportRequest, Method as KickOffMethod};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -28,6 +29,8 @@ pub enum KickOff {
         wait: Option<Duration>,
         /// Its words.
         why: String,
+        /// Whether the answer to an earlier try was lost.
+        lost: bool,
     },
 }
 
@@ -80,13 +83,14 @@ impl Client {
     /// Asks for an export (K1 to K21).
     pub async fn kick_off(&self, request: &ExportRequest) -> Result<KickOff> {
         let post = request.is_post();
-        let response = self.send_kick_off(request, post).await?;
+        let lost = AtomicBool::new(false);
+        let response = self.send_kick_off(request, post, &lost).await?;
         let may_post = request.options.method == KickOffMethod::Auto && !post;
         let response = match response.status() {
             // K2: what STU 4 leaves over.
             StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED if may_post => {
                 tracing::info!("the server takes no GET as a kick-off; asking by POST");
-                self.send_kick_off(request, true).await?
+                self.send_kick_off(request, true, &lost).await?
             }
             _ => response,
         };
@@ -100,12 +104,12 @@ impl Client {
             let status = status.context(ErrorKind::Server, "the kick-off's Content-Location is no URL")?;
             return Ok(KickOff::Accepted { status, separate });
         }
-        let (code, wait) = (response.status(), retry_after(response.headers()));
+        let (code, wait) = (response.status(), self.retry_after(response.headers()));
         let (error, body) = refused_with(response, "the kick-off").await;
         // Epic's words for one export a client and group in a day.
         let too_soon = String::from_utf8_lossy(&body).to_lowercase().contains("too recently");
         if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
-            return Ok(KickOff::Later { wait, why: error.to_string() });
+            return Ok(KickOff::Later { wait, why: error.to_string(), lost: lost.into_inner() });
         }
         if code == StatusCode::BAD_REQUEST || code == StatusCode::UNPROCESSABLE_ENTITY {
             return Err(error.with_hint(
@@ -115,7 +119,7 @@ impl Client {
         Err(error)
     }
 
-    async fn send_kick_off(&self, request: &ExportRequest, post: bool) -> Result<Response> {
+    async fn send_kick_off(&self, request: &ExportRequest, post: bool, lost: &AtomicBool) -> Result<Response> {
         let mut headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("application/fhir+json"))]);
         let prefer = HeaderValue::from_str(&request.prefer()).context(ErrorKind::Internal, "a header")?;
         headers.insert("prefer", prefer);
@@ -127,9 +131,8 @@ impl Client {
             false => (Method::GET, request.url(self.base())?, None),
         };
         let judges = Judges::Throttling(self.settings().max_kick_off_wait);
-        let ask =
-            Ask { method, url: &url, headers, body: body.as_ref(), with_token: true, judges, what: "the kick-off", may_go: None };
-        self.send(&ask).await
+        let body = body.as_ref();
+        self.send(&Ask { method, headers, body, judges, lost: Some(lost), ..Ask::get(&url, "", "the kick-off") }).await
     }
 
     /// Asks once how an export stands, or what is on a page of its manifest. `separate` where the server said that the
@@ -141,7 +144,7 @@ impl Client {
         let own =
             own.and_then(|code| StatusCode::from_u16(code).ok()).filter(|_| separate && response.status() == StatusCode::OK);
         let code = own.unwrap_or(response.status());
-        let wait = retry_after(response.headers());
+        let wait = self.retry_after(response.headers());
         let progress = response.headers().get("x-progress").and_then(|text| text.to_str().ok());
         let progress = progress.map(|text| text.chars().take(100).collect());
         match code {
@@ -157,6 +160,9 @@ impl Client {
                     Err(error) => return Ok(Poll::Troubled { error, wait: None, throttled: false }),
                 };
                 Ok(Poll::Done(Box::new(Manifest::read(&body, status)?)))
+            }
+            code if self.settings().retry_status.contains(&code.as_u16()) => {
+                Ok(Poll::Troubled { error: refusal(response, ask.what).await, wait, throttled: false })
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => {
                 let status_is_gone = response.status() == StatusCode::GONE;
@@ -184,24 +190,20 @@ impl Client {
         }
     }
 
-    /// Tells the server that its files are no longer needed, or that the export is not wanted any more. Servers answer this
-    /// in many ways; none is an error of the run.
-    pub async fn delete_export(&self, status: &Url) {
-        let ask = Ask {
-            method: Method::DELETE,
-            url: status,
-            headers: HeaderMap::new(),
-            body: None,
-            with_token: true,
-            // Whether it hears that or not is no reason to wait.
-            judges: Judges::All,
-            what: "the export's end",
-            may_go: None,
-        };
-        match self.send(&ask).await {
-            Ok(response) if response.status().is_success() || matches!(response.status().as_u16(), 404 | 405 | 410 | 501) => {}
-            Ok(response) => tracing::warn!(status = %response.status(), "the server did not take the export back"),
-            Err(error) => tracing::warn!(%error, "the export could not be given back to the server"),
+    /// Tells the server that its files are no longer needed, or that the export is not wanted any more (section 1.6). Servers
+    /// answer this in many ways; an error is what may be otherwise the next time. Whether it hears that or not is no reason
+    /// to wait: it is asked once.
+    pub async fn delete_export(&self, status: &Url) -> Result<()> {
+        let what = "the export's end";
+        let ask = Ask { method: Method::DELETE, judges: Judges::All, ..Ask::get(status, "", what) };
+        let response = self.send(&ask).await?;
+        match response.status() {
+            code if code.is_success() || matches!(code.as_u16(), 404 | 405 | 410 | 501) => Ok(()),
+            code if self.passes(code, false) || code == StatusCode::UNAUTHORIZED => Err(refusal(response, what).await),
+            code => {
+                tracing::warn!(status = %code, "the server does not take the export back");
+                Ok(())
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! HTTP as real servers need it: retries with back-off, `Retry-After` in every form that was met,
 //! redirects by hand.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use reqwest::header::{
@@ -12,11 +13,14 @@ use serde_json::Value;
 use url::{Origin, Url};
 
 use super::auth::{Auth, Granted};
+use super::capabilities::Capabilities;
 use super::pace::Pace;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::{Board, Stop};
 use crate::telemetry;
 
+/// A `Retry-After` of more seconds is a time: nobody asks for 30 years.
+const LONGEST_WAIT: f64 = 1e9;
 /// Redirects that are followed for one request.
 const MAX_REDIRECTS: usize = 10;
 /// Refused tokens that are renewed for one request.
@@ -41,6 +45,8 @@ pub struct HttpSettings {
     pub headers: HeaderMap,
     /// Origins beside the server's own that may get the token.
     pub token_origins: Vec<Origin>,
+    /// Statuses of polls and files that pass by themselves with this server, beside the usual ones.
+    pub retry_status: Vec<u16>,
     /// Files at the same time.
     pub downloads: usize,
 }
@@ -55,6 +61,7 @@ impl Default for HttpSettings {
             max_kick_off_wait: Duration::from_secs(60),
             headers: HeaderMap::new(),
             token_origins: Vec::new(),
+            retry_status: Vec::new(),
             downloads: 10,
         }
     }
@@ -87,6 +94,10 @@ pub(super) struct Ask<'a> {
     pub what: &'a str,
     /// Where redirects may lead; anywhere by default.
     pub may_go: Option<&'a (dyn Fn(&Url) -> bool + Sync)>,
+    /// Whether it is a file of the export: trouble with one slows all of them.
+    pub is_file: bool,
+    /// Set where a request may have reached the server, and its answer did not reach us.
+    pub lost: Option<&'a AtomicBool>,
 }
 
 /// Answers that are not tried again by themselves.
@@ -103,8 +114,11 @@ pub(super) enum Judges {
 impl<'a> Ask<'a> {
     /// A GET with the token, tried again while it fails for a reason that passes.
     pub fn get(url: &'a Url, accept: &'static str, what: &'a str) -> Self {
-        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(accept))]);
-        Self { method: Method::GET, url, headers, body: None, with_token: true, judges: Judges::Final, what, may_go: None }
+        let accept = Some(accept).filter(|accept| !accept.is_empty());
+        let headers = accept.map(|accept| (ACCEPT, HeaderValue::from_static(accept))).into_iter().collect();
+        let (body, may_go, lost) = (None, None, None);
+        let judges = Judges::Final;
+        Self { method: Method::GET, url, headers, body, with_token: true, judges, what, may_go, is_file: false, lost }
     }
 }
 
@@ -165,17 +179,23 @@ impl Client {
         self.auth.check(&self.http, &self.base).await
     }
 
-    /// GET `path` under the base once, for checks.
-    pub async fn probe(&self, path: &str) -> Result<StatusCode> {
-        let url = self.base.join(path).context(ErrorKind::Config, "not a URL")?;
-        let ask = Ask { with_token: false, ..Ask::get(&url, "application/fhir+json", "the server's metadata") };
-        Ok(self.once(&ask, None).await?.0.status())
+    /// What the server says that it can do: asked once, without a token.
+    pub async fn capabilities(&self) -> Result<Capabilities> {
+        let url = self.base.join("metadata").context(ErrorKind::Config, "not a URL")?;
+        let what = "the server's metadata";
+        let ask = Ask { with_token: false, ..Ask::get(&url, "application/fhir+json", what) };
+        let response = self.once(&ask, None).await?.0;
+        if !response.status().is_success() {
+            return Err(refusal(response, what).await);
+        }
+        let body = response.bytes().await.map_err(|error| network(&error, what))?;
+        Ok(Capabilities::new(serde_json::from_slice(&body).unwrap_or_default()))
     }
 
     /// The body of a file: from its first byte, or from `resume`'s on where it is the same file still.
     pub async fn open_file(&self, url: &Url, with_token: bool, resume: Option<&Resume>) -> Result<Response> {
-        let mut ask =
-            Ask { with_token, ..Ask::get(url, "application/fhir+ndjson, application/ndjson;q=0.9, */*;q=0.1", "the download") };
+        let accept = "application/fhir+ndjson, application/ndjson;q=0.9, */*;q=0.1";
+        let mut ask = Ask { with_token, is_file: true, ..Ask::get(url, accept, "the download") };
         match resume {
             Some(resume) => {
                 let range = HeaderValue::from_str(&format!("bytes={}-", resume.from));
@@ -191,6 +211,7 @@ impl Client {
         if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
             tracing::warn!(%status, "a file of another host refused the token; asking without it");
+            self.deviates("a file is said to need the token, and its host refuses it");
             response = self.send(&Ask { with_token: false, ..ask }).await?;
         }
         if response.status().is_success() { Ok(response) } else { Err(refusal(response, "the download").await) }
@@ -206,7 +227,7 @@ impl Client {
         may_go: &(dyn Fn(&Url) -> bool + Sync),
     ) -> Result<Response> {
         let mut ask = Ask { with_token, may_go: Some(may_go), ..Ask::get(url, "*/*", "the attachment") };
-        ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
         if let Ok(accept) = HeaderValue::from_str(&format!("{content_type}, */*;q=0.1")).map_err(drop)
             && !content_type.is_empty()
         {
@@ -237,16 +258,20 @@ impl Client {
                     let hint = "the server wants a token: set source.auth (fhirlake keygen makes a key)";
                     return Err(refusal(response, ask.what).await.with_hint(hint));
                 }
-                Ok((response, _)) if !passes(response.status()) || ask.judges == Judges::All => return Ok(response),
+                Ok((response, _)) if !self.passes(response.status(), ask.is_file) || ask.judges == Judges::All => {
+                    return Ok(response);
+                }
                 Ok((response, _)) => {
-                    let asked = retry_after(response.headers());
+                    let asked = self.retry_after(response.headers());
                     if let Judges::Throttling(most) = ask.judges
                         && response.status() == StatusCode::TOO_MANY_REQUESTS
                         && asked.unwrap_or(most) >= most
                     {
                         return Ok(response);
                     }
-                    self.pace.slower();
+                    if ask.is_file {
+                        self.pace.slower();
+                    }
                     (asked.map(|asked| asked.min(self.settings.max_pause)), refusal(response, ask.what).await)
                 }
                 Err(error) if error.kind() == ErrorKind::Network => (None, error),
@@ -264,6 +289,33 @@ impl Client {
                 return Err(Error::new(ErrorKind::Interrupted, format!("{}: stopped while waiting", ask.what)));
             }
         }
+    }
+
+    /// The pause that `Retry-After` asks for, from now.
+    pub(super) fn retry_after(&self, headers: &HeaderMap) -> Option<Duration> {
+        let text = headers.get(RETRY_AFTER)?.to_str().ok()?;
+        let wait = parse_retry_after(text, SystemTime::now());
+        match (wait, text.trim().parse::<f64>()) {
+            (None, _) => {
+                tracing::warn!(retry_after = text, "Retry-After is neither seconds nor a date; it is passed over");
+                self.deviates("Retry-After is neither seconds nor a date");
+            }
+            (_, Ok(number)) if number > LONGEST_WAIT => self.deviates("Retry-After is a time since the epoch"),
+            (_, Ok(number)) if number < 0.0 => self.deviates("Retry-After is negative"),
+            _ => {}
+        }
+        wait
+    }
+
+    /// Counts a way in which the server differs from what the guide asks.
+    pub(super) fn deviates(&self, how: &str) {
+        self.board.add(telemetry::DEVIATIONS, &how.into(), 1);
+    }
+
+    /// Whether an answer of this status may be another one soon.
+    pub(super) fn passes(&self, status: StatusCode, is_file: bool) -> bool {
+        let code = status.as_u16();
+        matches!(code, 408 | 425 | 429 | 500 | 502 | 503 | 504) || is_file && self.settings.retry_status.contains(&code)
     }
 
     /// T12, F1, F2: the token goes where it is asked for, and to the server's own origin or those that were named only.
@@ -293,7 +345,12 @@ impl Client {
             }
             let sent = self.stop.or(request.send()).await;
             let sent = sent.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))?;
-            let response = sent.map_err(|error| network(&error, ask.what).at(shown(&url)))?;
+            let response = sent.map_err(|error| {
+                if let Some(lost) = ask.lost.filter(|_| !error.is_connect()) {
+                    lost.store(true, Ordering::Relaxed);
+                }
+                network(&error, ask.what).at(shown(&url))
+            })?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, token));
             }
@@ -341,11 +398,6 @@ impl Resume {
         let from = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok());
         response.status() == StatusCode::PARTIAL_CONTENT && from == Some(self.from)
     }
-}
-
-/// Whether an answer of this status may be another one soon.
-fn passes(status: StatusCode) -> bool {
-    matches!(status.as_u16(), 408 | 425 | 429 | 500 | 502 | 503 | 504)
 }
 
 fn jitter(pause: Duration) -> Duration {
@@ -404,16 +456,6 @@ pub(super) fn server_words(body: &[u8]) -> String {
     one_line.chars().take(200).collect()
 }
 
-/// The pause that `Retry-After` asks for, from now.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(RETRY_AFTER)?.to_str().ok()?;
-    let wait = parse_retry_after(text, SystemTime::now());
-    if wait.is_none() {
-        tracing::warn!(retry_after = text, "Retry-After is neither seconds nor a date; it is passed over");
-    }
-    wait
-}
-
 /// Reads `Retry-After`: seconds, an HTTP-date, or the epoch seconds and milliseconds that some servers send.
 pub fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim();
@@ -423,9 +465,8 @@ pub fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
         }
         let at = |seconds: f64| UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(seconds).ok()?);
         return match number {
-            // Nobody asks for 30 years: it is a time.
-            n if n > 1e12 => Some(at(n / 1e3)?.duration_since(now).unwrap_or_default()),
-            n if n > 1e9 => Some(at(n)?.duration_since(now).unwrap_or_default()),
+            n if n > LONGEST_WAIT * 1e3 => Some(at(n / 1e3)?.duration_since(now).unwrap_or_default()),
+            n if n > LONGEST_WAIT => Some(at(n)?.duration_since(now).unwrap_or_default()),
             n => Duration::try_from_secs_f64(n).ok(),
         };
     }

@@ -1,6 +1,7 @@
 //! The client side of FHIR Bulk Data: HTTP with retries, kick-off, polling, manifest, and who we are to the server.
 
 mod auth;
+mod capabilities;
 mod export;
 mod http;
 mod keys;
@@ -11,6 +12,7 @@ mod request;
 mod smart;
 
 pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
+pub use capabilities::Capabilities;
 pub use export::{KickOff, Poll};
 pub use http::{Client, HttpSettings, Resume, parse_retry_after, shown};
 pub use keys::{KeyAlgorithm, generate_key};

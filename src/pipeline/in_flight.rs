@@ -15,10 +15,13 @@ use crate::fhir::{Client, ExportRequest};
 use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, watermark_of};
 use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
-use crate::state::{InFlight, NotBefore, StateFolder};
+use crate::state::{InFlight, NotBefore, StateFolder, Unanswered};
 
 /// Runs that may end without all of an export before another is asked for: the server may never give the rest.
 const MAX_FAILURES: u32 = 3;
+
+/// How long a server is told that an export is merged.
+const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(30);
 
 /// How long a server that refuses without saying how long is left alone.
 const USUAL_WAIT: TimeDelta = TimeDelta::hours(1);
@@ -38,7 +41,7 @@ fn is_given_up(export: &InFlight) -> bool {
 
 /// Whether a run of `scope` may go on with an export.
 pub(super) fn can_be_resumed(export: &InFlight, scope: &str) -> bool {
-    export.scope == scope && !is_given_up(export)
+    export.scope == scope && !export.merged && !is_given_up(export)
 }
 
 /// What a run asks for, and goes on with.
@@ -62,7 +65,7 @@ pub(super) fn resume(
     let mut resumed = Resumed { kickoffs: Vec::new(), behind: false, full_refresh };
     let mut rest = kickoffs;
     let Some(like) = rest.first().map(|kickoff| kickoff.request.clone()) else { return Ok(resumed) };
-    for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
+    for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope && !export.merged) {
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
         if asked(&request) != export.asked || is_given_up(&export) || (full_refresh && export.since.is_some()) {
@@ -129,8 +132,11 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
             lost.store(true, Ordering::Relaxed);
         }
         state.change_exports(|exports| match note {
+            ExportNote::Asking => exports.unanswered.push(Unanswered { time: Utc::now(), scope: scope.clone() }),
+            ExportNote::Refused => drop(exports.unanswered.pop()),
             ExportNote::Accepted { kickoff, status, separate } => {
                 exports.not_before = None;
+                exports.unanswered.retain(|kick_off| kick_off.scope != scope);
                 exports.in_flight.push(InFlight {
                     status: status.to_string(),
                     separate: *separate,
@@ -143,6 +149,7 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
                     transaction_time: None,
                     failures: 0,
                     mixed: Vec::new(),
+                    merged: false,
                 });
             }
             ExportNote::Complete { status, transaction_time } => {
@@ -157,7 +164,10 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
                     }
                 }
             }
-            ExportNote::Later { wait, why } => {
+            ExportNote::Later { wait, why, lost } => {
+                if !lost {
+                    exports.unanswered.pop();
+                }
                 let wait = wait.and_then(|wait| TimeDelta::from_std(wait).ok()).unwrap_or(USUAL_WAIT);
                 let time: DateTime<Utc> = Utc::now() + wait.min(TimeDelta::days(7));
                 exports.not_before = Some(NotBefore { time, scope: scope.clone(), why: (*why).to_owned() });
@@ -180,7 +190,8 @@ pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], beg
         export.accepted >= began || goes_on.into_iter().any(|accepted| accepted.status.as_str() == export.status)
     };
     state.change_exports(|exports| {
-        let done = |export: &&mut InFlight| export.scope == scope && used(export) && export.transaction_time.is_some();
+        let done =
+            |export: &&mut InFlight| export.scope == scope && !export.merged && used(export) && export.transaction_time.is_some();
         exports.in_flight.iter_mut().filter(done).for_each(|export| export.failures += 1);
     })
 }
@@ -223,16 +234,45 @@ async fn is_merged(export: &InFlight, tables: &Tables, until: Option<i64>) -> bo
 }
 
 async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, delete: bool) -> Result<()> {
+    let mut unheard = Vec::new();
     for export in done {
-        if let (true, Ok(status)) = (delete, Url::parse(&export.status)) {
-            client.delete_export(&status).await;
+        if let (true, Ok(status)) = (delete, Url::parse(&export.status))
+            && let Err(error) = client.delete_export(&status).await
+        {
+            // One that is not deleted may hold the only slot there is: the next run begins with it.
+            tracing::warn!(%error, "the export is merged, and the server could not be told; the next run tells it");
+            unheard.push(export.status.as_str());
         }
     }
-    state.change_exports(|exports| exports.in_flight.retain(|export| !done.contains(export)))
+    state.change_exports(|exports| {
+        let of = |export: &InFlight| done.iter().any(|done| done.status == export.status);
+        exports.in_flight.retain(|export| !of(export) || unheard.contains(&export.status.as_str()));
+        exports.in_flight.iter_mut().filter(|export| of(export)).for_each(|export| export.merged = true);
+    })
 }
 
-/// Cancels exports in flight, by their numbers from 1, or all of them; how many. A time to wait for is forgotten too.
-pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>) -> Result<usize> {
+/// Gives back what an earlier run could not, and says what is not known of kick-offs: before another is made.
+pub(super) async fn settle(state: &StateFolder, scope: &str, client: &Client) -> Result<()> {
+    let exports = state.exports()?;
+    for kick_off in exports.unanswered.iter().filter(|kick_off| kick_off.scope == scope) {
+        tracing::warn!(
+            sent = %kick_off.time,
+            "no answer came to a kick-off of an earlier run: the server may hold an export that fhirlake does not know of"
+        );
+    }
+    // What a server keeps so long it has forgotten itself.
+    let (old, rest): (Vec<InFlight>, Vec<InFlight>) = exports
+        .in_flight
+        .into_iter()
+        .filter(|export| export.merged && export.scope == scope)
+        .partition(|export| Utc::now() - export.accepted > FORGOTTEN_AFTER);
+    give_back(state, &old, client, false).await?;
+    give_back(state, &rest, client, true).await
+}
+
+/// Cancels exports in flight, by their numbers from 1, or all of them; how many. A time to wait for is forgotten too. Where the
+/// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
+pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let _lock = state.lock()?;
     let exports = state.exports()?;
@@ -242,16 +282,26 @@ pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>) -> Result<usize> {
     let chosen = exports.in_flight.iter().enumerate();
     let chosen = chosen.filter(|(at, _)| numbers.is_none_or(|numbers| numbers.contains(&(at + 1))));
     let chosen: Vec<String> = chosen.map(|(_, export)| export.status.clone()).collect();
-    if let Some(client) = super::client(plan, &Board::default(), &Stop::default())? {
-        for status in &chosen {
-            if let Ok(status) = Url::parse(status) {
-                client.delete_export(&status).await;
-            }
+    let (mut gone, mut failed) = (Vec::new(), None);
+    let client = if forget { None } else { super::client(plan, &Board::default(), &Stop::default())? };
+    for status in chosen {
+        if let (Some(client), Ok(url)) = (&client, Url::parse(&status))
+            && let Err(error) = client.delete_export(&url).await
+        {
+            failed = Some(error);
+            continue;
         }
+        gone.push(status);
     }
     state.change_exports(|exports| {
-        exports.in_flight.retain(|export| !chosen.contains(&export.status));
+        exports.in_flight.retain(|export| !gone.contains(&export.status));
+        exports.unanswered.clear();
         exports.not_before = None;
     })?;
-    Ok(chosen.len())
+    match failed {
+        None => Ok(gone.len()),
+        Some(error) => Err(error.with_hint(
+            "the server still has the export, so it is still listed: try again, or forget it without telling the server (--forget)",
+        )),
+    }
 }

@@ -58,14 +58,16 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
             }
         }
         Ok(Some(client)) => {
-            let probe = client.probe("metadata").await.and_then(|status| {
-                if status.is_success() {
-                    Ok(format!("{} answers", client.base().as_str()))
-                } else {
-                    Err(Error::new(ErrorKind::Server, format!("{}metadata answers {status}", client.base().as_str())))
+            let said = client.capabilities().await.map(|capabilities| match &plan.source {
+                SourcePlan::Server { level, options, .. } => {
+                    let software = capabilities.software().map(|name| format!(" ({name})")).unwrap_or_default();
+                    let remarks = capabilities.remarks(level, options);
+                    let remarks = remarks.into_iter().map(|remark| format!("; {remark}")).collect::<String>();
+                    format!("{} answers{software}{remarks}", client.base().as_str())
                 }
+                SourcePlan::Folder(_) => client.base().as_str().to_owned(),
             });
-            add("server metadata".into(), probe);
+            add("server metadata".into(), said);
             let token = match &plan.source {
                 SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => {
                     Ok("not checked: no source.auth is set".into())
@@ -80,7 +82,7 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
                             granted.missing.join(", ")
                         ),
                     )),
-                    None => Ok("a token that never changes".into()),
+                    None => Ok("a bearer token is set; whether the server takes it shows at the kick-off".into()),
                 }),
             };
             add("token".into(), token);

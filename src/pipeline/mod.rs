@@ -154,7 +154,8 @@ async fn once(
     clean_up(&journal, &Tables::at(&plan.tables)?, staged.as_ref()).await?;
     let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
     let mut prepared = prepare(plan, options).await?;
-    if client.is_some() {
+    if let Some(client) = &client {
+        in_flight::settle(&state, &prepared.app_id, client).await?;
         in_flight::check_not_before(&state, &prepared.app_id, &mut prepared.kickoffs)?;
     }
     let goes_on = client.is_some() && !options.replay_only;

@@ -50,9 +50,12 @@ pub struct RunReport {
     /// Issues in the export's error files, by severity and code: `error not-found`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub outcome_issues: BTreeMap<String, u64>,
-    /// Attachments by what came of them: `files`, `inline`, `left` a link, `failed`.
+    /// Attachments by what came of them: `files`, `inline`, `left` a link, `failed`; `unlike` where size or hash are not as said.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub attachments: BTreeMap<String, u64>,
+    /// Ways in which the server differs from what the Bulk Data guide asks, and how often each was met.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub server_deviations: BTreeMap<String, u64>,
     /// Requests that were tried again.
     pub retries: u64,
     /// Lines out of quarantine that could be read now.
@@ -82,6 +85,7 @@ impl RunReport {
             other_bad_lines: self.other_bad_lines + after.other_bad_lines,
             outcome_issues: sums(self.outcome_issues, after.outcome_issues),
             attachments: sums(self.attachments, after.attachments),
+            server_deviations: sums(self.server_deviations, after.server_deviations),
             retries: self.retries.max(after.retries),
             replayed: self.replayed + after.replayed,
             ..after
@@ -99,18 +103,23 @@ pub(super) fn draw_up(
     merged: MergeReport,
     ended: Option<&Error>,
 ) -> RunReport {
-    let (mut excluded, mut outcome_issues, mut attachments, mut retries) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), 0);
+    let (mut excluded, mut outcome_issues, mut attachments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let (mut server_deviations, mut retries) = (BTreeMap::new(), 0);
     for ((metric, label), value) in board.read() {
         match metric {
             telemetry::EXCLUDED => drop(excluded.insert(label.to_string(), value)),
             telemetry::OUTCOME_ISSUES => drop(outcome_issues.insert(label.to_string(), value)),
             telemetry::ATTACHMENTS => drop(attachments.insert(label.to_string(), value)),
+            telemetry::DEVIATIONS => drop(server_deviations.insert(label.to_string(), value)),
             telemetry::RETRIES => retries += value,
             _ => {}
         }
     }
     for (file, promised, came) in &merged.count_findings {
         tracing::warn!(file, promised, came, "the manifest's count differs from what came");
+    }
+    if !merged.count_findings.is_empty() {
+        server_deviations.insert("count of a file differs from its resources".into(), merged.count_findings.len() as u64);
     }
     if outcome_issues.keys().any(|issue: &String| issue.starts_with("fatal") || issue.starts_with("error")) {
         tracing::warn!(?outcome_issues, "the server reports that its export is not whole");
@@ -133,6 +142,7 @@ pub(super) fn draw_up(
         watermark_held: merged.watermark_held,
         outcome_issues,
         attachments,
+        server_deviations,
         retries,
         replayed: merged.replayed.len() as u64,
     }

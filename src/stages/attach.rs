@@ -1,11 +1,14 @@
 //! Attachments that resources only link to (Bulk Data 2.0, "Attachments"): fetched, and put beside the tables or into the
 //! resource. Between parse and encode, where a pipeline asks for it.
 
+mod content;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use aws_lc_rs::digest;
 use base64::Engine;
 use bytes::Bytes;
 use futures::StreamExt;
@@ -16,6 +19,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use url::{Origin, Url};
 
+use self::content::Content;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fhir::{Client, unsigned};
 use crate::flow::{Board, Receiver, Sender, Stop};
@@ -81,6 +85,9 @@ struct Wanted {
     at: usize,
     url: Url,
     content_type: String,
+    /// What its resource says of it: its size in bytes, and the Base64 of its SHA-1.
+    size: Option<u64>,
+    hash: Option<String>,
     /// Its file, should it become one.
     path: Path,
     /// Whether a file there is surely of the same copy.
@@ -169,7 +176,10 @@ impl Attach {
             let is_known = version.is_some() || updated.is_some() || stated.iter().any(Option::is_some);
             let hash = twox_hash::XxHash3_128::oneshot(copy.as_bytes());
             let path = Path::from(format!("{ATTACHMENTS_FOLDER}/{name}/{hash:032x}.{}", extension(content_type)));
-            wanted.push(Wanted { at: attachment.index(), url, content_type: content_type.to_owned(), path, is_known });
+            let size = attachment.get(b"size").and_then(|size| std::str::from_utf8(size.number_text()?).ok()?.parse().ok());
+            let (at, content_type) = (attachment.index(), content_type.to_owned());
+            let hash = text(b"hash").map(str::to_owned);
+            wanted.push(Wanted { at, url, content_type, size, hash, path, is_known });
         });
         wanted
     }
@@ -265,14 +275,18 @@ impl Attach {
         let said = response.headers().get("content-type").and_then(|text| text.to_str().ok()).unwrap_or_default();
         let is_binary = said.contains("fhir+json") && !wanted.content_type.contains("fhir+json");
         let limit = if is_binary { self.settings.max_size.min(MAX_BINARY) } else { self.settings.max_size };
-        let mut body = response.bytes_stream();
+        // What is packed for the way is unpacked; a file that is packed itself stays so.
+        let mut body = Content::new(response);
         let mut head: Vec<u8> = Vec::new();
         let mut writer: Option<BufWriter> = None;
         let mut size = 0u64;
+        let mut digest = digest::Context::new(&digest::SHA1_FOR_LEGACY_USE_ONLY);
         let in_memory = if is_binary { MAX_BINARY } else { self.settings.inline_up_to.max(1 << 16) };
-        while let Some(piece) = body.next().await {
-            let piece = piece.map_err(|error| Error::new(ErrorKind::Network, format!("broke off: {}", error.without_url())))?;
+        while let Some(piece) = body.next().await? {
             size += piece.len() as u64;
+            if !is_binary {
+                digest.update(&piece);
+            }
             if size > limit {
                 if let Some(mut writer) = writer {
                     // What it leaves behind has no name.
@@ -293,14 +307,33 @@ impl Attach {
         }
         if let Some(mut writer) = writer {
             writer.shutdown().await.context(ErrorKind::Storage, "an attachment cannot be written")?;
+            self.compare(file, wanted, size, digest);
             return Ok(Some(Fetched::File(wanted.path.clone())));
         }
         let content = if is_binary { data_of(&head)? } else { head };
+        if is_binary {
+            digest.update(&content);
+        }
+        self.compare(file, wanted, content.len() as u64, digest);
         if content.len() as u64 <= self.settings.inline_up_to {
             return Ok(Some(Fetched::Inline(content)));
         }
         self.store.put(&wanted.path, content.into()).await.context(ErrorKind::Storage, "an attachment cannot be written")?;
         Ok(Some(Fetched::File(wanted.path.clone())))
+    }
+}
+
+impl Attach {
+    /// Says where an attachment is not what its resource says of it. It is kept: servers are wrong in this more often than
+    /// networks, whose own checks have passed by now.
+    fn compare(&self, file: &ExportFile, wanted: &Wanted, size: u64, digest: digest::Context) {
+        let hash = base64::engine::general_purpose::STANDARD.encode(digest.finish());
+        let size_differs = wanted.size.is_some_and(|said| said != size);
+        let hash_differs = wanted.hash.as_ref().is_some_and(|said| *said != hash);
+        if size_differs || hash_differs {
+            self.board.add(telemetry::ATTACHMENTS, &"unlike".into(), 1);
+            tracing::warn!(file = %file.name, size_differs, hash_differs, "an attachment is not what its resource says of it");
+        }
     }
 }
 

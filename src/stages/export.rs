@@ -60,6 +60,10 @@ pub type Remember = Arc<dyn Fn(&ExportNote<'_>) -> Result<()> + Send + Sync>;
 /// What is remembered.
 #[derive(Debug)]
 pub enum ExportNote<'a> {
+    /// A kick-off is about to be sent.
+    Asking,
+    /// It was refused: no export came of it.
+    Refused,
     /// The server accepted; its status URL.
     Accepted {
         /// What was asked.
@@ -92,6 +96,8 @@ pub enum ExportNote<'a> {
         wait: Option<Duration>,
         /// Its words.
         why: &'a str,
+        /// Whether the answer to an earlier try was lost.
+        lost: bool,
     },
 }
 
@@ -175,15 +181,22 @@ impl ServerExport {
                 ended => return ended,
             }
         }
-        let accepted = match self.client.kick_off(&kickoff.request).await? {
+        // Before the server hears of it: should its answer be lost, that much is known.
+        (self.remember)(&ExportNote::Asking)?;
+        let answer = self.client.kick_off(&kickoff.request).await;
+        if answer.as_ref().is_err_and(|error| !matches!(error.kind(), ErrorKind::Network | ErrorKind::Interrupted)) {
+            (self.remember)(&ExportNote::Refused)?;
+        }
+        let accepted = match answer? {
             KickOff::Accepted { status, separate } => Accepted::new(status, separate),
-            KickOff::Later { wait, why } => {
-                (self.remember)(&ExportNote::Later { wait, why: &why })?;
+            KickOff::Later { wait, why, lost } => {
+                (self.remember)(&ExportNote::Later { wait, why: &why, lost })?;
                 let asks = match wait {
                     Some(wait) => format!("it asks to wait for {} s", wait.as_secs()),
                     None => "it does not say for how long, so for an hour".to_owned(),
                 };
-                return Err(Error::new(ErrorKind::Throttled, format!("{why}; {asks}")).into());
+                let lost = if lost { ". The answer to an earlier try was lost, so it may be working on that one" } else { "" };
+                return Err(Error::new(ErrorKind::Throttled, format!("{why}; {asks}{lost}")).into());
             }
         };
         (self.remember)(&ExportNote::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
@@ -219,6 +232,7 @@ impl ServerExport {
             }
         }
         if passed.files.is_empty() && kickoff.request.since.is_none() {
+            self.board.add(telemetry::DEVIATIONS, &"an export of everything is empty".into(), 1);
             tracing::warn!(
                 types = %kickoff.asked.join(", "),
                 "the export is empty, though everything was asked for: check that the group or the types exist"
@@ -292,7 +306,9 @@ impl ServerExport {
                 }
                 Poll::Failed(error) => {
                     // It will not be another the next time: the next run asks anew.
-                    self.client.delete_export(&accepted.status).await;
+                    if let Err(error) = self.client.delete_export(&accepted.status).await {
+                        tracing::warn!(%error, "the failed export could not be given back to the server");
+                    }
                     (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
                     let hint = "the server gave the export up; run again: it is asked for anew";
                     return Err(error.with_hint(hint).into());
@@ -336,6 +352,7 @@ impl ServerExport {
     ) -> Result<(), Ended> {
         for finding in &manifest.findings {
             tracing::warn!(finding, "the manifest is not as it should be");
+            self.board.add(telemetry::DEVIATIONS, &finding.as_str().into(), 1);
         }
         match passed.time {
             None => {
@@ -349,6 +366,7 @@ impl ServerExport {
             // Only what every page covers is surely here.
             Some(time) if time != manifest.transaction_time => {
                 tracing::warn!("the manifest's pages differ in their transactionTime; the oldest counts");
+                self.board.add(telemetry::DEVIATIONS, &"pages of a manifest differ in transactionTime".into(), 1);
                 passed.time = Some(time.min(manifest.transaction_time));
             }
             Some(_) => {}

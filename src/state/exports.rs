@@ -36,6 +36,18 @@ pub struct InFlight {
     /// Types whose files hold rows of other types: they are read again though the type is merged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mixed: Vec<String>,
+    /// All of it is merged, and the server could not be told so yet.
+    #[serde(default)]
+    pub merged: bool,
+}
+
+/// A kick-off to which no answer came: the server may have made an export whose status URL nobody knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unanswered {
+    /// When it was sent.
+    pub time: DateTime<Utc>,
+    /// Pipeline and scope.
+    pub scope: String,
 }
 
 /// When a server that refused a kick-off may be asked again.
@@ -58,6 +70,9 @@ pub struct Exports {
     /// A server that asks to come back later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_before: Option<NotBefore>,
+    /// Kick-offs without an answer, until one is answered by an export.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unanswered: Vec<Unanswered>,
 }
 
 impl Exports {

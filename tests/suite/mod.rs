@@ -1,6 +1,7 @@
 mod architecture;
 mod documents;
 mod encoding;
+mod field;
 mod folder;
 mod golden;
 mod golden_rows;

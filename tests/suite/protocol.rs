@@ -360,6 +360,19 @@ async fn f11_attachments_are_files_beside_the_tables_or_in_the_resource() {
     }
 }
 
+// The example of a script can be read, and names every fault that there is.
+#[test]
+fn the_example_of_faults_names_all_of_them() {
+    let text = include_str!("../../docs/faults.yaml");
+    let faults: Faults = serde_saphyr::from_str(text).unwrap();
+    assert_eq!((faults.files_cut, faults.page_files), (3, 3));
+    let all = format!("{:#?}", Faults::default());
+    let names = all.lines().filter_map(|line| line.strip_prefix("    ")?.split_once(':').map(|(name, _)| name));
+    for name in names {
+        assert!(text.contains(&format!("{name}:")), "docs/faults.yaml does not name `{name}`");
+    }
+}
+
 // The script of a server may be written as YAML.
 #[test]
 fn faults_are_a_script() {
