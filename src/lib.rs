@@ -10,6 +10,7 @@
 //! * [`flow`] holds the bounded edges and the crew of workers, and knows neither FHIR nor Delta.
 //! * [`state`] is what a pipeline remembers, in [`private`] files; [`error`] the one table of errors; [`telemetry`] logs and metric names.
 //! * `unpack` is gzip, deflate and Zstandard as they come.
+//! * [`serve`] runs pipelines by their schedules, and shows how they stand.
 //! * [`demo`] is an embedded Bulk Data server with a synthetic population.
 //!
 //! A test (`tests/architecture.rs`) holds who may import whom.
@@ -25,6 +26,7 @@ pub mod messages;
 pub mod pipeline;
 pub mod private;
 pub mod schema;
+pub mod serve;
 pub mod staged;
 pub mod stages;
 pub mod state;

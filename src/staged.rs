@@ -113,15 +113,15 @@ impl StagedWork {
         taken
     }
 
-    /// What the export with this status URL listed, by place.
-    pub fn of_export(&self, status: &str) -> HashMap<FilePlace, ListedFile> {
-        self.listed.iter().filter(|file| file.status == status).map(|file| (file.place, file.clone())).collect()
+    /// What the export with this status URL listed, by what was said of each.
+    pub fn of_export(&self, status: &str) -> HashMap<String, ListedFile> {
+        self.listed.iter().filter(|file| file.status == status).map(|file| (file.said.clone(), file.clone())).collect()
     }
 }
 
 /// Hash of what a manifest says of a file, for [`ListedFile::said`].
 pub fn said_of(file: &ExportFile) -> String {
-    let said = format!("{:?} {:?} {}", file.declared, file.count, unsigned(&file.url));
+    let said = format!("{:?} {:?} {:?} {}", file.place.kind, file.declared, file.count, unsigned(&file.url));
     format!("{:032x}", twox_hash::XxHash3_128::oneshot(said.as_bytes()))
 }
 

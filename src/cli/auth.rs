@@ -37,7 +37,12 @@ pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
         return output.line("a folder needs no authentication");
     };
     let Some(granted) = client.check_auth().await? else {
-        return output.line("no token is asked for: the pipeline has no client id");
+        let is_bearer =
+            matches!(&plan.source, crate::config::SourcePlan::Server { auth: crate::fhir::AuthSettings::Bearer(_), .. });
+        return output.line(match is_bearer {
+            true => "a bearer token is set, so none is asked for; whether the server takes it shows at the kick-off",
+            false => "no token is asked for: source.auth is not set",
+        });
     };
     let line = |name: &str, value: &str| output.line(&format!("{name:<18}{value}"));
     let listed = |list: &[String]| if list.is_empty() { "not told".to_owned() } else { list.join(", ") };

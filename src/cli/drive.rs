@@ -1,6 +1,7 @@
 //! Drives a run: signals, progress, report.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
@@ -10,14 +11,14 @@ use crate::config::Plan;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::Stop;
 use crate::pipeline::{self, RunOptions, RunReport, Watch};
+use crate::serve::of_counts;
 use crate::telemetry;
 
 /// Runs a plan to its end, with progress, and shows the report. A type that failed is an error.
 pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> Result<RunReport> {
-    for key in &plan.unused {
-        tracing::warn!(key, "this version reads the key and does not act on it yet");
-    }
     let (watch, stop) = (Watch::default(), Stop::default());
+    let (board, name) = (watch.board.clone(), plan.name.clone());
+    output.telemetry().observe(Arc::new(move || of_counts(&name, &board.read())));
     let state = plan.state.clone();
     let remark = output.clone();
     let run = pipeline::run(plan, options, &watch, &stop, |names| {
@@ -67,7 +68,7 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
 }
 
 /// Ctrl-C and SIGTERM.
-struct Signals {
+pub(super) struct Signals {
     #[cfg(unix)]
     terminate: tokio::signal::unix::Signal,
     #[cfg(unix)]
@@ -75,7 +76,7 @@ struct Signals {
 }
 
 impl Signals {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         #[cfg(unix)]
         {
             use tokio::signal::unix::{SignalKind, signal};
@@ -89,7 +90,7 @@ impl Signals {
         Ok(Self {})
     }
 
-    async fn next(&mut self) {
+    pub async fn next(&mut self) {
         #[cfg(unix)]
         tokio::select! {
             _ = self.terminate.recv() => {}

@@ -23,8 +23,11 @@ enum JobsCommand {
     List {
         /// The pipeline file.
         pipeline: PathBuf,
+        /// Set a key of the file.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
     },
-    /// Tells the server that exports are not wanted any more (DELETE), and forgets them and any time to wait for.
+    /// Tells the server that exports are not wanted any more (DELETE), and forgets them; with --all, any time to wait for too.
     Cancel {
         /// The pipeline file.
         pipeline: PathBuf,
@@ -37,16 +40,19 @@ enum JobsCommand {
         /// Do not tell the server: it may be gone for good.
         #[arg(long)]
         forget: bool,
+        /// Set a key of the file.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
     },
 }
 
 pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
     match args.command {
-        JobsCommand::List { pipeline } => {
-            let plan = plan_of(&pipeline, &[])?;
+        JobsCommand::List { pipeline, sets } => {
+            let plan = plan_of(&pipeline, &sets)?;
             let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
             let (exports, staged) = (state.exports()?, state.staged().read()?.unwrap_or_default());
-            if let Some(until) = &exports.not_before {
+            if let Some(until) = exports.not_before.as_ref().filter(|until| until.time > chrono::Utc::now()) {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("not before {time}: {}", until.why))?;
             }
@@ -89,8 +95,8 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             output
                 .line(&table(&["number", "types", "since", "accepted", "manifest", "staged", "failed runs", "status URL"], &rows))
         }
-        JobsCommand::Cancel { pipeline, numbers, all, forget } => {
-            let plan = plan_of(&pipeline, &[])?;
+        JobsCommand::Cancel { pipeline, numbers, all, forget, sets } => {
+            let plan = plan_of(&pipeline, &sets)?;
             let cancelled = pipeline::cancel_exports(&plan, (!all).then_some(numbers.as_slice()), forget).await?;
             output.line(&format!("{cancelled} exports cancelled"))
         }

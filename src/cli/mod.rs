@@ -7,11 +7,13 @@ mod drive;
 mod jobs;
 mod json;
 mod maintain;
+mod otlp;
 mod output;
 mod quarantine;
 mod query;
 mod run;
 mod schema;
+mod serve;
 mod status;
 mod validate;
 
@@ -56,6 +58,8 @@ enum Command {
     Sync(Box<run::SyncArgs>),
     /// Shows the whole job on an embedded server: initial sync, changes, incremental sync, a query.
     Demo(demo::DemoArgs),
+    /// Runs pipelines by their schedules, and shows how they stand: status page, health, metrics.
+    Serve(serve::ServeArgs),
     /// Checks a pipeline file, and what it depends on.
     Validate(validate::ValidateArgs),
     /// Shows a pipeline's tables, watermarks and last run.
@@ -105,16 +109,27 @@ pub fn main() -> ExitCode {
         _ if cli.global.quiet => "error",
         // The demo tells its own story.
         Command::Demo(_) => "warn",
+        // It has no bars.
+        Command::Serve(_) => "info",
         _ if output.shows_bars() => "warn",
         _ => "info",
     };
     // The libraries' own warnings speak of things that we handle ourselves and report in our words.
     let filter = filter.unwrap_or_else(|| format!("error,buoyant_kernel=off,delta_kernel=off,fhirlake={usual}"));
-    telemetry::init(cli.global.log_format, &filter, output.log_writer());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let outcome = match runtime.context(ErrorKind::Internal, "the runtime cannot be started") {
         Ok(runtime) => {
+            // What sends by gRPC wants the runtime.
+            let entered = runtime.enter();
+            let settings = otlp::settings(&cli.command);
+            let (telemetry, problems) = telemetry::init(cli.global.log_format, &filter, output.log_writer(), settings.as_ref());
+            problems.iter().for_each(|problem| tracing::warn!(problem, "telemetry"));
+            drop(entered);
+            let output = output.clone().with_telemetry(telemetry);
             let outcome = runtime.block_on(dispatch(cli.command, &output));
+            for problem in output.telemetry().shut_down() {
+                output.remark(&problem);
+            }
             // Threads that still compute after a second Ctrl-C are not waited for.
             runtime.shutdown_background();
             outcome
@@ -135,6 +150,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
         Command::Run(args) => run::run(args, output).await,
         Command::Sync(args) => run::sync(*args, output).await,
         Command::Demo(args) => demo::demo(args, output).await,
+        Command::Serve(args) => serve::serve(args, output).await,
         Command::Validate(args) => validate::validate(args, output).await,
         Command::Status(args) => status::status(args, output).await,
         Command::Optimize(args) => maintain::optimize(args, output).await,

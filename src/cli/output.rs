@@ -1,6 +1,7 @@
 //! What a person or a script sees: results on stdout, progress and errors on stderr. The only place that prints.
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
 
 use indicatif::{MultiProgress, ProgressDrawTarget};
 use tracing_subscriber::fmt::MakeWriter;
@@ -8,10 +9,12 @@ use tracing_subscriber::fmt::MakeWriter;
 use crate::config::environment;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::pipeline::RunReport;
+use crate::telemetry::Telemetry;
 
 /// Where output goes.
 #[derive(Debug, Clone)]
 pub(super) struct Output {
+    telemetry: Arc<Telemetry>,
     quiet: bool,
     json: bool,
     bars: MultiProgress,
@@ -42,13 +45,23 @@ impl<'a> MakeWriter<'a> for LogWriter {
 }
 
 impl Output {
+    /// The same, and what sends telemetry.
+    pub fn with_telemetry(self, telemetry: Telemetry) -> Self {
+        Self { telemetry: Arc::new(telemetry), ..self }
+    }
+
+    /// What sends telemetry.
+    pub fn telemetry(&self) -> &Telemetry {
+        &self.telemetry
+    }
+
     /// Results for a person, or with `json` one document for a program.
     pub fn new(quiet: bool, json: bool) -> Self {
         let quiet = quiet || json;
         let terminal = std::io::stderr().is_terminal();
         let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
         let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|value| value.is_empty());
-        Self { quiet, json, bars: MultiProgress::with_draw_target(target), colour }
+        Self { telemetry: Arc::default(), quiet, json, bars: MultiProgress::with_draw_target(target), colour }
     }
 
     /// Whether the result is one JSON document.
@@ -215,7 +228,7 @@ pub(super) fn report(report: &RunReport) -> String {
         text.push_str(&format!("\nlines out of quarantine that could be read now: {}", report.replayed));
     }
     if report.watermark_held {
-        text.push_str("\nthe server reports fatal errors of its export: the watermark stays where it was");
+        text.push_str("\nthe server reports fatal errors of its export, or its error files could not be read: the watermark stays where it was");
     }
     if !report.outcome_issues.is_empty() {
         let issues: Vec<String> = report.outcome_issues.iter().map(|(severity, count)| format!("{count} {severity}")).collect();

@@ -14,7 +14,7 @@ use crate::pipeline::{self, RunOptions};
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
     /// The pipeline file.
-    pipeline: PathBuf,
+    pub pipeline: PathBuf,
     /// Ask for everything, and rewrite rows whose content differs.
     #[arg(long)]
     full_refresh: bool,
@@ -23,7 +23,7 @@ pub(super) struct RunArgs {
     new_export: bool,
     /// Set a key of the file, such as `--set memory=1GiB`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
+    pub sets: Vec<String>,
     /// Show what would be done; ask nothing of the server and change nothing.
     #[arg(long)]
     dry_run: bool,

@@ -37,9 +37,6 @@ pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> 
         return Ok(());
     }
     let plan = Plan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))?;
-    for key in &plan.unused {
-        output.remark(&format!("note: this version reads `{key}` and does not act on it yet"));
-    }
     let mut failed: Vec<ErrorKind> = Vec::new();
     for dependency in check_dependencies(&plan).await {
         match dependency.outcome {

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::file::{MaxBad, Mode, PipelineFile, pipeline_json_schema};
 use super::profiles;
+use super::schedule::SchedulePlan;
 use super::source::{LevelName, MethodName, TOO_OPEN};
 use super::tree::{Place, Tree, check};
 use crate::error::{Error, ErrorKind};
@@ -223,6 +224,12 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             {
                 add(&path, &format!("{parameter} has no place in a filter"), None);
             }
+        }
+    }
+    for (index, schedule) in file.schedule.iter().enumerate() {
+        if let Err((key, what)) = SchedulePlan::read(schedule) {
+            let hint = "minute, hour, day of month, month, day of week: \"15 * * * *\", \"0 3 * * SUN\"";
+            add(&format!("schedule.{index}.{key}"), &what, Some(hint).filter(|_| key == "cron"));
         }
     }
     let narrows = !(source.elements.is_empty() && source.type_filters.is_empty() && source.patients.is_empty());

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::schedule::{HealthSection, Schedule};
 use super::source::SourceSection;
 use super::values::{ByteSize, Span, Text, resource_types_schema};
 
@@ -35,10 +36,13 @@ pub struct PipelineFile {
     /// Removes old files after some runs.
     #[serde(default)]
     pub vacuum: VacuumSection,
-    /// When it is to run; read, and not acted on in this version.
+    /// When `fhirlake serve` runs it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schedule: Vec<Schedule>,
-    /// Where traces and metrics go; read, and not acted on in this version.
+    /// When it is thought ill.
+    #[serde(default)]
+    pub health: HealthSection,
+    /// Where traces, metrics and logs go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<TelemetrySection>,
 }
@@ -72,6 +76,19 @@ pub struct DownloadSection {
     /// How often a file that breaks off is read from its start.
     #[schemars(range(min = 1))]
     pub tries: usize,
+    /// What it leads to when a file has fewer resources than the manifest's `count`: many servers count wrong.
+    pub on_short_file: ShortFile,
+}
+
+/// What a file leads to that has fewer resources than the manifest promises.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShortFile {
+    /// It is reported.
+    #[default]
+    Report,
+    /// Its type fails.
+    Fail,
 }
 
 /// Bytes to resources.
@@ -251,22 +268,12 @@ pub enum Mode {
     Overwrite,
 }
 
-/// When `fhirlake serve` runs the pipeline.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Schedule {
-    /// A cron expression.
-    pub cron: String,
-    /// Whether that run asks for everything.
-    #[serde(default)]
-    pub full_refresh: bool,
-}
-
-/// Where traces and metrics go.
+/// Where traces, metrics and logs go. The standard `OTEL_*` variables do the same, and win.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TelemetrySection {
-    /// An OTLP endpoint.
+    /// An OTLP receiver: `http://collector:4317` is spoken to by gRPC, any other port by HTTP with Protobuf;
+    /// `OTEL_EXPORTER_OTLP_PROTOCOL` says otherwise.
     pub otlp: Text,
 }
 
@@ -282,7 +289,7 @@ impl Default for DownloadSection {
     fn default() -> Self {
         // Ten is the recipe's. A chunk of 1 MiB keeps a worker busy for milliseconds, so that edges of a few
         // dozen chunks even out; much smaller ones would pay more for the edge than for the parsing.
-        Self { concurrency: 10, chunk: ByteSize(1 << 20), tries: 5 }
+        Self { concurrency: 10, chunk: ByteSize(1 << 20), tries: 5, on_short_file: ShortFile::Report }
     }
 }
 

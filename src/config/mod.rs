@@ -5,6 +5,7 @@ mod check;
 mod file;
 mod plan;
 mod profiles;
+mod schedule;
 mod source;
 mod tree;
 mod values;
@@ -12,10 +13,11 @@ mod values;
 pub use check::{Problem, Read, read_pipeline};
 pub use file::{
     AttachmentsSection, Bad, DownloadSection, EncodeSection, FileColumns, MaxBad, MergeSection, Mode, OptimizeSection,
-    ParseSection, PipelineFile, Schedule, SchemaEvolution, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
+    ParseSection, PipelineFile, SchemaEvolution, ShortFile, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
 };
 pub use plan::{MemorySplit, Plan, Since, SourcePlan, default_state_folder};
 pub use profiles::PROFILES;
+pub use schedule::{HealthSection, Schedule, SchedulePlan};
 pub use source::{
     AuthSection, DeleteExport, LevelName, ListStyle, MethodName, OneOrMore, ProfileName, SecretPlace, SourceSection,
 };

@@ -6,7 +6,10 @@ use std::time::Duration;
 use url::Url;
 
 use super::check::{Problem, Read};
-use super::file::{AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, VacuumSection};
+use super::file::{
+    AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, ShortFile, VacuumSection,
+};
+use super::schedule::SchedulePlan;
 use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, TOO_OPEN};
 use super::values::{Instant, Text};
 use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
@@ -109,6 +112,8 @@ pub struct Plan {
     pub chunk_bytes: usize,
     /// How often a file is begun.
     pub tries: usize,
+    /// Whether a file with fewer resources than the manifest promises fails its type.
+    pub fail_short_files: bool,
     /// Parse threads.
     pub parse_workers: usize,
     /// Longest line.
@@ -149,8 +154,12 @@ pub struct Plan {
     pub state: PathBuf,
     /// A state file of its own, for the recipe's users.
     pub state_file: Option<PathBuf>,
-    /// Keys of the file that this version reads and does not act on.
-    pub unused: Vec<&'static str>,
+    /// When it runs by itself.
+    pub schedules: Vec<SchedulePlan>,
+    /// How long ago the last successful run may have completed.
+    pub max_age: Duration,
+    /// An OTLP receiver.
+    pub otlp: Option<String>,
 }
 
 /// Where a pipeline's state is unless the file says otherwise: beside the tables, whose readers pass it over.
@@ -230,6 +239,7 @@ impl Plan {
                 }
             }
         }
+        let otlp = file.telemetry.as_ref().map(|telemetry| text("telemetry.otlp", &telemetry.otlp));
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -300,6 +310,7 @@ impl Plan {
             downloads: stages.download.concurrency,
             chunk_bytes: bytes(stages.download.chunk),
             tries: stages.download.tries,
+            fail_short_files: stages.download.on_short_file == ShortFile::Fail,
             parse_workers: workers(stages.parse.workers),
             max_line: bytes(stages.parse.max_line),
             max_bad_lines,
@@ -330,10 +341,10 @@ impl Plan {
             tables,
             state,
             state_file: None,
-            unused: [(!file.schedule.is_empty(), "schedule"), (file.telemetry.is_some(), "telemetry")]
-                .into_iter()
-                .filter_map(|(there, key)| there.then_some(key))
-                .collect(),
+            // What cannot be read was a problem before.
+            schedules: file.schedule.iter().filter_map(|schedule| SchedulePlan::read(schedule).ok()).collect(),
+            max_age: file.health.max_age.0,
+            otlp,
         })
     }
 }

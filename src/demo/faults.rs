@@ -22,6 +22,11 @@ pub struct Faults {
     pub polls_bad_gateway: usize,
     /// Polls that are answered 404 with an OperationOutcome, though the export is there.
     pub polls_missing: usize,
+    /// Statuses of the first polls, in their order: 202, 404 with an outcome, others with an outcome of code `processing`;
+    /// 503 with `Retry-After: 1`.
+    pub polls_script: Vec<u16>,
+    /// Whether the manifest grows: a first poll is answered 202 with the last file alone.
+    pub growing: bool,
     /// Kick-offs that make an export, and whose connection is then closed without an answer.
     pub kickoffs_lost: usize,
     /// Requests to delete an export that are answered 503.

@@ -376,6 +376,19 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
         let Some(Some(job)) = jobs.get_mut(id) else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
+        if !faults.polls_script.is_empty() {
+            let code = StatusCode::from_u16(faults.polls_script.remove(0)).unwrap_or(StatusCode::ACCEPTED);
+            return match code {
+                StatusCode::ACCEPTED => code.into_response(),
+                StatusCode::NOT_FOUND => outcome(code, "not-found", "no such export, it seems"),
+                StatusCode::SERVICE_UNAVAILABLE => {
+                    let mut answer = outcome(code, "processing", "busy");
+                    answer.headers_mut().insert("retry-after", HeaderValue::from_static("1"));
+                    answer
+                }
+                code => outcome(code, "processing", "scripted"),
+            };
+        }
         let played = |count: &mut usize| std::mem::replace(count, count.saturating_sub(1)) > 0;
         if played(&mut faults.polls_missing) {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export, it seems");
@@ -414,16 +427,20 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
         (job.clone(), faults.clone(), *patients_per_file)
     };
     let separate = job.separate;
-    let page_files = faults.page_files;
+    let (page_files, growing, job_links) = (faults.page_files, faults.growing, job.links);
     let protected = locked(&world).tokens.registered.is_some();
     // Counting the population is work: not for the reactor.
     let made =
         compute(tracing::Span::none(), async move { manifest(&job, &faults, per_file, &base, (id, page), protected) }).await;
     match made {
-        Ok(manifest) => {
+        Ok(mut manifest) => {
+            let grows = growing && job_links == 1;
+            if let Some(output) = manifest.get_mut("output").and_then(Value::as_array_mut).filter(|_| grows) {
+                output.drain(..output.len().saturating_sub(1));
+            }
             let expires = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(3600));
             // A page with a next one is final while the server still works.
-            let still = page_files > 0 && manifest.get("link").is_some();
+            let still = grows || page_files > 0 && manifest.get("link").is_some();
             let code = if still { StatusCode::ACCEPTED } else { StatusCode::OK };
             let headers = [("content-type", "application/json".to_owned()), ("expires", expires)];
             let mut answer = (code, headers, manifest.to_string()).into_response();

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 use url::Url;
 
-use super::http::server_words;
+use super::answers::server_words;
 use super::keys::SigningKey;
 use super::smart::{Access, SmartConfiguration, clock_skew, not_granted};
 use crate::error::{Context, Error, ErrorKind, Result};

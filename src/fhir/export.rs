@@ -1,6 +1,6 @@
 //! Kick-off, polling and the end of an export.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
@@ -8,7 +8,8 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 use url::Url;
 
-use super::http::{Ask, Client, Judges, refusal, refused_with};
+use super::answers::{refusal, refused_with, server_words};
+use super::http::{Ask, Client, Judges};
 use super::manifest::Manifest;
 use super::request::{ExportRequest, Method as KickOffMethod};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -29,8 +30,6 @@ pub enum KickOff {
         wait: Option<Duration>,
         /// Its words.
         why: String,
-        /// Whether the answer to an earlier try was lost.
-        lost: bool,
     },
 }
 
@@ -75,22 +74,22 @@ const TRANSIENT: [&str; 7] = ["transient", "lock-error", "no-store", "exception"
 fn is_transient(body: &[u8]) -> Option<bool> {
     let json: Value = serde_json::from_slice(body).ok()?;
     let issues = json.get("issue")?.as_array()?;
-    let code = |issue: &Value| issue.get("code").and_then(Value::as_str).map(str::to_owned);
-    Some(issues.iter().filter_map(code).any(|code| TRANSIENT.contains(&code.as_str())))
+    let codes: Vec<&str> = issues.iter().filter_map(|issue| issue.get("code").and_then(Value::as_str)).collect();
+    if codes.is_empty() { None } else { Some(codes.iter().any(|code| TRANSIENT.contains(code))) }
 }
 
 impl Client {
-    /// Asks for an export (K1 to K21).
-    pub async fn kick_off(&self, request: &ExportRequest) -> Result<KickOff> {
+    /// Asks for an export (K1 to K21). Sets `lost` where an answer may have been one that did not reach us: the server may
+    /// have made an export then, whatever a later try says.
+    pub async fn kick_off(&self, request: &ExportRequest, lost: &AtomicBool) -> Result<KickOff> {
         let post = request.is_post();
-        let lost = AtomicBool::new(false);
-        let response = self.send_kick_off(request, post, &lost).await?;
+        let response = self.send_kick_off(request, post, lost).await?;
         let may_post = request.options.method == KickOffMethod::Auto && !post;
         let response = match response.status() {
             // K2: what STU 4 leaves over.
             StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED if may_post => {
                 tracing::info!("the server takes no GET as a kick-off; asking by POST");
-                self.send_kick_off(request, true, &lost).await?
+                self.send_kick_off(request, true, lost).await?
             }
             _ => response,
         };
@@ -98,10 +97,11 @@ impl Client {
             let applied = response.headers().get_all("preference-applied").iter().filter_map(|value| value.to_str().ok());
             let separate = applied.into_iter().any(|value| value.contains("separate-export-status"));
             let location = response.headers().get("content-location").and_then(|to| to.to_str().ok());
-            let location = location
-                .ok_or_else(|| Error::new(ErrorKind::Server, "the kick-off was accepted without a Content-Location to poll"))?;
-            let status = response.url().join(location);
-            let status = status.context(ErrorKind::Server, "the kick-off's Content-Location is no URL")?;
+            let status = location.and_then(|location| response.url().join(location).ok());
+            let Some(status) = status.filter(|status| matches!(status.scheme(), "http" | "https")) else {
+                lost.store(true, Ordering::Relaxed);
+                return Err(Error::new(ErrorKind::Server, "the kick-off was accepted without a usable Content-Location to poll"));
+            };
             return Ok(KickOff::Accepted { status, separate });
         }
         let (code, wait) = (response.status(), self.retry_after(response.headers()));
@@ -109,7 +109,7 @@ impl Client {
         // Epic's words for one export a client and group in a day.
         let too_soon = String::from_utf8_lossy(&body).to_lowercase().contains("too recently");
         if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
-            return Ok(KickOff::Later { wait, why: error.to_string(), lost: lost.into_inner() });
+            return Ok(KickOff::Later { wait, why: error.to_string() });
         }
         if code == StatusCode::BAD_REQUEST || code == StatusCode::UNPROCESSABLE_ENTITY {
             return Err(error.with_hint(
@@ -164,6 +164,10 @@ impl Client {
             code if self.settings().retry_status.contains(&code.as_u16()) => {
                 Ok(Poll::Troubled { error: refusal(response, ask.what).await, wait, throttled: false })
             }
+            // A gateway's, or a server's that is overloaded: no word on the export, whatever stands below it.
+            code if matches!(code.as_u16(), 408 | 425 | 502 | 503 | 504) && own.is_none() => {
+                Ok(Poll::Troubled { error: refusal(response, ask.what).await, wait, throttled: false })
+            }
             StatusCode::NOT_FOUND | StatusCode::GONE => {
                 let status_is_gone = response.status() == StatusCode::GONE;
                 let (error, body) = refused_with(response, ask.what).await;
@@ -178,9 +182,17 @@ impl Client {
             }
             code => {
                 let (error, body) = refused_with(response, ask.what).await;
-                // Without an outcome only the status tells whose trouble it is: a gateway's, or the job's.
-                let passes = matches!(code.as_u16(), 408 | 425 | 500 | 502 | 503 | 504) && own.is_none();
-                match is_transient(&body).unwrap_or(passes) {
+                let error = match own {
+                    // The answer itself was fine.
+                    Some(own) => Error::new(
+                        error.kind(),
+                        format!("the server says that the export ended with {own}: {}", server_words(&body)),
+                    ),
+                    None => error,
+                };
+                // Without an outcome a 500 may be the poll's or the job's; whoever asks to come back is not done.
+                let passes = code == StatusCode::INTERNAL_SERVER_ERROR && own.is_none();
+                match is_transient(&body).unwrap_or(passes) || (wait.is_some() && code.is_server_error()) {
                     true => Ok(Poll::Troubled { error, wait, throttled: false }),
                     // What we may not do is no word on the export.
                     false if error.kind() == ErrorKind::Server && code.is_server_error() => Ok(Poll::Failed(error)),
@@ -195,7 +207,7 @@ impl Client {
     /// to wait: it is asked once.
     pub async fn delete_export(&self, status: &Url) -> Result<()> {
         let what = "the export's end";
-        let ask = Ask { method: Method::DELETE, judges: Judges::All, ..Ask::get(status, "", what) };
+        let ask = Ask { method: Method::DELETE, judges: Judges::Once, ..Ask::get(status, "", what) };
         let response = self.send(&ask).await?;
         match response.status() {
             code if code.is_success() || matches!(code.as_u16(), 404 | 405 | 410 | 501) => Ok(()),

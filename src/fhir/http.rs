@@ -2,16 +2,16 @@
 //! redirects by hand.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use reqwest::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue,
-    IF_RANGE, LOCATION, RANGE, RETRY_AFTER,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, IF_RANGE, LOCATION, RANGE, RETRY_AFTER,
 };
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 use url::{Origin, Url};
 
+use super::answers::{LONGEST_WAIT, Resume, parse_retry_after, refusal};
 use super::auth::{Auth, Granted};
 use super::capabilities::Capabilities;
 use super::pace::Pace;
@@ -19,14 +19,14 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::{Board, Stop};
 use crate::telemetry;
 
-/// A `Retry-After` of more seconds is a time: nobody asks for 30 years.
-const LONGEST_WAIT: f64 = 1e9;
+/// Longest pause between tries that a server did not ask for itself.
+const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// Pauses that a server asks for and that go beyond the time for trouble, for one request.
+const GRANTS: u32 = 3;
 /// Redirects that are followed for one request.
 const MAX_REDIRECTS: usize = 10;
 /// Refused tokens that are renewed for one request.
 const MAX_REFUSALS: usize = 3;
-/// How much of an error's body is read.
-const ERROR_BODY: usize = 4096;
 
 /// How the client behaves.
 #[derive(Debug, Clone)]
@@ -109,6 +109,8 @@ pub(super) enum Judges {
     Throttling(Duration),
     /// All: whoever asks comes back anyway.
     All,
+    /// All, and a connection that fails: one try is enough.
+    Once,
 }
 
 impl<'a> Ask<'a> {
@@ -240,7 +242,11 @@ impl Client {
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
     /// kind is the caller's to judge.
     pub(super) async fn send(&self, ask: &Ask<'_>) -> Result<Response> {
-        let until = tokio::time::Instant::now() + self.settings.retry_for;
+        // A pause that the caller is ready to make has its time beside that for other trouble.
+        let most = if let Judges::Throttling(most) = ask.judges { most } else { Duration::ZERO };
+        let mut until = now_and(self.settings.retry_for);
+        let throttled_until = now_and(self.settings.retry_for.max(most));
+        let mut grants = GRANTS;
         let mut pause = self.settings.min_pause;
         let mut refused: Option<HeaderValue> = None;
         let mut refusals = 0;
@@ -258,28 +264,53 @@ impl Client {
                     let hint = "the server wants a token: set source.auth (fhirlake keygen makes a key)";
                     return Err(refusal(response, ask.what).await.with_hint(hint));
                 }
-                Ok((response, _)) if !self.passes(response.status(), ask.is_file) || ask.judges == Judges::All => {
+                Ok((response, None)) if response.status() == StatusCode::UNAUTHORIZED && ask.with_token => {
+                    let hint =
+                        "the token goes to the server's own origin only; source.token_origins names others that may have it";
+                    return Err(refusal(response, ask.what).await.with_hint(hint));
+                }
+                Ok((response, _))
+                    if !self.passes(response.status(), ask.is_file) || matches!(ask.judges, Judges::All | Judges::Once) =>
+                {
                     return Ok(response);
                 }
                 Ok((response, _)) => {
-                    let asked = self.retry_after(response.headers());
+                    // "At once" is not meant: it would be a busy loop.
+                    let asked = self.retry_after(response.headers()).filter(|asked| *asked >= self.settings.min_pause);
                     if let Judges::Throttling(most) = ask.judges
                         && response.status() == StatusCode::TOO_MANY_REQUESTS
-                        && asked.unwrap_or(most) >= most
+                        && (asked.unwrap_or(most) >= most || now_and(asked.unwrap_or(pause)) > throttled_until)
                     {
                         return Ok(response);
+                    }
+                    if ask.lost.is_some() && response.status() == StatusCode::TOO_MANY_REQUESTS {
+                        until = until.max(throttled_until);
+                    }
+                    if let Some(lost) = ask.lost
+                        && matches!(response.status().as_u16(), 502 | 504)
+                    {
+                        // The gateway does not know what came of it.
+                        lost.store(true, Ordering::Relaxed);
                     }
                     if ask.is_file {
                         self.pace.slower();
                     }
-                    (asked.map(|asked| asked.min(self.settings.max_pause)), refusal(response, ask.what).await)
+                    let asked = asked.map(|asked| asked.min(self.settings.max_pause.max(most)));
+                    // A pause that the server itself asks for may be longer than the time for trouble.
+                    if let Some(asked) = asked.filter(|asked| now_and(*asked) > until)
+                        && grants > 0
+                    {
+                        grants -= 1;
+                        until = now_and(asked) + self.settings.retry_for / 2;
+                    }
+                    (asked, refusal(response, ask.what).await)
                 }
-                Err(error) if error.kind() == ErrorKind::Network => (None, error),
+                Err(error) if error.kind() == ErrorKind::Network && ask.judges != Judges::Once => (None, error),
                 Err(error) => return Err(error),
             };
             let wait = wait.unwrap_or_else(|| jitter(pause));
-            pause = (pause * 2).min(self.settings.max_pause);
-            if tokio::time::Instant::now() + wait > until {
+            pause = (pause * 2).min(self.settings.max_pause).min(OUR_LONGEST_PAUSE);
+            if now_and(wait) > until {
                 return Err(error);
             }
             self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
@@ -294,7 +325,10 @@ impl Client {
     /// The pause that `Retry-After` asks for, from now.
     pub(super) fn retry_after(&self, headers: &HeaderMap) -> Option<Duration> {
         let text = headers.get(RETRY_AFTER)?.to_str().ok()?;
-        let wait = parse_retry_after(text, SystemTime::now());
+        // A date is by the server's clock, which its answer tells.
+        let date = headers.get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+        let by_date = httpdate::parse_http_date(text.trim()).is_ok();
+        let wait = parse_retry_after(text, date.filter(|_| by_date).unwrap_or_else(SystemTime::now));
         match (wait, text.trim().parse::<f64>()) {
             (None, _) => {
                 tracing::warn!(retry_after = text, "Retry-After is neither seconds nor a date; it is passed over");
@@ -334,6 +368,9 @@ impl Client {
             }
             if url.origin() == self.base.origin() {
                 request = request.headers(self.settings.headers.clone());
+                if let Some(trace) = telemetry::traceparent() {
+                    request = request.header("traceparent", trace);
+                }
             }
             let mut token = None;
             if self.token_goes_to(ask, &url) {
@@ -344,7 +381,10 @@ impl Client {
                 }
             }
             let sent = self.stop.or(request.send()).await;
-            let sent = sent.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))?;
+            let sent = sent.ok_or_else(|| {
+                ask.lost.inspect(|lost| lost.store(true, Ordering::Relaxed));
+                Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what))
+            })?;
             let response = sent.map_err(|error| {
                 if let Some(lost) = ask.lost.filter(|_| !error.is_connect()) {
                     lost.store(true, Ordering::Relaxed);
@@ -373,129 +413,12 @@ impl Client {
     }
 }
 
-/// Where a file that broke off goes on.
-#[derive(Debug, Clone)]
-pub struct Resume {
-    /// Bytes that are here.
-    pub from: u64,
-    /// A strong validator (RFC 9110, section 8.8.1) of the file that they are of.
-    pub validator: HeaderValue,
-}
-
-impl Resume {
-    /// The validator of a response whose file can be gone on with: a strong entity tag, of bytes that are not packed for
-    /// the way.
-    pub fn validator(response: &Response) -> Option<HeaderValue> {
-        let headers = response.headers();
-        let packed = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding.as_bytes() != b"identity");
-        let tag = headers.get(ETAG).filter(|tag| tag.as_bytes().starts_with(b"\""));
-        tag.filter(|_| !packed).cloned()
-    }
-
-    /// Whether a response goes on where we are.
-    pub fn is_taken_up_by(&self, response: &Response) -> bool {
-        let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
-        let from = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok());
-        response.status() == StatusCode::PARTIAL_CONTENT && from == Some(self.from)
-    }
+fn now_and(wait: Duration) -> tokio::time::Instant {
+    tokio::time::Instant::now() + wait
 }
 
 fn jitter(pause: Duration) -> Duration {
     // Full jitter between half and all of it, from a UUID's random bits: spreads clients, needs no crate.
     let random = uuid::Uuid::new_v4().as_u128() as u32;
     pause / 2 + pause.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
-}
-
-/// The error that a refusal stands for, with the server's own words.
-pub(super) async fn refusal(response: Response, what: &str) -> Error {
-    refused_with(response, what).await.0
-}
-
-/// The same, and the beginning of its body.
-pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<u8>) {
-    let status = response.status();
-    let kind = match status.as_u16() {
-        401 | 403 => ErrorKind::Auth,
-        _ => ErrorKind::Server,
-    };
-    let url = response.url().clone();
-    let body = first_bytes(response).await;
-    let words = server_words(&body);
-    let place = shown(&url);
-    let words = if words.is_empty() { String::new() } else { format!(": {words}") };
-    let error = Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place);
-    (error.with_status(status.as_u16()), body)
-}
-
-async fn first_bytes(mut response: Response) -> Vec<u8> {
-    let mut body = Vec::new();
-    while body.len() < ERROR_BODY
-        && let Ok(Some(bytes)) = response.chunk().await
-    {
-        body.extend_from_slice(&bytes);
-    }
-    body.truncate(ERROR_BODY);
-    body
-}
-
-/// What an error's body says: an OperationOutcome's diagnostics, or the beginning of its text.
-pub(super) fn server_words(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body) {
-        let issues = json.get("issue").and_then(|issues| issues.as_array());
-        let words = issues.into_iter().flatten().filter_map(|issue| {
-            let text = issue.get("diagnostics").or_else(|| issue.get("details").and_then(|details| details.get("text")));
-            text.and_then(|text| text.as_str()).or_else(|| issue.get("code").and_then(|code| code.as_str()))
-        });
-        let words: Vec<&str> = words.collect();
-        if !words.is_empty() {
-            return words.join("; ").chars().take(500).collect();
-        }
-    }
-    let one_line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    one_line.chars().take(200).collect()
-}
-
-/// Reads `Retry-After`: seconds, an HTTP-date, or the epoch seconds and milliseconds that some servers send.
-pub fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
-    let text = text.trim();
-    if let Ok(number) = text.parse::<f64>() {
-        if !number.is_finite() || number < 0.0 {
-            return Some(Duration::ZERO);
-        }
-        let at = |seconds: f64| UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(seconds).ok()?);
-        return match number {
-            n if n > LONGEST_WAIT * 1e3 => Some(at(n / 1e3)?.duration_since(now).unwrap_or_default()),
-            n if n > LONGEST_WAIT => Some(at(n)?.duration_since(now).unwrap_or_default()),
-            n => Duration::try_from_secs_f64(n).ok(),
-        };
-    }
-    let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(now).unwrap_or_default())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    // S3 and the deviations of a reference server.
-    #[test]
-    fn retry_after_in_every_form() {
-        let now = UNIX_EPOCH + Duration::from_secs(1_795_386_390);
-        let seconds = |text: &str| parse_retry_after(text, now).map(|wait| wait.as_secs());
-        assert_eq!(seconds("120"), Some(120));
-        assert_eq!(seconds("-5"), Some(0));
-        assert_eq!(seconds("1795386395"), Some(5), "epoch seconds");
-        assert_eq!(seconds("1795386394073"), Some(4), "epoch milliseconds");
-        assert_eq!(seconds(&httpdate::fmt_http_date(now + Duration::from_secs(30))), Some(30));
-        assert_eq!(seconds(&httpdate::fmt_http_date(now - Duration::from_secs(30))), Some(0));
-        assert_eq!(seconds("soon"), None);
-    }
-
-    #[test]
-    fn the_servers_words() {
-        let outcome = br#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"Group unknown"}]}"#;
-        assert_eq!(server_words(outcome), "Group unknown");
-        assert_eq!(server_words(b"<html>\n <b>Bad</b>"), "<html> <b>Bad</b>");
-    }
 }

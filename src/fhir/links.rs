@@ -1,6 +1,6 @@
 //! Links of files that end before the files are read (F7): the manifest has newer ones.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,8 +41,15 @@ struct Page {
     asked: Option<Instant>,
     /// Its lists when it was asked for last.
     newest: [Vec<Listed>; 3],
-    /// Its lists when its files were sent on: the places are of those.
+    /// All that it ever listed: the places are of those.
     files: [Vec<Listed>; 3],
+}
+
+impl Page {
+    fn newer(&self, place: LinkPlace) -> Option<Url> {
+        let lists = self.files.get(place.list).zip(self.newest.get(place.list));
+        lists.and_then(|(old, new)| newer(old, new, place.file)).cloned()
+    }
 }
 
 /// A file as a page lists it.
@@ -118,10 +125,35 @@ fn files(manifest: &Manifest) -> [Vec<Listed>; 3] {
 }
 
 impl Links {
-    /// Remembers where a page came from.
-    pub async fn page(&self, export: usize, page: usize, url: &Url, separate: bool, manifest: &Manifest) {
-        let known = Page { url: url.clone(), separate, asked: None, newest: Default::default(), files: files(manifest) };
-        self.pages.lock().await.insert((export, page), known);
+    /// Remembers a page, and where it came from. What it lists that it did not list before: which list, the file's place
+    /// among all that the page ever listed there, and the file.
+    pub async fn page<'m>(
+        &self,
+        export: usize,
+        page: usize,
+        url: &Url,
+        separate: bool,
+        manifest: &'m Manifest,
+    ) -> Vec<(usize, usize, &'m ManifestFile)> {
+        let mut pages = self.pages.lock().await;
+        let new = || Page { url: url.clone(), separate, asked: None, newest: Default::default(), files: Default::default() };
+        let known = pages.entry((export, page)).or_insert_with(new);
+        let mut fresh = Vec::new();
+        let lists = [&manifest.output, &manifest.deleted, &manifest.outcomes];
+        for (list, ((known, listed), given)) in known.files.iter_mut().zip(files(manifest)).zip(lists).enumerate() {
+            let mut names: HashSet<String> = known.iter().map(|file| unsigned(&file.url)).collect();
+            // Paths may be signed too: then none of the old names comes again, and the place tells.
+            let by_place = !names.is_empty() && !listed.iter().any(|file| names.contains(&unsigned(&file.url)));
+            let before = known.len();
+            for (at, (file, given)) in listed.into_iter().zip(given).enumerate() {
+                let is_new = names.insert(unsigned(&file.url)) && (!by_place || at >= before);
+                if is_new {
+                    fresh.push((list, known.len(), given));
+                    known.push(file);
+                }
+            }
+        }
+        fresh
     }
 
     /// A newer link of a file whose link `ended`; an error where the manifest has none.
@@ -130,15 +162,17 @@ impl Links {
         let mut pages = self.pages.lock().await;
         let page = pages.get_mut(&(place.export, place.page)).ok_or_else(|| gone("its manifest is not known"))?;
         // Another file may have asked already.
-        if page.asked.is_none_or(|asked| asked.elapsed() >= INTERVAL) {
-            let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
-            page.asked = Some(Instant::now());
-            page.newest = files(&manifest);
-            tracing::info!("links of files were asked for anew");
+        if let Some(fresh) = page.newer(place).filter(|fresh| fresh != ended) {
+            return Ok(fresh);
         }
-        let lists = page.files.get(place.list).zip(page.newest.get(place.list));
-        let fresh = lists.and_then(|(old, new)| newer(old, new, place.file)).filter(|fresh| *fresh != ended);
-        fresh.cloned().ok_or_else(|| gone("the manifest has no newer one"))
+        if let Some(asked) = page.asked {
+            tokio::time::sleep(INTERVAL.saturating_sub(asked.elapsed())).await;
+        }
+        let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
+        page.asked = Some(Instant::now());
+        page.newest = files(&manifest);
+        tracing::info!("links of files were asked for anew");
+        page.newer(place).filter(|fresh| fresh != ended).ok_or_else(|| gone("the manifest has no newer one"))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The client side of FHIR Bulk Data: HTTP with retries, kick-off, polling, manifest, and who we are to the server.
 
+mod answers;
 mod auth;
 mod capabilities;
 mod export;
@@ -11,10 +12,11 @@ mod pace;
 mod request;
 mod smart;
 
+pub use answers::{Resume, parse_retry_after};
 pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
 pub use capabilities::Capabilities;
 pub use export::{KickOff, Poll};
-pub use http::{Client, HttpSettings, Resume, parse_retry_after, shown};
+pub use http::{Client, HttpSettings, shown};
 pub use keys::{KeyAlgorithm, generate_key};
 pub use links::{LinkPlace, Links, unsigned};
 pub use manifest::{Manifest, ManifestFile};

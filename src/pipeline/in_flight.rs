@@ -17,7 +17,7 @@ use crate::messages::{ResourceType, watermark_of};
 use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
 use crate::state::{InFlight, NotBefore, StateFolder, Unanswered};
 
-/// Runs that may end without all of an export before another is asked for: the server may never give the rest.
+/// Runs in which the server may fail to give all of an export before another is asked for: it may never give the rest.
 const MAX_FAILURES: u32 = 3;
 
 /// How long a server is told that an export is merged.
@@ -99,7 +99,7 @@ pub(super) fn resume(
             kickoff.request.types.retain(|name| !export.types.contains(name));
         }
         rest.retain(|kickoff| !kickoff.asked.is_empty());
-        resumed.behind |= export.failures > 0;
+        resumed.behind |= export.behind;
         resumed.full_refresh |= export.full_refresh;
         resumed.kickoffs.push(Kickoff { request, asked: types, known, in_flight: Some(in_flight) });
         if covers_all {
@@ -148,6 +148,7 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
                     full_refresh,
                     transaction_time: None,
                     failures: 0,
+                    behind: false,
                     mixed: Vec::new(),
                     merged: false,
                 });
@@ -164,10 +165,11 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
                     }
                 }
             }
-            ExportNote::Later { wait, why, lost } => {
-                if !lost {
-                    exports.unanswered.pop();
-                }
+            ExportNote::Useless { status } => {
+                let found = exports.in_flight.iter_mut().filter(|export| export.status == status.as_str());
+                found.for_each(|export| export.failures += 1);
+            }
+            ExportNote::Later { wait, why } => {
                 let wait = wait.and_then(|wait| TimeDelta::from_std(wait).ok()).unwrap_or(USUAL_WAIT);
                 let time: DateTime<Utc> = Utc::now() + wait.min(TimeDelta::days(7));
                 exports.not_before = Some(NotBefore { time, scope: scope.clone(), why: (*why).to_owned() });
@@ -183,8 +185,15 @@ fn is_covered(export: &InFlight, scope: &str, kickoffs: &[Kickoff]) -> bool {
     export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(asked))
 }
 
-/// A run that began at `began` ended by itself, and not all of its exports is merged.
-pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], began: DateTime<Utc>) -> Result<()> {
+/// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not give some
+/// file of it does that count against an export: what fails here is made good from the same one, however often.
+pub(super) fn failed(
+    state: &StateFolder,
+    scope: &str,
+    kickoffs: &[Kickoff],
+    began: DateTime<Utc>,
+    of_server: bool,
+) -> Result<()> {
     let used = |export: &InFlight| {
         let goes_on = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
         export.accepted >= began || goes_on.into_iter().any(|accepted| accepted.status.as_str() == export.status)
@@ -192,7 +201,10 @@ pub(super) fn failed(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], beg
     state.change_exports(|exports| {
         let done =
             |export: &&mut InFlight| export.scope == scope && !export.merged && used(export) && export.transaction_time.is_some();
-        exports.in_flight.iter_mut().filter(done).for_each(|export| export.failures += 1);
+        for export in exports.in_flight.iter_mut().filter(done) {
+            export.behind = true;
+            export.failures += u32::from(of_server);
+        }
     })
 }
 
@@ -203,18 +215,17 @@ pub(super) async fn merged(state: &StateFolder, scope: &str, kickoffs: &[Kickoff
     give_back(state, &done, client, delete).await
 }
 
-/// Some types failed: exports of which none did may be given back all the same, and those that were given up.
+/// Some types failed: exports of which none did may be given back all the same.
 pub(super) async fn merged_in_part(
     state: &StateFolder,
-    (scope, kickoffs, tables): (&str, &[Kickoff], &Tables),
+    (scope, tables): (&str, &Tables),
     until: Option<i64>,
     client: &Client,
     delete: bool,
 ) -> Result<()> {
     let mut done = Vec::new();
     for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope) {
-        let given_up = is_given_up(&export) && is_covered(&export, scope, kickoffs);
-        if given_up || is_merged(&export, tables, until).await {
+        if is_merged(&export, tables, until).await {
             done.push(export);
         }
     }
@@ -240,7 +251,7 @@ async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, dele
             && let Err(error) = client.delete_export(&status).await
         {
             // One that is not deleted may hold the only slot there is: the next run begins with it.
-            tracing::warn!(%error, "the export is merged, and the server could not be told; the next run tells it");
+            tracing::warn!(%error, "the server could not be told that an export is not needed any more; the next run tells it");
             unheard.push(export.status.as_str());
         }
     }
@@ -251,12 +262,14 @@ async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, dele
     })
 }
 
-/// Gives back what an earlier run could not, and says what is not known of kick-offs: before another is made.
+/// Before another kick-off is made: gives back what an earlier run could not, and what was given up, since what is asked for
+/// now takes its place; and says what is not known of kick-offs.
 pub(super) async fn settle(state: &StateFolder, scope: &str, client: &Client) -> Result<()> {
     let exports = state.exports()?;
-    for kick_off in exports.unanswered.iter().filter(|kick_off| kick_off.scope == scope) {
+    let mut unanswered = exports.unanswered.iter().filter(|kick_off| kick_off.scope == scope);
+    if let Some(kick_off) = unanswered.next_back() {
         tracing::warn!(
-            sent = %kick_off.time,
+            sent = %kick_off.time, others = unanswered.count(),
             "no answer came to a kick-off of an earlier run: the server may hold an export that fhirlake does not know of"
         );
     }
@@ -264,13 +277,14 @@ pub(super) async fn settle(state: &StateFolder, scope: &str, client: &Client) ->
     let (old, rest): (Vec<InFlight>, Vec<InFlight>) = exports
         .in_flight
         .into_iter()
-        .filter(|export| export.merged && export.scope == scope)
+        .filter(|export| (export.merged || is_given_up(export)) && export.scope == scope)
         .partition(|export| Utc::now() - export.accepted > FORGOTTEN_AFTER);
     give_back(state, &old, client, false).await?;
     give_back(state, &rest, client, true).await
 }
 
-/// Cancels exports in flight, by their numbers from 1, or all of them; how many. A time to wait for is forgotten too. Where the
+/// Cancels exports in flight, by their numbers from 1, or all of them; how many. With all, a time to wait for and kick-offs without
+/// an answer are forgotten too. Where the
 /// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
 pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
@@ -295,8 +309,10 @@ pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Res
     }
     state.change_exports(|exports| {
         exports.in_flight.retain(|export| !gone.contains(&export.status));
-        exports.unanswered.clear();
-        exports.not_before = None;
+        if numbers.is_none() && failed.is_none() {
+            exports.unanswered.clear();
+            exports.not_before = None;
+        }
     })?;
     match failed {
         None => Ok(gone.len()),

@@ -47,6 +47,7 @@ use crate::stages::merge::{Merge, MergeSettings, Staging, StagingSettings};
 use crate::stages::parse::Parse;
 use crate::stages::replay::Replay;
 use crate::state::{Journal, JournalEntry, StateFile, StateFolder};
+use crate::telemetry;
 
 /// What a run may be told on the command line.
 #[derive(Debug, Clone, Copy, Default)]
@@ -105,18 +106,9 @@ pub async fn run(
     options: RunOptions,
     watch: &Watch,
     stop: &Stop,
-    waiting: impl Fn(&[&'static str]),
+    waiting: impl Fn(&[&'static str]) + Sync,
 ) -> Result<RunReport> {
-    let name = plan.name.clone();
-    let pass = async |plan: Plan, options: RunOptions| {
-        let run = maintain::run_id();
-        let span = tracing::info_span!("run", pipeline = %name, run = %run);
-        once(plan, options, watch, stop, &waiting, run)
-            .instrument(span)
-            .await
-            .map_err(|error| error.at(format!("pipeline {name}")))
-    };
-    let (first, behind) = pass(plan.clone(), options).await?;
+    let (first, behind) = pass(plan.clone(), options, watch, stop, &waiting).await?;
     if !behind || stop.is_pulled() {
         return Ok(first);
     }
@@ -131,10 +123,36 @@ pub async fn run(
     tracing::info!("what is there of an earlier run's export is merged; now what changed since");
     let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
     let types = if part { rest } else { plan.types.clone() };
-    let (second, _) = pass(Plan { types, ..plan }, RunOptions { part, ..options }).await?;
+    let second = pass(Plan { types, ..plan }, RunOptions { part, ..options }, watch, stop, &waiting).await;
+    // A server with one slot has it taken as long as the first export is not whole: no news, and no failure of its own.
+    let (second, _) = match second {
+        Err(error) if part && error.kind() == ErrorKind::Throttled => return Ok(first),
+        second => second?,
+    };
     let report = first.and_then(second);
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     Ok(report)
+}
+
+/// Once through the pipeline, under an id of its own; a failure leaves a report too.
+async fn pass(
+    plan: Plan,
+    options: RunOptions,
+    watch: &Watch,
+    stop: &Stop,
+    waiting: &(impl Fn(&[&'static str]) + Sync),
+) -> Result<(RunReport, bool)> {
+    let (name, run, started) = (plan.name.clone(), maintain::run_id(), Utc::now());
+    let span = tracing::info_span!("run", pipeline = %name, run = %run, trace_id = tracing::field::Empty);
+    if let Some(id) = telemetry::trace_id(&span) {
+        span.record("trace_id", id);
+    }
+    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let outcome = once(plan, options, watch, stop, waiting, run.clone()).instrument(span).await;
+    if let Err(error) = &outcome {
+        report::of_failed(&state, &name, &run, started, error);
+    }
+    outcome.map_err(|error| error.at(format!("pipeline {name}")))
 }
 
 async fn once(
@@ -142,7 +160,7 @@ async fn once(
     options: RunOptions,
     watch: &Watch,
     stop: &Stop,
-    waiting: impl Fn(&[&'static str]),
+    waiting: &impl Fn(&[&'static str]),
     run: String,
 ) -> Result<(RunReport, bool)> {
     let (began, started) = (Instant::now(), Utc::now());
@@ -297,7 +315,8 @@ async fn once(
         ledger: match absent {
             Absent::Stay => Ledger::new(exports, max_bad_lines),
             _ => Ledger::new(exports, max_bad_lines).wait_for_all(),
-        },
+        }
+        .fail_short_files(plan.fail_short_files),
         requests,
         settings: MergeSettings {
             pipeline: plan.name.clone(),
@@ -327,6 +346,7 @@ async fn once(
         journal.write(&JournalEntry::Ended { run: run.clone() })?;
     }
     let merged = merged.unwrap_or_default();
+    let files_failed = merged.files_failed > 0;
     // What is in a table now, or is there in a newer version, need not be kept any longer.
     state.remove_quarantined(&merged.replayed.iter().copied().collect())?;
     if absent != Absent::Stay {
@@ -346,9 +366,9 @@ async fn once(
         ));
     }
     if !report.succeeded && !options.replay_only && client.is_some() {
-        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started)?;
+        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started, files_failed)?;
         if let Some(client) = &client {
-            let what = (prepared.app_id.as_str(), prepared.kickoffs.as_slice(), &prepared.tables);
+            let what = (prepared.app_id.as_str(), &prepared.tables);
             in_flight::merged_in_part(&state, what, prepared.until, client, plan.delete_export).await?;
         }
     }

@@ -7,11 +7,12 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::config::Plan;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::flow::Board;
 use crate::messages::instant_text;
 use crate::schema::EXCLUDED_TYPES;
 use crate::stages::merge::{MergeReport, TypeOutcome};
+use crate::state::StateFolder;
 use crate::telemetry;
 
 /// What a run did.
@@ -35,6 +36,9 @@ pub struct RunReport {
     /// Why the run ended before its end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What may help.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
     /// By type.
     pub types: BTreeMap<String, TypeOutcome>,
     /// Lines of types that have no table.
@@ -135,6 +139,7 @@ pub(super) fn draw_up(
         full,
         transaction_time: merged.transaction_time.map(instant_text),
         error: ended.map(ToString::to_string),
+        hint: ended.map(|error| error.hint().to_owned()),
         types,
         excluded,
         count_findings: merged.count_findings,
@@ -145,5 +150,20 @@ pub(super) fn draw_up(
         server_deviations,
         retries,
         replayed: merged.replayed.len() as u64,
+    }
+}
+
+/// Leaves a report of a run that failed before it could draw one up; of one that found the pipeline taken there is nothing to say.
+pub(super) fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
+    if error.kind() == ErrorKind::Locked || state.has_report(run) {
+        return;
+    }
+    let seconds = (Utc::now() - started).as_seconds_f64();
+    let report = serde_json::json!({
+        "pipeline": pipeline, "run": run, "started": started, "seconds": seconds, "succeeded": false,
+        "error": error.to_string(), "hint": error.hint(), "types": {},
+    });
+    if let Err(error) = state.save_report(run, &report) {
+        tracing::warn!(%error, "the run's report could not be written");
     }
 }

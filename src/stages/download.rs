@@ -128,6 +128,8 @@ impl Download {
                 Err(Broken::Again(error)) if tried + 1 < self.tries || reading.got_on(lines.read) => {
                     // What got on may go on for as long as it does: some proxies end each connection after a time.
                     tried = if reading.got_on(lines.read) { 0 } else { tried + 1 };
+                    // A link of one use, or of a minute: each that got on may be followed by another.
+                    reading.renewed &= !reading.got_on(lines.read);
                     reading.reached = reading.reached.max(lines.read);
                     let from = reading.so_far.as_ref().map_or(0, |so_far| so_far.resume.from);
                     let pause = FIRST_PAUSE * (1 << tried.min(6));

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use url::Url;
@@ -39,8 +40,8 @@ pub struct Accepted {
     pub tables: BTreeMap<ResourceType, i64>,
     /// Types whose files hold rows of other types: merged or not, they are read again.
     pub mixed: Vec<ResourceType>,
-    /// Files that it listed to earlier runs, and what is staged of them.
-    pub staged: Arc<HashMap<FilePlace, ListedFile>>,
+    /// Files that it listed to earlier runs, by [`ListedFile::said`], and what is staged of them.
+    pub staged: Arc<HashMap<String, ListedFile>>,
 }
 
 impl Accepted {
@@ -62,8 +63,13 @@ pub type Remember = Arc<dyn Fn(&ExportNote<'_>) -> Result<()> + Send + Sync>;
 pub enum ExportNote<'a> {
     /// A kick-off is about to be sent.
     Asking,
-    /// It was refused: no export came of it.
+    /// It was refused, or never arrived: no export came of it.
     Refused,
+    /// The server's answers are no use: it may have given the export up.
+    Useless {
+        /// Where its status is asked for.
+        status: &'a Url,
+    },
     /// The server accepted; its status URL.
     Accepted {
         /// What was asked.
@@ -96,8 +102,6 @@ pub enum ExportNote<'a> {
         wait: Option<Duration>,
         /// Its words.
         why: &'a str,
-        /// Whether the answer to an earlier try was lost.
-        lost: bool,
     },
 }
 
@@ -183,14 +187,16 @@ impl ServerExport {
         }
         // Before the server hears of it: should its answer be lost, that much is known.
         (self.remember)(&ExportNote::Asking)?;
-        let answer = self.client.kick_off(&kickoff.request).await;
-        if answer.as_ref().is_err_and(|error| !matches!(error.kind(), ErrorKind::Network | ErrorKind::Interrupted)) {
+        let lost = AtomicBool::new(false);
+        let answer = self.client.kick_off(&kickoff.request, &lost).await;
+        let lost = lost.into_inner();
+        if !lost && !matches!(answer, Ok(KickOff::Accepted { .. })) {
             (self.remember)(&ExportNote::Refused)?;
         }
         let accepted = match answer? {
             KickOff::Accepted { status, separate } => Accepted::new(status, separate),
-            KickOff::Later { wait, why, lost } => {
-                (self.remember)(&ExportNote::Later { wait, why: &why, lost })?;
+            KickOff::Later { wait, why } => {
+                (self.remember)(&ExportNote::Later { wait, why: &why })?;
                 let asks = match wait {
                     Some(wait) => format!("it asks to wait for {} s", wait.as_secs()),
                     None => "it does not say for how long, so for an hour".to_owned(),
@@ -216,7 +222,7 @@ impl ServerExport {
     /// Polls until the export is done, page by page of its manifest, and sends files on as soon as they are final.
     async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &Accepted, index: &mut u32) -> Result<(), Ended> {
         let mut pages = vec![accepted.status.clone()];
-        let mut passed = Passed { time: None, files: HashSet::new(), merged: Vec::new() };
+        let mut passed = Passed { time: None, files: 0, merged: Vec::new() };
         loop {
             let page = pages.len() - 1;
             let next = self.page(export, kickoff, accepted, &pages[page].clone(), page, &mut passed, index).await?;
@@ -231,7 +237,7 @@ impl ServerExport {
                 Some(next) => pages.push(next),
             }
         }
-        if passed.files.is_empty() && kickoff.request.since.is_none() {
+        if passed.files == 0 && kickoff.request.since.is_none() {
             self.board.add(telemetry::DEVIATIONS, &"an export of everything is empty".into(), 1);
             tracing::warn!(
                 types = %kickoff.asked.join(", "),
@@ -271,9 +277,21 @@ impl ServerExport {
         let began = tokio::time::Instant::now();
         let mut pause = settings.min_pause;
         let mut troubled: Option<tokio::time::Instant> = None;
+        // Answers in a row that say that there is no such export, or that it failed; since when.
         let (mut missing, mut absences) = (None, 0);
         loop {
-            let (wait, least) = match self.client.poll(url, accepted.separate).await? {
+            let answer = match self.client.poll(url, accepted.separate).await {
+                // It will hardly be another the next time; if it is not, another export is asked for.
+                Err(error) if error.kind() == ErrorKind::Server => {
+                    (self.remember)(&ExportNote::Useless { status: &accepted.status })?;
+                    return Err(error.with_hint("run again: after three such answers another export is asked for; `fhirlake jobs cancel` gives this one up at once").into());
+                }
+                answer => answer?,
+            };
+            if !matches!(answer, Poll::Gone { .. } | Poll::Failed(_)) {
+                (missing, absences) = (None, 0);
+            }
+            let (wait, least) = match answer {
                 Poll::Done(manifest) => {
                     self.pass_on(export, accepted, (url, page), &manifest, passed, index).await?;
                     return Ok(manifest.next);
@@ -297,12 +315,22 @@ impl ServerExport {
                 Poll::Troubled { error, wait, throttled } => {
                     let since = *troubled.get_or_insert_with(tokio::time::Instant::now);
                     if !throttled && since.elapsed() > settings.retry_for {
+                        // It is the server's word on the export, and no trouble on the way.
+                        if error.status().is_some_and(|status| status < 500) {
+                            (self.remember)(&ExportNote::Useless { status: &accepted.status })?;
+                        }
                         return Err(error.into());
                     }
                     tracing::warn!(%error, "asking for the export's status again");
                     self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
                     // Too often: not at once again, whatever it says.
                     (wait, if throttled { settings.min_pause } else { Duration::ZERO })
+                }
+                Poll::Failed(error) if absences + 1 < ABSENCES => {
+                    // Some servers say so of a poll that failed.
+                    absences += 1;
+                    tracing::warn!(%error, "the server says that the export failed; asking again");
+                    (None, Duration::ZERO)
                 }
                 Poll::Failed(error) => {
                     // It will not be another the next time: the next run asks anew.
@@ -325,8 +353,10 @@ impl ServerExport {
                     (None, Duration::ZERO)
                 }
             };
-            let wait = wait.unwrap_or(pause).max(least).clamp(Duration::from_millis(50), settings.max_pause);
-            pause = (pause * 2).min(settings.max_pause);
+            // "At once" is not meant: it would be a busy loop.
+            let asked = wait.filter(|wait| *wait >= settings.min_pause);
+            let wait = asked.unwrap_or(pause).max(least).min(settings.max_pause);
+            pause = (pause * 2).min(settings.max_pause).min(OUR_LONGEST_PAUSE);
             if let Some(timeout) = self.timeout
                 && began.elapsed() + wait > timeout
             {
@@ -371,24 +401,16 @@ impl ServerExport {
             }
             Some(_) => {}
         }
-        self.links.page(export, page, url, accepted.separate, manifest).await;
-        let lists = [
-            (FileKind::Output, &manifest.output),
-            (FileKind::Deleted, &manifest.deleted),
-            (FileKind::Outcome, &manifest.outcomes),
-        ];
-        let listed =
-            lists.into_iter().flat_map(|(kind, list)| list.iter().enumerate().map(move |(at, listed)| (kind, at, listed)));
+        // A page that came again may list more, in any place; what it listed before has the place that it had then.
+        let fresh = self.links.page(export, page, url, accepted.separate, manifest).await;
         let (mut files, mut held) = (Vec::new(), Vec::new());
-        for (kind, at, listed) in listed {
-            // A page that came again has the same files in the same places, perhaps by newer links.
+        for (list, at, listed) in fresh {
+            let kind = [FileKind::Output, FileKind::Deleted, FileKind::Outcome][list];
             let place = FilePlace { page, kind, at };
-            if !passed.files.insert(place) {
-                continue;
-            }
+            passed.files += 1;
             let file = export_file(*index, export, listed, manifest.requires_access_token, place);
             // The same file keeps its index, which its rows are known by.
-            let known = accepted.staged.get(&place).filter(|known| known.said == said_of(&file));
+            let known = accepted.staged.get(&said_of(&file));
             let file = match known {
                 Some(known) => export_file(known.index, export, listed, manifest.requires_access_token, place),
                 None => {
@@ -422,7 +444,10 @@ impl ServerExport {
 /// the same, so that a file's rows keep their order of arrival from run to run.
 pub const FIRST_INDEX: u32 = 256;
 
-/// Polls in a row to which the server says that it has no such export before that is believed.
+/// Longest pause between polls that a server did not ask for itself.
+const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// Polls in a row to which the server says that it has no such export, or that it failed, before that is believed.
 const ABSENCES: usize = 3;
 
 /// Pages of a manifest; each may have any number of files.
@@ -431,7 +456,7 @@ const MAX_PAGES: usize = 100_000;
 /// What was sent on of an export.
 struct Passed {
     time: Option<i64>,
-    files: HashSet<FilePlace>,
+    files: usize,
     /// Types that an earlier run merged.
     merged: Vec<ResourceType>,
 }

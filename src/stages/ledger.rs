@@ -70,6 +70,8 @@ pub struct Ledger {
     merged: HashSet<ResourceType>,
     /// Whether a type waits for every file, since rows that are not among those that come will be deleted.
     waits_for_all: bool,
+    /// Whether a file with fewer resources than the manifest promises fails.
+    fails_short_files: bool,
 }
 
 /// How a type stands.
@@ -100,6 +102,24 @@ impl Ledger {
             max_bad_lines,
             merged: HashSet::new(),
             waits_for_all: false,
+            fails_short_files: false,
+        }
+    }
+
+    /// Lets files fail that have fewer resources than the manifest promises.
+    pub fn fail_short_files(mut self, fail: bool) -> Self {
+        self.fails_short_files = fail;
+        self
+    }
+
+    /// Looks whether a file that has come to its end is too short.
+    fn judge(&mut self, index: u32) {
+        if let Some(book) = self.files.get_mut(&index).filter(|book| self.fails_short_files && book.failed.is_none()) {
+            let came = book.rows() + book.bad() + book.parsed.headers;
+            let promised = book.file.count.unwrap_or(0);
+            if book.lines.is_some() && book.settled() && came < promised {
+                book.failed = Some(format!("{}: the manifest promised {promised} resources, {came} came", book.file.name));
+            }
         }
     }
 
@@ -137,6 +157,7 @@ impl Ledger {
                 if let Some(book) = self.files.get_mut(&done.file) {
                     book.lines = Some(done.lines);
                 }
+                self.judge(done.file);
             }
             Fact::FileHeld(held) => {
                 if let Some(book) = self.files.get_mut(&held.file) {
@@ -161,7 +182,11 @@ impl Ledger {
                 self.failed_exports.insert(export, why);
             }
             Fact::TypeFailed(name, why) => self.fail(&name, why),
-            Fact::Parsed(chunk) => self.parsed(chunk),
+            Fact::Parsed(chunk) => {
+                let file = chunk.file;
+                self.parsed(chunk);
+                self.judge(file);
+            }
         }
     }
 

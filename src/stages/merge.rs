@@ -337,6 +337,8 @@ impl Merge {
         }
         match result {
             Ok(Commit::Done(merged)) => {
+                let rows = merged.inserted + merged.updated + merged.skipped;
+                self.board.add(telemetry::COMMITTED, name, rows);
                 let outcome = &mut self.staging.of(name).outcome;
                 outcome.inserted += merged.inserted;
                 outcome.updated += merged.updated;
@@ -406,6 +408,7 @@ impl Merge {
         MergeReport {
             types: types.collect(),
             count_findings: self.ledger.count_findings(),
+            files_failed: self.ledger.files_failed(),
             whole: self.ledger.all_ended(),
             other_bad: self.ledger.other_bad(),
             replayed: self.ledger.replayed(),

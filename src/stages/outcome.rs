@@ -77,6 +77,8 @@ pub struct MergeReport {
     pub whole: bool,
     /// Bad lines that belong to no table.
     pub other_bad: u64,
+    /// Files that could not be read to their end.
+    pub files_failed: u64,
     /// Lines out of quarantine that are in a table now, or that it has newer.
     pub replayed: Vec<LineId>,
     /// Whether a watermark was held back by the server's own word on its export.

@@ -31,8 +31,11 @@ pub struct InFlight {
     pub full_refresh: bool,
     /// The server's `transactionTime`, microseconds since the epoch, once its manifest came.
     pub transaction_time: Option<i64>,
-    /// Runs that ended by themselves and did not get all of it.
+    /// Runs in which the server did not give all of it.
     pub failures: u32,
+    /// Whether a run ended by itself and did not merge all of it, whoever's fault it was.
+    #[serde(default)]
+    pub behind: bool,
     /// Types whose files hold rows of other types: they are read again though the type is merged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mixed: Vec<String>,

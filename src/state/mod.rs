@@ -17,6 +17,8 @@ pub use watermark::StateFile;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use chrono::{DateTime, Utc};
+
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
 use crate::private::{private_dir, write_atomically};
@@ -166,8 +168,39 @@ impl StateFolder {
 
     /// The newest run's report.
     pub fn last_report(&self) -> Option<serde_json::Value> {
-        let newest = reports(&self.folder.join("runs")).into_iter().max()?;
-        serde_json::from_slice(&std::fs::read(newest).ok()?).ok()
+        self.reports(1).pop()
+    }
+
+    /// Reports of the newest runs, the newest first. What cannot be read is left out.
+    pub fn reports(&self, most: usize) -> Vec<serde_json::Value> {
+        let mut runs = reports(&self.folder.join("runs"));
+        runs.sort();
+        let newest = runs.iter().rev().take(most);
+        newest.filter_map(|path| serde_json::from_slice(&std::fs::read(path).ok()?).ok()).collect()
+    }
+
+    /// Whether a run has left a report.
+    pub fn has_report(&self, run: &str) -> bool {
+        self.folder.join("runs").join(format!("{run}.json")).exists()
+    }
+
+    /// When each schedule last had its run.
+    pub fn schedule_times(&self) -> Result<BTreeMap<String, DateTime<Utc>>> {
+        let path = self.folder.join("schedule.json");
+        match std::fs::read(&path) {
+            Ok(text) => {
+                serde_json::from_slice(&text).context(ErrorKind::State, format!("{} is not what a run wrote", path.display()))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(error) => Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
+        }
+    }
+
+    /// Remembers when each schedule last had its run.
+    pub fn set_schedule_times(&self, times: &BTreeMap<String, DateTime<Utc>>) -> Result<()> {
+        private_dir(&self.folder)?;
+        let text = serde_json::to_vec_pretty(times).context(ErrorKind::Internal, "the schedule's times")?;
+        write_atomically(&self.folder.join("schedule.json"), &text)
     }
 }
 

@@ -153,7 +153,7 @@ async fn f9_f10_resources_without_a_version_and_references_of_any_form() {
     assert_eq!(lake.history("Observation").await.len(), 2, "the third run brought nothing new, and commits nothing");
 }
 
-// F8: with one place, the server never sends two files; trouble halves the places, so fewer are sent at a time after it.
+// F8: as many files at a time as there are places, and never more.
 #[tokio::test(flavor = "multi_thread")]
 async fn f8_as_many_files_at_a_time_as_asked_for() {
     for most in [1, 4] {
@@ -267,6 +267,104 @@ async fn f11_attachments_are_unpacked_and_compared_with_what_is_said_of_them() {
         // Each of the four files brings the line; of its two attachments one is what is said of it.
         assert_eq!(report.attachments["unlike"], 4, "{report:#?}");
     }
+}
+
+// S6, S7: answers that speak of the poll, and not of the export: however many, with others in between, it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn s7_single_polls_that_fail_do_not_lose_a_running_export() {
+    for script in [
+        vec![404, 202, 404, 202, 404, 202, 404],
+        vec![503, 503, 503, 503],
+        vec![500, 500, 202, 500],
+        vec![502, 202, 404, 404, 202, 404],
+    ] {
+        let (server, lake) = (server(Faults { polls_script: script.clone(), ..Faults::default() }).await, lake());
+        assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded, "{script:?}");
+        assert_eq!((server.seen().kickoffs.len(), server.seen().deleted), (1, 1), "{script:?}");
+    }
+    // Three times in a row it is believed.
+    let (server, lake) = (server(Faults { polls_script: vec![500; 3], ..Faults::default() }).await, lake());
+    lake.run(&source(&server, ""), "").await.unwrap_err();
+    assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
+    assert_eq!(server.seen().kickoffs.len(), 2);
+}
+
+// An answer that is no use, each time: after three another export is asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_whose_status_is_no_use_is_given_up() {
+    let (server, lake) = (server(Faults { polls_script: vec![400; 3], ..Faults::default() }).await, lake());
+    for _ in 0..3 {
+        let error = lake.run(&source(&server, ""), "").await.unwrap_err();
+        assert!(error.hint().contains("jobs cancel"), "{}", error.hint());
+        assert_eq!(server.seen().deleted, 0);
+    }
+    assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
+    assert_eq!(
+        (server.seen().kickoffs.len(), server.seen().deleted),
+        (2, 2),
+        "the old one, for it takes the slot, and the new one"
+    );
+}
+
+// What fails here is no reason to ask for another export: the same one is gone on with, however often.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_is_never_given_up_for_what_fails_here() {
+    let junk = [("Patient".to_owned(), b"{\n".to_vec())].into();
+    let (server, lake) = (server(Faults { junk, ..Faults::default() }).await, lake());
+    for _ in 0..5 {
+        let report = lake.run(&source(&server, ""), "stages: { parse: { on_bad_line: fail } }\n").await.unwrap();
+        assert!(report.types["Patient"].error.is_some());
+    }
+    let kickoffs = server.seen().kickoffs;
+    assert_eq!(kickoffs.len(), 5, "each later run goes on with the first");
+    assert!(
+        kickoffs[1..].iter().all(|asked| asked["_type"] == "Immunization,Claim" && asked.contains_key("_since")),
+        "{kickoffs:?}"
+    );
+    assert!(state(&lake).exports().unwrap().in_flight.iter().any(|export| export.status.ends_with("/jobs/0")));
+    assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &TYPES).await;
+    assert!(state(&lake).exports().unwrap().in_flight.is_empty());
+}
+
+// K21: a server that says "at once" is not asked in a busy loop, and whoever is refused until the end remembers it.
+#[tokio::test(flavor = "multi_thread")]
+async fn k21_at_once_is_no_busy_loop() {
+    for wait in ["0", "Mon, 01 Jan 2024 00:00:00 GMT"] {
+        let faults = Faults { kickoffs_throttled: 100_000, kickoff_retry_after: Some(wait.into()), ..Faults::default() };
+        let (server, lake) = (server(faults).await, lake());
+        let hasty = source(&server, ", max_kick_off_wait: 2s").replace("retry_for: 20s", "retry_for: 2s");
+        let error = lake.run(&hasty, "").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Throttled, "{error}");
+        assert!(server.seen().kickoffs.len() < 8, "{wait}: {} kick-offs", server.seen().kickoffs.len());
+        assert!(state(&lake).exports().unwrap().not_before.is_some());
+        assert!(state(&lake).exports().unwrap().unanswered.is_empty(), "all were answered");
+    }
+    // Nobody there: nothing arrived, so nothing is unknown.
+    let lake = lake();
+    let error = lake.run("{ url: \"http://127.0.0.1:9/fhir\", types: [Patient], retry_for: 0s }", "").await.unwrap_err();
+    assert_eq!((error.kind(), state(&lake).exports().unwrap().unanswered.len()), (ErrorKind::Network, 0));
+}
+
+// S8: a manifest that grows in any place. Breaks if a file is taken for another that stood in its place.
+#[tokio::test(flavor = "multi_thread")]
+async fn s8_a_manifest_that_grows() {
+    let (server, lake) = (server(Faults { growing: true, ..Faults::default() }).await, lake());
+    assert!(lake.run(&source(&server, ", allow_partial_manifests: true"), "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &TYPES).await;
+    let files = server.seen().files;
+    assert_eq!(files.len(), files.iter().collect::<BTreeSet<_>>().len(), "each file once");
+}
+
+// A file with fewer resources than it should have is reported, or fails its type.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_too_short_fail_where_that_is_asked_for() {
+    let (server, lake) = (server(Faults { count_off_by: 1, ..Faults::default() }).await, lake());
+    let strict = "stages: { download: { on_short_file: fail } }\n";
+    let report = lake.run(&source(&server, ""), strict).await.unwrap();
+    assert!(report.types.values().all(|kept| kept.error.as_ref().is_some_and(|error| error.contains("promised"))), "{report:#?}");
+    assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &TYPES).await;
 }
 
 // Section 3: one run through all that servers were seen to do wrong and that a client can live with; then killed half-way, and

@@ -275,9 +275,9 @@ async fn f7_links_that_end_are_refreshed_from_the_manifest() {
     assert_eq!(server.seen().kickoffs.len(), 1);
 }
 
-// F8, and a server in trouble: fewer files at a time.
+// F8. That there are fewer files at a time then, `fhir::pace` tests.
 #[tokio::test(flavor = "multi_thread")]
-async fn f8_files_that_are_unavailable_make_us_slower() {
+async fn f8_files_that_are_unavailable_are_asked_for_again() {
     let (server, _lake) = right(Faults { files_unavailable: 6, ..Faults::default() }, "").await;
     assert!(server.seen().files.len() >= 12 + 6);
 }
@@ -300,6 +300,7 @@ async fn an_export_that_outlasts_its_run_is_gone_on_with() {
     let seen = server.seen();
     assert_eq!((seen.kickoffs.len(), seen.deleted), (1, 1), "one kick-off, and its files given back after the commit");
     // Nothing is left to go on with.
+    server.set_faults(Faults::default());
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     assert_eq!(server.seen().kickoffs.len(), 2);
 }

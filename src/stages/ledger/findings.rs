@@ -16,6 +16,11 @@ impl Ledger {
         differing.collect()
     }
 
+    /// Files that could not be read to their end, or were too short.
+    pub fn files_failed(&self) -> u64 {
+        self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).count() as u64
+    }
+
     /// Output files by declared type.
     pub fn files_of(&self, resource_type: &ResourceType) -> u64 {
         let files = self.files.values().filter(|book| book.file.kind == FileKind::Output && !book.file.replayed);

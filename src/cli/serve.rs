@@ -1,0 +1,77 @@
+//! `fhirlake serve PIPELINE.yaml…`
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::drive::Signals;
+use super::output::Output;
+use super::run::plan_of;
+use crate::config::environment;
+use crate::error::{Error, ErrorKind, Result};
+use crate::flow::Stop;
+use crate::serve::{Keeper, PlanSource, WebSettings, serve as serve_all};
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// The pipeline files.
+    #[arg(required = true, value_name = "PIPELINE")]
+    pub pipelines: Vec<PathBuf>,
+    /// Where the status page, health and metrics are.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// A name, beside addresses and localhost, by which the page is asked for.
+    #[arg(long = "host", value_name = "NAME")]
+    hosts: Vec<String>,
+    /// A file with a token that page and metrics are asked for with: as a bearer, or as the password. Also by
+    /// FHIRLAKE_SERVE_TOKEN. Health and readiness need none.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Set a key of every file.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
+    let token = match &args.token_file {
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| Error::new(ErrorKind::Config, format!("--token-file {}: {error}", path.display())))?;
+            Some(text.trim().to_owned())
+        }
+        None => environment("FHIRLAKE_SERVE_TOKEN"),
+    };
+    if token.as_ref().is_some_and(String::is_empty) {
+        return Err(Error::new(ErrorKind::Config, "the token is empty: everybody would have it"));
+    }
+    let mut keepers = Vec::new();
+    for path in &args.pipelines {
+        let (path, sets) = (path.clone(), args.sets.clone());
+        let source: PlanSource = Arc::new(move || plan_of(&path, &sets));
+        keepers.push(Keeper::new(source)?);
+    }
+    let stop = Stop::default();
+    let settings = WebSettings { listen: args.listen, hosts: args.hosts, token: token.map(Into::into) };
+    let said = output.clone();
+    let serving = serve_all(keepers, settings, stop.clone(), output.telemetry(), |address| {
+        tracing::info!(%address, "serving");
+        said.remark(&format!("http://{address}/ shows how the pipelines stand; Ctrl-C ends"));
+    });
+    let mut serving = std::pin::pin!(serving);
+    let mut signals = Signals::new()?;
+    loop {
+        tokio::select! {
+            outcome = &mut serving => return outcome,
+            () = signals.next() => {
+                if stop.is_pulled() {
+                    output.remark("stopped at once; the next run goes on with what was written down");
+                    std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
+                }
+                output.remark("stopping: runs that are under way write down what they have");
+                stop.pull();
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! `schedule:` and `health:` of the pipeline file: when `fhirlake serve` runs a pipeline, and when it is thought ill.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use chrono::{DateTime, Local, Utc};
+use croner::Cron;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::values::Span;
+
+/// When `fhirlake serve` runs the pipeline.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Schedule {
+    /// A cron expression: minute, hour, day of month, month, day of week; seconds may stand before.
+    pub cron: String,
+    /// Whether that run asks for everything.
+    #[serde(default)]
+    pub full_refresh: bool,
+    /// Time zone of the expression, such as `Europe/Berlin`. Default: the machine's own, as with cron.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
+    /// A run begins up to so much later, at random: so that many pipelines do not ask one server at once.
+    #[serde(default = "defaults::jitter")]
+    pub jitter: Span,
+    /// How often a run that failed for a passing reason is made again before the next one is due.
+    #[serde(default = "defaults::retries")]
+    pub retries: u32,
+    /// How long after its failure.
+    #[serde(default = "defaults::retry_delay")]
+    pub retry_delay: Span,
+}
+
+/// When the pipeline is thought ill.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HealthSection {
+    /// `/health` says `unhealthy` when the last successful run completed longer ago.
+    pub max_age: Span,
+}
+
+impl Default for HealthSection {
+    fn default() -> Self {
+        // The recipe's.
+        Self { max_age: Span(Duration::from_secs(2 * 3600)) }
+    }
+}
+
+mod defaults {
+    use super::{Duration, Span};
+
+    pub fn jitter() -> Span {
+        Span(Duration::ZERO)
+    }
+    /// The recipe's Airflow DAG: two, five minutes after the failure.
+    pub fn retries() -> u32 {
+        2
+    }
+    pub fn retry_delay() -> Span {
+        Span(Duration::from_secs(300))
+    }
+}
+
+/// A schedule that was read.
+#[derive(Debug, Clone)]
+pub struct SchedulePlan {
+    cron: Cron,
+    zone: Option<chrono_tz::Tz>,
+    /// What was written, and the zone: a name that is the same for the same.
+    pub name: String,
+    /// Whether its runs ask for everything.
+    pub full_refresh: bool,
+    /// Up to so much later.
+    pub jitter: Duration,
+    /// How often a failed run is made again.
+    pub retries: u32,
+    /// How long after its failure.
+    pub retry_delay: Duration,
+}
+
+impl SchedulePlan {
+    /// Reads a schedule; `Err` is the key that is wrong, and what is wrong with it.
+    pub fn read(schedule: &Schedule) -> Result<Self, (&'static str, String)> {
+        let cron = Cron::from_str(&schedule.cron).map_err(|error| ("cron", format!("not a cron expression: {error}")))?;
+        let zone = match schedule.time_zone.as_deref() {
+            None => None,
+            Some(name) => {
+                Some(name.parse().map_err(|_| ("time_zone", format!("`{name}` is not a time zone such as Europe/Berlin")))?)
+            }
+        };
+        let kind = if schedule.full_refresh { ", full" } else { "" };
+        Ok(Self {
+            cron,
+            zone,
+            name: format!(
+                "{}{}{kind}",
+                schedule.cron,
+                schedule.time_zone.as_ref().map_or(String::new(), |zone| format!(" {zone}"))
+            ),
+            full_refresh: schedule.full_refresh,
+            jitter: schedule.jitter.0,
+            retries: schedule.retries,
+            retry_delay: schedule.retry_delay.0,
+        })
+    }
+
+    /// When it is due next after `time`; `None` where it never is.
+    pub fn after(&self, time: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        match self.zone {
+            Some(zone) => Some(self.cron.find_next_occurrence(&time.with_timezone(&zone), false).ok()?.to_utc()),
+            None => Some(self.cron.find_next_occurrence(&time.with_timezone(&Local), false).ok()?.to_utc()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schedule(cron: &str, zone: Option<&str>) -> Result<SchedulePlan, (&'static str, String)> {
+        let zone = zone.map(|zone| format!(", time_zone: {zone}")).unwrap_or_default();
+        SchedulePlan::read(&serde_saphyr::from_str(&format!("{{ cron: \"{cron}\"{zone} }}")).unwrap())
+    }
+
+    fn after(schedule: &SchedulePlan, time: &str) -> String {
+        schedule.after(DateTime::parse_from_rfc3339(time).unwrap().to_utc()).unwrap().to_rfc3339()
+    }
+
+    // The recipe's schedules, in a zone whose clocks change.
+    #[test]
+    fn the_recipes_schedules() {
+        let hourly = schedule("15 * * * *", Some("UTC")).unwrap();
+        assert_eq!(after(&hourly, "2026-11-23T10:14:59Z"), "2026-11-23T10:15:00+00:00");
+        assert_eq!(after(&hourly, "2026-11-23T10:15:00Z"), "2026-11-23T11:15:00+00:00", "strictly after");
+        let sunday = schedule("0 3 * * SUN", Some("Europe/Berlin")).unwrap();
+        assert_eq!(after(&sunday, "2026-07-01T00:00:00Z"), "2026-07-05T01:00:00+00:00");
+        assert_eq!(after(&sunday, "2026-12-01T00:00:00Z"), "2026-12-06T02:00:00+00:00");
+    }
+
+    #[test]
+    fn what_is_no_schedule_says_which_key() {
+        assert_eq!(schedule("61 * * * *", None).unwrap_err().0, "cron");
+        assert_eq!(schedule("hourly", None).unwrap_err().0, "cron");
+        assert_eq!(schedule("* * * * *", Some("Berlin")).unwrap_err().0, "time_zone");
+        assert!(schedule("0 0 30 2 *", None).unwrap().after(Utc::now()).is_none(), "no such day");
+    }
+}

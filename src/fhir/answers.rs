@@ -1,0 +1,135 @@
+//! What answers say: when to come again, why not, and where a file goes on.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, ETAG, HeaderValue};
+use reqwest::{Response, StatusCode};
+
+use super::http::shown;
+use crate::error::{Error, ErrorKind};
+
+/// How much of an error's body is read.
+const ERROR_BODY: usize = 4096;
+/// A `Retry-After` of more seconds is a time: nobody asks for 30 years.
+pub(super) const LONGEST_WAIT: f64 = 1e9;
+
+/// Where a file that broke off goes on.
+#[derive(Debug, Clone)]
+pub struct Resume {
+    /// Bytes that are here.
+    pub from: u64,
+    /// A strong validator (RFC 9110, section 8.8.1) of the file that they are of.
+    pub validator: HeaderValue,
+}
+
+impl Resume {
+    /// The validator of a response whose file can be gone on with: a strong entity tag, of bytes that are not packed for
+    /// the way.
+    pub fn validator(response: &Response) -> Option<HeaderValue> {
+        let headers = response.headers();
+        let packed = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding.as_bytes() != b"identity");
+        let tag = headers.get(ETAG).filter(|tag| tag.as_bytes().starts_with(b"\""));
+        tag.filter(|_| !packed).cloned()
+    }
+
+    /// Whether a response goes on where we are.
+    pub fn is_taken_up_by(&self, response: &Response) -> bool {
+        let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
+        let from = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok());
+        response.status() == StatusCode::PARTIAL_CONTENT && from == Some(self.from)
+    }
+}
+
+/// The error that a refusal stands for, with the server's own words.
+pub(super) async fn refusal(response: Response, what: &str) -> Error {
+    refused_with(response, what).await.0
+}
+
+/// The same, and the beginning of its body.
+pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<u8>) {
+    let status = response.status();
+    let kind = match status.as_u16() {
+        401 | 403 => ErrorKind::Auth,
+        _ => ErrorKind::Server,
+    };
+    let url = response.url().clone();
+    let body = first_bytes(response).await;
+    let words = server_words(&body);
+    let place = shown(&url);
+    let words = if words.is_empty() { String::new() } else { format!(": {words}") };
+    let error = Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place);
+    (error.with_status(status.as_u16()), body)
+}
+
+async fn first_bytes(mut response: Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    while body.len() < ERROR_BODY
+        && let Ok(Some(bytes)) = response.chunk().await
+    {
+        body.extend_from_slice(&bytes);
+    }
+    body.truncate(ERROR_BODY);
+    body
+}
+
+/// What an error's body says: an OperationOutcome's diagnostics, or the beginning of its text.
+pub(super) fn server_words(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body) {
+        let issues = json.get("issue").and_then(|issues| issues.as_array());
+        let words = issues.into_iter().flatten().filter_map(|issue| {
+            let text = issue.get("diagnostics").or_else(|| issue.get("details").and_then(|details| details.get("text")));
+            text.and_then(|text| text.as_str()).or_else(|| issue.get("code").and_then(|code| code.as_str()))
+        });
+        let words: Vec<&str> = words.collect();
+        if !words.is_empty() {
+            return words.join("; ").chars().take(500).collect();
+        }
+    }
+    let one_line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    one_line.chars().take(200).collect()
+}
+
+/// Reads `Retry-After`: seconds, an HTTP-date, or the epoch seconds and milliseconds that some servers send.
+pub fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
+    let text = text.trim();
+    if let Ok(number) = text.parse::<f64>() {
+        if !number.is_finite() || number < 0.0 {
+            return Some(Duration::ZERO);
+        }
+        let at = |seconds: f64| UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(seconds).ok()?);
+        return match number {
+            n if n > LONGEST_WAIT * 1e3 => Some(at(n / 1e3)?.duration_since(now).unwrap_or_default()),
+            n if n > LONGEST_WAIT => Some(at(n)?.duration_since(now).unwrap_or_default()),
+            n => Duration::try_from_secs_f64(n).ok(),
+        };
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // S3 and the deviations of a reference server.
+    #[test]
+    fn retry_after_in_every_form() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_795_386_390);
+        let seconds = |text: &str| parse_retry_after(text, now).map(|wait| wait.as_secs());
+        assert_eq!(seconds("120"), Some(120));
+        assert_eq!(seconds("-5"), Some(0));
+        assert_eq!(seconds("1795386395"), Some(5), "epoch seconds");
+        assert_eq!(seconds("1795386394073"), Some(4), "epoch milliseconds");
+        assert_eq!(seconds(&httpdate::fmt_http_date(now + Duration::from_secs(30))), Some(30));
+        assert_eq!(seconds(&httpdate::fmt_http_date(now - Duration::from_secs(30))), Some(0));
+        assert_eq!(seconds("soon"), None);
+    }
+
+    #[test]
+    fn the_servers_words() {
+        let outcome = br#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"Group unknown"}]}"#;
+        assert_eq!(server_words(outcome), "Group unknown");
+        assert_eq!(server_words(b"<html>\n <b>Bad</b>"), "<html> <b>Bad</b>");
+    }
+}

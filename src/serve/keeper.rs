@@ -1,0 +1,338 @@
+//! One pipeline: waits for what is due, runs it, and knows how it stands.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use tokio::time::Instant;
+
+use crate::config::{Plan, SchedulePlan};
+use crate::error::{Error, ErrorKind, Result};
+use crate::flow::{Counts, Stop};
+use crate::pipeline::{self, RunOptions, RunReport, TableState, Watch, table_states};
+use crate::state::StateFolder;
+
+/// Reads a pipeline file, for each run anew: secrets may have been replaced.
+pub type PlanSource = Arc<dyn Fn() -> Result<Plan> + Send + Sync>;
+
+/// The wall clock may be set, and a machine may sleep: it is looked at this often.
+const LOOK: Duration = Duration::from_secs(15);
+/// How often a run's counters are noted, and for how long they are kept, to tell rates.
+const SAMPLE: Duration = Duration::from_secs(1);
+const SAMPLES: usize = 6;
+/// How long what is known of tables is good for while nothing runs here: others write too.
+const TABLES_AGE: Duration = Duration::from_secs(300);
+
+/// A pipeline that is kept.
+pub struct Keeper {
+    source: PlanSource,
+    live: Mutex<Live>,
+}
+
+impl std::fmt::Debug for Keeper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keeper").field("name", &self.name()).finish_non_exhaustive()
+    }
+}
+
+/// What is known of it now.
+pub(super) struct Live {
+    pub plan: Plan,
+    /// The run that is under way.
+    pub running: Option<Running>,
+    /// When the next run is due, and whether it asks for everything.
+    pub next: Option<(DateTime<Utc>, bool)>,
+    /// A failed run is made again then.
+    pub again: Option<DateTime<Utc>>,
+    /// Counters of runs that ended.
+    pub totals: Counts,
+    /// Runs that ended, by `succeeded`, `failed`, `interrupted`.
+    pub ended: BTreeMap<&'static str, u64>,
+    /// Resources by type and what came of them: `inserted`, `updated`, `deleted`, `skipped`.
+    pub merged: BTreeMap<(String, &'static str), u64>,
+    /// Schedules that were due while a run was under way, or nothing ran: those that were passed over.
+    pub missed: u64,
+    pub tables: Vec<TableState>,
+    /// Why the tables could not be read.
+    pub tables_error: Option<String>,
+    tables_read: Option<Instant>,
+    /// Newest first, as the state has them.
+    pub reports: Vec<serde_json::Value>,
+    /// Lines in quarantine.
+    pub quarantined: u64,
+}
+
+/// A run that is under way.
+pub(super) struct Running {
+    pub watch: Watch,
+    pub began: DateTime<Utc>,
+    pub full: bool,
+    pub samples: VecDeque<(Instant, Counts)>,
+}
+
+impl Keeper {
+    /// A keeper of the pipeline that `source` reads.
+    pub fn new(source: PlanSource) -> Result<Self> {
+        let plan = source()?;
+        let live = Live {
+            plan,
+            running: None,
+            next: None,
+            again: None,
+            totals: Counts::new(),
+            ended: BTreeMap::new(),
+            merged: BTreeMap::new(),
+            missed: 0,
+            tables: Vec::new(),
+            tables_error: None,
+            tables_read: None,
+            reports: Vec::new(),
+            quarantined: 0,
+        };
+        Ok(Self { source, live: Mutex::new(live) })
+    }
+
+    /// The pipeline's name.
+    pub fn name(&self) -> String {
+        self.live().plan.name.clone()
+    }
+
+    pub(super) fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn state(&self) -> StateFolder {
+        let live = self.live();
+        StateFolder::at(&live.plan.state, live.plan.state_file.as_deref())
+    }
+
+    /// Runs what is due until the stop is pulled.
+    pub(super) async fn keep(&self, stop: &Stop) -> Result<()> {
+        let began = Utc::now();
+        while !stop.is_pulled() {
+            self.look_at_tables().await;
+            let due = self.due(began)?;
+            self.live().next = due.as_ref().map(|due| (due.time, due.full));
+            let wait = match &due {
+                Some(due) => (due.time - Utc::now()).to_std().unwrap_or_default(),
+                None => LOOK,
+            };
+            match due {
+                Some(due) if wait.is_zero() => self.run_due(&due, stop).await?,
+                _ => drop(stop.or(tokio::time::sleep(wait.min(LOOK))).await),
+            }
+        }
+        Ok(())
+    }
+
+    /// What is due next, or now; what was due since the last time, however often, is due once.
+    fn due(&self, began: DateTime<Utc>) -> Result<Option<Due>> {
+        let schedules = self.live().plan.schedules.clone();
+        let done = self.state().schedule_times()?;
+        let now = Utc::now();
+        let mut due: Option<Due> = None;
+        for schedule in schedules {
+            // Before a pipeline was ever served nothing was missed.
+            let last = done.get(&schedule.name).copied().unwrap_or(began).min(now);
+            let Some(time) = schedule.after(last) else { continue };
+            match &mut due {
+                // What is due together is one run, which asks for everything if one of them does.
+                Some(due) if due.time <= now && time <= now => due.add(time, schedule),
+                Some(due) if due.time <= time => {}
+                _ => due = Some(Due { time, full: schedule.full_refresh, schedules: vec![schedule] }),
+            }
+        }
+        Ok(due)
+    }
+
+    async fn run_due(&self, due: &Due, stop: &Stop) -> Result<()> {
+        let late = Utc::now() - due.time;
+        if late > TimeDelta::from_std(LOOK * 2).unwrap_or_default() {
+            tracing::warn!(pipeline = self.name(), due = %due.time, "a run was missed; it is made now, once");
+            self.live().missed += 1;
+        }
+        let longest = due.schedules.iter().map(|schedule| schedule.jitter).max().unwrap_or_default();
+        let random = uuid::Uuid::new_v4().as_u128() as u32;
+        if stop.or(tokio::time::sleep(longest.mul_f64(f64::from(random) / f64::from(u32::MAX)))).await.is_none() {
+            return Ok(());
+        }
+        let started = Utc::now();
+        let retries = due.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max();
+        let (retries, delay) = retries.unwrap_or_default();
+        let mut tried = 0;
+        loop {
+            let outcome = self.run_once(due.full, stop).await;
+            if stop.is_pulled() {
+                // Not done: whoever starts next goes on with it at once.
+                return Ok(());
+            }
+            let again =
+                matches!(&outcome, Err(kind) if kind.may_retry() && !matches!(kind, ErrorKind::Throttled | ErrorKind::Locked));
+            // What is due before it would be made again is made instead.
+            let then = Utc::now() + delay;
+            let due_before = due.schedules.iter().filter_map(|schedule| schedule.after(Utc::now())).any(|next| next <= then);
+            if !again || tried >= retries || due_before {
+                break;
+            }
+            tried += 1;
+            tracing::warn!(pipeline = self.name(), try_number = tried, retries, at = %then, "the run failed; it is made again");
+            self.live().again = Some(then);
+            let stopped = stop.or(tokio::time::sleep(delay)).await.is_none();
+            self.live().again = None;
+            if stopped {
+                return Ok(());
+            }
+        }
+        // What comes due while a run is under way is made up for, once.
+        let state = self.state();
+        let mut times = state.schedule_times()?;
+        let schedules = self.live().plan.schedules.clone();
+        times.retain(|name, _| schedules.iter().any(|schedule| schedule.name == *name));
+        // A run that took everything is what the others would have been.
+        let answered = if due.full { &schedules } else { &due.schedules };
+        times.extend(answered.iter().map(|schedule| (schedule.name.clone(), started)));
+        state.set_schedule_times(&times)
+    }
+
+    /// One run; `Err` says why it is no success.
+    async fn run_once(&self, full: bool, stop: &Stop) -> std::result::Result<(), ErrorKind> {
+        let plan = match (self.source)() {
+            Ok(plan) => plan,
+            Err(error) => {
+                tracing::error!(%error, "the pipeline file cannot be used any more; the run is left out");
+                return self.ended(Err(error), full, stop).await;
+            }
+        };
+        let watch = Watch::default();
+        {
+            let mut live = self.live();
+            live.plan = plan.clone();
+            live.running = Some(Running { watch: watch.clone(), began: Utc::now(), full, samples: VecDeque::new() });
+        }
+        let options = RunOptions { full_refresh: full, ..RunOptions::default() };
+        let waiting = |names: &[&'static str]| tracing::info!(waiting_for = names.join(", "), "stopping");
+        // Its own stop: a run that fails pulls it, and the service goes on.
+        let own = Stop::default();
+        let run = pipeline::run(plan, options, &watch, &own, waiting);
+        let mut run = std::pin::pin!(run);
+        let mut tick = tokio::time::interval(SAMPLE);
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut run => break outcome,
+                () = stop.pulled(), if !own.is_pulled() => own.pull(),
+                _ = tick.tick() => self.sample(),
+            }
+        };
+        self.ended(outcome, full, stop).await
+    }
+
+    fn sample(&self) {
+        if let Some(running) = &mut self.live().running {
+            let counts = running.watch.board.read();
+            running.samples.push_back((Instant::now(), counts));
+            while running.samples.len() > SAMPLES {
+                running.samples.pop_front();
+            }
+        }
+    }
+
+    async fn ended(&self, outcome: Result<RunReport>, full: bool, stop: &Stop) -> std::result::Result<(), ErrorKind> {
+        let kind = match &outcome {
+            Ok(report) if report.succeeded => None,
+            Ok(_) => Some(ErrorKind::Partial),
+            Err(error) => Some(error.kind()),
+        };
+        {
+            let mut live = self.live();
+            if let Some(running) = live.running.take() {
+                for (key, value) in running.watch.board.read() {
+                    *live.totals.entry(key).or_default() += value;
+                }
+            }
+            let label = match kind {
+                None => "succeeded",
+                Some(ErrorKind::Interrupted) if stop.is_pulled() => "interrupted",
+                Some(_) => "failed",
+            };
+            *live.ended.entry(label).or_default() += 1;
+            if let Ok(report) = &outcome {
+                for (name, kept) in &report.types {
+                    let counts = [
+                        ("inserted", kept.inserted),
+                        ("updated", kept.updated),
+                        ("deleted", kept.deleted),
+                        ("skipped", kept.skipped),
+                    ];
+                    for (what, count) in counts {
+                        *live.merged.entry((name.clone(), what)).or_default() += count;
+                    }
+                }
+            }
+            live.tables_read = None;
+        }
+        match &outcome {
+            Ok(report) => tracing::info!(
+                pipeline = report.pipeline,
+                run = report.run,
+                seconds = report.seconds,
+                full,
+                succeeded = report.succeeded,
+                inserted = report.types.values().map(|kept| kept.inserted).sum::<u64>(),
+                updated = report.types.values().map(|kept| kept.updated).sum::<u64>(),
+                deleted = report.types.values().map(|kept| kept.deleted).sum::<u64>(),
+                "the run ended"
+            ),
+            Err(error) => tracing::error!(%error, hint = error.hint(), "the run failed"),
+        }
+        self.look_at_tables().await;
+        kind.map_or(Ok(()), Err)
+    }
+
+    /// Reads how tables and state stand, where that is old.
+    async fn look_at_tables(&self) {
+        let (plan, fresh) = {
+            let live = self.live();
+            (live.plan.clone(), live.tables_read.is_some_and(|read| read.elapsed() < TABLES_AGE))
+        };
+        if fresh {
+            return;
+        }
+        let state = self.state();
+        let (reports, quarantined) = (state.reports(REPORTS), state.quarantined().count() as u64);
+        let tables = table_states(&plan).await;
+        let mut live = self.live();
+        (live.reports, live.quarantined, live.tables_read) = (reports, quarantined, Some(Instant::now()));
+        match tables {
+            Ok(tables) => (live.tables, live.tables_error) = (tables, None),
+            Err(error) => live.tables_error = Some(error.to_string()),
+        }
+    }
+}
+
+/// Reports that are shown.
+const REPORTS: usize = 40;
+
+/// Schedules that are due, and when the first of them was.
+struct Due {
+    time: DateTime<Utc>,
+    full: bool,
+    schedules: Vec<SchedulePlan>,
+}
+
+impl Due {
+    fn add(&mut self, time: DateTime<Utc>, schedule: SchedulePlan) {
+        self.time = self.time.min(time);
+        self.full |= schedule.full_refresh;
+        self.schedules.push(schedule);
+    }
+}
+
+/// An error where no pipeline has a schedule: there would be nothing to do.
+pub(super) fn check_schedules(keepers: &[Arc<Keeper>]) -> Result<()> {
+    match keepers.iter().find(|keeper| keeper.live().plan.schedules.is_empty()) {
+        None => Ok(()),
+        Some(keeper) => Err(Error::new(ErrorKind::Config, format!("pipeline {} has no schedule", keeper.name()))
+            .with_hint("add `schedule: [{ cron: \"15 * * * *\" }]`, or use `fhirlake run`")),
+    }
+}

@@ -1,0 +1,298 @@
+//! How pipelines stand, as one document: what `/status.json` gives and the page shows. Nothing of a resource is in it.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::health::Health;
+use super::keeper::{Keeper, Running};
+use crate::flow::Counts;
+use crate::telemetry;
+
+/// The service.
+#[derive(Debug, Serialize)]
+pub struct ServerStatus {
+    /// fhirlake's version.
+    pub version: &'static str,
+    /// When the service began.
+    pub started: DateTime<Utc>,
+    /// Now.
+    pub now: DateTime<Utc>,
+    /// Each pipeline.
+    pub pipelines: Vec<PipelineStatus>,
+}
+
+/// A pipeline.
+#[derive(Debug, Serialize)]
+pub struct PipelineStatus {
+    /// Its name.
+    pub name: String,
+    /// Whether its last success is recent enough.
+    pub health: Health,
+    /// When the next run is due.
+    pub next_run: Option<DateTime<Utc>>,
+    /// Whether that one asks for everything.
+    pub next_is_full: bool,
+    /// When a run that failed is made again.
+    pub again: Option<DateTime<Utc>>,
+    /// The server does not want to be asked before.
+    pub not_before: Option<DateTime<Utc>>,
+    /// Exports that the server works on or holds.
+    pub exports_in_flight: usize,
+    /// Lines in quarantine.
+    pub quarantined: u64,
+    /// The run that is under way.
+    pub running: Option<RunningStatus>,
+    /// The tables.
+    pub tables: Vec<TableStatus>,
+    /// Why they could not be read.
+    pub tables_error: Option<String>,
+    /// Runs, the newest first.
+    pub runs: Vec<RunStatus>,
+}
+
+/// A run that is under way.
+#[derive(Debug, Serialize)]
+pub struct RunningStatus {
+    /// Since when.
+    pub began: DateTime<Utc>,
+    /// For how long, in seconds.
+    pub seconds: f64,
+    /// Whether it asks for everything.
+    pub full: bool,
+    /// The server's words on its export.
+    pub server: Option<String>,
+    /// Edges, in the order in which data crosses them.
+    pub edges: Vec<EdgeStatus>,
+    /// Stages, in the order in which data meets them.
+    pub stages: Vec<StageStatus>,
+    /// Types, as far as they are.
+    pub types: Vec<TypeStatus>,
+}
+
+/// An edge between two stages.
+#[derive(Debug, Serialize)]
+pub struct EdgeStatus {
+    /// `from->to`.
+    pub name: &'static str,
+    /// Items on it.
+    pub items: u64,
+    /// The most that it holds.
+    pub max_items: usize,
+    /// Bytes on it.
+    pub bytes: u64,
+    /// The most that it holds.
+    pub max_bytes: usize,
+}
+
+impl EdgeStatus {
+    /// How full it is, by items or bytes, whichever is more: 0 to 1. A single large item may be more than it holds.
+    pub fn fullness(&self) -> f64 {
+        let share = |level: u64, most: usize| level as f64 / most.max(1) as f64;
+        share(self.items, self.max_items).max(share(self.bytes, self.max_bytes)).min(1.0)
+    }
+}
+
+/// A stage.
+#[derive(Debug, Serialize)]
+pub struct StageStatus {
+    /// Its name.
+    pub name: &'static str,
+    /// How much a second, over the last seconds.
+    pub rate: f64,
+    /// Of what.
+    pub unit: &'static str,
+    /// How much since the run began.
+    pub total: u64,
+}
+
+/// A type of a run that is under way.
+#[derive(Debug, Serialize)]
+pub struct TypeStatus {
+    /// Its name.
+    pub name: String,
+    /// Files that were read to their end.
+    pub files: u64,
+    /// Files that are listed.
+    pub files_expected: u64,
+    /// Resources that were read.
+    pub resources: u64,
+    /// Resources that the manifest promises; 0 where it does not say.
+    pub resources_expected: u64,
+    /// Resources that are staged.
+    pub staged: u64,
+    /// Bad lines.
+    pub bad: u64,
+}
+
+impl TypeStatus {
+    /// How far it is, 0 to 1, where that can be told.
+    pub fn share(&self) -> Option<f64> {
+        let (done, all) = match (self.resources_expected, self.files_expected) {
+            (0, 0) => return None,
+            (0, files) => (self.files, files),
+            (resources, _) => (self.resources, resources),
+        };
+        Some((done as f64 / all as f64).min(1.0))
+    }
+}
+
+/// A table.
+#[derive(Debug, Serialize)]
+pub struct TableStatus {
+    /// Its type.
+    pub name: String,
+    /// Its version.
+    pub version: u64,
+    /// Its rows, where they are known.
+    pub rows: Option<u64>,
+    /// The server's time that it is as new as.
+    pub watermark: Option<DateTime<Utc>>,
+    /// How far it is behind our clock, in seconds.
+    pub lag_seconds: Option<i64>,
+    /// When a run last changed it.
+    pub changed: Option<DateTime<Utc>>,
+}
+
+/// A run that ended.
+#[derive(Debug, Serialize)]
+pub struct RunStatus {
+    /// Its id.
+    pub run: String,
+    /// When it began.
+    pub started: Option<DateTime<Utc>>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Whether every type succeeded.
+    pub succeeded: bool,
+    /// Whether everything was asked for.
+    pub full: bool,
+    /// Rows that it put in, replaced and took out.
+    pub rows: u64,
+    /// What went wrong, by type or as a whole.
+    pub errors: Vec<String>,
+    /// What may help.
+    pub hint: Option<String>,
+}
+
+impl RunStatus {
+    fn of(report: &Value) -> Self {
+        let types = || report["types"].as_object().into_iter().flatten();
+        let whole = report["error"].as_str().map(str::to_owned);
+        let of_types = types().filter_map(|(name, kept)| Some(format!("{name}: {}", kept["error"].as_str()?)));
+        let errors: Vec<String> = whole.into_iter().chain(of_types).collect();
+        let sum = |kept: &Value| ["inserted", "updated", "deleted"].iter().filter_map(|key| kept[*key].as_u64()).sum::<u64>();
+        let succeeded = report["succeeded"] == true;
+        let hint = report["hint"].as_str().map(str::to_owned).or_else(|| {
+            (!succeeded).then(|| "the next run brings what is missing; what it could not read is in its report".to_owned())
+        });
+        Self {
+            run: report["run"].as_str().unwrap_or("?").to_owned(),
+            started: instant(&report["started"]),
+            seconds: report["seconds"].as_f64().unwrap_or_default(),
+            succeeded,
+            full: report["full"] == true,
+            rows: types().map(|(_, kept)| sum(kept)).sum(),
+            errors,
+            hint,
+        }
+    }
+}
+
+fn instant(value: &Value) -> Option<DateTime<Utc>> {
+    DateTime::parse_from_rfc3339(value.as_str()?).ok().map(|time| time.to_utc())
+}
+
+impl PipelineStatus {
+    /// How a pipeline stands at `now`.
+    pub(super) fn of(keeper: &Keeper, now: DateTime<Utc>) -> Self {
+        let state = keeper.state();
+        let exports = state.exports().unwrap_or_default();
+        let live = keeper.live();
+        let changed = |name: &str| {
+            let committed = |report: &&Value| report["types"][name]["committed"] == true;
+            live.reports.iter().find(committed).and_then(|report| instant(&report["started"]))
+        };
+        let tables = live.tables.iter().map(|table| {
+            let watermark = table.watermark.as_deref().and_then(|text| DateTime::parse_from_rfc3339(text).ok());
+            let watermark = watermark.map(|time| time.to_utc());
+            TableStatus {
+                name: table.resource_type.to_string(),
+                version: table.version,
+                rows: table.rows,
+                watermark,
+                lag_seconds: watermark.map(|time| (now - time).num_seconds()),
+                changed: changed(&table.resource_type),
+            }
+        });
+        Self {
+            name: live.plan.name.clone(),
+            health: Health::of(state.state_file(), live.plan.max_age, now),
+            next_run: live.next.map(|(time, _)| time),
+            next_is_full: live.next.is_some_and(|(_, full)| full),
+            again: live.again,
+            not_before: exports.not_before.map(|until| until.time).filter(|time| *time > now),
+            exports_in_flight: exports.in_flight.len(),
+            quarantined: live.quarantined,
+            running: live.running.as_ref().map(|running| RunningStatus::of(running, now)),
+            tables: tables.collect(),
+            tables_error: live.tables_error.clone(),
+            runs: live.reports.iter().map(RunStatus::of).collect(),
+        }
+    }
+}
+
+fn sum(counts: &Counts, name: &str) -> u64 {
+    counts.iter().filter(|((metric, _), _)| *metric == name).map(|(_, value)| value).sum()
+}
+
+impl RunningStatus {
+    fn of(running: &Running, now: DateTime<Utc>) -> Self {
+        let counts = running.watch.board.read();
+        let (since, before) = match running.samples.front() {
+            Some((at, before)) => (at.elapsed().max(Duration::from_millis(1)), before.clone()),
+            None => (Duration::from_secs(1), counts.clone()),
+        };
+        let stage = |name: &'static str, metric: &str, unit: &'static str| {
+            let total = sum(&counts, metric);
+            let rate = total.saturating_sub(sum(&before, metric)) as f64 / since.as_secs_f64();
+            StageStatus { name, rate, unit, total }
+        };
+        let edges = running.watch.edges.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let edges = edges.iter().map(|edge| {
+            let ((items, bytes), (max_items, max_bytes)) = (edge.level(), edge.capacity());
+            EdgeStatus { name: edge.name(), items, max_items, bytes, max_bytes }
+        });
+        let mut names: Vec<&str> = counts.keys().map(|(_, label)| &**label).collect();
+        names.sort_unstable();
+        names.dedup();
+        let value = |metric: &'static str, name: &str| counts.get(&(metric, name.into())).copied().unwrap_or_default();
+        let types = names.into_iter().map(|name| TypeStatus {
+            name: name.to_owned(),
+            files: value(telemetry::FILES, name),
+            files_expected: value(telemetry::FILES_EXPECTED, name),
+            resources: value(telemetry::PARSED, name),
+            resources_expected: value(telemetry::RESOURCES_EXPECTED, name),
+            staged: value(telemetry::STAGED, name),
+            bad: value(telemetry::BAD_LINES, name),
+        });
+        let server = running.watch.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        Self {
+            began: running.began,
+            seconds: (now - running.began).as_seconds_f64(),
+            full: running.full,
+            server,
+            stages: vec![
+                stage("export", telemetry::FILES_EXPECTED, "files"),
+                stage("download", telemetry::BYTES, "bytes"),
+                stage("parse", telemetry::PARSED, "resources"),
+                stage("encode", telemetry::STAGED, "rows"),
+                stage("merge", telemetry::COMMITTED, "rows"),
+            ],
+            edges: edges.collect(),
+            types: types.filter(|found| found.files_expected + found.resources + found.bad > 0).collect(),
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The web: reads what the keepers know. It takes GET and HEAD only, for names that it was told of, and nothing that it answers
+//! may be framed, sniffed, cached or scripted from elsewhere.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_lc_rs::{constant_time, digest};
+use axum::Router;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use base64::Engine;
+use chrono::Utc;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use secrecy::ExposeSecret;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use super::health::Health;
+use super::status::{PipelineStatus, ServerStatus};
+use super::{Served, metrics, page};
+use crate::error::Result;
+
+/// Connections at the same time; more wait.
+const CONNECTIONS: usize = 128;
+/// How long a request's head may take, and a connection may stand idle: whoever is slower is cut off.
+const HEAD: Duration = Duration::from_secs(10);
+/// How long a connection may last.
+const CONNECTION: Duration = Duration::from_secs(60);
+
+/// Answers until the stop is pulled.
+pub(super) async fn run(listener: TcpListener, served: Arc<Served>) -> Result<()> {
+    let stop = served.stop.clone();
+    let app = Router::new()
+        .route("/", get(index))
+        .route("/status.json", get(status))
+        .route("/page.css", get(style))
+        .route("/page.js", get(script))
+        .route("/health", get(health))
+        .route("/health/{pipeline}", get(health_of))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics_text))
+        .layer(from_fn_with_state(served.clone(), guard))
+        .with_state(served);
+    let mut connections = FuturesUnordered::new();
+    loop {
+        tokio::select! {
+            () = stop.pulled() => return Ok(()),
+            _ = connections.next(), if !connections.is_empty() => {}
+            accepted = listener.accept(), if connections.len() < CONNECTIONS => {
+                // One that is gone before it is taken is no reason to end; too many open files pass.
+                let Ok((stream, _)) = accepted else {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                };
+                let mut builder = hyper::server::conn::http1::Builder::new();
+                builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 << 10);
+                let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
+                connections.push(tokio::time::timeout(CONNECTION, connection));
+            }
+        }
+    }
+}
+
+type Shared = State<Arc<Served>>;
+
+/// Whether a request's `Host` is one of ours: another that leads here is somebody else's page (DNS rebinding).
+fn is_for_us(headers: &HeaderMap, served: &Served) -> bool {
+    let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return false };
+    is_ours(host, &served.settings.hosts)
+}
+
+fn is_ours(authority: &str, names: &[String]) -> bool {
+    let name = match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => authority.rsplit_once(':').map_or(authority, |(name, _)| name),
+    };
+    // An address cannot be made to lead elsewhere.
+    name.parse::<IpAddr>().is_ok()
+        || name.eq_ignore_ascii_case("localhost")
+        || names.iter().any(|known| known.eq_ignore_ascii_case(name))
+}
+
+/// Whether a page of another origin sent the request.
+fn is_foreign(headers: &HeaderMap) -> bool {
+    let text = |name: header::HeaderName| headers.get(name).and_then(|text| text.to_str().ok()).map(str::to_owned);
+    let foreign_site = headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site" || site == "same-site");
+    // Following a link from elsewhere only shows the page.
+    let navigates = headers.get("sec-fetch-mode").is_some_and(|mode| mode == "navigate");
+    let own = text(header::HOST).map(|host| [format!("http://{host}"), format!("https://{host}")]);
+    let foreign_origin = text(header::ORIGIN).is_some_and(|origin| own.is_none_or(|own| !own.contains(&origin)));
+    foreign_origin || foreign_site && !navigates
+}
+
+/// Whether a request brings the token: as a bearer, or as the password that a browser asks for.
+fn has_token(headers: &HeaderMap, token: &str) -> bool {
+    let Some(text) = headers.get(header::AUTHORIZATION).and_then(|text| text.to_str().ok()) else { return false };
+    let Some((scheme, rest)) = text.split_once(' ') else { return false };
+    let brought = match scheme.to_ascii_lowercase().as_str() {
+        "bearer" => rest.trim().as_bytes().to_vec(),
+        "basic" => match base64::engine::general_purpose::STANDARD.decode(rest.trim()) {
+            Ok(pair) => pair.splitn(2, |byte| *byte == b':').nth(1).unwrap_or_default().to_vec(),
+            Err(_) => return false,
+        },
+        _ => return false,
+    };
+    // In constant time, and of equal length: hashes.
+    let hash = |bytes: &[u8]| digest::digest(&digest::SHA256, bytes);
+    constant_time::verify_slices_are_equal(hash(&brought).as_ref(), hash(token.as_bytes()).as_ref()).is_ok()
+}
+
+async fn guard(State(served): Shared, request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let open = matches!(request.uri().path(), "/ready" | "/health") || request.uri().path().starts_with("/health/");
+    let refused = if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        Some((StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD: nothing can be changed here\n"))
+    } else if !is_for_us(headers, &served) {
+        Some((StatusCode::MISDIRECTED_REQUEST, "not a name of this service; --host NAME adds one\n"))
+    } else if is_foreign(headers) {
+        Some((StatusCode::FORBIDDEN, "not for pages of other origins\n"))
+    } else if let Some(token) = served.settings.token.as_ref().filter(|_| !open)
+        && !has_token(headers, token.expose_secret())
+    {
+        Some((StatusCode::UNAUTHORIZED, "the token is missing or wrong\n"))
+    } else {
+        None
+    };
+    let mut answer = match refused {
+        Some(refused) => refused.into_response(),
+        None => next.run(request).await,
+    };
+    let unauthorized = answer.status() == StatusCode::UNAUTHORIZED;
+    let headers = answer.headers_mut();
+    let policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    let fixed: [(&'static str, &'static str); 6] = [
+        ("content-security-policy", policy),
+        ("x-content-type-options", "nosniff"),
+        ("x-frame-options", "DENY"),
+        ("referrer-policy", "no-referrer"),
+        ("cache-control", "no-store"),
+        ("cross-origin-resource-policy", "same-origin"),
+    ];
+    for (name, value) in fixed {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    if unauthorized {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"fhirlake: the token is the password\""));
+    }
+    answer
+}
+
+/// How everything stands.
+fn stand(served: &Served) -> ServerStatus {
+    let now = Utc::now();
+    ServerStatus {
+        version: env!("CARGO_PKG_VERSION"),
+        started: served.started,
+        now,
+        pipelines: served.keepers.iter().map(|keeper| PipelineStatus::of(keeper, now)).collect(),
+    }
+}
+
+async fn index(State(served): Shared) -> Response {
+    ([("content-type", "text/html; charset=utf-8")], page::html(&stand(&served))).into_response()
+}
+
+async fn status(State(served): Shared) -> Response {
+    let body = serde_json::to_string(&stand(&served)).unwrap_or_default();
+    ([("content-type", "application/json")], body).into_response()
+}
+
+async fn style() -> Response {
+    ([("content-type", "text/css; charset=utf-8")], include_str!("page.css")).into_response()
+}
+
+async fn script() -> Response {
+    ([("content-type", "text/javascript; charset=utf-8")], include_str!("page.js")).into_response()
+}
+
+async fn metrics_text(State(served): Shared) -> Response {
+    (
+        [("content-type", "text/plain; version=0.0.4; charset=utf-8")],
+        metrics::text(&metrics::samples(served.keepers.iter().map(|keeper| &**keeper))),
+    )
+        .into_response()
+}
+
+fn healths(served: &Served) -> Vec<(String, Health)> {
+    let now = Utc::now();
+    let of = |keeper: &Arc<super::Keeper>| {
+        let max_age = keeper.live().plan.max_age;
+        (keeper.name(), Health::of(keeper.state().state_file(), max_age, now))
+    };
+    served.keepers.iter().map(of).collect()
+}
+
+fn answered((code, body): (u16, serde_json::Value)) -> Response {
+    let code = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    (code, [("content-type", "application/json")], body.to_string()).into_response()
+}
+
+async fn health(State(served): Shared) -> Response {
+    let all = healths(&served);
+    let all: Vec<(&str, Health)> = all.iter().map(|(name, health)| (name.as_str(), health.clone())).collect();
+    answered(Health::answer_of(&all))
+}
+
+async fn health_of(State(served): Shared, Path(pipeline): Path<String>) -> Response {
+    match healths(&served).into_iter().find(|(name, _)| *name == pipeline) {
+        Some((_, health)) => answered(health.answer()),
+        None => answered((404, json!({"status": "error", "message": "no such pipeline"}))),
+    }
+}
+
+async fn ready(State(served): Shared) -> Response {
+    match served.stop.is_pulled() {
+        false => answered((200, json!({"status": "ready"}))),
+        true => answered((503, json!({"status": "stopping"}))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_requests_may_be_for() {
+        let names = ["lake.example".to_owned()];
+        for ours in ["127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:8080", "10.0.0.7", "lake.example:80", "Lake.Example"] {
+            assert!(is_ours(ours, &names), "{ours}");
+        }
+        for foreign in ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", ""] {
+            assert!(!is_ours(foreign, &names), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn the_token_as_a_bearer_or_a_password() {
+        let with = |text: &str| HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_str(text).unwrap())]);
+        let basic = |pair: &str| format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair));
+        assert!(has_token(&with("Bearer s3cret"), "s3cret") && has_token(&with(&basic("any:s3cret")), "s3cret"));
+        for wrong in ["Bearer s3cre", "Bearer ", "s3cret", "Digest s3cret", &basic("s3cret:"), &basic("s3cret")] {
+            assert!(!has_token(&with(wrong), "s3cret"), "{wrong}");
+        }
+        assert!(!has_token(&HeaderMap::new(), "s3cret"));
+    }
+}

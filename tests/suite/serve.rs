@@ -1,0 +1,269 @@
+//! `fhirlake serve`: schedules, health, metrics, the page, and who may see them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chrono::{TimeDelta, Utc};
+use fhirlake::config::Plan;
+use fhirlake::demo::{DemoServer, Faults, Population};
+use fhirlake::flow::Stop;
+use fhirlake::serve::{Keeper, WebSettings, serve};
+use fhirlake::state::StateFolder;
+use fhirlake::telemetry::{METRICS, Telemetry};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::support::{Lake, assert_is, lake};
+
+const TYPES: [&str; 2] = ["Patient", "Claim"];
+
+/// A service under test.
+struct Service {
+    address: SocketAddr,
+    stop: Stop,
+    ended: tokio::task::JoinHandle<fhirlake::error::Result<()>>,
+}
+
+async fn start(plans: Vec<Plan>, token: Option<&str>) -> Service {
+    let stop = Stop::default();
+    let keepers = plans.into_iter().map(|plan| Keeper::new(Arc::new(move || Ok(plan.clone()))).unwrap()).collect();
+    let hosts = vec!["lake.example".to_owned()];
+    let settings =
+        WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts, token: token.map(|token| token.to_owned().into()) };
+    let (said, heard) = tokio::sync::oneshot::channel();
+    let own = stop.clone();
+    #[expect(clippy::disallowed_methods, reason = "the test's own task")]
+    let ended =
+        tokio::spawn(
+            async move { serve(keepers, settings, own, &Telemetry::default(), |address| said.send(address).unwrap()).await },
+        );
+    Service { address: heard.await.unwrap(), stop, ended }
+}
+
+impl Service {
+    async fn get(&self, path: &str) -> (u16, String) {
+        let answer = reqwest::get(format!("http://{}{path}", self.address)).await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    }
+    async fn status(&self) -> Value {
+        serde_json::from_str(&self.get("/status.json").await.1).unwrap()
+    }
+    /// Asks until the answer is as it should be.
+    async fn until(&self, is_so: impl Fn(&Value) -> bool) -> Value {
+        let began = Instant::now();
+        loop {
+            let status = self.status().await;
+            if is_so(&status) {
+                return status;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "{status:#}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    async fn end(self) {
+        self.stop.pull();
+        self.ended.await.unwrap().unwrap();
+    }
+}
+
+async fn demo() -> DemoServer {
+    DemoServer::start(Population::new(9, 30), 0, 10).await.unwrap()
+}
+
+fn plan(lake: &Lake, server: &DemoServer, rest: &str) -> Plan {
+    lake.plan(&format!("{{ url: \"{}\", types: [Patient, Claim], retry_for: 1s }}", server.base()), rest)
+}
+
+fn runs(status: &Value) -> usize {
+    status["pipelines"][0]["runs"].as_array().unwrap().len()
+}
+
+// Breaks if what is due is not run, runs overlap, or what the page, health and metrics say is not so.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_due_is_run_and_can_be_watched() {
+    let (server, lake) = (demo().await, lake());
+    let service = start(vec![plan(&lake, &server, "schedule: [{ cron: \"* * * * * *\" }]\n")], None).await;
+    assert_eq!(service.get("/ready").await.0, 200);
+    let status = service.until(|status| runs(status) >= 2).await;
+    let pipeline = &status["pipelines"][0];
+    assert_eq!((&pipeline["health"]["status"], pipeline["missed"].is_null()), (&Value::from("healthy"), true));
+    assert!(pipeline["runs"].as_array().unwrap().iter().all(|run| run["succeeded"] == true), "{pipeline:#}");
+    assert_eq!(pipeline["tables"][0]["name"], "Claim");
+    assert!(pipeline["tables"][1]["rows"].as_u64().unwrap() >= 30 && pipeline["tables"][1]["lag_seconds"].as_i64().unwrap() < 60);
+    let (code, health) = service.get("/health").await;
+    let health: Value = serde_json::from_str(&health).unwrap();
+    assert_eq!(
+        (code, health["status"].as_str(), health.as_object().unwrap().len()),
+        (200, Some("healthy"), 2),
+        "as the recipe's"
+    );
+    assert!(chrono::DateTime::parse_from_rfc3339(health["last_sync"].as_str().unwrap()).is_ok());
+    assert_eq!((service.get("/health/test").await.0, service.get("/health/other").await.0), (200, 404));
+    let (_, metrics) = service.get("/metrics").await;
+    for (name, labels) in [
+        ("fhirlake_runs_total", "{pipeline=\"test\",outcome=\"succeeded\"}"),
+        ("fhirlake_table_rows", "{pipeline=\"test\",resource_type=\"Patient\"} 30"),
+        ("fhirlake_resources_merged_total", "{pipeline=\"test\",resource_type=\"Patient\",outcome=\"inserted\"} 30"),
+        ("fhirlake_ndjson_bytes_total", "{pipeline=\"test\",resource_type=\"Patient\"}"),
+        ("fhirlake_pipeline_healthy", "{pipeline=\"test\"} 1"),
+    ] {
+        assert!(metrics.contains(&format!("{name}{labels}")), "{name} {labels}: {metrics}");
+    }
+    // Each line is a comment or a sample of a metric that there is.
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        let name = line.split(['{', ' ']).next().unwrap();
+        assert!(METRICS.iter().any(|metric| metric.prometheus() == name), "{line}");
+        assert!(line.rsplit(' ').next().unwrap().parse::<f64>().is_ok(), "{line}");
+    }
+    server.step(200, 100, 5);
+    let so_far = runs(&service.status().await);
+    service.until(|status| runs(status) >= so_far + 2).await;
+    let (code, page) = service.get("/").await;
+    assert!(
+        code == 200 && page.contains("<h2 id=\"p0\">test</h2>") && page.contains("Patient") && page.contains("healthy"),
+        "{page}"
+    );
+    service.end().await;
+    assert_is(&lake, &server.population(), &TYPES).await;
+}
+
+// A run that was missed is made up for once; one that fails is made again; what fails is shown with its hint.
+#[tokio::test(flavor = "multi_thread")]
+async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
+    let (server, lake) = (demo().await, lake());
+    let hourly = "schedule: [{ cron: \"0 * * * *\" }, { cron: \"30 2 * * *\", full_refresh: true, time_zone: Europe/Berlin }]\n";
+    let state = StateFolder::at(&lake.state(), None);
+    let long_ago = Utc::now() - TimeDelta::hours(50);
+    let names: Vec<String> = plan(&lake, &server, hourly).schedules.into_iter().map(|schedule| schedule.name).collect();
+    state.set_schedule_times(&names.iter().map(|name| (name.clone(), long_ago)).collect()).unwrap();
+    let service = start(vec![plan(&lake, &server, hourly)], None).await;
+    let status = service.until(|status| runs(status) >= 1 && status["pipelines"][0]["running"].is_null()).await;
+    assert_eq!(status["pipelines"][0]["runs"][0]["full"], true, "one run for both, that asks for everything");
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(runs(&service.status().await), 1, "fifty were missed, and one is made");
+    assert!(service.get("/metrics").await.1.contains("fhirlake_runs_missed_total{pipeline=\"test\"} 1"));
+    let times: BTreeMap<_, _> = state.schedule_times().unwrap();
+    assert!(times.len() == 2 && times.values().all(|time| *time > long_ago));
+    service.end().await;
+
+    let lake = super::support::lake();
+    server.set_faults(Faults { export_fails: true, ..Faults::default() });
+    let again = "schedule: [{ cron: \"0 0 1 1 *\", retries: 1, retry_delay: 1s }]\nhealth: { max_age: 1s }\n";
+    let state = StateFolder::at(&lake.state(), None);
+    let name = plan(&lake, &server, again).schedules[0].name.clone();
+    state.set_schedule_times(&[(name, Utc::now() - TimeDelta::days(400))].into()).unwrap();
+    let service = start(vec![plan(&lake, &server, again)], None).await;
+    let status = service.until(|status| runs(status) >= 1).await;
+    let failed = &status["pipelines"][0]["runs"][0];
+    assert!(failed["errors"][0].as_str().unwrap().contains("the export failed") && failed["hint"].is_string(), "{failed:#}");
+    assert_eq!(service.get("/health").await, (503, "{\"status\":\"unhealthy\",\"last_sync\":null}".to_owned()));
+    assert!(service.get("/").await.1.contains("Last errors"));
+    server.set_faults(Faults::default());
+    service.until(|status| runs(status) >= 2).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let status = service.status().await;
+    assert_eq!(
+        (runs(&status), &status["pipelines"][0]["runs"][0]["succeeded"]),
+        (2, &Value::Bool(true)),
+        "made again, and no more"
+    );
+    assert_eq!(service.get("/health").await.0, 503, "it was more than a second ago");
+    std::fs::write(state.state_file(), "{").unwrap();
+    let (code, body) = service.get("/health").await;
+    assert!(code == 503 && body.contains("\"status\":\"error\"") && body.contains("message"), "{body}");
+    service.end().await;
+}
+
+// A stop in the middle of a run ends it as Ctrl-C does; the next start goes on with it at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
+    let (server, lake) = (demo().await, lake());
+    server.set_faults(Faults { slow: Some(Duration::from_millis(400)), ..Faults::default() });
+    let soon = "schedule: [{ cron: \"* * * * * *\" }]\nstages: { download: { concurrency: 1 } }\n";
+    let service = start(vec![plan(&lake, &server, soon)], None).await;
+    let status = service
+        .until(|status| status["pipelines"][0]["running"]["types"].as_array().is_some_and(|types| !types.is_empty()))
+        .await;
+    let running = &status["pipelines"][0]["running"];
+    let names: Vec<&str> = running["stages"].as_array().unwrap().iter().map(|stage| stage["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["export", "download", "parse", "encode", "merge"]);
+    assert_eq!(running["edges"].as_array().unwrap().len(), 4);
+    let page = service.get("/").await.1;
+    assert!(page.contains("class=\"picture\"") && page.contains("data-running"), "{page}");
+    service.end().await;
+    assert_eq!(StateFolder::at(&lake.state(), None).exports().unwrap().in_flight.len(), 1);
+    server.set_faults(Faults::default());
+    let service = start(vec![plan(&lake, &server, soon)], None).await;
+    service.until(|status| status["pipelines"][0]["runs"].as_array().unwrap().iter().any(|run| run["succeeded"] == true)).await;
+    service.end().await;
+    assert_is(&lake, &server.population(), &TYPES).await;
+    assert!(server.seen().kickoffs[1].contains_key("_since"), "the first export was gone on with");
+}
+
+// Who may see what. Breaks if a page of another origin can read, if a name that was made to lead here is answered, if the token
+// is not asked for, or if anything can be changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_web_is_closed_to_strangers() {
+    let (server, lake) = (demo().await, lake());
+    let yearly = "schedule: [{ cron: \"0 0 1 1 *\" }]\n";
+    let service = start(vec![plan(&lake, &server, yearly)], Some("s3cret")).await;
+    let client = reqwest::Client::new();
+    let url = |path: &str| format!("http://{}{path}", service.address);
+    let code = async |request: reqwest::RequestBuilder| request.send().await.unwrap().status().as_u16();
+    for path in ["/", "/metrics", "/status.json", "/page.js"] {
+        assert_eq!(code(client.get(url(path))).await, 401, "{path}");
+        assert_eq!(code(client.get(url(path)).bearer_auth("wrong")).await, 401);
+        assert_eq!(code(client.get(url(path)).bearer_auth("s3cret")).await, 200);
+        assert_eq!(code(client.get(url(path)).basic_auth("any", Some("s3cret"))).await, 200);
+        assert_eq!(code(client.post(url(path)).bearer_auth("s3cret")).await, 405);
+    }
+    for path in ["/health", "/ready", "/health/test"] {
+        assert_ne!(code(client.get(url(path))).await, 401, "{path}");
+        assert_eq!(code(client.get(url(path)).header("host", "evil.example")).await, 421);
+    }
+    let ready = || client.get(url("/ready"));
+    assert_eq!(code(ready().header("host", "lake.example:80")).await, 200);
+    assert_eq!(code(ready().header("origin", "https://evil.example")).await, 403);
+    assert_eq!(code(ready().header("origin", format!("http://{}", service.address))).await, 200);
+    assert_eq!(code(ready().header("sec-fetch-site", "cross-site").header("sec-fetch-mode", "no-cors")).await, 403);
+    assert_eq!(code(ready().header("sec-fetch-site", "cross-site").header("sec-fetch-mode", "navigate")).await, 200);
+    let answer = client.get(url("/")).bearer_auth("s3cret").send().await.unwrap();
+    let policy = answer.headers()["content-security-policy"].to_str().unwrap();
+    assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"));
+    let said = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
+    assert_eq!([said("x-content-type-options"), said("cache-control")], ["nosniff", "no-store"]);
+    // Whoever sends a letter a second is cut off, and whoever talks nonsense is answered and closed.
+    for text in ["GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", "\u{0}\u{1}nonsense\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"] {
+        let mut stream = tokio::net::TcpStream::connect(service.address).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(75), stream.read_to_end(&mut answer)).await;
+        assert!(read.is_ok(), "{text:?} was left open");
+        assert!(!String::from_utf8_lossy(&answer).contains("200 OK"), "{text:?}");
+    }
+    service.end().await;
+}
+
+// Two pipelines in one service, each with its own health; and what cannot be served is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_pipelines_and_none_without_a_schedule() {
+    let (server, first, second) = (demo().await, lake(), lake());
+    let yearly = "schedule: [{ cron: \"0 0 1 1 *\" }]\n";
+    let mut other = plan(&second, &server, yearly);
+    other.name = "other".into();
+    let service = start(vec![plan(&first, &server, yearly), other.clone()], None).await;
+    let (code, body) = service.get("/health").await;
+    let body: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((code, body["pipelines"]["other"]["status"].as_str()), (503, Some("unhealthy")), "{body}");
+    assert_eq!(service.status().await["pipelines"].as_array().unwrap().len(), 2);
+    service.end().await;
+    let refused = async |plans: Vec<Plan>| {
+        let keepers = plans.into_iter().map(|plan| Keeper::new(Arc::new(move || Ok(plan.clone()))).unwrap()).collect();
+        let settings = WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts: Vec::new(), token: None };
+        serve(keepers, settings, Stop::default(), &Telemetry::default(), |_| {}).await.unwrap_err().to_string()
+    };
+    assert!(refused(vec![plan(&first, &server, "")]).await.contains("has no schedule"));
+    assert!(refused(vec![other.clone(), other]).await.contains("two pipelines"));
+}
