@@ -7,7 +7,7 @@ use clap::Args;
 use super::drive::drive;
 use super::output::Output;
 use super::query::answer;
-use crate::config::{ByteSize, Plan, Problem, read_pipeline};
+use crate::config::{ByteSize, Plan, Problem, Span, read_pipeline};
 use crate::delta::Tables;
 use crate::demo::{DEMO_TYPES, DemoServer, Faults, Population, Registration};
 use crate::error::{Context, ErrorKind, Result};
@@ -39,6 +39,9 @@ pub(super) struct DemoArgs {
     /// Only serve, until Ctrl-C: any Bulk Data client may ask.
     #[arg(long)]
     serve: bool,
+    /// How often the served population changes, such as 30s: resources change, some are deleted, a patient arrives.
+    #[arg(long, value_name = "SPAN", value_parser = span, requires = "serve")]
+    changes_every: Option<Span>,
     /// Patients whose resources of one type share a file: 1 makes many small files.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     patients_per_file: Option<u32>,
@@ -54,6 +57,10 @@ pub(super) struct DemoArgs {
     /// The registered client's id.
     #[arg(long, value_name = "ID", default_value = "demo-client")]
     client_id: String,
+}
+
+fn span(text: &str) -> std::result::Result<Span, String> {
+    Span::try_from(text.to_owned())
 }
 
 fn size(text: &str) -> std::result::Result<ByteSize, String> {
@@ -81,7 +88,19 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     if args.serve {
         output.line(&format!("a Bulk Data server with {patients} synthetic patients: {}", server.base()))?;
         output.remark("Ctrl-C ends it");
-        return tokio::signal::ctrl_c().await.context(ErrorKind::Internal, "signals cannot be heard");
+        let ended = tokio::signal::ctrl_c();
+        tokio::pin!(ended);
+        let Some(every) = args.changes_every else {
+            return ended.await.context(ErrorKind::Internal, "signals cannot be heard");
+        };
+        let mut tick = tokio::time::interval(every.0.max(std::time::Duration::from_millis(100)));
+        tick.tick().await;
+        loop {
+            tokio::select! {
+                ended = &mut ended => return ended.context(ErrorKind::Internal, "signals cannot be heard"),
+                _ = tick.tick() => server.step(CHANGED, DELETED, 1),
+            }
+        }
     }
     let folder = match &args.folder {
         Some(folder) => folder.clone(),

@@ -49,6 +49,8 @@ pub struct Seen {
     pub at_once: usize,
     /// `Accept` of each kind of request: `kick-off`, `status`, `file`.
     pub accept: BTreeMap<&'static str, BTreeSet<String>>,
+    /// `traceparent` of requests.
+    pub traces: BTreeSet<String>,
     /// `Accept-Encoding` of files.
     pub accept_encoding: BTreeSet<String>,
 }
@@ -58,6 +60,9 @@ impl Seen {
     pub(super) fn accepts(&mut self, what: &'static str, headers: &HeaderMap) {
         let text = |name: &str| headers.get(name).and_then(|text| text.to_str().ok()).unwrap_or_default().to_owned();
         self.accept.entry(what).or_default().insert(text("accept"));
+        if headers.contains_key("traceparent") {
+            self.traces.insert(text("traceparent"));
+        }
         if what == "file" {
             self.accept_encoding.insert(text("accept-encoding"));
         }

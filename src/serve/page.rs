@@ -103,7 +103,7 @@ fn pipeline_section(page: &mut String, at: usize, pipeline: &PipelineStatus, now
         fact("last success", ago(last, now));
     }
     match (&pipeline.running, pipeline.next_run) {
-        (Some(running), _) => fact("now", format!("{} run for {}", kind(running.full), span(running.seconds))),
+        (Some(running), _) => fact("now", format!("{}, for {}", kind(running.full), span(running.seconds))),
         (None, Some(next)) => fact("next run", format!("{} ({})", ago(next, now), kind(pipeline.next_is_full))),
         (None, None) => fact("next run", "none is scheduled".into()),
     }
@@ -130,7 +130,7 @@ fn pipeline_section(page: &mut String, at: usize, pipeline: &PipelineStatus, now
 }
 
 fn kind(full: bool) -> &'static str {
-    if full { "full" } else { "incremental" }
+    if full { "full refresh" } else { "usual run" }
 }
 
 /// The stages of a run, and how full the edges between them are.
@@ -189,7 +189,7 @@ fn edge_item(page: &mut String, edge: &EdgeStatus) {
     let class = if share >= 0.95 { "full" } else { "level" };
     let _ = write!(
         page,
-        "<li class=\"edge\">{}<span>{} · {} of {}</span></li>",
+        "<li class=\"edge\">{}<span>{} items · {} of {}</span></li>",
         bar(share, class),
         number(edge.items),
         bytes(edge.bytes),
@@ -257,16 +257,12 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
     let step = (width - 2.0 * left) / runs.len().max(20) as f64;
     let _ = write!(
         page,
-        "<svg class=\"plot\" viewBox=\"0 0 {width} 152\" role=\"img\" aria-label=\"duration and rows of the last {} runs; the longest took {}, the largest changed {} rows\">",
+        "<p class=\"quiet caption\">Above, how long each took, up to {}; below, the rows that it changed, up to {}.</p>\n\
+         <svg class=\"plot\" viewBox=\"0 0 {width} 136\" role=\"img\" aria-label=\"duration and rows of the last {} runs\">\
+         <line x1=\"0\" x2=\"{width}\" y1=\"62.5\" y2=\"62.5\"/><line x1=\"0\" x2=\"{width}\" y1=\"134.5\" y2=\"134.5\"/>",
+        span(longest),
+        number(most),
         runs.len(),
-        span(longest),
-        number(most)
-    );
-    let _ = write!(
-        page,
-        "<text x=\"{left}\" y=\"10\">duration, up to {}</text><text x=\"{left}\" y=\"86\">rows changed, up to {}</text><line x1=\"0\" x2=\"{width}\" y1=\"74.5\" y2=\"74.5\"/><line x1=\"0\" x2=\"{width}\" y1=\"150.5\" y2=\"150.5\"/>",
-        span(longest),
-        number(most)
     );
     for (index, run) in runs.iter().rev().enumerate() {
         let x = left + step * index as f64;
@@ -280,8 +276,8 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
             "<g><title>{when}: {words}, {}, {} rows</title><rect class=\"{class}\" x=\"{x:.1}\" y=\"{:.1}\" width=\"{wide:.1}\" height=\"{tall:.1}\"/><rect class=\"level\" x=\"{x:.1}\" y=\"{:.1}\" width=\"{wide:.1}\" height=\"{rows:.1}\"/></g>",
             span(run.seconds),
             number(run.rows),
-            74.0 - tall,
-            150.0 - rows,
+            62.0 - tall,
+            134.0 - rows,
         );
     }
     page.push_str("</svg>\n");

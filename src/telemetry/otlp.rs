@@ -99,7 +99,11 @@ impl Otlp {
         let mut layers: Vec<Box<dyn Layer<S> + Send + Sync>> = Vec::new();
         if let Some(provider) = &self.traces {
             let tracer: SdkTracer = provider.tracer_with_scope(InstrumentationScope::builder("fhirlake").build());
-            let layer: OpenTelemetryLayer<S, SdkTracer> = tracing_opentelemetry::layer().with_tracer(tracer);
+            let layer: OpenTelemetryLayer<S, SdkTracer> = tracing_opentelemetry::layer()
+                .with_tracer(tracer)
+                .with_location(false)
+                .with_threads(false)
+                .with_tracked_inactivity(false);
             layers.push(layer.with_filter(ours()).boxed());
         }
         if let Some(provider) = &self.logs {
@@ -166,7 +170,9 @@ impl Otlp {
         let logs = self.logs.as_ref().map(SdkLoggerProvider::shutdown);
         let outcomes = [("traces", traces), ("metrics", metrics), ("logs", logs)];
         let failed = outcomes.into_iter().filter_map(|(signal, outcome)| Some((signal, outcome?.err()?)));
-        failed.map(|(signal, error)| format!("{signal} could not all be sent: {error}")).collect()
+        failed
+            .map(|(signal, error)| format!("telemetry: not all {signal} could be sent, is the receiver there? ({error})"))
+            .collect()
     }
 }
 

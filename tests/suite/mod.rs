@@ -8,6 +8,7 @@ mod golden_rows;
 mod maintenance;
 mod merge;
 mod modes;
+mod otlp;
 mod process;
 mod protocol;
 mod quarantine;

@@ -43,7 +43,9 @@ fn kind(property: &Value, definitions: &Value) -> String {
         return if choices.is_empty() { name.to_owned() } else { choices.join(", ") };
     }
     let text = |value: &Value| value.as_str().map(str::to_owned);
-    let plain = text(&property["type"]).or_else(|| property["type"].as_array()?.iter().filter_map(Value::as_str).find(|name| *name != "null").map(str::to_owned));
+    let plain = text(&property["type"]).or_else(|| {
+        property["type"].as_array()?.iter().filter_map(Value::as_str).find(|name| *name != "null").map(str::to_owned)
+    });
     match plain.as_deref() {
         Some("array") => format!("list of {}s", property["items"]["type"].as_str().unwrap_or("value")),
         Some(name) => name.to_owned(),
@@ -104,7 +106,13 @@ fn the_guide_names_every_metric() {
     let mut text = format!("{before}<!-- metrics -->\n| metric | in `/metrics` | unit | label | |\n|---|---|---|---|---|\n");
     for metric in METRICS {
         let label = metric.label.map(|label| format!("`{}`", label.replace(", ", "`, `"))).unwrap_or_default();
-        text.push_str(&format!("| `{}` | `{}` | {} | {label} | {} |\n", metric.name, metric.prometheus(), metric.unit, metric.what));
+        text.push_str(&format!(
+            "| `{}` | `{}` | {} | {label} | {} |\n",
+            metric.name,
+            metric.prometheus(),
+            metric.unit,
+            metric.what
+        ));
     }
     hold(&path, &text);
 }
@@ -149,14 +157,20 @@ fn what_is_deployed_can_be_read() {
     let deployment = all.iter().find(|document| document["kind"] == "Deployment").unwrap();
     let job = &documents("kubernetes-cronjob.yaml")[0];
     for container in [container(&deployment["spec"]["template"]), container(&job["spec"]["jobTemplate"]["spec"]["template"])] {
-        let arguments: Vec<&str> = container["args"].as_array().unwrap().iter().map(|argument| argument.as_str().unwrap()).collect();
+        let arguments: Vec<&str> =
+            container["args"].as_array().unwrap().iter().map(|argument| argument.as_str().unwrap()).collect();
         // `--help` behind them: the arguments are parsed, and nothing is done.
         let run = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(&arguments).arg("--help").output().unwrap();
         assert!(run.status.success(), "{arguments:?}");
         assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
         assert!(container["volumeMounts"].as_array().unwrap().iter().any(|mount| mount["mountPath"] == "/lake"));
     }
-    for (name, command) in [("fhirlake.service", "fhirlake serve"), ("fhirlake-run.service", "fhirlake run"), ("crontab", "fhirlake run"), ("airflow_dag.py", "run \"$PIPELINE\"")] {
+    for (name, command) in [
+        ("fhirlake.service", "fhirlake serve"),
+        ("fhirlake-run.service", "fhirlake run"),
+        ("crontab", "fhirlake run"),
+        ("airflow_dag.py", "run \"$PIPELINE\""),
+    ] {
         assert!(read(name).contains(command), "{name}");
     }
     // Where there is a systemd, it judges the units itself.
