@@ -8,7 +8,7 @@
 //! * [`fhir`] speaks Bulk Data; [`tape`] is JSON as offsets; [`schema`] turns FHIR's definitions into columns and
 //!   fills them; [`delta`] stages files, matches keys and commits.
 //! * [`flow`] holds the bounded edges and the crew of workers, and knows neither FHIR nor Delta.
-//! * [`state`] is what a pipeline remembers, in [`private`] files; [`error`] the one table of errors; [`telemetry`] logs and metric names.
+//! * [`state`] is what a pipeline remembers, in [`private`] files; [`error`] the one table of errors; [`export_log`] the log that Bulk Data clients share; [`telemetry`] logs and metric names.
 //! * `unpack` is gzip, deflate and Zstandard as they come.
 //! * [`serve`] runs pipelines by their schedules, and shows how they stand.
 //! * [`demo`] is an embedded Bulk Data server with a synthetic population.
@@ -20,6 +20,7 @@ pub mod config;
 pub mod delta;
 pub mod demo;
 pub mod error;
+pub mod export_log;
 pub mod fhir;
 pub mod flow;
 pub mod messages;

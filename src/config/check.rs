@@ -168,11 +168,14 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     if !is_reference {
         match url::Url::parse(url) {
             Err(_) => add("source.url", "not a URL", Some("https://… of a FHIR base, or file:///folder of NDJSON")),
-            Ok(parsed) if !matches!(parsed.scheme(), "http" | "https" | "file") => {
-                add("source.url", "neither http, https nor file", None);
-            }
-            Ok(parsed) if parsed.scheme() == "file" && source.auth.is_some() => {
+            Ok(parsed) if !matches!(parsed.scheme(), "http" | "https") && source.auth.is_some() => {
                 add("source.auth", "a folder needs no authentication", None);
+            }
+            Ok(parsed) if !matches!(parsed.scheme(), "http" | "https" | "file") => {
+                // An object store's, where this build has it.
+                if let Err(error) = crate::delta::Tables::at(url) {
+                    add("source.url", &error.to_string(), Some("http, https, file, or an object store of NDJSON: s3, abfss, gs"));
+                }
             }
             Ok(parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
                 add("source.url", "no user and password in a URL: it would be logged", Some("use source.auth"));

@@ -9,6 +9,8 @@ mod schedule;
 mod source;
 mod tree;
 mod values;
+#[cfg(feature = "keyvault")]
+mod vault;
 
 pub use check::{Problem, Read, read_pipeline};
 pub use file::{

@@ -104,6 +104,8 @@ pub struct Plan {
     pub since: Since,
     /// Taken off a watermark.
     pub overlap: Duration,
+    /// Whether the log that Bulk Data clients share is written.
+    pub export_log: bool,
     /// Whether the server is told when its files are no longer needed.
     pub delete_export: bool,
     /// Files at the same time.
@@ -245,9 +247,10 @@ impl Plan {
         }
         // What a reference stands for is checked as what is written out.
         let url = match Url::parse(&url) {
-            Ok(url) if !matches!(url.scheme(), "http" | "https" | "file") => {
-                return Err(vec![read.problem("source.url", "neither http, https nor file", None)]);
-            }
+            Ok(url) if !matches!(url.scheme(), "http" | "https" | "file") => match crate::delta::Tables::at(url.as_str()) {
+                Ok(_) => url,
+                Err(error) => return Err(vec![read.problem("source.url", error.to_string(), None)]),
+            },
             Ok(url) if !url.username().is_empty() || url.password().is_some() => {
                 return Err(vec![read.problem(
                     "source.url",
@@ -306,6 +309,7 @@ impl Plan {
                 Instant::At(micros) => Since::At(micros),
             },
             overlap: file.source.overlap.0,
+            export_log: file.source.export_log,
             delete_export: file.source.delete_export == DeleteExport::AfterCommit,
             downloads: stages.download.concurrency,
             chunk_bytes: bytes(stages.download.chunk),

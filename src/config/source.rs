@@ -12,7 +12,7 @@ use super::values::{Instant, Span, Text, instant_schema, resource_types_schema};
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceSection {
-    /// FHIR base URL, or `file:///folder` of NDJSON files.
+    /// FHIR base URL, or a folder of NDJSON files: `file:///folder`, `s3://bucket/folder`, `abfss://…`, `gs://…`.
     pub url: Text,
     /// A server's kind: sets defaults for the other keys of `source`, and nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -101,6 +101,9 @@ pub struct SourceSection {
     /// next is not before it.
     #[serde(default = "defaults::max_kick_off_wait")]
     pub max_kick_off_wait: Span,
+    /// Writes the log that Bulk Data clients share (`log.ndjson`, version 2) of each run into `export-logs` of the state.
+    #[serde(default)]
+    pub export_log: bool,
     /// When the server is told that its files are no longer needed.
     #[serde(default)]
     pub delete_export: DeleteExport,

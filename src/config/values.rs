@@ -19,7 +19,7 @@ pub struct ByteSize(pub u64);
 #[serde(try_from = "String", into = "String")]
 pub struct Span(pub Duration);
 
-/// A text, which may hold `${env:NAME}` and `${file:/path}`.
+/// A text, which may hold `${env:NAME}`, `${file:/path}` and `${azure-key-vault:VAULT/SECRET}`.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Text(pub String);
@@ -193,6 +193,8 @@ enum Part<'a> {
     Plain(&'a str),
     Env(&'a str),
     File(&'a str),
+    #[cfg(feature = "keyvault")]
+    Vault(&'a str),
 }
 
 fn parts(text: &str) -> Result<Vec<Part<'_>>, String> {
@@ -205,8 +207,11 @@ fn parts(text: &str) -> Result<Vec<Part<'_>>, String> {
         parts.push(match reference.split_once(':') {
             Some(("env", name)) if !name.is_empty() => Part::Env(name),
             Some(("file", path)) if !path.is_empty() => Part::File(path),
+            #[cfg(feature = "keyvault")]
+            Some(("azure-key-vault", reference)) => Part::Vault(reference),
+            #[cfg(not(feature = "keyvault"))]
             Some(("azure-key-vault", _)) => {
-                return Err("this build has no azure-key-vault; use ${env:NAME} or ${file:/path}".into());
+                return Err("azure-key-vault is not in this build; build it with `--features keyvault`, or use ${env:NAME} or ${file:/path}".into());
             }
             _ => return Err("not a reference; write ${env:NAME} or ${file:/path}".into()),
         });
@@ -222,6 +227,25 @@ pub fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
+/// Says where others than the owner and its group can read a file that stands for a secret, or the group can write it.
+#[cfg(unix)]
+fn warn_if_loose(path: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    const LOOSE: u32 = 0o027;
+    let Ok(metadata) = std::fs::metadata(path) else { return };
+    let mode = metadata.permissions().mode() & 0o777;
+    if mode & LOOSE != 0 {
+        tracing::warn!(
+            file = path,
+            mode = format!("{mode:o}"),
+            "others can read the file, and it holds a secret: chmod 600 makes it private"
+        );
+    }
+}
+
+#[cfg(not(unix))]
+fn warn_if_loose(_: &str) {}
+
 impl Text {
     /// The text with its references resolved. Errors name the reference, never a value.
     pub fn resolve(&self) -> Result<String, String> {
@@ -232,7 +256,14 @@ impl Text {
                 Part::Env(name) => {
                     out.push_str(&environment(name).ok_or_else(|| format!("the environment has no variable {name}"))?);
                 }
+                #[cfg(feature = "keyvault")]
+                Part::Vault(reference) => {
+                    out.push_str(
+                        &super::vault::secret(reference).map_err(|why| format!("${{azure-key-vault:{reference}}}: {why}"))?,
+                    );
+                }
                 Part::File(path) => {
+                    warn_if_loose(path);
                     let text = std::fs::read_to_string(path).map_err(|error| format!("{path} cannot be read: {error}"))?;
                     out.push_str(text.trim_end_matches(['\n', '\r']));
                 }

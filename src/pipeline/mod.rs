@@ -32,6 +32,7 @@ use self::staged::TakenUp;
 use crate::config::{MaxBad, Mode, Plan, SourcePlan};
 use crate::delta::{Absent, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::export_log::ExportLog;
 use crate::fhir::{Auth, Client, Links};
 use crate::flow::{Board, Crew, EdgeGauge, Sender, Stop, edge};
 use crate::messages::{
@@ -88,8 +89,12 @@ pub fn client(plan: &Plan, board: &Board, stop: &Stop) -> Result<Option<Client>>
     }
 }
 
-/// The local folder of a `file:` source.
+/// The folder of a source of NDJSON, local or in an object store.
 fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, object_store::path::Path)> {
+    if url.scheme() != "file" {
+        let store = Tables::at(url.as_str())?.store().map_err(|error| error.at("source.url"))?;
+        return Ok((store, object_store::path::Path::default()));
+    }
     let path = url.to_file_path().map_err(|()| Error::new(ErrorKind::Config, "source.url is no folder"))?;
     if !path.is_dir() {
         return Err(Error::new(ErrorKind::Config, format!("source.url: {} is not a folder", path.display())));
@@ -215,6 +220,10 @@ async fn once(
         let span = tracing::Span::current();
         crew.spawn_cpu("replay", move |handle| span.in_scope(|| replay.run(handle)));
     }
+    let log = match plan.export_log && client.is_some() {
+        true => ExportLog::at(&state.export_log(&run), &run)?,
+        false => ExportLog::default(),
+    };
     let links = Links::default();
     let lost = Arc::new(AtomicBool::new(false));
     let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone());
@@ -236,6 +245,7 @@ async fn once(
                 remember: remember.clone(),
                 heard: Arc::new(move |text| *locked(&words) = Some(text.to_owned())),
                 links: links.clone(),
+                log: log.clone(),
                 board: watch.board.clone(),
                 stop: stop.clone(),
             };
@@ -270,6 +280,7 @@ async fn once(
             chunk_bytes: plan.chunk_bytes,
             max_line: plan.max_line,
             tries: plan.tries,
+            log: log.clone(),
             board: watch.board.clone(),
             stop: stop.clone(),
         };
@@ -340,6 +351,7 @@ async fn once(
     crew.spawn("merge", async move { merge.run(report_in).await }.in_current_span());
 
     let ended = crew.join(waiting).await;
+    report::log_exports(&log, exports, &watch.board, began.elapsed());
     let merged = report_out.await;
     if merged.is_ok() {
         // Merge has removed what it staged and did not commit, or written it down. Where it died, the next run does.

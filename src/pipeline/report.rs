@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::config::Plan;
 use crate::error::{Error, ErrorKind};
+use crate::export_log::ExportLog;
 use crate::flow::Board;
 use crate::messages::instant_text;
 use crate::schema::EXCLUDED_TYPES;
@@ -165,5 +166,21 @@ pub(super) fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started:
     });
     if let Err(error) = state.save_report(run, &report) {
         tracing::warn!(%error, "the run's report could not be written");
+    }
+}
+
+/// The last event of each export of a run; what it did is the run's, since its exports share the stages.
+pub(super) fn log_exports(log: &ExportLog, exports: usize, board: &Board, took: Duration) {
+    if !log.is_on() {
+        return;
+    }
+    let counts = board.read();
+    let sum = |name: &str| -> u64 { counts.iter().filter(|((metric, _), _)| *metric == name).map(|(_, value)| value).sum() };
+    for export in 0..exports {
+        let detail = serde_json::json!({
+            "files": sum(telemetry::FILES), "resources": sum(telemetry::PARSED), "bytes": sum(telemetry::BYTES),
+            "attachments": sum(telemetry::ATTACHMENTS), "duration": took.as_millis() as u64,
+        });
+        log.note(export, "export_complete", detail);
     }
 }

@@ -13,12 +13,14 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt};
 use reqwest::header::HeaderValue;
+use serde_json::json;
 use tokio::runtime::Handle;
 use url::Url;
 
 use self::lines::Lines;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::{Client, LinkPlace, Links, Resume};
+use crate::export_log::ExportLog;
+use crate::fhir::{Client, LinkPlace, Links, Resume, shown};
 use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, FilePlace, MergeInput};
 use crate::telemetry;
@@ -52,6 +54,8 @@ pub struct Download {
     pub max_line: usize,
     /// How often a file that broke off is begun again.
     pub tries: usize,
+    /// The log that Bulk Data clients share.
+    pub log: ExportLog,
     /// Counters.
     pub board: Board,
     /// The run's stop: this stage is part of the source.
@@ -81,8 +85,18 @@ impl Download {
             let file: &Arc<ExportFile> = &parcel;
             let span = tracing::info_span!("file", file = %file.name);
             let _entered = span.enter();
+            let link = self.log.is_on().then(|| shown(&file.url));
+            let note = |event: &str, detail: serde_json::Value| {
+                if let Some(link) = &link {
+                    let mut detail = detail;
+                    detail["fileUrl"] = link.as_str().into();
+                    self.log.note(file.export, event, detail);
+                }
+            };
+            note("download_request", json!({ "itemType": item_type(file.kind), "resourceType": file.declared.as_deref() }));
             let fact = match self.file(handle, file) {
-                Ok(lines) => {
+                Ok((lines, bytes)) => {
+                    note("download_complete", json!({ "resourceCount": lines, "fileSize": bytes }));
                     if file.kind == FileKind::Output {
                         let label = file.declared.clone().unwrap_or_else(|| telemetry::NO_TYPE.into());
                         self.board.add(telemetry::FILES, &label, 1);
@@ -92,6 +106,7 @@ impl Download {
                 }
                 Err(Broken::Stopped) => return Ok(()),
                 Err(Broken::Again(error) | Broken::Never(error)) => {
+                    note("download_error", json!({ "code": error.status(), "message": error.to_string(), "body": null }));
                     tracing::error!(%error, "the file could not be read; its type is left as it was");
                     Fact::FileFailed(file.index, error.to_string())
                 }
@@ -104,8 +119,8 @@ impl Download {
     }
 
     /// Reads a file to its end, and again from its start where it broke off; what was passed on already is
-    /// passed over then, once it has proved to be the same. Its lines.
-    fn file(&self, handle: &Handle, file: &Arc<ExportFile>) -> Result<u64, Broken> {
+    /// passed over then, once it has proved to be the same. Its lines, and its bytes as they are unpacked.
+    fn file(&self, handle: &Handle, file: &Arc<ExportFile>) -> Result<(u64, u64), Broken> {
         let mut lines = Lines::new(self, handle, file.clone());
         let mut reading = Reading { url: file.url.clone(), renewed: false, validator: None, so_far: None, reached: 0 };
         let mut tried = 0;
@@ -123,7 +138,7 @@ impl Download {
                     if let Origin::Server(client, _) = &self.origin {
                         client.pace().faster();
                     }
-                    return Ok(lines.lines);
+                    return Ok((lines.lines, lines.read));
                 }
                 Err(Broken::Again(error)) if tried + 1 < self.tries || reading.got_on(lines.read) => {
                     // What got on may go on for as long as it does: some proxies end each connection after a time.
@@ -255,6 +270,15 @@ impl Download {
                 Ok((Body::Stream(body.boxed()), String::new(), Some(None)))
             }
         }
+    }
+}
+
+/// How the export log calls a list of the manifest.
+fn item_type(kind: FileKind) -> &'static str {
+    match kind {
+        FileKind::Output => "output",
+        FileKind::Deleted => "deleted",
+        FileKind::Outcome => "error",
     }
 }
 

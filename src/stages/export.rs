@@ -1,5 +1,7 @@
 //! The source, as a FHIR server: kick-off, polls, manifests.
 
+mod log;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -8,6 +10,7 @@ use std::time::Duration;
 use url::Url;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::export_log::ExportLog;
 use crate::fhir::{Client, ExportRequest, KickOff, Links, Manifest, ManifestFile, Poll};
 use crate::flow::{Board, Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType, watermark_of};
@@ -127,6 +130,8 @@ pub struct ServerExport {
     pub heard: Arc<dyn Fn(&str) + Send + Sync>,
     /// Where links of files come from, should they end.
     pub links: Links,
+    /// The log that Bulk Data clients share.
+    pub log: ExportLog,
     /// Counters.
     pub board: Board,
     /// The run's stop.
@@ -193,6 +198,7 @@ impl ServerExport {
         if !lost && !matches!(answer, Ok(KickOff::Accepted { .. })) {
             (self.remember)(&ExportNote::Refused)?;
         }
+        self.log_kick_off(export, kickoff, &answer);
         let accepted = match answer? {
             KickOff::Accepted { status, separate } => Accepted::new(status, separate),
             KickOff::Later { wait, why } => {
@@ -246,6 +252,7 @@ impl ServerExport {
         }
         let time = passed.time.map(|time| watermark_of(time, self.until));
         let left = |names: &[ResourceType]| names.iter().filter(|name| !passed.merged.contains(name)).cloned().collect();
+        self.log_end(export, passed.time);
         let end = ExportEnd {
             export,
             asked: left(&kickoff.asked),
@@ -288,6 +295,7 @@ impl ServerExport {
                 }
                 answer => answer?,
             };
+            self.log_poll(export, &answer);
             if !matches!(answer, Poll::Gone { .. } | Poll::Failed(_)) {
                 (missing, absences) = (None, 0);
             }
@@ -380,6 +388,7 @@ impl ServerExport {
         passed: &mut Passed,
         index: &mut u32,
     ) -> Result<(), Ended> {
+        self.log_page(export, manifest);
         for finding in &manifest.findings {
             tracing::warn!(finding, "the manifest is not as it should be");
             self.board.add(telemetry::DEVIATIONS, &finding.as_str().into(), 1);

@@ -148,6 +148,19 @@ impl StateFolder {
         quarantine::find(&self.quarantine_folder(), ids)
     }
 
+    /// Where the export log of a run goes; the newest hundred stay.
+    pub fn export_log(&self, run: &str) -> PathBuf {
+        let folder = self.folder.join("export-logs");
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut logs: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|ext| ext == "ndjson")).collect();
+        logs.sort();
+        for old in logs.iter().rev().skip(99) {
+            // One that cannot be removed is only clutter.
+            let _ = std::fs::remove_file(old);
+        }
+        folder.join(format!("{run}.ndjson"))
+    }
+
     fn quarantine_folder(&self) -> PathBuf {
         self.folder.join("quarantine")
     }

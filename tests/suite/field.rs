@@ -269,6 +269,35 @@ async fn f11_attachments_are_unpacked_and_compared_with_what_is_said_of_them() {
     }
 }
 
+// The log that Bulk Data clients share. Breaks if an event is missing, or a secret of a link is in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_export_log_has_every_event() {
+    let faults =
+        Faults { polls: 1, polls_transient: 1, signed_links: true, missing_files: vec!["Claim.0".into()], ..Faults::default() };
+    let (server, lake) = (server(faults).await, lake());
+    lake.run(&source(&server, ", export_log: true"), "").await.unwrap();
+    let mut logs = std::fs::read_dir(lake.state().join("export-logs")).unwrap();
+    let text = std::fs::read_to_string(logs.next().unwrap().unwrap().path()).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let events: Vec<&str> = lines.iter().map(|line| line["eventId"].as_str().unwrap()).collect();
+    assert_eq!(events[..4], ["kickoff", "status_error", "status_progress", "status_page_complete"], "{text}");
+    for (event, count) in [
+        ("status_complete", 1),
+        ("download_request", 12),
+        ("download_complete", 11),
+        ("download_error", 1),
+        ("export_complete", 1),
+    ] {
+        assert_eq!(events.iter().filter(|named| **named == event).count(), count, "{event}: {text}");
+    }
+    let complete = lines.last().unwrap();
+    assert!(
+        complete["eventDetail"]["resources"].as_u64().unwrap() > 24 && complete["exportId"] == lines[0]["exportId"],
+        "{complete}"
+    );
+    assert!(text.contains("Patient.0.ndjson") && !text.contains("secret") && !text.contains("signature"), "{text}");
+}
+
 // S6, S7: answers that speak of the poll, and not of the export: however many, with others in between, it goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn s7_single_polls_that_fail_do_not_lose_a_running_export() {

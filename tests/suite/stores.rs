@@ -124,9 +124,8 @@ impl Store {
         }
         found
     }
-    /// Objects of a type's table that are no log, and those that its newest version names.
-    async fn objects(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
-        let url = url::Url::parse(&format!("{}/{resource_type}.parquet", self.tables)).unwrap();
+    /// The store at a URL, as deltalake has it.
+    fn at(&self, url: &str) -> deltalake::DeltaTable {
         let mut options: HashMap<String, String> =
             self.environment.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
         options.insert("allow_http".into(), "true".into());
@@ -139,7 +138,12 @@ impl Store {
             options.insert("azure_storage_account_key".into(), key.into());
             options.insert("azure_storage_endpoint".into(), format!("{address}/devstoreaccount1"));
         }
-        let mut table = deltalake::DeltaTableBuilder::from_url(url).unwrap().with_storage_options(options).build().unwrap();
+        let url = url::Url::parse(url).unwrap();
+        deltalake::DeltaTableBuilder::from_url(url).unwrap().with_storage_options(options).build().unwrap()
+    }
+    /// Objects of a type's table that are no log, and those that its newest version names.
+    async fn objects(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
+        let mut table = self.at(&format!("{}/{resource_type}.parquet", self.tables));
         let there: Vec<object_store::ObjectMeta> = table.log_store().object_store(None).list(None).try_collect().await.unwrap();
         let there = there.into_iter().map(|object| object.location.to_string()).filter(|path| !path.starts_with("_delta_log"));
         let named = if table.verify_deltatable_existence().await.unwrap() {
@@ -231,6 +235,24 @@ async fn everything(kind: &str) {
         }
     }
     assert_eq!(store.versions("Device").len(), 200, "{kind}: what two writers brought");
+    // NDJSON from the store itself, in two files of which one is packed.
+    let ndjson = store.tables.replace("/fhir", "/ndjson");
+    let objects = store.at(&ndjson).log_store().object_store(None);
+    let lines = |from: u32| -> Vec<u8> {
+        (from..from + 500)
+            .map(|id| format!("{{\"resourceType\":\"Location\",\"id\":\"l{id}\"}}\n"))
+            .collect::<String>()
+            .into_bytes()
+    };
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut packer, &lines(500)).unwrap();
+    use object_store::ObjectStoreExt;
+    objects.put(&"Location.1.ndjson".into(), lines(0).into()).await.unwrap();
+    objects.put(&"Location.2.ndjson.gz".into(), packer.finish().unwrap().into()).await.unwrap();
+    let from_store = store.pipeline("ndjson", &format!("{{ url: \"{ndjson}\" }}"), "");
+    store.fhirlake(&["validate", &from_store]);
+    store.fhirlake(&["run", &from_store]);
+    assert_eq!(store.versions("Location").len(), 1000, "{kind}: NDJSON from the store");
 }
 
 // Breaks if a table on the store is not what it would be in a folder: a killed run's objects stay, rows are lost to a writer
