@@ -1,8 +1,7 @@
 """fhirlake every hour, with the recipe's retries, and a mail when all is done.
 
-FHIRLAKE names the program and FHIRLAKE_PIPELINE the pipeline file where they are not the usual ones. Exit codes that a retry
-cannot mend (2 configuration, 4 authentication, 7 table, 11 data) fail the task at once; 12, the server asks to come back later,
-skips it.
+FHIRLAKE names the program and FHIRLAKE_PIPELINE the pipeline file where they are not the usual ones. Exit code 12, the server asks
+to come back later, skips the task; all others but 0 fail it, and Airflow tries again.
 """
 
 import os
@@ -26,14 +25,10 @@ with DAG(
 ) as dag:
     sync = BashOperator(
         task_id="sync",
-        # 99 is Airflow's "skipped"; 255 here stands for "do not try again".
-        bash_command=(
-            '"$FHIRLAKE" run "$PIPELINE"; code=$?; '
-            "case $code in 0) ;; 12) exit 99 ;; 2|4|7|11) exit 255 ;; *) exit $code ;; esac"
-        ),
+        bash_command='"$FHIRLAKE" run "$PIPELINE"',
         env={"FHIRLAKE": FHIRLAKE, "PIPELINE": PIPELINE},
         append_env=True,
-        skip_on_exit_code=[99],
+        skip_on_exit_code=[12],
     )
     notify = BashOperator(
         task_id="notify",

@@ -275,7 +275,7 @@ impl Plan {
                 )]);
             }
         };
-        let source = if url.scheme() == "file" {
+        let source = if !matches!(url.scheme(), "http" | "https") {
             SourcePlan::Folder(url)
         } else {
             let http = HttpSettings {

@@ -24,7 +24,7 @@ pub(super) fn secret(reference: &str) -> Result<String, String> {
     let host = if vault.contains('.') { vault.to_owned() } else { format!("{vault}.vault.azure.net") };
     let failed = |why: String| format!("the secret {name} of the vault {vault} cannot be had: {why}");
     let credential = credential().map_err(|error| failed(error.to_string()))?;
-    ask(&format!("https://{host}"), name, credential, true).map_err(failed)
+    ask(&format!("https://{host}"), name, credential, SecretClientOptions::default()).map_err(failed)
 }
 
 fn credential() -> azure_core::Result<Arc<dyn TokenCredential>> {
@@ -46,14 +46,23 @@ fn credential() -> azure_core::Result<Arc<dyn TokenCredential>> {
     }
 }
 
-/// Asks on a thread of its own: files are read where a reactor may be running already, and where none is. `verify`: the token
-/// goes only to who is of the domain that it is for.
-fn ask(url: &str, name: &str, credential: Arc<dyn TokenCredential>, verify: bool) -> Result<String, String> {
+/// An error and what it comes from.
+fn said(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(&format!(": {inner}"));
+        cause = inner.source();
+    }
+    text
+}
+
+/// Asks on a thread of its own: files are read where a reactor may be running already, and where none is.
+fn ask(url: &str, name: &str, credential: Arc<dyn TokenCredential>, options: SecretClientOptions) -> Result<String, String> {
     let work = async {
-        let options = SecretClientOptions { verify_challenge_resource: Some(verify), ..SecretClientOptions::default() };
-        let client = SecretClient::new(url, credential, Some(options)).map_err(|error| error.to_string())?;
-        let answer = client.get_secret(name, None).await.map_err(|error| error.to_string())?;
-        let secret = answer.into_model().map_err(|error| error.to_string())?;
+        let client = SecretClient::new(url, credential, Some(options)).map_err(|error| said(&error))?;
+        let answer = client.get_secret(name, None).await.map_err(|error| said(&error))?;
+        let secret = answer.into_model().map_err(|error| said(&error))?;
         secret.value.ok_or_else(|| "it has no value".to_owned())
     };
     std::thread::scope(|scope| {
@@ -69,10 +78,11 @@ fn ask(url: &str, name: &str, credential: Arc<dyn TokenCredential>, verify: bool
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, Write};
-    use std::net::TcpListener;
+    use std::sync::Mutex;
 
     use azure_core::credentials::{AccessToken, TokenRequestOptions};
+    use azure_core::http::headers::Headers;
+    use azure_core::http::{AsyncRawResponse, ClientOptions, HttpClient, Request, StatusCode, Transport};
 
     use super::*;
 
@@ -88,61 +98,50 @@ mod tests {
         }
     }
 
-    // A stand-in as the real one answers: first 401 with a challenge, then the secret for whoever brings the token.
+    /// Answers as a vault does: 401 with a challenge, then the secret for whoever brings the token.
+    #[derive(Debug, Default)]
+    struct StandIn(Mutex<Vec<(String, bool)>>);
+
+    #[async_trait::async_trait]
+    impl HttpClient for StandIn {
+        async fn execute_request(&self, request: &Request) -> azure_core::Result<AsyncRawResponse> {
+            let token = request
+                .headers()
+                .iter()
+                .any(|(name, value)| name.as_str() == "authorization" && value.as_str() == "Bearer the-token");
+            self.0.lock().unwrap().push((request.url().to_string(), token));
+            let mut headers = Headers::new();
+            headers.insert("content-type", "application/json");
+            let (code, body) = match (token, request.url().path()) {
+                (false, _) => {
+                    let challenge = "Bearer authorization=\"https://login.example/tenant\", resource=\"https://vault.azure.net\"";
+                    headers.insert("www-authenticate", challenge);
+                    (StatusCode::Unauthorized, "{}")
+                }
+                (true, path) if path.starts_with("/secrets/fhir-client-id") => {
+                    (StatusCode::Ok, "{\"value\":\"me\",\"id\":\"https://test.vault.azure.net/secrets/fhir-client-id/1\"}")
+                }
+                (true, _) => (StatusCode::NotFound, "{\"error\":{\"code\":\"SecretNotFound\",\"message\":\"no such secret\"}}"),
+            };
+            Ok(AsyncRawResponse::from_bytes(code, headers, body.as_bytes().to_vec()))
+        }
+    }
+
+    // Breaks if the token is sent before the vault says what it is for, or a secret that is not there is taken for an empty one.
     #[test]
     fn a_secret_is_asked_for_with_the_token_that_the_vault_wants() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let answers = std::thread::spawn(move || {
-            let mut seen = Vec::new();
-            while seen.len() < 3 {
-                let (stream, _) = listener.accept().unwrap();
-                let mut reader = BufReader::new(stream.try_clone().unwrap());
-                let mut stream = stream;
-                loop {
-                    let mut head = Vec::new();
-                    for line in reader.by_ref().lines() {
-                        let line = line.unwrap_or_default();
-                        if line.is_empty() {
-                            break;
-                        }
-                        head.push(line);
-                    }
-                    let Some(first) = head.first().cloned() else { break };
-                    let token = head.iter().any(|line| line.eq_ignore_ascii_case("authorization: Bearer the-token"));
-                    seen.push((first.clone(), token));
-                    let (code, more, body) = match (token, first.contains("/secrets/fhir-client-id")) {
-                        (false, _) => (
-                            "401 Unauthorized",
-                            "WWW-Authenticate: Bearer authorization=\"https://login.example/tenant\", resource=\"https://vault.azure.net\"\r\n",
-                            "{}",
-                        ),
-                        (true, true) => ("200 OK", "", "{\"value\":\"me\",\"id\":\"https://v/secrets/fhir-client-id/1\"}"),
-                        (true, false) => {
-                            ("404 Not Found", "", "{\"error\":{\"code\":\"SecretNotFound\",\"message\":\"no such secret\"}}")
-                        }
-                    };
-                    write!(
-                        stream,
-                        "HTTP/1.1 {code}\r\ncontent-type: application/json\r\n{more}content-length: {}\r\n\r\n{body}",
-                        body.len()
-                    )
-                    .unwrap();
-                    if seen.len() >= 3 {
-                        break;
-                    }
-                }
-            }
-            seen
-        });
-        use std::io::Read;
-        let url = format!("http://{address}");
-        assert_eq!(ask(&url, "fhir-client-id", Arc::new(Known), false).unwrap(), "me");
-        let error = ask(&url, "missing", Arc::new(Known), false).unwrap_err();
-        assert!(error.contains("404") || error.contains("SecretNotFound"), "{error}");
-        let seen = answers.join().unwrap();
-        assert!(seen[0].0.starts_with("GET /secrets/fhir-client-id") && seen[0].0.contains("api-version="), "{seen:?}");
-        assert!(seen[1].1, "the second one brings the token: {seen:?}");
+        let vault = Arc::new(StandIn::default());
+        let options = || SecretClientOptions {
+            client_options: ClientOptions { transport: Some(Transport::new(vault.clone())), ..ClientOptions::default() },
+            ..SecretClientOptions::default()
+        };
+        let url = "https://test.vault.azure.net";
+        assert_eq!(ask(url, "fhir-client-id", Arc::new(Known), options()).unwrap(), "me");
+        let error = ask(url, "missing", Arc::new(Known), options()).unwrap_err();
+        assert!(error.contains("SecretNotFound") || error.contains("404"), "{error}");
+        let seen = vault.0.lock().unwrap().clone();
+        assert!(seen[0].0.contains("/secrets/fhir-client-id") && seen[0].0.contains("api-version="), "{seen:?}");
+        assert_eq!((seen[0].1, seen[1].1), (false, true), "the token goes when it is asked for: {seen:?}");
     }
 
     #[test]

@@ -36,5 +36,5 @@ pub use pages::PageEncoder;
 pub use shape::adapt;
 pub use staging::{Fate, StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};
-pub use upsert::{Commit, Merged, Upsert, Watermark};
+pub use upsert::{Commit, Merged, Upsert, Watermark, deletions_id};
 pub use vacuum::{VacuumSettings, Vacuumed};

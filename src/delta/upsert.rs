@@ -38,6 +38,14 @@ pub struct Watermark {
     pub app_id: String,
     /// Microseconds since the epoch.
     pub transaction_time: i64,
+    /// Whether the run knows what was deleted until then: a full export only names what there is.
+    pub knows_deletions: bool,
+}
+
+/// Application id of the time until which deletions are known, where that is another than the watermark: after a full export
+/// over a table, what was deleted since the last incremental one is still to be asked for.
+pub fn deletions_id(app_id: &str) -> String {
+    format!("{app_id}|deletions")
 }
 
 /// What a run brings for one type.
@@ -297,10 +305,19 @@ impl Upsert {
         }
         self.check_files(table, out).await?;
         merged.committed = true;
-        let transactions = self.watermark.iter().map(|watermark| {
-            let now = chrono::Utc::now().timestamp_millis();
-            Transaction::new_with_last_update(&watermark.app_id, watermark.transaction_time, Some(now))
-        });
+        let now = chrono::Utc::now().timestamp_millis();
+        let mut transactions = Vec::new();
+        if let Some(watermark) = &self.watermark {
+            let id = deletions_id(&watermark.app_id);
+            let (before, until) = (table.transaction(&watermark.app_id).await?, table.transaction(&id).await?);
+            let until = match (watermark.knows_deletions, until) {
+                (true, Some(_)) => Some(watermark.transaction_time),
+                (false, None) => before,
+                (true, None) | (false, Some(_)) => None,
+            };
+            transactions.push(Transaction::new_with_last_update(&watermark.app_id, watermark.transaction_time, Some(now)));
+            transactions.extend(until.map(|until| Transaction::new_with_last_update(id, until, Some(now))));
+        }
         let mut info = self.info.clone();
         info.insert("operationMetrics".into(), self.metrics(out, merged, started));
         let adds = out.adds.iter().cloned().map(Action::Add);
@@ -313,7 +330,7 @@ impl Upsert {
                 not_matched_by_source_predicates: vec![],
             };
             let actions = out.removes.iter().cloned().map(Action::Remove).chain(adds).collect();
-            return commit::attempt(table, actions, &info, transactions.collect(), operation).await;
+            return commit::attempt(table, actions, &info, transactions, operation).await;
         }
         table.make_folder()?;
         let created = CreateBuilder::new()
@@ -322,7 +339,7 @@ impl Upsert {
             .with_columns(delta_schema(&self.schema)?.fields().cloned())
             .with_configuration(self.settings.configuration())
             .with_actions(adds)
-            .with_commit_properties(commit::properties(&info, transactions.collect()))
+            .with_commit_properties(commit::properties(&info, transactions))
             .await;
         match created {
             Ok(created) => Ok(Attempt::Done(created.version())),

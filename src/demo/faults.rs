@@ -25,7 +25,7 @@ pub struct Faults {
     /// Statuses of the first polls, in their order: 202, 404 with an outcome, others with an outcome of code `processing`;
     /// 503 with `Retry-After: 1`.
     pub polls_script: Vec<u16>,
-    /// Whether the manifest grows: a first poll is answered 202 with the last file alone.
+    /// Whether the manifest grows, where the client sends `allowPartialManifests`: a first poll is answered 202 with the last file alone.
     pub growing: bool,
     /// Kick-offs that make an export, and whose connection is then closed without an answer.
     pub kickoffs_lost: usize,
@@ -89,7 +89,7 @@ pub struct Faults {
     pub errors: Vec<u8>,
     /// Ids put into `deleted`, beside the true ones: `Type/id`.
     pub also_deleted: Vec<String>,
-    /// Files a page of the manifest; 0 for one page. Each page but the last is there while the server still works.
+    /// Files a page of the manifest, where the client sends `allowPartialManifests`; 0 for one page. Each page but the last is there while the server still works.
     pub page_files: usize,
     /// Whether the manifest is of STU 4: `outcome` and no `request`.
     pub stu4: bool,

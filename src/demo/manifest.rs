@@ -63,7 +63,7 @@ pub(super) fn manifest(
     let errors = list(!faults.errors.is_empty() || !job.ignored.is_empty(), "OperationOutcome", "errors.0.ndjson");
     let mut manifest =
         json!({ "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true), "requiresAccessToken": protected });
-    if faults.page_files > 0 {
+    if faults.page_files > 0 && job.paged {
         let pages = output.len().div_ceil(faults.page_files).max(1);
         output = output.into_iter().skip(page * faults.page_files).take(faults.page_files).collect();
         if page + 1 < pages {

@@ -81,6 +81,8 @@ pub(super) struct Job {
     pub ignored: Vec<String>,
     /// Whether its files are organised by patients.
     pub organized: bool,
+    /// Whether its manifest may have pages.
+    pub paged: bool,
     /// Which of its links are good: those that the newest manifest gave out.
     pub links: usize,
 }
@@ -347,7 +349,8 @@ async fn kick_off(
     let separate = world.faults.separate_status && prefers.contains("separate-export-status");
     let (population, polls) = (world.population.clone(), world.faults.polls);
     let organized = query.get("organizeOutputBy").is_some_and(|name| name == "Patient");
-    world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, organized, links: 0 }));
+    let paged = query.get("allowPartialManifests").is_some_and(|value| value == "true");
+    world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, organized, paged, links: 0 }));
     if world.faults.kickoffs_lost > 0 {
         world.faults.kickoffs_lost -= 1;
         // A body that fails before its first byte takes the head with it.
@@ -432,7 +435,8 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
         (job.clone(), faults.clone(), *patients_per_file)
     };
     let separate = job.separate;
-    let (page_files, growing, job_links) = (faults.page_files, faults.growing, job.links);
+    let (page_files, growing, job_links) =
+        (if job.paged { faults.page_files } else { 0 }, faults.growing && job.paged, job.links);
     let protected = locked(&world).tokens.registered.is_some();
     // Counting the population is work: not for the reactor.
     let made =

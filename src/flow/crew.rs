@@ -99,6 +99,7 @@ impl Crew {
     /// still at work. `Err` is the first error that a worker had, or its panic.
     pub async fn join(mut self, waiting: impl Fn(&[&'static str])) -> Result<()> {
         let mut tick = tokio::time::interval(Duration::from_secs(5));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tick.tick().await;
         loop {
             tokio::select! {

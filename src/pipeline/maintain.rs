@@ -42,7 +42,7 @@ pub type ByTable<T> = BTreeMap<String, Result<T>>;
 
 /// An id for files of a run that begins now; random letters too, since two pipelines that begin in one millisecond may
 /// share tables.
-pub(super) fn run_id() -> String {
+pub fn run_id() -> String {
     let random = uuid::Uuid::new_v4().simple().to_string();
     format!("{}-{}", Utc::now().format("%Y%m%dT%H%M%S%3fZ"), &random[..6])
 }

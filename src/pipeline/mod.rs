@@ -16,9 +16,10 @@ mod staged;
 
 pub use in_flight::cancel as cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
+pub use maintain::run_id;
 pub use maintain::{ByTable, OptimizeOptions, VacuumOptions, optimize, vacuum};
 pub use prepare::{Prepared, prepare};
-pub use report::RunReport;
+pub use report::{RunReport, of_failed as leave_report};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

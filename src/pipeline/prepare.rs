@@ -8,7 +8,7 @@ use chrono::DateTime;
 use super::RunOptions;
 use super::in_flight::{Resumed, resume};
 use crate::config::{Mode, Plan, Since, SourcePlan};
-use crate::delta::{Table, Tables};
+use crate::delta::{Table, Tables, deletions_id};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fhir::{ExportRequest, Level};
 use crate::messages::{Layouts, ResourceType};
@@ -84,6 +84,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             continue;
         }
         let own = table.transaction(&app_id).await?;
+        let deletions = table.transaction(&deletions_id(&app_id)).await?;
         transactions.extend(own.map(|own| (name.clone(), own)));
         let since = match plan.since {
             _ if options.full_refresh => None,
@@ -91,7 +92,9 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             Since::At(micros) => Some(micros),
             // A missing table means a full export of its type, whatever the state file says.
             Since::LastSync if table.version().is_none() => None,
+            // After a full export over the table, deletions are asked for from before it.
             Since::LastSync => own
+                .map(|own| deletions.map_or(own, |known| known.min(own)))
                 .or_else(|| from_state(&remembered, &app_id, &name))
                 .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0)),
         };

@@ -155,7 +155,7 @@ pub(super) fn draw_up(
 }
 
 /// Leaves a report of a run that failed before it could draw one up; of one that found the pipeline taken there is nothing to say.
-pub(super) fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
+pub fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
     if error.kind() == ErrorKind::Locked || state.has_report(run) {
         return;
     }

@@ -112,15 +112,30 @@ impl Keeper {
         let began = Utc::now();
         while !stop.is_pulled() {
             self.look_at_tables().await;
-            let due = self.due(began)?;
+            let due = match self.due(began) {
+                Ok(due) => due,
+                // What is wrong with the disk now may not be soon, and the other pipelines go on meanwhile.
+                Err(error) => {
+                    tracing::error!(%error, pipeline = self.name(), "when runs are due cannot be told; looking again");
+                    let _ = stop.or(tokio::time::sleep(LOOK)).await;
+                    continue;
+                }
+            };
             self.live().next = due.as_ref().map(|due| (due.time, due.full));
             let wait = match &due {
                 Some(due) => (due.time - Utc::now()).to_std().unwrap_or_default(),
                 None => LOOK,
             };
             match due {
-                Some(due) if wait.is_zero() => self.run_due(&due, stop).await?,
-                _ => drop(stop.or(tokio::time::sleep(wait.min(LOOK))).await),
+                Some(due) if wait.is_zero() => {
+                    if let Err(error) = self.run_due(&due, stop).await {
+                        tracing::error!(%error, pipeline = self.name(), "that the run was made cannot be remembered");
+                        let _ = stop.or(tokio::time::sleep(LOOK)).await;
+                    }
+                }
+                _ => {
+                    let _ = stop.or(tokio::time::sleep(wait.min(LOOK))).await;
+                }
             }
         }
         Ok(())
@@ -200,7 +215,8 @@ impl Keeper {
         let plan = match (self.source)() {
             Ok(plan) => plan,
             Err(error) => {
-                tracing::error!(%error, "the pipeline file cannot be used any more; the run is left out");
+                let (run, name) = (pipeline::run_id(), self.name());
+                pipeline::leave_report(&self.state(), &name, &run, Utc::now(), &error);
                 return self.ended(Err(error), full, stop).await;
             }
         };

@@ -155,6 +155,9 @@ fn picture(page: &mut String, running: &RunningStatus) {
     if let Some(words) = &running.server {
         let _ = writeln!(page, "<p class=\"quiet\">The server says: {}</p>", escaped(words));
     }
+    if running.retries > 0 {
+        let _ = writeln!(page, "<p class=\"wait\">{} requests were tried again: the log says why.</p>", number(running.retries));
+    }
     if running.types.is_empty() {
         return;
     }
@@ -162,6 +165,7 @@ fn picture(page: &mut String, running: &RunningStatus) {
     for of_type in &running.types {
         let share = of_type.share();
         let bar = match share {
+            _ if of_type.committed > 0 => "<span class=\"good\">committed</span>".to_owned(),
             Some(share) => format!("{} {:.0} %", bar(share, "level"), share * 100.0),
             None => "–".to_owned(),
         };

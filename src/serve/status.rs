@@ -64,6 +64,8 @@ pub struct RunningStatus {
     pub full: bool,
     /// The server's words on its export.
     pub server: Option<String>,
+    /// Requests that were tried again.
+    pub retries: u64,
     /// Edges, in the order in which data crosses them.
     pub edges: Vec<EdgeStatus>,
     /// Stages, in the order in which data meets them.
@@ -125,6 +127,8 @@ pub struct TypeStatus {
     pub staged: u64,
     /// Bad lines.
     pub bad: u64,
+    /// Resources that are committed: all of them, or none yet.
+    pub committed: u64,
 }
 
 impl TypeStatus {
@@ -277,6 +281,7 @@ impl RunningStatus {
             resources_expected: value(telemetry::RESOURCES_EXPECTED, name),
             staged: value(telemetry::STAGED, name),
             bad: value(telemetry::BAD_LINES, name),
+            committed: value(telemetry::COMMITTED, name),
         });
         let server = running.watch.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         Self {
@@ -284,6 +289,7 @@ impl RunningStatus {
             seconds: (now - running.began).as_seconds_f64(),
             full: running.full,
             server,
+            retries: sum(&counts, telemetry::RETRIES),
             stages: vec![
                 stage("export", telemetry::FILES_EXPECTED, "files"),
                 stage("download", telemetry::BYTES, "bytes"),

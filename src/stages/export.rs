@@ -284,6 +284,7 @@ impl ServerExport {
         let began = tokio::time::Instant::now();
         let mut pause = settings.min_pause;
         let mut troubled: Option<tokio::time::Instant> = None;
+        let mut unasked = false;
         // Answers in a row that say that there is no such export, or that it failed; since when.
         let (mut missing, mut absences) = (None, 0);
         loop {
@@ -313,8 +314,14 @@ impl ServerExport {
                     }
                     (wait, Duration::ZERO)
                 }
-                Poll::Working { progress, wait, .. } => {
+                Poll::Working { progress, wait, partial } => {
                     troubled = None;
+                    if partial.is_some() && !std::mem::replace(&mut unasked, true) {
+                        tracing::warn!(
+                            "the server lists files while it still works, which nobody asked for; they are waited for. source.allow_partial_manifests takes them as they come"
+                        );
+                        self.board.add(telemetry::DEVIATIONS, &"a partial manifest that was not asked for".into(), 1);
+                    }
                     let words = progress.as_deref().unwrap_or("in progress");
                     tracing::debug!(progress = words, "the server is exporting");
                     (self.heard)(words);

@@ -257,10 +257,11 @@ impl Merge {
             (self.mixed)(name)?;
         }
         let end = self.ledger.end_of(name);
-        let watermark = end
-            .filter(|end| !self.ledger.holds_watermark(end.export))
-            .and_then(|end| end.transaction_time)
-            .map(|transaction_time| Watermark { app_id: self.settings.app_id.clone(), transaction_time });
+        let watermark = end.filter(|end| !self.ledger.holds_watermark(end.export)).and_then(|end| {
+            let knows_deletions = !end.full || self.settings.absent != Absent::Stay;
+            let app_id = self.settings.app_id.clone();
+            Some(Watermark { app_id, transaction_time: end.transaction_time?, knows_deletions })
+        });
         // What comes of a type that was merged before is a part of it only: it takes nothing away.
         let merged = self.ledger.is_merged(name);
         let absent = if merged { Absent::Stay } else { self.settings.absent };

@@ -27,8 +27,11 @@ struct Service {
 }
 
 async fn start(plans: Vec<Plan>, token: Option<&str>) -> Service {
+    start_with(plans.into_iter().map(|plan| Keeper::new(Arc::new(move || Ok(plan.clone()))).unwrap()).collect(), token).await
+}
+
+async fn start_with(keepers: Vec<Keeper>, token: Option<&str>) -> Service {
     let stop = Stop::default();
-    let keepers = plans.into_iter().map(|plan| Keeper::new(Arc::new(move || Ok(plan.clone()))).unwrap()).collect();
     let hosts = vec!["lake.example".to_owned()];
     let settings =
         WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts, token: token.map(|token| token.to_owned().into()) };
@@ -244,6 +247,29 @@ async fn the_web_is_closed_to_strangers() {
         assert!(read.is_ok(), "{text:?} was left open");
         assert!(!String::from_utf8_lossy(&answer).contains("200 OK"), "{text:?}");
     }
+    service.end().await;
+}
+
+// A pipeline file that is broken while it is served fails its runs, by name, and nothing else; mended, it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_broken_meanwhile_fails_its_runs_only() {
+    let (server, lake) = (demo().await, lake());
+    let plan = plan(&lake, &server, "schedule: [{ cron: \"* * * * * *\", retries: 0 }]\n");
+    let broken = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flag = broken.clone();
+    let keeper = Keeper::new(Arc::new(move || match flag.load(std::sync::atomic::Ordering::Relaxed) {
+        true => Err(fhirlake::error::Error::new(fhirlake::error::ErrorKind::Config, "line 7 is no key")),
+        false => Ok(plan.clone()),
+    }));
+    let service = start_with(vec![keeper.unwrap()], None).await;
+    service.until(|status| runs(status) >= 1).await;
+    broken.store(true, std::sync::atomic::Ordering::Relaxed);
+    let is_said =
+        |status: &Value| status["pipelines"][0]["runs"][0]["errors"][0].as_str().is_some_and(|error| error.contains("line 7"));
+    service.until(is_said).await;
+    assert!(service.get("/").await.1.contains("line 7 is no key"));
+    broken.store(false, std::sync::atomic::Ordering::Relaxed);
+    service.until(|status| status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
     service.end().await;
 }
 
