@@ -31,19 +31,14 @@ impl ExportLog {
         Ok(Self { file: Some(Arc::new(Mutex::new(file))), run: run.to_owned() })
     }
 
-    /// Whether anything is written.
-    pub fn is_on(&self) -> bool {
-        self.file.is_some()
-    }
-
     /// Writes an event of the run's export number `export`.
-    pub fn note(&self, export: usize, event: &str, detail: Value) {
+    pub fn note(&self, export: usize, event: &str, detail: impl FnOnce() -> Value) {
         let Some(file) = &self.file else { return };
         let line = json!({
             "exportId": format!("{}-{export}", self.run),
             "timestamp": Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true),
             "eventId": event,
-            "eventDetail": detail,
+            "eventDetail": detail(),
         });
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         // A log that cannot be written is no reason to lose an export.

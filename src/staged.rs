@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::fhir::unsigned;
-use crate::messages::{ExportFile, FilePlace, ParsedChunk, ResourceType};
+use crate::messages::{ExportFile, ParsedChunk, ResourceType};
 use crate::private::{private_dir, write_atomically};
 
 /// A file of an export, as its manifest listed it.
@@ -20,9 +20,7 @@ use crate::private::{private_dir, write_atomically};
 pub struct ListedFile {
     /// The export, by where its status is asked for.
     pub status: String,
-    /// Its place in the manifest.
-    pub place: FilePlace,
-    /// Hash of what else the manifest says of it, its link but for a signature among that.
+    /// Hash of what the manifest says of it, its link but for a signature among that.
     pub said: String,
     /// [`ExportFile::index`]: its rows' keys have it.
     pub index: u32,

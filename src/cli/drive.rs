@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
-use super::output::{Output, peak_memory, report};
+use super::output::{Output, report};
 use crate::config::Plan;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::Stop;
@@ -32,12 +32,8 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
         tokio::select! {
             outcome = &mut run => break outcome,
             () = signals.next() => {
-                if stop.is_pulled() {
-                    output.remark("stopped at once; the next run removes what this one left");
-                    std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
-                }
-                output.remark("stopping: waiting for what is under way; press Ctrl-C again to stop at once");
-                stop.pull();
+                let stopping = "stopping: waiting for what is under way; press Ctrl-C again to stop at once";
+                stop_or_exit(&stop, output, stopping, "stopped at once; the next run removes what this one left");
             }
             _ = tick.tick() => progress.show(&watch),
         }
@@ -56,7 +52,7 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
         output.remark(&format!("quarantined lines, each with its place and reason: {}", place.display()));
     }
     output.remark(&format!("report: {}", state.join("runs").join(format!("{}.json", outcome.run)).display()));
-    if let Some(peak) = peak_memory() {
+    if let Some(peak) = telemetry::memory("VmHWM") {
         output.remark(&format!("peak memory {:.0} MB", peak as f64 / 1e6));
     }
     if !outcome.succeeded {
@@ -65,6 +61,16 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
         return Err(Error::new(ErrorKind::Partial, format!("failed: {}", failed.join(", "))));
     }
     Ok(outcome)
+}
+
+/// The first signal stops what is under way, a second one the process.
+pub(super) fn stop_or_exit(stop: &Stop, output: &Output, stopping: &str, at_once: &str) {
+    if stop.is_pulled() {
+        output.remark(at_once);
+        std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
+    }
+    output.remark(stopping);
+    stop.pull();
 }
 
 /// Ctrl-C and SIGTERM.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::drive::Signals;
+use super::drive::{Signals, stop_or_exit};
 use super::output::Output;
 use super::run::plan_of;
 use crate::config::environment;
@@ -65,12 +65,8 @@ pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
         tokio::select! {
             outcome = &mut serving => return outcome,
             () = signals.next() => {
-                if stop.is_pulled() {
-                    output.remark("stopped at once; the next run goes on with what was written down");
-                    std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
-                }
-                output.remark("stopping: runs that are under way write down what they have");
-                stop.pull();
+                let stopping = "stopping: runs that are under way write down what they have";
+                stop_or_exit(&stop, output, stopping, "stopped at once; the next run goes on with what was written down");
             }
         }
     }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::file::{MaxBad, Mode, PipelineFile, pipeline_json_schema};
 use super::profiles;
 use super::schedule::SchedulePlan;
-use super::source::{LevelName, MethodName, TOO_OPEN};
+use super::source::{LevelName, MethodName, is_of_server};
 use super::tree::{Place, Tree, check};
 use crate::error::{Error, ErrorKind};
 
@@ -168,20 +168,14 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     if !is_reference {
         match url::Url::parse(url) {
             Err(_) => add("source.url", "not a URL", Some("https://… of a FHIR base, or file:///folder of NDJSON")),
-            Ok(parsed) if !matches!(parsed.scheme(), "http" | "https") && source.auth.is_some() => {
+            Ok(parsed) if !is_of_server(&parsed) && source.auth.is_some() => {
                 add("source.auth", "a folder needs no authentication", None);
             }
-            Ok(parsed) if !matches!(parsed.scheme(), "http" | "https" | "file") => {
-                // An object store's, where this build has it.
-                if let Err(error) = crate::delta::Tables::at(url) {
-                    add("source.url", &error.to_string(), Some("http, https, file, or an object store of NDJSON: s3, abfss, gs"));
+            Ok(parsed) => {
+                if let Some((what, hint)) = source.wrong_with(&parsed) {
+                    add("source.url", &what, Some(hint));
                 }
             }
-            Ok(parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
-                add("source.url", "no user and password in a URL: it would be logged", Some("use source.auth"));
-            }
-            Ok(parsed) if source.is_too_open(&parsed) => add("source.url", TOO_OPEN.0, Some(TOO_OPEN.1)),
-            Ok(_) => {}
         }
     }
     if let Some(auth) = &source.auth {
@@ -270,7 +264,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         {
             add(&format!("stages.attachments.types.{index}"), &format!("{name} is not a resource type of FHIR R4"), None);
         }
-        if source.url.0.starts_with("file:") {
+        if url::Url::parse(url).is_ok_and(|url| !is_of_server(&url)) {
             add("stages.attachments", "a folder has no server to fetch attachments from", None);
         }
     }

@@ -10,7 +10,7 @@ use super::file::{
     AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, ShortFile, VacuumSection,
 };
 use super::schedule::SchedulePlan;
-use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, TOO_OPEN};
+use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, is_of_server};
 use super::values::{Instant, Text};
 use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
 use crate::schema::{Columns, LayoutOptions};
@@ -160,8 +160,6 @@ pub struct Plan {
     pub schedules: Vec<SchedulePlan>,
     /// How long ago the last successful run may have completed.
     pub max_age: Duration,
-    /// An OTLP receiver.
-    pub otlp: Option<String>,
 }
 
 /// Where a pipeline's state is unless the file says otherwise: beside the tables, whose readers pass it over.
@@ -241,25 +239,17 @@ impl Plan {
                 }
             }
         }
-        let otlp = file.telemetry.as_ref().map(|telemetry| text("telemetry.otlp", &telemetry.otlp));
+        // Read when the process begins; what is wrong with it is said here.
+        file.telemetry.iter().for_each(|telemetry| drop(text("telemetry.otlp", &telemetry.otlp)));
         if !problems.is_empty() {
             return Err(problems);
         }
         // What a reference stands for is checked as what is written out.
         let url = match Url::parse(&url) {
-            Ok(url) if !matches!(url.scheme(), "http" | "https" | "file") => match crate::delta::Tables::at(url.as_str()) {
-                Ok(_) => url,
-                Err(error) => return Err(vec![read.problem("source.url", error.to_string(), None)]),
+            Ok(url) => match source.wrong_with(&url) {
+                Some((what, hint)) => return Err(vec![read.problem("source.url", what, Some(hint))]),
+                None => url,
             },
-            Ok(url) if !url.username().is_empty() || url.password().is_some() => {
-                return Err(vec![read.problem(
-                    "source.url",
-                    "no user and password in a URL: it would be logged",
-                    Some("use source.auth"),
-                )]);
-            }
-            Ok(url) if source.is_too_open(&url) => return Err(vec![read.problem("source.url", TOO_OPEN.0, Some(TOO_OPEN.1))]),
-            Ok(url) => url,
             Err(_) => return Err(vec![read.problem("source.url", "not a URL", None)]),
         };
         if let Err(error) = crate::delta::Tables::at(&tables) {
@@ -275,7 +265,7 @@ impl Plan {
                 )]);
             }
         };
-        let source = if !matches!(url.scheme(), "http" | "https") {
+        let source = if !is_of_server(&url) {
             SourcePlan::Folder(url)
         } else {
             let http = HttpSettings {
@@ -348,7 +338,6 @@ impl Plan {
             // What cannot be read was a problem before.
             schedules: file.schedule.iter().filter_map(|schedule| SchedulePlan::read(schedule).ok()).collect(),
             max_age: file.health.max_age.0,
-            otlp,
         })
     }
 }

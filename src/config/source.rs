@@ -238,8 +238,23 @@ pub struct AuthSection {
 }
 
 impl SourceSection {
+    /// What is wrong with the source's URL, and what may help: of one that is written out, and of what a reference stands for.
+    pub(super) fn wrong_with(&self, url: &url::Url) -> Option<(String, &'static str)> {
+        if !is_of_server(url) && url.scheme() != "file" {
+            // An object store's, where this build has it.
+            let hint = "http, https, file, or an object store of NDJSON: s3, abfss, gs";
+            return crate::delta::Tables::at(url.as_str()).err().map(|error| (error.to_string(), hint));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Some(("no user and password in a URL: it would be logged".to_owned(), "use source.auth"));
+        }
+        let hint = "https, or source.auth.plain_http: true";
+        self.is_too_open(url)
+            .then(|| ("the token and the data would go by http, for everybody on the way to read".to_owned(), hint))
+    }
+
     /// Whether a token would go unencrypted to another machine (T1) though nothing allows it.
-    pub(super) fn is_too_open(&self, url: &url::Url) -> bool {
+    fn is_too_open(&self, url: &url::Url) -> bool {
         let is_here = match url.host() {
             Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
             Some(url::Host::Ipv4(address)) => address.is_loopback(),
@@ -250,9 +265,10 @@ impl SourceSection {
     }
 }
 
-/// What is said of such a URL, and what may help.
-pub(super) const TOO_OPEN: (&str, &str) =
-    ("the token and the data would go by http, for everybody on the way to read", "https, or source.auth.plain_http: true");
+/// Whether a URL is a server's, and no folder's.
+pub(super) fn is_of_server(url: &url::Url) -> bool {
+    matches!(url.scheme(), "http" | "https")
+}
 
 /// Where a client's secret goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

@@ -296,10 +296,11 @@ impl Upsert {
     }
 
     async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<Attempt> {
-        let known = match &self.watermark {
-            Some(watermark) => table.transaction(&watermark.app_id).await? == Some(watermark.transaction_time),
-            None => true,
+        let before = match &self.watermark {
+            Some(watermark) => table.transaction(&watermark.app_id).await?,
+            None => None,
         };
+        let known = self.watermark.as_ref().is_none_or(|watermark| before == Some(watermark.transaction_time));
         if out.adds.is_empty() && out.removes.is_empty() && known && table.version().is_some() {
             return Ok(Attempt::Done(table.version()));
         }
@@ -309,8 +310,7 @@ impl Upsert {
         let mut transactions = Vec::new();
         if let Some(watermark) = &self.watermark {
             let id = deletions_id(&watermark.app_id);
-            let (before, until) = (table.transaction(&watermark.app_id).await?, table.transaction(&id).await?);
-            let until = match (watermark.knows_deletions, until) {
+            let until = match (watermark.knows_deletions, table.transaction(&id).await?) {
                 (true, Some(_)) => Some(watermark.transaction_time),
                 (false, None) => before,
                 (true, None) | (false, Some(_)) => None,

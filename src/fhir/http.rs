@@ -16,7 +16,7 @@ use super::auth::{Auth, Granted};
 use super::capabilities::Capabilities;
 use super::pace::Pace;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::flow::{Board, Stop};
+use crate::flow::{Board, Stop, chance};
 use crate::telemetry;
 
 /// Longest pause between tries that a server did not ask for itself.
@@ -418,7 +418,6 @@ fn now_and(wait: Duration) -> tokio::time::Instant {
 }
 
 fn jitter(pause: Duration) -> Duration {
-    // Full jitter between half and all of it, from a UUID's random bits: spreads clients, needs no crate.
-    let random = uuid::Uuid::new_v4().as_u128() as u32;
-    pause / 2 + pause.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
+    // Full jitter between half and all of it.
+    pause / 2 + pause.mul_f64(chance() / 2.0)
 }

@@ -15,6 +15,12 @@ pub use crew::{Crew, Stop};
 pub use edge::{EdgeGauge, Parcel, Receiver, Sender, Weighed, edge};
 pub use tally::{Board, Counts};
 
+/// A random part of one, from a UUID's bits: spreads clients, needs no crate.
+pub fn chance() -> f64 {
+    let random = uuid::Uuid::new_v4().as_u128() as u32;
+    f64::from(random) / f64::from(u32::MAX)
+}
+
 /// Runs a future that computes as much as it waits on a thread of its own, off the reactor.
 pub async fn compute<T: Send + 'static>(
     span: tracing::Span,

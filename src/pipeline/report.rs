@@ -171,16 +171,15 @@ pub fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTi
 
 /// The last event of each export of a run; what it did is the run's, since its exports share the stages.
 pub(super) fn log_exports(log: &ExportLog, exports: usize, board: &Board, took: Duration) {
-    if !log.is_on() {
-        return;
-    }
     let counts = board.read();
     let sum = |name: &str| -> u64 { counts.iter().filter(|((metric, _), _)| *metric == name).map(|(_, value)| value).sum() };
     for export in 0..exports {
-        let detail = serde_json::json!({
-            "files": sum(telemetry::FILES), "resources": sum(telemetry::PARSED), "bytes": sum(telemetry::BYTES),
-            "attachments": sum(telemetry::ATTACHMENTS), "duration": took.as_millis() as u64,
-        });
+        let detail = || {
+            serde_json::json!({
+                "files": sum(telemetry::FILES), "resources": sum(telemetry::PARSED), "bytes": sum(telemetry::BYTES),
+                "attachments": sum(telemetry::ATTACHMENTS), "duration": took.as_millis() as u64,
+            })
+        };
         log.note(export, "export_complete", detail);
     }
 }

@@ -63,7 +63,7 @@ impl Health {
     }
 
     /// The same for several: the worst of them, with the oldest sync, and each by its name.
-    pub fn answer_of(all: &[(&str, Health)]) -> (u16, Value) {
+    pub fn answer_of<N: ToString>(all: &[(N, Health)]) -> (u16, Value) {
         let worst = |health: &Health| match health {
             Health::Error { .. } => 2,
             Health::Unhealthy { .. } => 1,
@@ -75,7 +75,7 @@ impl Health {
         };
         let (code, mut body) = health.answer();
         if all.len() > 1 {
-            let each = all.iter().map(|(name, health)| ((*name).to_owned(), json!(health)));
+            let each = all.iter().map(|(name, health)| (name.to_string(), json!(health)));
             body["pipelines"] = Value::Object(each.collect());
         }
         (code, body)

@@ -7,9 +7,10 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time::Instant;
 
+use super::health::Health;
 use crate::config::{Plan, SchedulePlan};
 use crate::error::{Error, ErrorKind, Result};
-use crate::flow::{Counts, Stop};
+use crate::flow::{Counts, Stop, chance};
 use crate::pipeline::{self, RunOptions, RunReport, TableState, Watch, table_states};
 use crate::state::StateFolder;
 
@@ -71,7 +72,23 @@ pub(super) struct Running {
     pub samples: VecDeque<(Instant, Counts)>,
 }
 
+impl Live {
+    /// Counters of all runs, the one that is under way among them.
+    pub fn counts(&self) -> Counts {
+        let mut counts = self.totals.clone();
+        let running = self.running.iter().flat_map(|running| running.watch.board.read());
+        running.for_each(|(key, value)| *counts.entry(key).or_default() += value);
+        counts
+    }
+}
+
 impl Keeper {
+    /// How it is at `now`.
+    pub(super) fn health(&self, now: DateTime<Utc>) -> Health {
+        let max_age = self.live().plan.max_age;
+        Health::of(self.state().state_file(), max_age, now)
+    }
+
     /// A keeper of the pipeline that `source` reads.
     pub fn new(source: PlanSource) -> Result<Self> {
         let plan = source()?;
@@ -168,8 +185,7 @@ impl Keeper {
             self.live().missed += 1;
         }
         let longest = due.schedules.iter().map(|schedule| schedule.jitter).max().unwrap_or_default();
-        let random = uuid::Uuid::new_v4().as_u128() as u32;
-        if stop.or(tokio::time::sleep(longest.mul_f64(f64::from(random) / f64::from(u32::MAX)))).await.is_none() {
+        if stop.or(tokio::time::sleep(longest.mul_f64(chance()))).await.is_none() {
             return Ok(());
         }
         let started = Utc::now();
@@ -261,11 +277,8 @@ impl Keeper {
         };
         {
             let mut live = self.live();
-            if let Some(running) = live.running.take() {
-                for (key, value) in running.watch.board.read() {
-                    *live.totals.entry(key).or_default() += value;
-                }
-            }
+            live.totals = live.counts();
+            live.running = None;
             let label = match kind {
                 None => "succeeded",
                 Some(ErrorKind::Interrupted) if stop.is_pulled() => "interrupted",
@@ -307,13 +320,13 @@ impl Keeper {
 
     /// Reads how tables and state stand, where that is old.
     async fn look_at_tables(&self) {
-        let (plan, fresh) = {
+        let plan = {
             let live = self.live();
-            (live.plan.clone(), live.tables_read.is_some_and(|read| read.elapsed() < TABLES_AGE))
+            if live.tables_read.is_some_and(|read| read.elapsed() < TABLES_AGE) {
+                return;
+            }
+            live.plan.clone()
         };
-        if fresh {
-            return;
-        }
         let state = self.state();
         let (reports, quarantined) = (state.reports(REPORTS), state.quarantined().count() as u64);
         let tables = table_states(&plan).await;

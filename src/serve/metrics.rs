@@ -54,16 +54,12 @@ pub fn of_counts(pipeline: &str, counts: &Counts) -> Vec<Sample> {
 pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Sample> {
     let plain = |metric, labels, value| Sample { metric, labels, value };
     let mut all = vec![plain(telemetry::BUILD, vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
-    all.extend(resident_memory().map(|bytes| plain(telemetry::MEMORY, Vec::new(), bytes as f64)));
+    all.extend(telemetry::memory("VmRSS").map(|bytes| plain(telemetry::MEMORY, Vec::new(), bytes as f64)));
     let now = Utc::now();
     for keeper in keepers {
         let status = PipelineStatus::of(keeper, now);
         let live = keeper.live();
-        let mut counts = live.totals.clone();
-        if let Some(running) = &live.running {
-            running.watch.board.read().into_iter().for_each(|(key, value)| *counts.entry(key).or_default() += value);
-        }
-        all.extend(of_counts(&status.name, &counts));
+        all.extend(of_counts(&status.name, &live.counts()));
         let mut add = |metric: &'static str, labels: &[(&'static str, &str)], value: f64| {
             let own = labels.iter().map(|(name, value)| (*name, (*value).to_owned()));
             let labels = [("pipeline", status.name.clone())].into_iter().chain(own).collect();
@@ -106,11 +102,4 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
         }
     }
     all
-}
-
-/// Bytes of memory that the process holds, where the system tells.
-fn resident_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }

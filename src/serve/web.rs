@@ -191,29 +191,20 @@ async fn metrics_text(State(served): Shared) -> Response {
         .into_response()
 }
 
-fn healths(served: &Served) -> Vec<(String, Health)> {
-    let now = Utc::now();
-    let of = |keeper: &Arc<super::Keeper>| {
-        let max_age = keeper.live().plan.max_age;
-        (keeper.name(), Health::of(keeper.state().state_file(), max_age, now))
-    };
-    served.keepers.iter().map(of).collect()
-}
-
 fn answered((code, body): (u16, serde_json::Value)) -> Response {
     let code = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     (code, [("content-type", "application/json")], body.to_string()).into_response()
 }
 
 async fn health(State(served): Shared) -> Response {
-    let all = healths(&served);
-    let all: Vec<(&str, Health)> = all.iter().map(|(name, health)| (name.as_str(), health.clone())).collect();
+    let now = Utc::now();
+    let all: Vec<(String, Health)> = served.keepers.iter().map(|keeper| (keeper.name(), keeper.health(now))).collect();
     answered(Health::answer_of(&all))
 }
 
 async fn health_of(State(served): Shared, Path(pipeline): Path<String>) -> Response {
-    match healths(&served).into_iter().find(|(name, _)| *name == pipeline) {
-        Some((_, health)) => answered(health.answer()),
+    match served.keepers.iter().find(|keeper| keeper.name() == pipeline) {
+        Some(keeper) => answered(keeper.health(Utc::now()).answer()),
         None => answered((404, json!({"status": "error", "message": "no such pipeline"}))),
     }
 }

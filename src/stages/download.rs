@@ -85,18 +85,14 @@ impl Download {
             let file: &Arc<ExportFile> = &parcel;
             let span = tracing::info_span!("file", file = %file.name);
             let _entered = span.enter();
-            let link = self.log.is_on().then(|| shown(&file.url));
-            let note = |event: &str, detail: serde_json::Value| {
-                if let Some(link) = &link {
-                    let mut detail = detail;
-                    detail["fileUrl"] = link.as_str().into();
-                    self.log.note(file.export, event, detail);
-                }
+            let note = |event: &str, detail: &dyn Fn(String) -> serde_json::Value| {
+                self.log.note(file.export, event, || detail(shown(&file.url)));
             };
-            note("download_request", json!({ "itemType": item_type(file.kind), "resourceType": file.declared.as_deref() }));
+            let (kind, declared) = (item_type(file.kind), file.declared.as_deref());
+            note("download_request", &|url| json!({ "fileUrl": url, "itemType": kind, "resourceType": declared }));
             let fact = match self.file(handle, file) {
                 Ok((lines, bytes)) => {
-                    note("download_complete", json!({ "resourceCount": lines, "fileSize": bytes }));
+                    note("download_complete", &|url| json!({ "fileUrl": url, "resourceCount": lines, "fileSize": bytes }));
                     if file.kind == FileKind::Output {
                         let label = file.declared.clone().unwrap_or_else(|| telemetry::NO_TYPE.into());
                         self.board.add(telemetry::FILES, &label, 1);
@@ -106,7 +102,10 @@ impl Download {
                 }
                 Err(Broken::Stopped) => return Ok(()),
                 Err(Broken::Again(error) | Broken::Never(error)) => {
-                    note("download_error", json!({ "code": error.status(), "message": error.to_string(), "body": null }));
+                    note(
+                        "download_error",
+                        &|url| json!({ "fileUrl": url, "code": error.status(), "message": error.to_string(), "body": null }),
+                    );
                     tracing::error!(%error, "the file could not be read; its type is left as it was");
                     Fact::FileFailed(file.index, error.to_string())
                 }

@@ -228,7 +228,7 @@ impl ServerExport {
     /// Polls until the export is done, page by page of its manifest, and sends files on as soon as they are final.
     async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &Accepted, index: &mut u32) -> Result<(), Ended> {
         let mut pages = vec![accepted.status.clone()];
-        let mut passed = Passed { time: None, files: 0, merged: Vec::new() };
+        let mut passed = Passed { time: None, files: 0, known: HashSet::new(), merged: Vec::new() };
         loop {
             let page = pages.len() - 1;
             let next = self.page(export, kickoff, accepted, &pages[page].clone(), page, &mut passed, index).await?;
@@ -426,7 +426,7 @@ impl ServerExport {
             passed.files += 1;
             let file = export_file(*index, export, listed, manifest.requires_access_token, place);
             // The same file keeps its index, which its rows are known by.
-            let known = accepted.staged.get(&said_of(&file));
+            let known = accepted.staged.get(&said_of(&file)).filter(|known| passed.known.insert(known.index));
             let file = match known {
                 Some(known) => export_file(known.index, export, listed, manifest.requires_access_token, place),
                 None => {
@@ -473,6 +473,8 @@ const MAX_PAGES: usize = 100_000;
 struct Passed {
     time: Option<i64>,
     files: usize,
+    /// Indexes of files that an earlier run listed: a file that two pages list has its own the second time.
+    known: HashSet<u32>,
     /// Types that an earlier run merged.
     merged: Vec<ResourceType>,
 }

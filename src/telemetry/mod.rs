@@ -98,6 +98,14 @@ metrics! {
 /// Label of what belongs to no type.
 pub const NO_TYPE: &str = "(none)";
 
+/// A line of the process's own status in bytes, where the system tells: `VmRSS` is the memory that it holds, `VmHWM` the most
+/// that it held.
+pub fn memory(line: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let text = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'))?;
+    text.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
 /// How logs look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum LogFormat {

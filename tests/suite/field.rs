@@ -6,23 +6,17 @@ use std::process::Command;
 use std::time::Duration;
 
 use fhirlake::config::read_pipeline;
-use fhirlake::demo::{DemoServer, Faults, Population, Registration};
+use fhirlake::demo::{DemoServer, Faults, Registration};
 use fhirlake::error::ErrorKind;
-use fhirlake::fhir::{KeyAlgorithm, generate_key};
+use fhirlake::fhir::KeyAlgorithm;
 use fhirlake::state::StateFolder;
 
+use super::protocol::{TYPES, register, server};
 use super::support::{Lake, assert_is, folder, lake, strings};
 
-const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
-
-async fn server(faults: Faults) -> DemoServer {
-    let server = DemoServer::start(Population::new(5, 24), 0, 6).await.unwrap();
-    server.set_faults(faults);
-    server
-}
-
+/// A source of the three types that is polled every second, with further keys.
 fn source(server: &DemoServer, more: &str) -> String {
-    format!("{{ url: \"{}\", types: [{}], retry_for: 20s, max_poll_interval: 1s{more} }}", server.base(), TYPES.join(", "))
+    super::protocol::source(server, &format!(", max_poll_interval: 1s{more}"))
 }
 
 /// Two words of a command, the file, and what else there is.
@@ -437,14 +431,9 @@ async fn everything_goes_wrong_and_the_run_is_killed() {
         ..Faults::default()
     };
     let (server, lake) = (server(faults.clone()).await, lake());
-    let (private, public) = generate_key(KeyAlgorithm::Es384).unwrap();
-    let key = lake.folder.path().join("key.jwk");
-    std::fs::write(&key, private.to_string()).unwrap();
-    server.register(Registration { client_id: "me".into(), jwks: Some(public), secret: None });
+    let (_key, auth) = register(&server, KeyAlgorithm::Es384);
     let more = format!(
-        ", auth: {{ client_id: me, private_key: \"${{file:{}}}\" }}, lenient: true, until: 2030-01-01T00:00:00Z, \
-         separate_export_status: true, allow_partial_manifests: true",
-        key.display()
+        "{auth}, lenient: true, until: 2030-01-01T00:00:00Z, separate_export_status: true, allow_partial_manifests: true"
     );
     let file = lake.pipeline_file(&source(&server, &more));
     for step in 0..2 {

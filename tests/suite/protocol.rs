@@ -10,16 +10,16 @@ use fhirlake::pipeline::RunOptions;
 
 use super::support::{Lake, assert_is, lake, strings};
 
-const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
+pub const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
 
-async fn server(faults: Faults) -> DemoServer {
+pub async fn server(faults: Faults) -> DemoServer {
     let server = DemoServer::start(Population::new(5, 24), 0, 6).await.unwrap();
     server.set_faults(faults);
     server
 }
 
 /// A source of the three types with further keys.
-fn source(server: &DemoServer, more: &str) -> String {
+pub fn source(server: &DemoServer, more: &str) -> String {
     format!("{{ url: \"{}\", types: [{}], retry_for: 20s{more} }}", server.base(), TYPES.join(", "))
 }
 
@@ -32,7 +32,8 @@ async fn right(faults: Faults, more: &str) -> (DemoServer, Lake) {
     (server, lake)
 }
 
-fn register(server: &DemoServer, algorithm: KeyAlgorithm) -> (tempfile::TempDir, String) {
+/// Registers a client with a new key; the key's folder, and the `auth` of a source.
+pub fn register(server: &DemoServer, algorithm: KeyAlgorithm) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let (private, public) = generate_key(algorithm).unwrap();
     let path = folder.path().join("key.jwk");

@@ -9,55 +9,61 @@ use crate::messages::instant_text;
 
 impl ServerExport {
     pub(super) fn log_kick_off(&self, export: usize, kickoff: &Kickoff, answer: &Result<KickOff>) {
-        let url = kickoff.request.url(self.client.base()).map(|url| shown(&url)).unwrap_or_default();
+        let request = &kickoff.request;
         let (code, body) = match answer {
             Ok(KickOff::Accepted { .. }) => (None, None),
             Ok(KickOff::Later { why, .. }) => (Some(429), Some(why.clone())),
             Err(error) => (error.status(), Some(error.to_string())),
         };
-        let detail = json!({
-            "exportUrl": url,
-            "softwareName": "fhirlake",
-            "softwareVersion": env!("CARGO_PKG_VERSION"),
-            "fhirVersion": "4.0.1",
-            "requestParameters": {
-                "_type": kickoff.request.types.join(","),
-                "_since": kickoff.request.since.map(instant_text),
-                "_typeFilter": kickoff.request.options.type_filters,
-                "_elements": kickoff.request.options.elements.join(","),
-            },
-            "errorCode": code,
-            "errorBody": body,
-            "responseHeaders": {},
+        self.log.note(export, "kickoff", || {
+            json!({
+                "exportUrl": request.url(self.client.base()).map(|url| shown(&url)).unwrap_or_default(),
+                "softwareName": "fhirlake",
+                "softwareVersion": env!("CARGO_PKG_VERSION"),
+                "fhirVersion": "4.0.1",
+                "requestParameters": {
+                    "_type": request.types.join(","),
+                    "_since": request.since.map(instant_text),
+                    "_typeFilter": request.options.type_filters,
+                    "_elements": request.options.elements.join(","),
+                },
+                "errorCode": code,
+                "errorBody": body,
+                "responseHeaders": {},
+            })
         });
-        self.log.note(export, "kickoff", detail);
     }
 
     pub(super) fn log_poll(&self, export: usize, answer: &Poll) {
         match answer {
-            Poll::Working { progress, wait, .. } => {
-                let detail = json!({ "body": null, "xProgress": progress, "retryAfter": wait.map(|wait| wait.as_secs()) });
-                self.log.note(export, "status_progress", detail);
-            }
+            Poll::Working { progress, wait, .. } => self.log.note(
+                export,
+                "status_progress",
+                || json!({ "body": null, "xProgress": progress, "retryAfter": wait.map(|wait| wait.as_secs()) }),
+            ),
             Poll::Troubled { error, .. } | Poll::Gone { error, .. } | Poll::Failed(error) => {
-                let detail = json!({ "body": null, "code": error.status(), "message": error.to_string(), "responseHeaders": {} });
-                self.log.note(export, "status_error", detail);
+                self.log.note(
+                    export,
+                    "status_error",
+                    || json!({ "body": null, "code": error.status(), "message": error.to_string(), "responseHeaders": {} }),
+                );
             }
             Poll::Done(_) => {}
         }
     }
 
     pub(super) fn log_page(&self, export: usize, manifest: &Manifest) {
-        let detail = json!({
-            "transactionTime": instant_text(manifest.transaction_time),
-            "outputFileCount": manifest.output.len(),
-            "deletedFileCount": manifest.deleted.len(),
-            "errorFileCount": manifest.outcomes.len(),
+        self.log.note(export, "status_page_complete", || {
+            json!({
+                "transactionTime": instant_text(manifest.transaction_time),
+                "outputFileCount": manifest.output.len(),
+                "deletedFileCount": manifest.deleted.len(),
+                "errorFileCount": manifest.outcomes.len(),
+            })
         });
-        self.log.note(export, "status_page_complete", detail);
     }
 
     pub(super) fn log_end(&self, export: usize, transaction_time: Option<i64>) {
-        self.log.note(export, "status_complete", json!({ "transactionTime": transaction_time.map(instant_text) }));
+        self.log.note(export, "status_complete", || json!({ "transactionTime": transaction_time.map(instant_text) }));
     }
 }

@@ -172,7 +172,6 @@ impl Staging {
             known.insert(file.index);
             listed.push(ListedFile {
                 status: status.to_string(),
-                place: file.place,
                 said: said_of(file),
                 index: file.index,
                 held: tally.filter(all).filter(|tally| !spoilt(tally)).cloned(),

@@ -1,0 +1,88 @@
+//! What earlier runs left: lines in quarantine, to be tried again, and what a run that was killed had staged.
+
+use std::sync::Arc;
+
+use url::Url;
+
+use crate::config::Plan;
+use crate::delta::Tables;
+use crate::error::{Context, ErrorKind, Result};
+use crate::flow::Sender;
+use crate::messages::{Chunk, ExportFile, FileKind, FilePlace, MergeInput};
+use crate::staged::StagedWork;
+use crate::stages::replay::Replay;
+use crate::state::{Journal, JournalEntry, StateFolder};
+
+/// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
+pub(super) fn replay(
+    plan: &Plan,
+    state: &StateFolder,
+    chunks: &Sender<Chunk>,
+    merge: &Sender<MergeInput>,
+) -> Result<Option<Replay>> {
+    let superseded = state.remove_superseded()?;
+    if superseded > 0 {
+        tracing::info!(lines = superseded, "lines left quarantine: what they are about was deleted since");
+    }
+    let mut files = Vec::new();
+    for (declared, lines) in state.to_be_tried()? {
+        if declared.as_deref().is_some_and(|name| !plan.types.is_empty() && !plan.types.iter().any(|ours| ours == name)) {
+            continue;
+        }
+        tracing::info!(resource_type = declared.as_deref().unwrap_or("-"), lines, "lines in quarantine are tried again");
+        files.push(Arc::new(ExportFile {
+            index: files.len() as u32,
+            export: usize::MAX,
+            name: format!("quarantine of {}", declared.as_deref().unwrap_or("no type")),
+            url: Url::parse("quarantine:").context(ErrorKind::Internal, "a URL")?,
+            location: None,
+            kind: FileKind::Output,
+            declared,
+            count: None,
+            requires_access_token: false,
+            replayed: true,
+            place: FilePlace { page: 0, kind: FileKind::Output, at: files.len() },
+        }));
+    }
+    if files.is_empty() {
+        return Ok(None);
+    }
+    let lines = state.kept_lines();
+    Ok(Some(Replay { files, lines, chunks: chunks.clone(), merge: merge.clone(), chunk_bytes: plan.chunk_bytes }))
+}
+
+/// Removes what a run left that was killed: staged files that no table's log names, and that are not written down to be gone
+/// on with.
+pub(super) async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&StagedWork>) -> Result<()> {
+    let steps = journal.unfinished()?;
+    let runs = steps.iter().filter_map(|step| match step {
+        JournalEntry::Began { run, .. } => Some(run.as_str()),
+        JournalEntry::Ended { .. } => None,
+    });
+    let runs: Vec<&str> = runs.collect();
+    if runs.is_empty() {
+        return Ok(());
+    }
+    let (mut removed, mut left) = (0, false);
+    for name in tables.existing_folders().await? {
+        match tables.open(&name).await {
+            Ok(table) => {
+                for run in &runs {
+                    removed += table.remove_orphans(run, staged.map_or(&[], |staged| staged.files.as_slice())).await?;
+                }
+                table.remove_empty_folder();
+            }
+            // Not this run's to judge: whoever needs the table will say so.
+            Err(error) => {
+                tracing::warn!(resource_type = %name, %error, "what the last run left of the type stays until the next");
+                left = true;
+            }
+        }
+    }
+    tracing::info!(
+        runs = runs.join(", "),
+        removed,
+        "the last run was cut off; what it staged and had not written down was removed"
+    );
+    if left { Ok(()) } else { journal.clear() }
+}
