@@ -8,7 +8,11 @@
 //! * [`fhir`] speaks Bulk Data; [`tape`] is JSON as offsets; [`schema`] turns FHIR's definitions into columns and
 //!   fills them; [`delta`] stages files, matches keys and commits.
 //! * [`flow`] holds the bounded edges and the crew of workers, and knows neither FHIR nor Delta.
-//! * [`state`] is what a pipeline remembers, in [`private`] files; [`error`] the one table of errors; [`export_log`] the log that Bulk Data clients share; [`telemetry`] logs and metric names.
+//! * [`state`] is what a pipeline remembers, in [`private`] files, of which [`mirror`] keeps those in step that are in an object
+//!   store; [`error`] the one table of errors; [`export_log`] the log that Bulk Data clients share; [`telemetry`] logs and
+//!   metric names.
+//! * [`fault_points`] are where tests kill the process; no release has any.
+//! * [`fuzzing`] is what fuzzers, and the tests over their corpora, run.
 //! * `unpack` is gzip, deflate and Zstandard as they come.
 //! * [`serve`] runs pipelines by their schedules, and shows how they stand.
 //! * [`demo`] is an embedded Bulk Data server with a synthetic population.
@@ -21,9 +25,12 @@ pub mod delta;
 pub mod demo;
 pub mod error;
 pub mod export_log;
+pub mod fault_points;
 pub mod fhir;
 pub mod flow;
+pub mod fuzzing;
 pub mod messages;
+pub mod mirror;
 pub mod pipeline;
 pub mod private;
 pub mod schema;

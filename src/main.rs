@@ -2,7 +2,18 @@
 
 use std::process::ExitCode;
 
+/// What is made from here on, also by libraries, is the user's alone: it is about patients.
+fn private_files() {
+    // SAFETY: umask cannot fail, and is called before any other thread exists.
+    #[cfg(unix)]
+    #[expect(unsafe_code, reason = "umask has no safe form")]
+    unsafe {
+        libc::umask(0o077);
+    }
+}
+
 fn main() -> ExitCode {
+    private_files();
     bound_the_heap();
     fhirlake::cli::main()
 }

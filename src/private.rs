@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, ErrorKind, Result};
+use crate::fault_points::reached_file;
 
 /// A folder that only the user can read: it holds patient data.
 pub fn private_dir(path: &Path) -> Result<()> {
@@ -44,6 +45,7 @@ pub fn unnamed_file(folder: &Path) -> Result<File> {
 /// Replaces a file by its whole new content, or not at all, whenever the machine stops.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
     let failed = || format!("{} cannot be written", path.display());
+    reached_file("before writing", path);
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
@@ -52,7 +54,9 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
     let mut file = private_append(&beside)?;
     file.write_all(content).context(ErrorKind::Storage, failed())?;
     file.sync_all().context(ErrorKind::Storage, failed())?;
+    reached_file("before replacing", path);
     std::fs::rename(&beside, path).context(ErrorKind::Storage, failed())?;
+    reached_file("replaced", path);
     if let Some(folder) = path.parent().and_then(|folder| File::open(folder).ok()) {
         // The rename itself; a file system that cannot sync a folder has done what it can.
         let _ = folder.sync_all();

@@ -7,12 +7,15 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
+use crate::fault_points::reached;
 use crate::fhir::unsigned;
 use crate::messages::{ExportFile, ParsedChunk, ResourceType};
+use crate::mirror::Mirror;
 use crate::private::{private_dir, write_atomically};
 
 /// A file of an export, as its manifest listed it.
@@ -113,7 +116,18 @@ impl StagedWork {
 
     /// What the export with this status URL listed, by what was said of each.
     pub fn of_export(&self, status: &str) -> HashMap<String, ListedFile> {
-        self.listed.iter().filter(|file| file.status == status).map(|file| (file.said.clone(), file.clone())).collect()
+        let mut found: HashMap<String, ListedFile> = HashMap::new();
+        let mut twice = HashSet::new();
+        for file in self.listed.iter().filter(|file| file.status == status) {
+            if found.insert(file.said.clone(), file.clone()).is_some() {
+                twice.insert(file.said.clone());
+            }
+        }
+        // Which of two alike is held cannot be told: both come again.
+        for said in twice {
+            found.entry(said).and_modify(|file| file.held = None);
+        }
+        found
     }
 }
 
@@ -127,12 +141,17 @@ pub fn said_of(file: &ExportFile) -> String {
 #[derive(Debug, Clone)]
 pub struct StagedFolder {
     folder: PathBuf,
+    mirror: Option<Arc<Mirror>>,
 }
 
 impl StagedFolder {
-    /// In `folder`, which need not exist.
-    pub fn at(folder: PathBuf) -> Self {
-        Self { folder }
+    /// In `folder`, which need not exist, and may be the copy of a mirror.
+    pub fn at(folder: PathBuf, mirror: Option<Arc<Mirror>>) -> Self {
+        Self { folder, mirror }
+    }
+
+    fn keep(&self) -> Result<()> {
+        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
     }
 
     fn index(&self) -> PathBuf {
@@ -178,7 +197,7 @@ impl StagedFolder {
             // What cannot be removed now is removed the next time, or with the folder.
             let _ = std::fs::remove_file(stray);
         }
-        Ok(())
+        self.keep()
     }
 
     /// Forgets all of it.
@@ -192,7 +211,8 @@ impl StagedFolder {
                 _ => {}
             }
         }
-        Ok(())
+        reached("staged files are forgotten");
+        self.keep()
     }
 
     /// The folder.

@@ -52,7 +52,10 @@ impl Unpack {
                 Unpack::Plain => {}
                 Unpack::Gzip(decoder) => decoder.write_all(piece).map_err(&broken)?,
                 Unpack::Deflate(decoder) => decoder.write_all(piece).map_err(&broken)?,
-                Unpack::Zstd(decoder) => decoder.write_all(piece).map_err(&broken)?,
+                Unpack::Zstd(decoder) => {
+                    decoder.push(piece, &mut sink, &broken)?;
+                    continue;
+                }
             }
             self.drain(&mut sink)?;
         }
@@ -64,7 +67,7 @@ impl Unpack {
             Unpack::Plain => return Ok(()),
             Unpack::Gzip(decoder) => decoder.get_mut(),
             Unpack::Deflate(decoder) => decoder.get_mut(),
-            Unpack::Zstd(decoder) => &mut decoder.out,
+            Unpack::Zstd(_) => return Ok(()),
         };
         sink(out)?;
         out.clear();
@@ -84,39 +87,110 @@ impl Unpack {
     }
 }
 
+/// Window of 8 MiB at most, as for HTTP (RFC 9659): what unpacks holds it.
+const WINDOW_LOG: u32 = 23;
+
 /// Zstandard, told apart from the crate's own writer by knowing whether the last frame ended.
 pub struct Zstd {
     decoder: zstd::stream::raw::Decoder<'static>,
-    out: Vec<u8>,
+    piece: Vec<u8>,
     open: bool,
 }
 
 impl Zstd {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { decoder: zstd::stream::raw::Decoder::new()?, out: Vec::new(), open: false })
+        let mut decoder = zstd::stream::raw::Decoder::new()?;
+        decoder.set_parameter(zstd::stream::raw::DParameter::WindowLogMax(WINDOW_LOG))?;
+        Ok(Self { decoder, piece: vec![0; 128 * 1024], open: false })
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    /// Gives out what is unpacked piece by piece: a few bytes may stand for gigabytes.
+    fn push<E>(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut impl FnMut(&[u8]) -> Result<(), E>,
+        broken: &impl Fn(std::io::Error) -> E,
+    ) -> Result<(), E> {
         use zstd::stream::raw::{InBuffer, Operation, OutBuffer};
         let mut input = InBuffer::around(bytes);
-        let mut piece = vec![0; 128 * 1024];
         loop {
-            let mut output = OutBuffer::around(piece.as_mut_slice());
+            let mut output = OutBuffer::around(self.piece.as_mut_slice());
             // 0 says that a frame has ended and all of it was given out.
-            let hint = self.decoder.run(&mut input, &mut output)?;
+            let hint = self.decoder.run(&mut input, &mut output).map_err(|error| {
+                let wide = error.to_string().contains("too much memory");
+                broken(if wide {
+                    std::io::Error::other(format!("its window is larger than {} MiB (RFC 9659)", 1 << (WINDOW_LOG - 20)))
+                } else {
+                    error
+                })
+            })?;
             let got = output.pos();
-            self.out.extend_from_slice(&piece[..got]);
+            sink(&self.piece[..got])?;
             self.open = hint != 0;
-            if input.pos() == bytes.len() && got < piece.len() {
+            let done = input.pos() == bytes.len();
+            // Asked once more after a frame's end, it would wait for another one.
+            if done && (hint == 0 || got < self.piece.len()) {
                 return Ok(());
             }
-            if hint == 0 && input.pos() < bytes.len() {
-                self.decoder.reinit()?;
+            if hint == 0 {
+                self.decoder.reinit().map_err(broken)?;
             }
         }
     }
 
     fn end(&mut self) -> std::io::Result<()> {
         if self.open { Err(std::io::Error::other("the last frame did not end")) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unpacked(packed: &[u8], step: usize) -> Result<(usize, usize), String> {
+        let mut unpack = Unpack::of("", packed).unwrap();
+        let (mut most, mut all) = (0, 0);
+        let mut sink = |bytes: &[u8]| {
+            (most, all) = (most.max(bytes.len()), all + bytes.len());
+            Ok::<(), String>(())
+        };
+        for bytes in packed.chunks(step) {
+            unpack.push(bytes, &mut sink, |error| error.to_string())?;
+        }
+        unpack.end(&mut sink, |error| error.to_string())?;
+        Ok((all, most))
+    }
+
+    // Breaks if a file whose length is that of our buffer is taken for one that was cut, or a cut one for whole.
+    #[test]
+    fn zstandard_of_every_length_whole_and_cut() {
+        for length in [0, 1, 131_071, 131_072, 131_073, 262_144, 1 << 21] {
+            let bytes: Vec<u8> = (0..length).map(|at: usize| (at % 251) as u8).collect();
+            let packed = zstd::encode_all(bytes.as_slice(), 3).unwrap();
+            let twice = [packed.as_slice(), packed.as_slice()].concat();
+            for step in [1, 7, 16_384, usize::MAX] {
+                if step == 1 && length > 200_000 {
+                    continue;
+                }
+                assert_eq!(unpacked(&packed, step).unwrap().0, length, "{length} by {step}");
+                assert_eq!(unpacked(&twice, step).unwrap().0, 2 * length, "{length} twice by {step}");
+            }
+            unpacked(&packed[..packed.len() - 1], 7).unwrap_err();
+        }
+    }
+
+    // Breaks if what unpacks is held whole, or a window of any size is.
+    #[test]
+    fn a_few_bytes_that_stand_for_many() {
+        let packed = zstd::encode_all(std::io::Cursor::new(vec![b' '; 256 << 20]), 3).unwrap();
+        assert!(packed.len() < 64 << 10);
+        let (all, most) = unpacked(&packed, usize::MAX).unwrap();
+        assert!(all == 256 << 20 && most <= 128 << 10, "{most} at once");
+        let mut wide = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        wide.window_log(27).unwrap();
+        wide.long_distance_matching(true).unwrap();
+        std::io::Write::write_all(&mut wide, &vec![b'x'; 1 << 20]).unwrap();
+        let error = unpacked(&wide.finish().unwrap(), usize::MAX).unwrap_err();
+        assert!(error.contains("8 MiB"), "{error}");
     }
 }

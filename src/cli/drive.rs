@@ -1,7 +1,7 @@
 //! Drives a run: signals, progress, report.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
@@ -12,14 +12,23 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::Stop;
 use crate::pipeline::{self, RunOptions, RunReport, Watch};
 use crate::serve::of_counts;
-use crate::telemetry;
+use crate::telemetry::{self, Sample};
 
 /// Runs a plan to its end, with progress, and shows the report. A type that failed is an error.
 pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> Result<RunReport> {
     let (watch, stop) = (Watch::default(), Stop::default());
     let (board, name) = (watch.board.clone(), plan.name.clone());
-    output.telemetry().observe(Arc::new(move || of_counts(&name, &board.read())));
-    let state = plan.state.clone();
+    // A process of one run: what a scheduler's users watch is said at its end.
+    let ended: Arc<Mutex<Vec<Sample>>> = Arc::default();
+    let at_the_end = ended.clone();
+    output.telemetry().observe(Arc::new(move || {
+        let mut samples = of_counts(&name, &board.read());
+        samples.extend(at_the_end.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned());
+        samples
+    }));
+    let name = plan.name.clone();
+    let began = std::time::Instant::now();
+    let state = pipeline::state_of(&plan)?;
     let remark = output.clone();
     let run = pipeline::run(plan, options, &watch, &stop, |names| {
         remark.remark(&format!("still waiting for: {}", names.join(", ")));
@@ -39,6 +48,8 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
         }
     };
     progress.end();
+    *ended.lock().unwrap_or_else(PoisonError::into_inner) =
+        of_ended(&name, began.elapsed(), outcome.as_ref().is_ok_and(|report| report.succeeded));
     let outcome = outcome?;
     if output.is_json() {
         let report = serde_json::to_string(&outcome).context(ErrorKind::Internal, "the report")?;
@@ -46,12 +57,10 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
     }
     output.remark(&report(&outcome));
     if outcome.other_bad_lines > 0 || outcome.types.values().any(|kept| kept.quarantined > 0) {
-        let quarantine = state.join("quarantine").join(format!("{}.ndjson", outcome.run));
-        // Lines that an earlier run kept are not kept again.
-        let place = if quarantine.exists() { quarantine } else { state.join("quarantine") };
-        output.remark(&format!("quarantined lines, each with its place and reason: {}", place.display()));
+        let place = state.quarantine_place(&outcome.run);
+        output.remark(&format!("quarantined lines, each with its place and reason: {place}"));
     }
-    output.remark(&format!("report: {}", state.join("runs").join(format!("{}.json", outcome.run)).display()));
+    output.remark(&format!("report: {}", state.report_place(&outcome.run)));
     if let Some(peak) = telemetry::memory("VmHWM") {
         output.remark(&format!("peak memory {:.0} MB", peak as f64 / 1e6));
     }
@@ -109,6 +118,22 @@ impl Signals {
     }
 }
 
+/// What there is to say of a run that ended.
+fn of_ended(pipeline: &str, took: Duration, succeeded: bool) -> Vec<Sample> {
+    let of = |metric, own: Option<(&'static str, &str)>, value| Sample {
+        metric,
+        labels: [("pipeline", pipeline)].into_iter().chain(own).map(|(name, value)| (name, value.to_owned())).collect(),
+        value,
+    };
+    let outcome = if succeeded { "succeeded" } else { "failed" };
+    let mut samples =
+        vec![of(telemetry::RUNS, Some(("outcome", outcome)), 1.0), of(telemetry::LAST_DURATION, None, took.as_secs_f64())];
+    if succeeded {
+        samples.push(of(telemetry::LAST_SUCCESS, None, chrono::Utc::now().timestamp() as f64));
+    }
+    samples
+}
+
 /// Bars a type on a terminal, a line every ten seconds elsewhere.
 struct Progress {
     output: Output,
@@ -162,7 +187,7 @@ impl Progress {
             let expected = value(telemetry::RESOURCES_EXPECTED);
             let bar = self.bars.entry(label.to_string()).or_insert_with(|| {
                 let template = if expected > 0 {
-                    "{prefix:24} {bar:28} {pos:>9}/{len:9} {rate:>10} {msg}"
+                    "{prefix:24} {bar:24} {pos:>9}/{len:9} {rate:>10} {left:>9} {msg}"
                 } else {
                     "{prefix:24} {spinner} {pos:>9} {rate:>10} {msg}"
                 };
@@ -171,7 +196,15 @@ impl Progress {
                     let _ = write!(text, "{:.0}/s", state.per_sec());
                 };
                 let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-                let style = style.with_key("rate", rate);
+                let left = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+                    let _ = match (state.per_sec() > 0.0, state.eta().as_secs()) {
+                        (false, _) => Ok(()),
+                        (true, seconds @ 0..60) => write!(text, "{seconds} s left"),
+                        (true, seconds @ 60..3600) => write!(text, "{} m left", seconds.div_ceil(60)),
+                        (true, seconds) => write!(text, "{:.1} h left", seconds as f64 / 3600.0),
+                    };
+                };
+                let style = style.with_key("rate", rate).with_key("left", left);
                 let bar = ProgressBar::new(expected).with_style(style.progress_chars("━╸─")).with_prefix(label.to_string());
                 self.output.bars().add(bar)
             });

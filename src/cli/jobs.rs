@@ -9,7 +9,6 @@ use super::output::{Output, table};
 use super::run::plan_of;
 use crate::error::Result;
 use crate::pipeline;
-use crate::state::StateFolder;
 
 #[derive(Debug, Args)]
 pub(super) struct JobsArgs {
@@ -50,7 +49,7 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
     match args.command {
         JobsCommand::List { pipeline, sets } => {
             let plan = plan_of(&pipeline, &sets)?;
-            let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+            let state = pipeline::state_of(&plan)?;
             let (exports, staged) = (state.exports()?, state.staged().read()?.unwrap_or_default());
             if let Some(until) = exports.not_before.as_ref().filter(|until| until.time > chrono::Utc::now()) {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);

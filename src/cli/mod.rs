@@ -60,6 +60,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Runs pipelines by their schedules, and shows how they stand: status page, health, metrics.
     Serve(serve::ServeArgs),
+    /// Shows what a run would do: what is asked of the server, how memory is split. As `run --dry-run`.
+    Explain(run::RunArgs),
     /// Checks a pipeline file, and what it depends on.
     Validate(validate::ValidateArgs),
     /// Shows a pipeline's tables, watermarks and last run.
@@ -114,15 +116,23 @@ pub fn main() -> ExitCode {
         _ if output.shows_bars() => "warn",
         _ => "info",
     };
+    // The command's last words are the same.
+    let twice = if output.shows_bars() && !matches!(cli.command, Command::Serve(_)) { ",fhirlake::run_failed=off" } else { "" };
     // The libraries' own warnings speak of things that we handle ourselves and report in our words.
-    let filter = filter.unwrap_or_else(|| format!("error,buoyant_kernel=off,delta_kernel=off,fhirlake={usual}"));
+    let filter = match filter {
+        None => format!("error,buoyant_kernel=off,delta_kernel=off,fhirlake={usual}{twice}"),
+        // Whoever asks for information does not mean the table format's own, kilobytes a line.
+        Some(filter) if filter.contains("kernel") => filter,
+        Some(filter) => format!("{filter},buoyant_kernel=off,delta_kernel=off"),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let outcome = match runtime.context(ErrorKind::Internal, "the runtime cannot be started") {
         Ok(runtime) => {
             // What sends by gRPC wants the runtime.
             let entered = runtime.enter();
             let settings = otlp::settings(&cli.command);
-            let (telemetry, problems) = telemetry::init(cli.global.log_format, &filter, output.log_writer(), settings.as_ref());
+            let (telemetry, problems) =
+                telemetry::init(cli.global.log_format, output::colours(), &filter, output.log_writer(), settings.as_ref());
             problems.iter().for_each(|problem| tracing::warn!(problem, "telemetry"));
             drop(entered);
             let output = output.clone().with_telemetry(telemetry);
@@ -149,6 +159,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, output).await,
         Command::Sync(args) => run::sync(*args, output).await,
+        Command::Explain(args) => run::explain_run(args, output).await,
         Command::Demo(args) => demo::demo(args, output).await,
         Command::Serve(args) => serve::serve(args, output).await,
         Command::Validate(args) => validate::validate(args, output).await,

@@ -44,6 +44,11 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
+/// Whether colours may be used at all (<https://no-color.org>).
+pub(super) fn colours() -> bool {
+    environment("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 impl Output {
     /// The same, and what sends telemetry.
     pub fn with_telemetry(self, telemetry: Telemetry) -> Self {
@@ -60,7 +65,7 @@ impl Output {
         let quiet = quiet || json;
         let terminal = std::io::stderr().is_terminal();
         let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
-        let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|value| value.is_empty());
+        let colour = terminal && colours();
         Self { telemetry: Arc::default(), quiet, json, bars: MultiProgress::with_draw_target(target), colour }
     }
 
@@ -131,7 +136,8 @@ impl Output {
 
     /// A tick or a cross before a line of a checklist.
     pub fn check(&self, passed: bool, text: &str) -> Result<()> {
-        let (green, red, off) = if self.colour { ("\x1b[32m", "\x1b[31m", "\x1b[0m") } else { ("", "", "") };
+        let colour = colours() && std::io::stdout().is_terminal();
+        let (green, red, off) = if colour { ("\x1b[32m", "\x1b[31m", "\x1b[0m") } else { ("", "", "") };
         self.line(&if passed { format!("{green}✓{off} {text}") } else { format!("{red}✗{off} {text}") })
     }
 }

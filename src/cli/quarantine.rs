@@ -109,6 +109,6 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
 
 fn open(args: &Pipeline) -> Result<(crate::config::Plan, StateFolder)> {
     let plan = plan_of(&args.pipeline, &args.sets)?;
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = crate::pipeline::state_of(&plan)?;
     Ok((plan, state))
 }

@@ -8,7 +8,7 @@ use super::drive::drive;
 use super::output::Output;
 use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SecretPlace, SourcePlan, Text, environment, read_pipeline};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::Level;
+use crate::fhir::{AuthSettings, Level, Proof};
 use crate::pipeline::{self, RunOptions};
 
 #[derive(Debug, Args)]
@@ -84,6 +84,11 @@ pub(super) async fn run(args: RunArgs, output: &Output) -> Result<()> {
     let plan = plan_of(&args.pipeline, &args.sets)?;
     let options = RunOptions { full_refresh: args.full_refresh, new_export: args.new_export, ..RunOptions::default() };
     start(plan, options, args.dry_run, output).await
+}
+
+/// What a run would do.
+pub(super) async fn explain_run(args: RunArgs, output: &Output) -> Result<()> {
+    run(RunArgs { dry_run: true, ..args }, output).await
 }
 
 pub(super) async fn sync(args: SyncArgs, output: &Output) -> Result<()> {
@@ -186,8 +191,11 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
             output.line(&format!("source    {} ({})", base.as_str(), level_words(level)))?
         }
     }
+    if let SourcePlan::Server { auth, .. } = &plan.source {
+        output.line(&format!("auth      {}", auth_words(auth)))?;
+    }
     output.line(&format!("tables    {}", plan.tables))?;
-    output.line(&format!("state     {}", plan.state.display()))?;
+    output.line(&format!("state     {}", plan.state))?;
     let (downloads, parsers, encoders) = (plan.downloads, plan.parse_workers, plan.encode_workers);
     let base = match &plan.source {
         SourcePlan::Server { base, .. } => Some(base.clone()),
@@ -210,6 +218,21 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     }
     output.line(&format!("workers   {downloads} downloads, {parsers} parse, {encoders} encode"))?;
     output.line(&explain_memory(memory))
+}
+
+/// How we say who we are; of secrets only that they are there.
+fn auth_words(auth: &AuthSettings) -> String {
+    match auth {
+        AuthSettings::None => "none".into(),
+        AuthSettings::Bearer(_) => "bearer token ***".into(),
+        AuthSettings::Client(client) => {
+            let proof = match client.proof {
+                Proof::Key(..) => "private key ***",
+                Proof::SecretInHeader(_) | Proof::SecretInForm(_) => "client secret ***",
+            };
+            format!("client id ***, {proof}, scope {}", client.scope.as_deref().unwrap_or("as the server supports"))
+        }
+    }
 }
 
 fn level_words(level: &Level) -> String {

@@ -9,7 +9,7 @@ use clap::Args;
 use super::drive::{Signals, stop_or_exit};
 use super::output::Output;
 use super::run::plan_of;
-use crate::config::environment;
+use crate::config::{environment, warn_if_loose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::Stop;
 use crate::serve::{Keeper, PlanSource, WebSettings, serve as serve_all};
@@ -37,6 +37,7 @@ pub(super) struct ServeArgs {
 pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
     let token = match &args.token_file {
         Some(path) => {
+            warn_if_loose(&path.display().to_string());
             let text = std::fs::read_to_string(path)
                 .map_err(|error| Error::new(ErrorKind::Config, format!("--token-file {}: {error}", path.display())))?;
             Some(text.trim().to_owned())
@@ -49,8 +50,9 @@ pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
     let mut keepers = Vec::new();
     for path in &args.pipelines {
         let (path, sets) = (path.clone(), args.sets.clone());
+        let file = path.clone();
         let source: PlanSource = Arc::new(move || plan_of(&path, &sets));
-        keepers.push(Keeper::new(source)?);
+        keepers.push(Keeper::new(file, source)?);
     }
     let stop = Stop::default();
     let settings = WebSettings { listen: args.listen, hosts: args.hosts, token: token.map(Into::into) };

@@ -9,7 +9,7 @@ use super::output::{Output, table};
 use super::run::plan_of;
 use crate::error::Result;
 use crate::pipeline;
-use crate::state::{JournalEntry, StateFile, StateFolder};
+use crate::state::JournalEntry;
 
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
@@ -22,10 +22,10 @@ pub(super) struct StatusArgs {
 
 pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     let plan = plan_of(&args.pipeline, &args.sets)?;
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = pipeline::state_of(&plan)?;
     output.line(&format!("pipeline    {}", plan.name))?;
     output.line(&format!("tables      {}", plan.tables))?;
-    output.line(&format!("state       {}", state.path().display()))?;
+    output.line(&format!("state       {}", state.place(state.path())))?;
     let running = state.lock_holder();
     match &running {
         Some(who) => output.line(&format!("now         running: {who}"))?,
@@ -44,7 +44,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     if !exports.in_flight.is_empty() {
         output.line(&format!("in flight   {} (fhirlake jobs list)", exports.in_flight.len()))?;
     }
-    let remembered = StateFile::read(state.state_file())?;
+    let remembered = state.remembered()?;
     let time =
         |time: Option<DateTime<Utc>>| time.map_or_else(|| "never".into(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true));
     output.line(&format!("last sync   {} (the server's time)", time(remembered.last_sync_time)))?;

@@ -20,6 +20,8 @@ pub struct Problem {
     pub what: String,
     /// What may help.
     pub hint: Option<String>,
+    /// Whether it is no fault of the file: a secret's file or vault cannot be read now.
+    pub passing: bool,
 }
 
 /// A pipeline file that was read.
@@ -39,7 +41,7 @@ impl Read {
 
 fn problem(tree: &Tree, path: &str, what: impl Into<String>, hint: Option<&str>) -> Problem {
     let place = tree.place_of(path).unwrap_or((1, 1));
-    Problem { place, path: path.to_owned(), what: what.into(), hint: hint.map(str::to_owned) }
+    Problem { place, path: path.to_owned(), what: what.into(), hint: hint.map(str::to_owned), passing: false }
 }
 
 impl std::fmt::Display for Problem {
@@ -64,13 +66,15 @@ impl Problem {
     pub fn error(name: &str, problems: &[Problem]) -> Error {
         let lines: Vec<String> = problems.iter().map(|problem| format!("  {name}:{problem}")).collect();
         let what = if problems.len() == 1 { "one problem" } else { "several problems" };
-        Error::new(ErrorKind::Config, format!("{what} in the pipeline file:\n{}", lines.join("\n")))
+        // What is only not there now may be there soon.
+        let kind = if problems.iter().all(|problem| problem.passing) { ErrorKind::Storage } else { ErrorKind::Config };
+        Error::new(kind, format!("{what} in the pipeline file:\n{}", lines.join("\n")))
     }
 }
 
 /// Reads a pipeline file; `sets` are `--set` options, `key=value` with the value as YAML.
 pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> {
-    let whole = |what: String, place: Place| vec![Problem { place, path: String::new(), what, hint: None }];
+    let whole = |what: String, place: Place| vec![Problem { place, path: String::new(), what, hint: None, passing: false }];
     let parsed: Result<Tree, _> = serde_saphyr::from_str(text);
     let mut tree = parsed.map_err(|error| {
         let place = error.location().map_or((1, 1), |at| (at.line(), at.column()));
@@ -303,6 +307,9 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     }
     if file.stages.merge.target_file.0 < 1 << 20 {
         add("stages.merge.target_file", "less than 1MiB", None);
+    }
+    if file.lock_expiry.0 < std::time::Duration::from_secs(5) {
+        add("lock_expiry", "less than 5s", Some("a store that is slow for a moment would cost the lock"));
     }
     if file.memory.0 < 64 << 20 {
         add("memory", "less than 64MiB", Some("edges and open batches need some room"));

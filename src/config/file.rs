@@ -27,9 +27,13 @@ pub struct PipelineFile {
     pub memory: ByteSize,
     /// Folder (or URL) of the tables: `<tables>/<Type>.parquet`.
     pub tables: Text,
-    /// Folder of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
+    /// Folder (or URL) of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<Text>,
+    /// How long the lock of a state in an object store outlives a process that is gone. One that lives renews it five times
+    /// as often. A folder's lock goes with its process.
+    #[serde(default = "defaults::lock_expiry")]
+    pub lock_expiry: Span,
     /// Tidies the tables' files after some runs.
     #[serde(default)]
     pub optimize: OptimizeSection,
@@ -76,6 +80,8 @@ pub struct DownloadSection {
     /// How often a file that breaks off is read from its start.
     #[schemars(range(min = 1))]
     pub tries: usize,
+    /// Most that a file may have, unpacked: a server whose file never ends is cut off there, and its type fails.
+    pub max_file: ByteSize,
     /// What it leads to when a file has fewer resources than the manifest's `count`: many servers count wrong.
     pub on_short_file: ShortFile,
 }
@@ -278,10 +284,14 @@ pub struct TelemetrySection {
 }
 
 mod defaults {
-    use super::ByteSize;
+    use super::{ByteSize, Span};
 
     pub fn memory() -> ByteSize {
         ByteSize(512 << 20)
+    }
+
+    pub fn lock_expiry() -> Span {
+        Span(std::time::Duration::from_secs(60))
     }
 }
 
@@ -289,7 +299,13 @@ impl Default for DownloadSection {
     fn default() -> Self {
         // Ten is the recipe's. A chunk of 1 MiB keeps a worker busy for milliseconds, so that edges of a few
         // dozen chunks even out; much smaller ones would pay more for the edge than for the parsing.
-        Self { concurrency: 10, chunk: ByteSize(1 << 20), tries: 5, on_short_file: ShortFile::Report }
+        Self {
+            concurrency: 10,
+            chunk: ByteSize(1 << 20),
+            tries: 5,
+            max_file: ByteSize(100 << 30),
+            on_short_file: ShortFile::Report,
+        }
     }
 }
 

@@ -23,4 +23,4 @@ pub use schedule::{HealthSection, Schedule, SchedulePlan};
 pub use source::{
     AuthSection, DeleteExport, LevelName, ListStyle, MethodName, OneOrMore, ProfileName, SecretPlace, SourceSection,
 };
-pub use values::{ByteSize, Instant, Span, Text, environment};
+pub use values::{ByteSize, Instant, Span, Text, environment, warn_if_loose};

@@ -11,7 +11,7 @@ use super::file::{
 };
 use super::schedule::SchedulePlan;
 use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, is_of_server};
-use super::values::{Instant, Text};
+use super::values::{Instant, Text, environment};
 use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
 use crate::schema::{Columns, LayoutOptions};
 
@@ -114,6 +114,8 @@ pub struct Plan {
     pub chunk_bytes: usize,
     /// How often a file is begun.
     pub tries: usize,
+    /// Most bytes of a file, unpacked.
+    pub max_file: u64,
     /// Whether a file with fewer resources than the manifest promises fails its type.
     pub fail_short_files: bool,
     /// Parse threads.
@@ -152,8 +154,10 @@ pub struct Plan {
     pub memory: MemorySplit,
     /// The tables' folder.
     pub tables: String,
-    /// The state's folder.
-    pub state: PathBuf,
+    /// The state's folder, or its URL in an object store.
+    pub state: String,
+    /// How long a lock in an object store outlives its holder's last word.
+    pub lock_expiry: Duration,
     /// A state file of its own, for the recipe's users.
     pub state_file: Option<PathBuf>,
     /// When it runs by itself.
@@ -163,9 +167,28 @@ pub struct Plan {
 }
 
 /// Where a pipeline's state is unless the file says otherwise: beside the tables, whose readers pass it over.
-pub fn default_state_folder(tables: &str, name: &str) -> Option<PathBuf> {
-    let folder = crate::delta::Tables::at(tables).ok()?.local()?;
-    Some(folder.join(".fhirlake").join(name))
+pub fn default_state_folder(tables: &str, name: &str) -> Option<String> {
+    let tables = crate::delta::Tables::at(tables).ok()?;
+    match tables.local() {
+        Some(folder) => Some(folder.join(".fhirlake").join(name).display().to_string()),
+        None => Some(format!("{}/.fhirlake/{name}", tables.display().trim_end_matches('/'))),
+    }
+}
+
+/// Hosts that somebody who may has named: the server's words may lead there, wherever that is.
+fn named_hosts(file: &super::file::PipelineFile, auth: &AuthSettings) -> Vec<String> {
+    let host = |text: &str| Some(Url::parse(text).ok()?.host_str()?.to_owned());
+    let mut named: Vec<String> = file.source.token_origins.iter().filter_map(|origin| host(origin)).collect();
+    if let AuthSettings::Client(client) = auth {
+        named.extend(client.token_url.as_ref().and_then(|url| url.host_str().map(str::to_owned)));
+    }
+    if let Some(attachments) = &file.stages.attachments {
+        named.extend(attachments.origins.iter().filter_map(|origin| host(origin)));
+    }
+    for name in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
+        named.extend(environment(name).and_then(|proxy| host(&proxy).or_else(|| host(&format!("http://{proxy}")))));
+    }
+    named
 }
 
 fn cores() -> usize {
@@ -179,7 +202,9 @@ impl Plan {
         let mut problems = Vec::new();
         let mut text = |path: &str, text: &Text| {
             text.resolve().unwrap_or_else(|what| {
-                problems.push(read.problem(path, what, None));
+                // Of references only a file or vault can come back by itself.
+                let passing = text.refers_elsewhere() && !what.contains("the environment has no");
+                problems.push(Problem { passing, ..read.problem(path, what, None) });
                 String::new()
             })
         };
@@ -219,6 +244,7 @@ impl Plan {
                         scope: auth.scope.clone(),
                         token_url,
                         audience: auth.audience.clone(),
+                        plain_http: auth.plain_http,
                         access: Access::of(&level, &source.types),
                     }))
                 }
@@ -255,15 +281,14 @@ impl Plan {
         if let Err(error) = crate::delta::Tables::at(&tables) {
             return Err(vec![read.problem("tables", error.to_string(), None)]);
         }
-        let state = match state.map(PathBuf::from).or_else(|| default_state_folder(&tables, &file.name)) {
-            Some(state) if !state.to_string_lossy().contains("://") => state,
-            _ => {
-                return Err(vec![read.problem(
-                    if file.state.is_some() { "state" } else { "tables" },
-                    "the state must be in a local folder",
-                    Some("set `state` to one"),
-                )]);
-            }
+        let Some(state) = state.or_else(|| default_state_folder(&tables, &file.name)) else {
+            return Err(vec![read.problem("tables", "not a place beside which a state can be", Some("set `state`"))]);
+        };
+        // A URL of a folder is one's path.
+        let state = match crate::delta::Tables::at(&state) {
+            Ok(folder) if state.contains("://") => folder.display(),
+            Ok(_) => state,
+            Err(error) => return Err(vec![read.problem("state", error.to_string().replace("tables", "the state"), None)]),
         };
         let source = if !is_of_server(&url) {
             SourcePlan::Folder(url)
@@ -276,6 +301,7 @@ impl Plan {
                 retry_status: file.source.retry_status.clone(),
                 token_origins: file.source.token_origins.iter().filter_map(|url| Some(Url::parse(url).ok()?.origin())).collect(),
                 downloads: file.stages.download.concurrency,
+                named_hosts: named_hosts(&read.file, &auth),
                 ..HttpSettings::default()
             };
             let options = export_options(&file.source);
@@ -304,6 +330,7 @@ impl Plan {
             downloads: stages.download.concurrency,
             chunk_bytes: bytes(stages.download.chunk),
             tries: stages.download.tries,
+            max_file: stages.download.max_file.0,
             fail_short_files: stages.download.on_short_file == ShortFile::Fail,
             parse_workers: workers(stages.parse.workers),
             max_line: bytes(stages.parse.max_line),
@@ -334,6 +361,7 @@ impl Plan {
             memory: MemorySplit::of(file.memory.0, encode_workers, stages.encode.row_group.0),
             tables,
             state,
+            lock_expiry: file.lock_expiry.0,
             state_file: None,
             // What cannot be read was a problem before.
             schedules: file.schedule.iter().filter_map(|schedule| SchedulePlan::read(schedule).ok()).collect(),

@@ -63,6 +63,24 @@ mod defaults {
     }
 }
 
+/// The machine's zone by its name, where that can be found out: local times alone do not tell the two hours apart that a
+/// clock shows twice in autumn.
+fn machines_zone() -> Option<chrono_tz::Tz> {
+    let named = super::values::environment("TZ").filter(|zone| !zone.is_empty());
+    let of_path = |path: &str| Some(path.split_once("zoneinfo/")?.1.to_owned());
+    let name = match named {
+        Some(zone) => {
+            let zone = zone.trim_start_matches(':').to_owned();
+            of_path(&zone).unwrap_or(zone)
+        }
+        None => std::fs::read_link("/etc/localtime")
+            .ok()
+            .and_then(|link| of_path(&link.to_string_lossy()))
+            .or_else(|| Some(std::fs::read_to_string("/etc/timezone").ok()?.trim().to_owned()))?,
+    };
+    name.parse().ok()
+}
+
 /// A schedule that was read.
 #[derive(Debug, Clone)]
 pub struct SchedulePlan {
@@ -85,7 +103,7 @@ impl SchedulePlan {
     pub fn read(schedule: &Schedule) -> Result<Self, (&'static str, String)> {
         let cron = Cron::from_str(&schedule.cron).map_err(|error| ("cron", format!("not a cron expression: {error}")))?;
         let zone = match schedule.time_zone.as_deref() {
-            None => None,
+            None => machines_zone(),
             Some(name) => {
                 Some(name.parse().map_err(|_| ("time_zone", format!("`{name}` is not a time zone such as Europe/Berlin")))?)
             }
@@ -137,6 +155,15 @@ mod tests {
         let sunday = schedule("0 3 * * SUN", Some("Europe/Berlin")).unwrap();
         assert_eq!(after(&sunday, "2026-07-01T00:00:00Z"), "2026-07-05T01:00:00+00:00");
         assert_eq!(after(&sunday, "2026-12-01T00:00:00Z"), "2026-12-06T02:00:00+00:00");
+    }
+
+    // Breaks if the hour that comes twice is run in once, or the one that never comes is waited for.
+    #[test]
+    fn when_clocks_change() {
+        let hourly = schedule("15 * * * *", Some("Europe/Berlin")).unwrap();
+        assert_eq!(after(&hourly, "2026-10-25T00:15:00Z"), "2026-10-25T01:15:00+00:00");
+        assert_eq!(after(&hourly, "2026-10-25T01:15:00Z"), "2026-10-25T02:15:00+00:00");
+        assert_eq!(after(&hourly, "2026-03-29T00:15:00Z"), "2026-03-29T01:15:00+00:00");
     }
 
     #[test]

@@ -173,7 +173,7 @@ fn kind(tree: &Tree) -> &'static str {
 
 impl<'a> Checker<'a> {
     fn problem(&mut self, place: Place, path: &str, what: String, hint: Option<String>) {
-        self.problems.push(Problem { place, path: path.to_owned(), what, hint });
+        self.problems.push(Problem { place, path: path.to_owned(), what, hint, passing: false });
     }
 
     fn resolved(&self, schema: &'a Value) -> &'a Value {

@@ -229,7 +229,7 @@ pub fn environment(name: &str) -> Option<String> {
 
 /// Says where others than the owner and its group can read a file that stands for a secret, or the group can write it.
 #[cfg(unix)]
-fn warn_if_loose(path: &str) {
+pub fn warn_if_loose(path: &str) {
     use std::os::unix::fs::PermissionsExt;
     const LOOSE: u32 = 0o027;
     let Ok(metadata) = std::fs::metadata(path) else { return };
@@ -243,10 +243,16 @@ fn warn_if_loose(path: &str) {
     }
 }
 
+/// Says nothing where files have no modes.
 #[cfg(not(unix))]
-fn warn_if_loose(_: &str) {}
+pub fn warn_if_loose(_: &str) {}
 
 impl Text {
+    /// Whether a part of it is in a file or a vault.
+    pub fn refers_elsewhere(&self) -> bool {
+        parts(&self.0).is_ok_and(|parts| parts.iter().any(|part| !matches!(part, Part::Plain(_) | Part::Env(_))))
+    }
+
     /// The text with its references resolved. Errors name the reference, never a value.
     pub fn resolve(&self) -> Result<String, String> {
         let mut out = String::new();

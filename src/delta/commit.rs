@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_points::reached;
 
 /// What became of it.
 pub(super) enum Attempt {
@@ -102,15 +103,18 @@ pub(super) async fn attempt(
     transactions: Vec<Transaction>,
     operation: DeltaOperation,
 ) -> Result<Attempt> {
+    (table.guard)()?;
     let before = table.version();
     let Some(delta) = &table.delta else { return Err(Error::new(ErrorKind::Internal, "a commit to no table")) };
     let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
+    reached("before a commit");
     let committed = CommitBuilder::from(properties(info, transactions))
         .with_actions(actions)
         .build(Some(snapshot), table.log_store.clone(), operation)
         .await;
     match committed {
         Ok(commit) => {
+            reached("a commit is made");
             let version = Some(commit.version());
             table.checkpoint(version).await;
             Ok(Attempt::Done(version))

@@ -38,3 +38,4 @@ pub use staging::{Fate, StagedFile, StagingFile};
 pub use table::{Table, TableSettings, Tables, delta_schema};
 pub use upsert::{Commit, Merged, Upsert, Watermark, deletions_id};
 pub use vacuum::{VacuumSettings, Vacuumed};
+pub use vectors::read_bytes as read_vector;

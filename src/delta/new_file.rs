@@ -12,6 +12,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::table::{Table, storage};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault_points::reached;
 
 const MAGIC: &[u8] = b"PAR1";
 pub(super) const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
@@ -22,6 +23,8 @@ pub(super) struct NewFile {
     path: Path,
     offset: u64,
     row_groups: Vec<RowGroupMetaData>,
+    /// Whether its end was written, or was to be.
+    ended: bool,
 }
 
 /// A file that is whole and durable.
@@ -43,7 +46,7 @@ impl NewFile {
         let part = if table.local().is_some() { 1 << 20 } else { 5 << 20 };
         let mut writer = BufWriter::with_capacity(table.store(), path.clone(), part);
         writer.write_all(MAGIC).await.map_err(|error| storage(error, &format!("{path} cannot be written")))?;
-        Ok(Self { writer, path, offset: MAGIC.len() as u64, row_groups: Vec::new() })
+        Ok(Self { writer, path, offset: MAGIC.len() as u64, row_groups: Vec::new(), ended: false })
     }
 
     /// Bytes so far.
@@ -74,6 +77,7 @@ impl NewFile {
         let Some(first) = self.row_groups.first() else {
             return Err(Error::new(ErrorKind::Internal, "a data file without rows"));
         };
+        reached("before a data file is whole");
         let schema = first.schema_descr_ptr();
         let rows: i64 = self.row_groups.iter().map(RowGroupMetaData::num_rows).sum();
         let (id_range, id_nulls) = (id_range(&self.row_groups), id_nulls(&self.row_groups));
@@ -84,23 +88,32 @@ impl NewFile {
         ParquetMetaDataWriter::new(&mut footer, &metadata).finish().map_err(|error| failed(&error))?;
         let written = async {
             self.writer.write_all(&footer).await?;
+            self.ended = true;
             self.writer.shutdown().await
         };
         if let Err(error) = written.await {
             let error = failed(&error);
+            let (ended, path) = (self.ended, self.path.clone());
             self.discard().await;
+            if ended {
+                remove(table, &path).await;
+            }
             return Err(error);
         }
         if let Some(folder) = table.local() {
             sync_file(folder.join(self.path.as_ref())).await.map_err(|error| failed(&error))?;
         }
+        reached("a data file is whole");
         Ok(Finished { path: self.path, size: self.offset + footer.len() as u64, rows: rows as u64, id_range, id_nulls })
     }
 
     /// Gives the file up.
     pub async fn discard(mut self) {
-        // Nobody refers to it; what cannot be removed now, the next run's start or vacuum removes.
-        let _ = self.writer.abort().await;
+        // One that has ended, well or not, must not be asked again: the writer panics. Nobody refers to the file; what cannot be
+        // removed now, the next run's start or vacuum removes.
+        if !self.ended {
+            let _ = self.writer.abort().await;
+        }
     }
 }
 

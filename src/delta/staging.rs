@@ -13,6 +13,7 @@ use super::spill::{KeyAt, Spill};
 use super::table::{Table, storage};
 use super::vacuum::data_path;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_points::reached;
 use crate::messages::EncodedBatch;
 use crate::schema::Filled;
 use crate::staged::StagedParquet;
@@ -234,6 +235,7 @@ impl StagedFile {
     pub fn save_keys(&mut self, path: &std::path::Path) -> Result<()> {
         if let Keys::Fresh(keys) = &mut self.keys {
             self.keys = Keys::Kept(KeptKeys::save(keys, path)?);
+            reached("keys are saved");
         }
         Ok(())
     }

@@ -13,14 +13,25 @@ use url::Url;
 
 use super::vectors;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault_points::reached;
 use crate::private::private_dir;
 use crate::schema::{EXCLUDED_TYPES, Model};
 use crate::staged::StagedParquet;
 
 /// Where the tables are.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Tables {
     root: Url,
+    guard: Guard,
+}
+
+/// Asked before every commit: whether it may still be made.
+pub(super) type Guard = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Tables in {}", self.display())
+    }
 }
 
 /// How tables are set up.
@@ -33,13 +44,20 @@ pub struct TableSettings {
 }
 
 /// One table, which may not exist yet.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Table {
     /// Its type.
     pub resource_type: Arc<str>,
     pub(super) log_store: LogStoreRef,
     /// The newest snapshot that was read; `None` where the table does not exist.
     pub(super) delta: Option<DeltaTable>,
+    pub(super) guard: Guard,
+}
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Table of {}", self.resource_type)
+    }
 }
 
 pub(super) fn storage(error: impl std::fmt::Display, what: &str) -> Error {
@@ -62,7 +80,12 @@ impl Tables {
     pub fn at(location: &str) -> Result<Tables> {
         let root = folder_url(location)?;
         check_store(&root)?;
-        Ok(Tables { root })
+        Ok(Tables { root, guard: Arc::new(|| Ok(())) })
+    }
+
+    /// Tables to which a commit is made only when `guard` allows it: a run that has lost its lock must not.
+    pub fn guarded(self, guard: Arc<dyn Fn() -> Result<()> + Send + Sync>) -> Tables {
+        Tables { guard, ..self }
     }
 
     /// The root, for messages.
@@ -92,7 +115,7 @@ impl Tables {
         let log_store = builder
             .build_storage()
             .map_err(|error| storage(error, "the table's store cannot be used").at(resource_type.to_string()))?;
-        let mut table = Table { resource_type: resource_type.clone(), log_store, delta: None };
+        let mut table = Table { resource_type: resource_type.clone(), log_store, delta: None, guard: self.guard.clone() };
         table.refresh().await?;
         Ok(table)
     }
@@ -184,6 +207,7 @@ impl Table {
                 for name in names.filter(orphan) {
                     std::fs::remove_file(folder.join(&name))
                         .map_err(|error| storage(error, &format!("{name} cannot be removed")))?;
+                    reached("an orphan is removed");
                     orphans.push(name);
                 }
             }

@@ -25,6 +25,7 @@ use super::table::{Table, TableSettings, delta_schema};
 use super::targets::{TargetFile, targets};
 use super::vectors;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_points::reached;
 use crate::flow::on_all_cores;
 use crate::schema::{same_types, widen};
 
@@ -332,7 +333,9 @@ impl Upsert {
             let actions = out.removes.iter().cloned().map(Action::Remove).chain(adds).collect();
             return commit::attempt(table, actions, &info, transactions, operation).await;
         }
+        (table.guard)()?;
         table.make_folder()?;
+        reached("before a table is made");
         let created = CreateBuilder::new()
             .with_log_store(table.log_store.clone())
             .with_save_mode(SaveMode::ErrorIfExists)
@@ -341,6 +344,7 @@ impl Upsert {
             .with_actions(adds)
             .with_commit_properties(commit::properties(&info, transactions))
             .await;
+        reached("a table is made");
         match created {
             Ok(created) => Ok(Attempt::Done(created.version())),
             Err(error) => commit::after_error(table, &info, None, error).await,

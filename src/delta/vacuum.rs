@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::table::{Table, storage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_points::reached;
 use crate::staged::StagedParquet;
 
 /// How a table is vacuumed.
@@ -98,14 +99,19 @@ impl Table {
             let metrics = json!({ "numFilesToDelete": due.len(), "sizeOfDataToDelete": found.bytes });
             self.note(settings, begin, metrics).await?;
             let paths = futures::stream::iter(due.into_iter().map(|file| Ok(file.location))).boxed();
+            reached("before files are vacuumed");
             let mut deleted = store.delete_stream(paths);
             let mut count = 0u64;
             while let Some(file) = deleted.next().await {
                 match file {
-                    Ok(_) | Err(object_store::Error::NotFound { .. }) => count += 1,
+                    Ok(_) | Err(object_store::Error::NotFound { .. }) => {
+                        reached("a file is vacuumed");
+                        count += 1;
+                    }
                     Err(error) => return Err(storage(error, "a file cannot be removed")),
                 }
             }
+            reached("files are vacuumed");
             let end = DeltaOperation::VacuumEnd { status: "COMPLETED".into() };
             self.note(settings, end, json!({ "numDeletedFiles": count, "numVacuumedDirectories": 0 })).await?;
         }

@@ -10,6 +10,8 @@ use crate::error::{Error, ErrorKind};
 
 /// How much of an error's body is read.
 const ERROR_BODY: usize = 4096;
+/// How long it is waited for.
+const ERROR_PATIENCE: Duration = Duration::from_secs(5);
 /// A `Retry-After` of more seconds is a time: nobody asks for 30 years.
 pub(super) const LONGEST_WAIT: f64 = 1e9;
 
@@ -63,17 +65,21 @@ pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<
 
 async fn first_bytes(mut response: Response) -> Vec<u8> {
     let mut body = Vec::new();
-    while body.len() < ERROR_BODY
-        && let Ok(Some(bytes)) = response.chunk().await
-    {
-        body.extend_from_slice(&bytes);
-    }
+    let read = async {
+        while body.len() < ERROR_BODY
+            && let Ok(Some(bytes)) = response.chunk().await
+        {
+            body.extend_from_slice(&bytes);
+        }
+    };
+    // Words that do not come are not waited for; what came of them is kept.
+    let _ = tokio::time::timeout(ERROR_PATIENCE, read).await;
     body.truncate(ERROR_BODY);
     body
 }
 
 /// What an error's body says: an OperationOutcome's diagnostics, or the beginning of its text.
-pub(super) fn server_words(body: &[u8]) -> String {
+pub(crate) fn server_words(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body) {
         let issues = json.get("issue").and_then(|issues| issues.as_array());
@@ -83,11 +89,39 @@ pub(super) fn server_words(body: &[u8]) -> String {
         });
         let words: Vec<&str> = words.collect();
         if !words.is_empty() {
-            return words.join("; ").chars().take(500).collect();
+            return one_line(&words.join("; "), 500);
         }
     }
-    let one_line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    one_line.chars().take(200).collect()
+    one_line(&text, 200)
+}
+
+/// Somebody else's text as a part of a line: no line ends, nothing that moves a terminal, and not more than `most` letters.
+pub(super) fn one_line(text: &str, most: usize) -> String {
+    let is_hidden = |letter: char| {
+        letter.is_control() || matches!(letter, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let clean: String = text.chars().map(|letter| if is_hidden(letter) { ' ' } else { letter }).take(most * 4).collect();
+    clean.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(most).collect()
+}
+
+/// What a store or server says where a file cannot be had: a code only, since anything else may be about the file's content.
+fn code_of(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+    let of_json = json.as_ref().and_then(|json| json.get("issue")?.get(0)?.get("code")?.as_str());
+    let of_xml = || text.split_once("<Code>")?.1.split_once("</Code>").map(|(code, _)| code);
+    let code = of_json.or_else(of_xml).unwrap_or_default();
+    let is_code = code.len() <= 40 && code.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    if is_code { code.to_owned() } else { String::new() }
+}
+
+/// The error that a refused file stands for.
+pub(super) async fn file_refusal(response: Response, what: &str) -> Error {
+    let (status, url) = (response.status(), response.url().clone());
+    let kind = if matches!(status.as_u16(), 401 | 403) { ErrorKind::Auth } else { ErrorKind::Server };
+    let code = code_of(&first_bytes(response).await);
+    let code = if code.is_empty() { code } else { format!(": {code}") };
+    Error::new(kind, format!("{what}: the server answered {status}{code}")).at(shown(&url)).with_status(status.as_u16())
 }
 
 /// Reads `Retry-After`: seconds, an HTTP-date, or the epoch seconds and milliseconds that some servers send.
@@ -131,5 +165,10 @@ mod tests {
         let outcome = br#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"Group unknown"}]}"#;
         assert_eq!(server_words(outcome), "Group unknown");
         assert_eq!(server_words(b"<html>\n <b>Bad</b>"), "<html> <b>Bad</b>");
+        let moves = b"{\"issue\":[{\"diagnostics\":\"a\\u001b[2Jb\\nERROR c\\u202ed\"}]}";
+        assert_eq!(server_words(moves), "a [2Jb ERROR c d");
+        assert_eq!(code_of(b"<Error><Code>AccessDenied</Code><Message>Anna Smith</Message></Error>"), "AccessDenied");
+        assert_eq!(code_of(outcome), "x");
+        assert_eq!(code_of(b"Anna Smith is gone"), "");
     }
 }

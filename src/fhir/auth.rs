@@ -12,10 +12,12 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 use url::Url;
 
-use super::answers::server_words;
+use super::answers::{one_line, server_words};
+use super::body::{SMALL, whole};
+use super::http::{Web, shown};
 use super::keys::SigningKey;
 use super::smart::{Access, SmartConfiguration, clock_skew, not_granted};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A text that is never printed.
 pub type Secret = SecretString;
@@ -49,6 +51,8 @@ pub struct ClientSettings {
     pub token_url: Option<Url>,
     /// The assertion's audience, where the server wants another than the token endpoint.
     pub audience: Option<String>,
+    /// Whether it may be without encryption.
+    pub plain_http: bool,
     /// What is going to be read.
     pub access: Access,
 }
@@ -163,24 +167,19 @@ impl Auth {
     }
 
     /// The header for a request; after the server refused one, another than that.
-    pub(super) async fn header(
-        &self,
-        http: &reqwest::Client,
-        base: &Url,
-        refused: Option<&HeaderValue>,
-    ) -> Result<Option<HeaderValue>> {
+    pub(super) async fn header(&self, web: &Web, refused: Option<&HeaderValue>) -> Result<Option<HeaderValue>> {
         match &*self.method {
             Method::None => Ok(None),
             Method::Bearer(header) => Ok(Some(header.clone())),
-            Method::Client(client) => client.header(http, base, refused).await.map(Some),
+            Method::Client(client) => client.header(web, refused).await.map(Some),
         }
     }
 
     /// Gets a new token and tells what came with it; `None` where none is needed.
-    pub(super) async fn check(&self, http: &reqwest::Client, base: &Url) -> Result<Option<Granted>> {
+    pub(super) async fn check(&self, web: &Web) -> Result<Option<Granted>> {
         match &*self.method {
             Method::None | Method::Bearer(_) => Ok(None),
-            Method::Client(client) => client.check(http, base).await.map(Some),
+            Method::Client(client) => client.check(web).await.map(Some),
         }
     }
 }
@@ -193,7 +192,7 @@ fn bearer(token: &str) -> Result<HeaderValue> {
 }
 
 impl TokenClient {
-    async fn header(&self, http: &reqwest::Client, base: &Url, refused: Option<&HeaderValue>) -> Result<HeaderValue> {
+    async fn header(&self, web: &Web, refused: Option<&HeaderValue>) -> Result<HeaderValue> {
         let mut state = self.state.lock().await;
         if let Some(known) = &state.token {
             // Another waiter may have renewed the refused one while we queued.
@@ -202,7 +201,7 @@ impl TokenClient {
                 return Ok(known.header.clone());
             }
         }
-        let renewed = self.fetch(http, base, &mut state).await?;
+        let renewed = self.fetch(web, &mut state).await?;
         let header = renewed.header.clone();
         if let Some(granted) = &renewed.granted
             && !state.told
@@ -217,9 +216,9 @@ impl TokenClient {
         Ok(header)
     }
 
-    async fn check(&self, http: &reqwest::Client, base: &Url) -> Result<Granted> {
+    async fn check(&self, web: &Web) -> Result<Granted> {
         let mut state = State::default();
-        let token = self.fetch(http, base, &mut state).await?;
+        let token = self.fetch(web, &mut state).await?;
         let server = state.server.unwrap_or_default();
         Ok(Granted {
             endpoint: Some(self.endpoint(&server)?),
@@ -234,7 +233,19 @@ impl TokenClient {
 
     fn endpoint(&self, server: &SmartConfiguration) -> Result<Url> {
         let endpoint = self.settings.token_url.as_ref().or(server.token_endpoint.as_ref());
-        endpoint.cloned().ok_or_else(|| auth_error("no token endpoint is known; set source.auth.token_url"))
+        let endpoint = endpoint.cloned().ok_or_else(|| auth_error("no token endpoint is known; set source.auth.token_url"))?;
+        let is_here = match endpoint.host() {
+            Some(url::Host::Domain(name)) => name == "localhost",
+            Some(url::Host::Ipv4(address)) => address.is_loopback(),
+            Some(url::Host::Ipv6(address)) => address.is_loopback(),
+            None => false,
+        };
+        if endpoint.scheme() != "https" && !is_here && !self.settings.plain_http {
+            let why = format!("the server names a token endpoint without encryption: {}", shown(&endpoint));
+            return Err(auth_error(why)
+                .with_hint("the client's secret would be readable on the way: https, or source.auth.plain_http: true"));
+        }
+        Ok(endpoint)
     }
 
     fn scope(&self, server: &SmartConfiguration) -> String {
@@ -242,12 +253,12 @@ impl TokenClient {
     }
 
     /// A new token, asked for with a new assertion each time (T8).
-    async fn fetch(&self, http: &reqwest::Client, base: &Url, state: &mut State) -> Result<Token> {
+    async fn fetch(&self, web: &Web, state: &mut State) -> Result<Token> {
         let server = match state.server.take() {
             Some(server) => server,
             // With endpoint and scope given there is nothing to discover.
             None if self.settings.token_url.is_some() && self.settings.scope.is_some() => SmartConfiguration::default(),
-            None => match SmartConfiguration::discover(http, base).await {
+            None => match SmartConfiguration::discover(web).await {
                 Ok(server) => server,
                 Err(error) if self.settings.token_url.is_some() && error.kind() == ErrorKind::Auth => {
                     SmartConfiguration::default()
@@ -258,7 +269,7 @@ impl TokenClient {
         let server = state.server.insert(server);
         let (endpoint, scope) = (self.endpoint(server)?, self.scope(server));
         for tried in 1.. {
-            match self.ask(http, &endpoint, &scope, server.skew).await? {
+            match self.ask(web, &endpoint, &scope, server.skew).await? {
                 Answer::Token(token) => return Ok(token),
                 Answer::Refused { why, skew, final_word } => {
                     // A clock that is off is the likeliest reason that can be mended.
@@ -275,10 +286,11 @@ impl TokenClient {
         Err(auth_error("no token"))
     }
 
-    async fn ask(&self, http: &reqwest::Client, endpoint: &Url, scope: &str, skew: i64) -> Result<Answer> {
+    async fn ask(&self, web: &Web, endpoint: &Url, scope: &str, skew: i64) -> Result<Answer> {
         let id = self.settings.client_id.expose_secret();
+        web.reach.check(endpoint, "the token endpoint")?;
         let mut form = vec![("grant_type", "client_credentials".to_owned()), ("scope", scope.to_owned())];
-        let mut request = http.post(endpoint.clone()).header("accept", "application/json");
+        let mut request = web.http.post(endpoint.clone()).header("accept", "application/json");
         match (&self.settings.proof, &self.key) {
             (Proof::Key(..), Some(key)) => {
                 let audience = self.settings.audience.as_deref().unwrap_or(endpoint.as_str());
@@ -304,8 +316,7 @@ impl TokenClient {
         })?;
         let status = response.status();
         let theirs = clock_skew(response.headers());
-        let body = response.bytes().await.map_err(reqwest::Error::without_url);
-        let body = body.context(ErrorKind::Network, "the token endpoint's answer broke off")?;
+        let body = whole(response, SMALL, &web.stop, "the token endpoint").await?;
         if status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429) {
             return Err(Error::new(ErrorKind::Network, format!("the token endpoint answered {status}")));
         }
@@ -313,7 +324,7 @@ impl TokenClient {
         let Some(access) = json.get("access_token").and_then(Value::as_str).filter(|_| status.is_success()) else {
             let code = json.get("error").and_then(Value::as_str);
             let words = json.get("error_description").and_then(Value::as_str).or(code);
-            let words = words.map_or_else(|| server_words(&body), |text| text.chars().take(300).collect());
+            let words = words.map_or_else(|| server_words(&body), |text| one_line(text, 300));
             let why = format!("the token endpoint answered {status} to a request for the scope {scope}: {words}");
             return Ok(Answer::Refused { why, skew: theirs, final_word: code.is_some() });
         };

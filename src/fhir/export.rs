@@ -3,16 +3,18 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, DATE, HeaderMap, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 use url::Url;
 
-use super::answers::{refusal, refused_with, server_words};
+use super::answers::{one_line, refusal, refused_with, server_words};
+use super::body::MANIFEST;
 use super::http::{Ask, Client, Judges};
 use super::manifest::Manifest;
 use super::request::{ExportRequest, Method as KickOffMethod};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault_points::reached;
 
 /// The answer to a kick-off.
 #[derive(Debug)]
@@ -146,20 +148,23 @@ impl Client {
         let code = own.unwrap_or(response.status());
         let wait = self.retry_after(response.headers());
         let progress = response.headers().get("x-progress").and_then(|text| text.to_str().ok());
-        let progress = progress.map(|text| text.chars().take(100).collect());
+        let progress = progress.map(|text| one_line(text, 100));
         match code {
             StatusCode::ACCEPTED => {
-                let body = response.bytes().await.unwrap_or_default();
+                let body = self.whole(response, MANIFEST, ask.what).await.unwrap_or_default();
                 let partial = Manifest::read_partial(&body, status).map(Box::new);
                 Ok(Poll::Working { progress, wait, partial })
             }
             StatusCode::OK => {
-                let body = response.bytes().await.map_err(|error| error.without_url());
-                let body = match body.context(ErrorKind::Network, "the manifest broke off") {
+                let date = response.headers().get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+                let body = match self.whole(response, MANIFEST, "the manifest").await {
                     Ok(body) => body,
+                    Err(error) if error.kind() != ErrorKind::Network => return Err(error),
                     Err(error) => return Ok(Poll::Troubled { error, wait: None, throttled: false }),
                 };
-                Ok(Poll::Done(Box::new(Manifest::read(&body, status)?)))
+                let manifest = Manifest::read(&body, status)?;
+                manifest.check_time(date)?;
+                Ok(Poll::Done(Box::new(manifest)))
             }
             code if self.settings().retry_status.contains(&code.as_u16()) => {
                 Ok(Poll::Troubled { error: refusal(response, ask.what).await, wait, throttled: false })
@@ -208,7 +213,9 @@ impl Client {
     pub async fn delete_export(&self, status: &Url) -> Result<()> {
         let what = "the export's end";
         let ask = Ask { method: Method::DELETE, judges: Judges::Once, ..Ask::get(status, "", what) };
+        reached("before the export is given back");
         let response = self.send(&ask).await?;
+        reached("the export is given back");
         match response.status() {
             code if code.is_success() || matches!(code.as_u16(), 404 | 405 | 410 | 501) => Ok(()),
             code if self.passes(code, false) || code == StatusCode::UNAUTHORIZED => Err(refusal(response, what).await),

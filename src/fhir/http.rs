@@ -11,10 +11,12 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 use url::{Origin, Url};
 
-use super::answers::{LONGEST_WAIT, Resume, parse_retry_after, refusal};
+use super::answers::{LONGEST_WAIT, Resume, file_refusal, parse_retry_after, refusal};
 use super::auth::{Auth, Granted};
+use super::body::{Bounds, METADATA, whole};
 use super::capabilities::Capabilities;
 use super::pace::Pace;
+use super::reach::Reach;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::{Board, Stop, chance};
 use crate::telemetry;
@@ -49,6 +51,8 @@ pub struct HttpSettings {
     pub retry_status: Vec<u16>,
     /// Files at the same time.
     pub downloads: usize,
+    /// Hosts that the pipeline file or the environment names, wherever they are.
+    pub named_hosts: Vec<String>,
 }
 
 impl Default for HttpSettings {
@@ -63,6 +67,7 @@ impl Default for HttpSettings {
             token_origins: Vec::new(),
             retry_status: Vec::new(),
             downloads: 10,
+            named_hosts: Vec::new(),
         }
     }
 }
@@ -70,13 +75,21 @@ impl Default for HttpSettings {
 /// A client of one FHIR server.
 #[derive(Debug, Clone)]
 pub struct Client {
-    http: reqwest::Client,
-    base: Url,
+    web: Web,
     auth: Auth,
     settings: HttpSettings,
     board: Board,
-    stop: Stop,
     pace: Pace,
+}
+
+/// What requests are sent by.
+#[derive(Debug, Clone)]
+pub(super) struct Web {
+    pub http: reqwest::Client,
+    /// The FHIR base, with a slash at its end.
+    pub base: Url,
+    pub reach: Reach,
+    pub stop: Stop,
 }
 
 /// One request, as often as it is tried.
@@ -124,15 +137,25 @@ impl<'a> Ask<'a> {
     }
 }
 
-/// A URL for messages: without its query, which may hold a secret.
+/// A URL for messages: without its query and password, which are secrets, and no longer than a line.
 pub fn shown(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);
-    url.to_string()
+    // Only what has no host refuses these.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    let text = url.to_string();
+    match text.char_indices().nth(LONGEST_SHOWN) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text,
+    }
 }
 
-fn network(error: &reqwest::Error, what: &str) -> Error {
+/// Letters of a URL in a message.
+const LONGEST_SHOWN: usize = 300;
+
+pub(super) fn network(error: &reqwest::Error, what: &str) -> Error {
     // reqwest's own text repeats the URL, query string and all.
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
@@ -150,7 +173,9 @@ impl Client {
             let path = format!("{}/", base.path());
             base.set_path(&path);
         }
+        let reach = Reach::new(&base, settings.named_hosts.iter().cloned());
         let http = reqwest::Client::builder()
+            .dns_resolver(reach.clone())
             .user_agent(concat!("fhirlake/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(Duration::from_secs(30))
@@ -158,17 +183,22 @@ impl Client {
             .build()
             .context(ErrorKind::Internal, "the HTTP client cannot be set up")?;
         let pace = Pace::new(settings.downloads);
-        Ok(Self { http, base, auth, settings, board, stop, pace })
+        Ok(Self { web: Web { http, base, reach, stop }, auth, settings, board, pace })
     }
 
     /// The FHIR base, with a slash at its end.
     pub fn base(&self) -> &Url {
-        &self.base
+        &self.web.base
     }
 
     /// The settings.
     pub fn settings(&self) -> &HttpSettings {
         &self.settings
+    }
+
+    /// A body that is read whole.
+    pub(super) async fn whole(&self, response: Response, bounds: Bounds, what: &str) -> Result<Vec<u8>> {
+        whole(response, bounds, &self.web.stop, what).await
     }
 
     /// How many files may be read at a time now.
@@ -178,19 +208,19 @@ impl Client {
 
     /// Gets a token and tells what came with it, without it; `None` where none is needed.
     pub async fn check_auth(&self) -> Result<Option<Granted>> {
-        self.auth.check(&self.http, &self.base).await
+        self.auth.check(&self.web).await
     }
 
     /// What the server says that it can do: asked once, without a token.
     pub async fn capabilities(&self) -> Result<Capabilities> {
-        let url = self.base.join("metadata").context(ErrorKind::Config, "not a URL")?;
+        let url = self.web.base.join("metadata").context(ErrorKind::Config, "not a URL")?;
         let what = "the server's metadata";
         let ask = Ask { with_token: false, ..Ask::get(&url, "application/fhir+json", what) };
         let response = self.once(&ask, None).await?.0;
         if !response.status().is_success() {
             return Err(refusal(response, what).await);
         }
-        let body = response.bytes().await.map_err(|error| network(&error, what))?;
+        let body = self.whole(response, METADATA, what).await?;
         Ok(Capabilities::new(serde_json::from_slice(&body).unwrap_or_default()))
     }
 
@@ -210,13 +240,13 @@ impl Client {
         }
         let mut response = self.send(&ask).await?;
         let status = response.status();
-        if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.base.origin() {
+        if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
             tracing::warn!(%status, "a file of another host refused the token; asking without it");
             self.deviates("a file is said to need the token, and its host refuses it");
             response = self.send(&Ask { with_token: false, ..ask }).await?;
         }
-        if response.status().is_success() { Ok(response) } else { Err(refusal(response, "the download").await) }
+        if response.status().is_success() { Ok(response) } else { Err(file_refusal(response, "the download").await) }
     }
 
     /// The body of what an Attachment links to, as `content_type` where it says one.
@@ -236,7 +266,7 @@ impl Client {
             ask.headers.insert(ACCEPT, accept);
         }
         let response = self.send(&ask).await?;
-        if response.status().is_success() { Ok(response) } else { Err(refusal(response, "the attachment").await) }
+        if response.status().is_success() { Ok(response) } else { Err(file_refusal(response, "the attachment").await) }
     }
 
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
@@ -303,7 +333,7 @@ impl Client {
                         grants -= 1;
                         until = now_and(asked) + self.settings.retry_for / 2;
                     }
-                    (asked, refusal(response, ask.what).await)
+                    (asked, if ask.is_file { file_refusal(response, ask.what).await } else { refusal(response, ask.what).await })
                 }
                 Err(error) if error.kind() == ErrorKind::Network && ask.judges != Judges::Once => (None, error),
                 Err(error) => return Err(error),
@@ -316,7 +346,7 @@ impl Client {
             self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
             let left = (until - tokio::time::Instant::now()).as_secs();
             tracing::warn!(%error, wait_seconds = wait.as_secs_f64(), gives_up_in_seconds = left, "trying again");
-            if self.stop.or(tokio::time::sleep(wait)).await.is_none() {
+            if self.web.stop.or(tokio::time::sleep(wait)).await.is_none() {
                 return Err(Error::new(ErrorKind::Interrupted, format!("{}: stopped while waiting", ask.what)));
             }
         }
@@ -355,18 +385,19 @@ impl Client {
     /// T12, F1, F2: the token goes where it is asked for, and to the server's own origin or those that were named only.
     fn token_goes_to(&self, ask: &Ask<'_>, url: &Url) -> bool {
         let origin = url.origin();
-        ask.with_token && (origin == self.base.origin() || self.settings.token_origins.contains(&origin))
+        ask.with_token && (origin == self.web.base.origin() || self.settings.token_origins.contains(&origin))
     }
 
     /// One try, redirects followed by hand: the answer, and the token that went with the last request.
     async fn once(&self, ask: &Ask<'_>, refused: Option<&HeaderValue>) -> Result<(Response, Option<HeaderValue>)> {
         let mut url = ask.url.clone();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.http.request(ask.method.clone(), url.clone()).headers(ask.headers.clone());
+            self.web.reach.check(&url, ask.what)?;
+            let mut request = self.web.http.request(ask.method.clone(), url.clone()).headers(ask.headers.clone());
             if let Some(body) = ask.body {
                 request = request.header(CONTENT_TYPE, "application/fhir+json").body(body.to_string());
             }
-            if url.origin() == self.base.origin() {
+            if url.origin() == self.web.base.origin() {
                 request = request.headers(self.settings.headers.clone());
                 if let Some(trace) = telemetry::traceparent() {
                     request = request.header("traceparent", trace);
@@ -374,13 +405,13 @@ impl Client {
             }
             let mut token = None;
             if self.token_goes_to(ask, &url) {
-                let header = self.stop.or(self.auth.header(&self.http, &self.base, refused)).await;
+                let header = self.web.stop.or(self.auth.header(&self.web, refused)).await;
                 token = header.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))??;
                 if let Some(token) = &token {
                     request = request.header(AUTHORIZATION, token);
                 }
             }
-            let sent = self.stop.or(request.send()).await;
+            let sent = self.web.stop.or(request.send()).await;
             let sent = sent.ok_or_else(|| {
                 ask.lost.inspect(|lost| lost.store(true, Ordering::Relaxed));
                 Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what))
@@ -400,6 +431,14 @@ impl Client {
                 .ok_or_else(|| Error::new(ErrorKind::Server, format!("{}: a redirect without a usable Location", ask.what)))?;
             if !matches!(to.scheme(), "http" | "https") {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to scheme {}", ask.what, to.scheme())));
+            }
+            // What changes something is for the server that it was meant for.
+            if ask.method != Method::GET && to.origin() != url.origin() {
+                let (what, method) = (ask.what, &ask.method);
+                return Err(Error::new(
+                    ErrorKind::Server,
+                    format!("{what}: a redirect of a {method} to another host, which is not followed"),
+                ));
             }
             if ask.may_go.is_some_and(|may_go| !may_go(&to)) {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to a host that was not named", ask.what)));

@@ -62,39 +62,23 @@ struct Listed {
 
 /// A link without what signs it: the same for the same file, as long as its path is not signed.
 pub fn unsigned(link: &Url) -> String {
-    let pairs = link.query_pairs().filter(|(name, _)| !is_of_signature(name));
+    // Azure's parameters are two letters, which alone may be anybody's.
+    let azure = link.query_pairs().any(|(name, _)| name == "sig");
+    let pairs = link.query_pairs().filter(|(name, _)| !is_of_signature(name, azure));
     let query: Vec<(String, String)> = pairs.map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
-    format!("{} {query:?}", link.path())
+    format!("{} {} {query:?}", link.host_str().unwrap_or_default(), link.path())
 }
 
 /// Whether a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
 /// not. A name that is missing here costs a download, no more.
-fn is_of_signature(name: &str) -> bool {
+fn is_of_signature(name: &str, azure: bool) -> bool {
     let name = name.to_ascii_lowercase();
-    let known = [
-        "expires",
-        "signature",
-        "awsaccesskeyid",
-        "googleaccessid",
-        "key-pair-id",
-        "policy",
-        "sig",
-        "se",
-        "st",
-        "sp",
-        "sv",
-        "sr",
-        "spr",
-        "sip",
-        "skoid",
-        "sktid",
-        "skt",
-        "ske",
-        "sks",
-        "skv",
-        "token",
-    ];
-    known.contains(&name.as_str()) || name.starts_with("x-amz-") || name.starts_with("x-goog-")
+    const AZURE: [&str; 13] = ["sig", "se", "st", "sp", "sv", "sr", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks"];
+    let known = ["expires", "signature", "awsaccesskeyid", "googleaccessid", "key-pair-id", "policy"];
+    known.contains(&name.as_str())
+        || (azure && (AZURE.contains(&name.as_str()) || name == "skv"))
+        || name.starts_with("x-amz-")
+        || name.starts_with("x-goog-")
 }
 
 /// The newer link of the file at place `at` of the list `old`, in the list `new`: the server may list files in another order.
@@ -141,13 +125,28 @@ impl Links {
         let mut fresh = Vec::new();
         let lists = [&manifest.output, &manifest.deleted, &manifest.outcomes];
         for (list, ((known, listed), given)) in known.files.iter_mut().zip(files(manifest)).zip(lists).enumerate() {
-            let mut names: HashSet<String> = known.iter().map(|file| unsigned(&file.url)).collect();
+            // How many files of a name were listed before: a link's query may be all that tells two files apart.
+            let mut names: HashMap<String, usize> = HashMap::new();
+            for file in known.iter() {
+                *names.entry(unsigned(&file.url)).or_default() += 1;
+            }
             // Paths may be signed too: then none of the old names comes again, and the place tells.
-            let by_place = !names.is_empty() && !listed.iter().any(|file| names.contains(&unsigned(&file.url)));
+            let by_place = !names.is_empty() && !listed.iter().any(|file| names.contains_key(&unsigned(&file.url)));
             let before = known.len();
+            let mut whole: HashSet<Url> = HashSet::new();
             for (at, (file, given)) in listed.into_iter().zip(given).enumerate() {
-                let is_new = names.insert(unsigned(&file.url)) && (!by_place || at >= before);
-                if is_new {
+                // The very same link twice is one file.
+                if !whole.insert(file.url.clone()) {
+                    continue;
+                }
+                let seen = match names.get_mut(&unsigned(&file.url)) {
+                    Some(0) | None => false,
+                    Some(left) => {
+                        *left -= 1;
+                        true
+                    }
+                };
+                if !seen && (!by_place || at >= before) {
                     fresh.push((list, known.len(), given));
                     known.push(file);
                 }
@@ -165,8 +164,9 @@ impl Links {
         if let Some(fresh) = page.newer(place).filter(|fresh| fresh != ended) {
             return Ok(fresh);
         }
-        if let Some(asked) = page.asked {
-            tokio::time::sleep(INTERVAL.saturating_sub(asked.elapsed())).await;
+        // What was asked for just now says it for all: files that are missing must not wait for each other.
+        if page.asked.is_some_and(|asked| asked.elapsed() < INTERVAL) {
+            return Err(gone("the manifest, asked for again a moment ago, has no newer one"));
         }
         let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
         page.asked = Some(Instant::now());
@@ -216,9 +216,30 @@ mod tests {
         let signed_and_turned = [listed("https://x/s2/b", 7), listed("https://x/s2/a", 5)];
         assert_eq!(newer(&old, &signed_and_turned, 1), None);
         assert_eq!(newer(&old, &old[..1], 1), None, "it is not listed any more");
+        // A link whose query alone tells two files apart is two files, whatever the parameter is called.
+        assert_ne!(
+            unsigned(&Url::parse("https://x/dl?token=a").unwrap()),
+            unsigned(&Url::parse("https://x/dl?token=b").unwrap())
+        );
+        assert_ne!(unsigned(&Url::parse("https://x/1").unwrap()), unsigned(&Url::parse("https://y/1").unwrap()));
         // Numbers in a query are part of the name.
         let by_number = [listed("https://x/f?id=1&Expires=1", 5), listed("https://x/f?id=2&Expires=1", 5)];
         let later = [listed("https://x/f?id=2&Expires=2", 5), listed("https://x/f?id=1&Expires=2", 5)];
         assert_eq!(newer(&by_number, &later, 0).unwrap().query(), Some("id=1&Expires=2"));
+    }
+
+    // Breaks if a file is taken for another of the page, and its rows never come.
+    #[tokio::test]
+    async fn files_that_only_their_signatures_tell_apart_are_all_read() {
+        let manifest = |names: &[&str]| {
+            let output: Vec<String> =
+                names.iter().map(|name| format!("{{\"type\":\"Patient\",\"url\":\"/dl?sig={name}\"}}")).collect();
+            let body = format!("{{\"transactionTime\":\"2026-01-01T00:00:00Z\",\"output\":[{}]}}", output.join(","));
+            Manifest::read(body.as_bytes(), &Url::parse("https://x/status").unwrap()).unwrap()
+        };
+        let (links, url) = (Links::default(), Url::parse("https://x/status").unwrap());
+        assert_eq!(links.page(0, 0, &url, false, &manifest(&["a", "b", "a"])).await.len(), 2);
+        assert_eq!(links.page(0, 0, &url, false, &manifest(&["c", "d"])).await.len(), 0, "the same two, signed anew");
+        assert_eq!(links.page(0, 0, &url, false, &manifest(&["e", "f", "g"])).await.len(), 1);
     }
 }

@@ -1,6 +1,10 @@
 //! The manifest of a finished export (Bulk Data "Response - Complete Status"), read leniently: real servers
 //! leave required keys out.
 
+use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use url::Url;
 
@@ -35,73 +39,203 @@ pub struct Manifest {
     pub next: Option<Url>,
     /// What was missing or odd, for the log.
     pub findings: Vec<String>,
+    /// Files that cannot be asked for: their types have not all that they should.
+    pub unusable: Vec<Unusable>,
+}
+
+/// An entry of a manifest that names no file that can be asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unusable {
+    /// Which list: 0 for output, 1 for deletions, 2 for outcomes.
+    pub list: usize,
+    /// Its type.
+    pub resource_type: Option<String>,
+    /// Why not.
+    pub why: String,
+}
+
+/// A manifest as it is written. What is not here is passed over while it is read, so that a long one costs what its files do.
+#[derive(Deserialize)]
+struct Written {
+    #[serde(rename = "transactionTime")]
+    transaction_time: Option<Value>,
+    #[serde(rename = "requiresAccessToken")]
+    requires_access_token: Option<Value>,
+    output: Option<List<Item>>,
+    deleted: Option<List<Item>>,
+    error: Option<List<Item>>,
+    outcome: Option<List<Item>>,
+    link: Option<List<Link>>,
+}
+
+/// A list, or something else where one should be; read item by item.
+enum List<T> {
+    Items(Vec<T>),
+    Other,
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        struct Reads<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Reads<T> {
+            type Value = List<T>;
+            fn expecting(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                to.write_str("a list")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> std::result::Result<Self::Value, A::Error> {
+                let mut list = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    list.push(item);
+                }
+                Ok(List::Items(list))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> std::result::Result<Self::Value, A::Error> {
+                while members.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(List::Other)
+            }
+            fn visit_bool<E>(self, _: bool) -> std::result::Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+            fn visit_i64<E>(self, _: i64) -> std::result::Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+            fn visit_u64<E>(self, _: u64) -> std::result::Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+            fn visit_f64<E>(self, _: f64) -> std::result::Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+            fn visit_str<E>(self, _: &str) -> std::result::Result<Self::Value, E> {
+                Ok(List::Other)
+            }
+        }
+        from.deserialize_any(Reads(std::marker::PhantomData))
+    }
+}
+
+/// An entry; its members, and itself, may be of another type than they should.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Item {
+    File(Box<Entry>),
+    Other(IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    url: Option<Value>,
+    r#type: Option<Value>,
+    count: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Link {
+    relation: Option<Value>,
+    url: Option<Value>,
+}
+
+fn text(value: &Option<Value>) -> Option<&str> {
+    value.as_ref().and_then(Value::as_str)
+}
+
+/// How far ahead of both clocks a server's time may be.
+const AHEAD: Duration = Duration::from_secs(24 * 3600);
+
+fn instant_text(micros: i64) -> String {
+    let time = chrono::DateTime::from_timestamp_micros(micros);
+    time.map_or_else(|| "beyond every calendar".into(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
 }
 
 impl Manifest {
     /// Reads what comes while the server still works (S8): a manifest, or nothing.
     pub fn read_partial(body: &[u8], status: &Url) -> Option<Manifest> {
-        let json: Value = serde_json::from_slice(body).ok()?;
-        json.get("output").filter(|output| output.is_array())?;
+        let json: Written = serde_json::from_slice(body).ok()?;
+        matches!(json.output, Some(List::Items(_))).then_some(())?;
         Manifest::read(body, status).ok()
+    }
+
+    /// Refuses a `transactionTime` that no clock can have shown: it becomes the tables' watermark, and one of the year 9999
+    /// would keep everything out that changes before. `date` is the answer's own.
+    pub fn check_time(&self, date: Option<SystemTime>) -> Result<()> {
+        let latest = date.map_or(SystemTime::now(), |date| date.max(SystemTime::now())) + AHEAD;
+        let latest = latest.duration_since(SystemTime::UNIX_EPOCH).map_or(i64::MAX, |time| time.as_micros() as i64);
+        if self.transaction_time > latest || self.transaction_time < EARLIEST {
+            let time = instant_text(self.transaction_time);
+            let why =
+                format!("the manifest cannot be used: its transactionTime is {time}, which the server's clock cannot have shown");
+            return Err(Error::new(ErrorKind::Server, why).with_hint("have the server's clock set right, then run again"));
+        }
+        Ok(())
     }
 
     /// Reads a manifest that came from `status`: relative URLs are taken from there.
     pub fn read(body: &[u8], status: &Url) -> Result<Manifest> {
         let bad = |why: &str| Error::new(ErrorKind::Server, format!("the manifest cannot be used: {why}"));
-        let json: Value = serde_json::from_slice(body).map_err(|error| bad(&format!("not JSON ({error})")))?;
-        if !json.is_object() {
-            return Err(bad("not a JSON object"));
-        }
+        let json: Written = serde_json::from_slice(body).map_err(|error| match error.classify() {
+            serde_json::error::Category::Data => bad("not a JSON object"),
+            _ => bad(&format!("not JSON ({error})")),
+        })?;
         let mut findings = Vec::new();
+        let mut unusable = Vec::new();
         // Only the server's own clock can be a watermark: with any other, rows could be passed over for ever.
-        let time = json.get("transactionTime").and_then(Value::as_str).ok_or_else(|| bad("no transactionTime"))?;
+        let time = text(&json.transaction_time).ok_or_else(|| bad("no transactionTime"))?;
         let transaction_time = parse_instant(time.as_bytes()).ok_or_else(|| bad("transactionTime is not an instant"))?;
-        let requires_access_token = json.get("requiresAccessToken").and_then(Value::as_bool).unwrap_or_else(|| {
+        let requires_access_token = json.requires_access_token.and_then(|value| value.as_bool()).unwrap_or_else(|| {
             findings.push("requiresAccessToken is missing; taken as true".to_owned());
             true
         });
-        let mut files = |key: &str, required: bool| -> Result<Vec<ManifestFile>> {
-            let list = match json.get(key) {
-                Some(Value::Array(list)) => list.as_slice(),
-                Some(Value::Null) | None => {
-                    if required {
-                        findings.push(format!("{key} is missing; taken as empty"));
-                    }
-                    &[]
+        let mut files = |key: &str, list: usize, given: Option<List<Item>>| -> Result<Vec<ManifestFile>> {
+            let items = match given {
+                Some(List::Items(items)) => items,
+                None if list == 0 => {
+                    findings.push(format!("{key} is missing; taken as empty"));
+                    Vec::new()
                 }
-                Some(_) => return Err(bad(&format!("{key} is not an array"))),
+                None => Vec::new(),
+                Some(List::Other) => return Err(bad(&format!("{key} is not an array"))),
             };
-            list.iter()
-                .enumerate()
-                .map(|(at, item)| {
-                    let url = item.get("url").and_then(Value::as_str).ok_or_else(|| bad(&format!("{key}[{at}] has no url")))?;
-                    let url = status.join(url).map_err(|error| bad(&format!("{key}[{at}].url: {error}")))?;
-                    if !matches!(url.scheme(), "http" | "https") {
-                        return Err(bad(&format!("{key}[{at}].url has the scheme {}", url.scheme())));
+            let mut files = Vec::with_capacity(items.len());
+            for (at, item) in items.into_iter().enumerate() {
+                let (url, resource_type, count) = match item {
+                    Item::File(entry) => (entry.url, entry.r#type, entry.count),
+                    Item::Other(_) => (None, None, None),
+                };
+                let resource_type = text(&resource_type).map(str::to_owned);
+                let place = match text(&url).map(|url| status.join(url)) {
+                    None => Err("has no url".to_owned()),
+                    Some(Err(error)) => Err(format!("has no usable url: {error}")),
+                    Some(Ok(url)) if !matches!(url.scheme(), "http" | "https") => {
+                        Err(format!("has a url of the scheme {}", url.scheme().chars().take(20).collect::<String>()))
                     }
-                    Ok(ManifestFile {
-                        resource_type: item.get("type").and_then(Value::as_str).map(str::to_owned),
-                        url,
-                        count: item.get("count").and_then(Value::as_u64),
-                    })
-                })
-                .collect()
+                    Some(Ok(url)) => Ok(url),
+                };
+                match place {
+                    Ok(url) => files.push(ManifestFile { resource_type, url, count: count.and_then(|count| count.as_u64()) }),
+                    Err(why) => {
+                        unusable.push(Unusable { list, resource_type, why: format!("{key}[{at}] of the manifest {why}") })
+                    }
+                }
+            }
+            Ok(files)
         };
-        let output = files("output", true)?;
-        let deleted = files("deleted", false)?;
-        let mut outcomes = files("error", false)?;
-        outcomes.extend(files("outcome", false)?);
-        let links = json.get("link").and_then(Value::as_array).into_iter().flatten();
-        let mut next = links.filter(|link| link.get("relation").and_then(Value::as_str) == Some("next"));
-        let next = next.find_map(|link| link.get("url").and_then(Value::as_str));
+        let output = files("output", 0, json.output)?;
+        let deleted = files("deleted", 1, json.deleted)?;
+        let mut outcomes = files("error", 2, json.error)?;
+        outcomes.extend(files("outcome", 2, json.outcome)?);
+        let links = if let Some(List::Items(links)) = json.link { links } else { Vec::new() };
+        let mut next = links.iter().filter(|link| text(&link.relation) == Some("next"));
+        let next = next.find_map(|link| text(&link.url));
         let next = match next.map(|next| status.join(next)) {
             Some(Err(error)) => return Err(bad(&format!("its next page: {error}"))),
             Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is no web address")),
             next => next.and_then(std::result::Result::ok),
         };
-        Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, findings })
+        Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, findings, unusable })
     }
 }
+
+/// 1990, microseconds since the epoch: before FHIR, and before any server that has it.
+const EARLIEST: i64 = 631_152_000_000_000;
 
 #[cfg(test)]
 mod tests {
@@ -132,5 +266,32 @@ mod tests {
         assert!(read(r#"{"output":[]}"#).unwrap_err().to_string().contains("transactionTime"));
         assert!(read(r#"{"transactionTime":"yesterday","output":[]}"#).is_err());
         assert!(read("<html>").is_err());
+        for odd in [
+            "[]",
+            "7",
+            "null",
+            r#"{"transactionTime":7,"output":[]}"#,
+            r#"{"transactionTime":"2026-01-02T03:04:05Z","output":{}}"#,
+        ] {
+            assert!(read(odd).is_err(), "{odd}");
+        }
+    }
+
+    // One entry that names no file must not hold the others up, and a time that cannot be must not become a watermark.
+    #[test]
+    fn what_cannot_be_asked_for_is_set_aside() {
+        let manifest = read(
+            r#"{"transactionTime":"2026-01-02T03:04:05Z","requiresAccessToken":false,"output":[{"type":"Patient","url":"file:///etc/passwd"},
+               {"type":"Condition","url":"/c","count":"many"},{"url":"http://["},7,{"type":5,"url":"/x"}],"error":[{}]}"#,
+        )
+        .unwrap();
+        assert_eq!(manifest.output.len(), 2);
+        let unusable: Vec<_> = manifest.unusable.iter().map(|file| (file.list, file.resource_type.as_deref())).collect();
+        assert_eq!(unusable, [(0, Some("Patient")), (0, None), (0, None), (2, None)]);
+        assert!(manifest.unusable[0].why.contains("output[0]") && manifest.unusable[0].why.contains("scheme file"));
+        for (time, good) in [("2026-01-02T03:04:05Z", true), ("9999-12-31T23:59:59Z", false), ("0000-01-01T00:00:00Z", false)] {
+            let manifest = read(&format!("{{\"transactionTime\":\"{time}\",\"output\":[]}}")).unwrap();
+            assert_eq!(manifest.check_time(None).is_ok(), good, "{time}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod answers;
 mod auth;
+mod body;
 mod capabilities;
 mod export;
 mod http;
@@ -9,9 +10,11 @@ mod keys;
 mod links;
 mod manifest;
 mod pace;
+mod reach;
 mod request;
 mod smart;
 
+pub(crate) use answers::server_words;
 pub use answers::{Resume, parse_retry_after};
 pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
 pub use capabilities::Capabilities;

@@ -5,6 +5,8 @@ use reqwest::header::HeaderMap;
 use serde_json::Value;
 use url::Url;
 
+use super::body::{SMALL, whole};
+use super::http::{Web, shown};
 use super::request::Level;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -47,17 +49,18 @@ impl Access {
 
 impl SmartConfiguration {
     /// T4: discovery under the FHIR base, not under the host's root.
-    pub async fn discover(http: &reqwest::Client, base: &Url) -> Result<Self> {
+    pub(super) async fn discover(web: &Web) -> Result<Self> {
+        let base = &web.base;
         let url = base.join(".well-known/smart-configuration").context(ErrorKind::Config, "source.url")?;
-        let unreachable =
-            |error: reqwest::Error| Error::new(ErrorKind::Network, format!("SMART discovery failed: {}", error.without_url()));
-        let response = http.get(url).header("accept", "application/json").send().await.map_err(unreachable)?;
+        let place = shown(&url);
+        let unreachable = |error: reqwest::Error| super::http::network(&error, "SMART discovery").at(place.clone());
+        let response = web.http.get(url).header("accept", "application/json").send().await.map_err(unreachable)?;
         let status = response.status();
         if status.is_server_error() || status.as_u16() == 429 {
             return Err(Error::new(ErrorKind::Network, format!("SMART discovery: the server answered {status}")));
         }
         let skew = clock_skew(response.headers());
-        let body = response.bytes().await.map_err(unreachable)?;
+        let body = whole(response, SMALL, &web.stop, "SMART discovery").await?;
         let json: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
         let list = |name: &str| {
             let items = json.get(name).and_then(Value::as_array).into_iter().flatten();

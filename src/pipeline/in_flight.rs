@@ -287,7 +287,7 @@ pub(super) async fn settle(state: &StateFolder, scope: &str, client: &Client) ->
 /// an answer are forgotten too. Where the
 /// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
 pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = super::state_of(plan)?;
     let _lock = state.lock()?;
     let exports = state.exports()?;
     if let Some(unknown) = numbers.into_iter().flatten().find(|number| **number == 0 || **number > exports.in_flight.len()) {

@@ -7,7 +7,6 @@ use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, instant_text};
-use crate::state::{StateFile, StateFolder};
 
 /// How a table stands.
 #[derive(Debug, Clone)]
@@ -90,11 +89,10 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
         Err(error) => add("token".into(), Err(error)),
     }
     add("tables writable".into(), writable_tables(plan).await);
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
-    let state = Ok(state).and_then(|state| {
+    let state = super::state_of(plan).and_then(|state| {
         state.lock().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
-        StateFile::read(state.state_file())?;
-        Ok(state.path().display().to_string())
+        state.remembered()?;
+        Ok(state.place(state.path()))
     });
     add("state writable".into(), state);
     found

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use chrono::Utc;
 
-use super::{at_most, clean_up};
+use super::{at_most, clean_up, tables_of};
 use crate::config::{MaxBad, Plan};
-use crate::delta::{OptimizeSettings, Optimized, Scratch, Table, Tables, VacuumSettings, Vacuumed, commit_info};
+use crate::delta::{OptimizeSettings, Optimized, Scratch, Table, VacuumSettings, Vacuumed, commit_info};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Stop, compute};
 use crate::messages::ResourceType;
-use crate::state::{JournalEntry, StateFile, StateFolder};
+use crate::state::{JournalEntry, StateFolder};
 
 /// What `optimize` is asked for.
 #[derive(Debug, Clone)]
@@ -49,10 +49,10 @@ pub fn run_id() -> String {
 
 /// Optimizes the pipeline's tables, one after the other. A table that fails does not hold up the others.
 pub async fn optimize(plan: &Plan, options: &OptimizeOptions, stop: &Stop) -> Result<ByTable<Optimized>> {
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = super::state_of(plan)?;
     let _lock = state.lock()?;
     state.clear_scratch()?;
-    clean_up(&state.journal(), &Tables::at(&plan.tables)?, state.staged().read()?.as_ref()).await?;
+    clean_up(&state.journal(), &tables_of(plan, &state)?, state.staged().read()?.as_ref()).await?;
     optimize_locked(plan, &state, options, stop).await
 }
 
@@ -69,7 +69,7 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
         run: run.clone(),
         info: commit_info(&plan.name, &run),
     };
-    let done = for_each_table(plan, &options.types, stop, async |mut table: Table| {
+    let done = for_each_table(plan, state, &options.types, stop, async |mut table: Table| {
         table.check_writable()?;
         let settings = settings.clone();
         let span = tracing::info_span!("optimize", resource_type = %table.resource_type);
@@ -95,9 +95,9 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
 
 /// Finds files that the tables no longer need, and removes them if asked to.
 pub async fn vacuum(plan: &Plan, options: &VacuumOptions, stop: &Stop) -> Result<ByTable<Vacuumed>> {
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = super::state_of(plan)?;
     let _lock = state.lock()?;
-    clean_up(&state.journal(), &Tables::at(&plan.tables)?, state.staged().read()?.as_ref()).await?;
+    clean_up(&state.journal(), &tables_of(plan, &state)?, state.staged().read()?.as_ref()).await?;
     vacuum_locked(plan, &state, options, stop).await
 }
 
@@ -109,7 +109,7 @@ async fn vacuum_locked(plan: &Plan, state: &StateFolder, options: &VacuumOptions
         delete: options.delete,
         info: commit_info(&plan.name, &run_id()),
     };
-    for_each_table(plan, &options.types, stop, async |mut table: Table| {
+    for_each_table(plan, state, &options.types, stop, async |mut table: Table| {
         if settings.delete {
             table.check_writable()?;
         }
@@ -122,7 +122,7 @@ async fn vacuum_locked(plan: &Plan, state: &StateFolder, options: &VacuumOptions
 
 /// What the plan wants done after a successful run. It cannot fail the run: the tables hold all that came.
 pub(super) async fn after_run(plan: &Plan, state: &StateFolder, stop: &Stop) -> Result<()> {
-    let mut remembered = StateFile::read(state.state_file())?;
+    let mut remembered = state.remembered()?;
     remembered.runs_since_optimize += 1;
     remembered.runs_since_vacuum += 1;
     let due = |after: u64, runs: u64| after > 0 && runs >= after && !stop.is_pulled();
@@ -146,17 +146,18 @@ pub(super) async fn after_run(plan: &Plan, state: &StateFolder, stop: &Stop) -> 
         }
         remembered.runs_since_vacuum = 0;
     }
-    remembered.write(state.state_file())
+    state.remember(&remembered)
 }
 
 /// Does something to the tables of `types`, or to all that the pipeline has.
 async fn for_each_table<T>(
     plan: &Plan,
+    state: &StateFolder,
     types: &[String],
     stop: &Stop,
     work: impl AsyncFn(Table) -> Result<T>,
 ) -> Result<ByTable<T>> {
-    let tables = Tables::at(&plan.tables)?;
+    let tables = tables_of(plan, state)?;
     let existing = tables.existing().await?;
     if let Some(unknown) = types.iter().find(|name| !existing.iter().any(|there| **there == ***name)) {
         return Err(Error::new(ErrorKind::Config, format!("there is no table of {unknown} in {}", tables.display())));

@@ -39,6 +39,7 @@ use crate::export_log::ExportLog;
 use crate::fhir::{Auth, Client, Links};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
 use crate::messages::{AtMost, BadLineSink, Chunk, FlushRequests, MergeInput, Rows, instant_text};
+use crate::mirror::Mirror;
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, ServerExport};
@@ -46,7 +47,7 @@ use crate::stages::folder::FolderExport;
 use crate::stages::ledger::Ledger;
 use crate::stages::merge::{Merge, MergeSettings, Staging, StagingSettings};
 use crate::stages::parse::Parse;
-use crate::state::{JournalEntry, StateFile, StateFolder};
+use crate::state::{JournalEntry, StateFolder};
 use crate::telemetry;
 
 /// What a run may be told on the command line.
@@ -75,6 +76,20 @@ pub struct Watch {
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The state of a plan: a folder, or this process's copy of one in an object store.
+pub fn state_of(plan: &Plan) -> Result<StateFolder> {
+    if !plan.state.contains("://") {
+        return Ok(StateFolder::at(std::path::Path::new(&plan.state), plan.state_file.as_deref()));
+    }
+    let mirror = Mirror::at(&plan.state, plan.lock_expiry, || Tables::at(&plan.state)?.store())?;
+    Ok(StateFolder::mirrored(mirror))
+}
+
+/// The tables of a plan, to which nothing is committed once the state's lock is lost.
+pub fn tables_of(plan: &Plan, state: &StateFolder) -> Result<Tables> {
+    Ok(Tables::at(&plan.tables)?.guarded(state.guard()))
 }
 
 /// The client of a plan's server.
@@ -125,7 +140,7 @@ pub async fn run(
     // What an earlier run had failed to bring is here now, as it was when its export was made; types that fail again and again
     // must not keep the others from what changed since.
     tracing::info!("what is there of an earlier run's export is merged; now what changed since");
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = state_of(&plan)?;
     let types = if part { rest } else { plan.types.clone() };
     let second = pass(Plan { types, ..plan }, RunOptions { part, ..options }, watch, stop, &waiting).await;
     // A server with one slot has it taken as long as the first export is not whole: no news, and no failure of its own.
@@ -137,6 +152,9 @@ pub async fn run(
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     Ok(report)
 }
+
+/// Target of the log's word that a run failed, for those who say it in their own way too.
+pub const RUN_FAILED: &str = "fhirlake::run_failed";
 
 /// Once through the pipeline, under an id of its own; a failure leaves a report too.
 async fn pass(
@@ -151,9 +169,14 @@ async fn pass(
     if let Some(id) = telemetry::trace_id(&span) {
         span.record("trace_id", id);
     }
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
-    let outcome = once(plan, options, watch, stop, waiting, run.clone()).instrument(span).await;
+    let state = state_of(&plan)?;
+    let outcome = once(plan, options, watch, stop, waiting, run.clone()).instrument(span.clone()).await;
     if let Err(error) = &outcome {
+        let _of_the_run = span.enter();
+        match error.kind() {
+            ErrorKind::Interrupted => tracing::info!(%error, "the run was stopped"),
+            _ => tracing::error!(target: RUN_FAILED, %error, hint = error.hint(), "the run failed"),
+        }
         report::of_failed(&state, &name, &run, started, error);
     }
     outcome.map_err(|error| error.at(format!("pipeline {name}")))
@@ -168,12 +191,12 @@ async fn once(
     run: String,
 ) -> Result<(RunReport, bool)> {
     let (began, started) = (Instant::now(), Utc::now());
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
+    let state = state_of(&plan)?;
     let _lock = state.lock()?;
     let journal = state.journal();
     state.clear_scratch()?;
     let staged = state.staged().read()?;
-    clean_up(&journal, &Tables::at(&plan.tables)?, staged.as_ref()).await?;
+    clean_up(&journal, &tables_of(&plan, &state)?, staged.as_ref()).await?;
     let client = if options.replay_only { None } else { client(&plan, &watch.board, stop)? };
     let mut prepared = prepare(plan, options).await?;
     if let Some(client) = &client {
@@ -270,6 +293,7 @@ async fn once(
         _ => return Err(Error::new(ErrorKind::Internal, "a server without a client")),
     };
     let span = tracing::Span::current();
+    let long_lines = Arc::new(tokio::sync::Semaphore::new(1));
     for _ in 0..plan.downloads.max(1) {
         let worker = Download {
             files: files_out.clone(),
@@ -279,6 +303,8 @@ async fn once(
             chunk_bytes: plan.chunk_bytes,
             max_line: plan.max_line,
             tries: plan.tries,
+            max_file: plan.max_file,
+            long_lines: long_lines.clone(),
             log: log.clone(),
             board: watch.board.clone(),
             stop: stop.clone(),
@@ -416,7 +442,7 @@ fn at_most(most: &MaxBad) -> AtMost {
 }
 
 fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Result<()> {
-    let mut remembered = StateFile::read(state.state_file())?;
+    let mut remembered = state.remembered()?;
     remembered.last_completed = Some(Utc::now());
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
         if remembered.scope.as_deref() != Some(app_id) {
@@ -429,5 +455,5 @@ fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Re
             remembered.watermarks.extend(done);
         }
     }
-    remembered.write(state.state_file())
+    state.remember(&remembered)
 }

@@ -14,7 +14,7 @@ use crate::fhir::{ExportRequest, Level};
 use crate::messages::{Layouts, ResourceType};
 use crate::schema::{Layout, LayoutOptions, layout_for, parse_instant};
 use crate::stages::export::Kickoff;
-use crate::state::{StateFile, StateFolder};
+use crate::state::StateFile;
 
 /// What is taken off the time in the recipe's state file: it is a client's clock.
 const RECIPE_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
@@ -60,9 +60,9 @@ pub(super) fn app_id(plan: &Plan) -> String {
 
 /// Opens the tables, reads their watermarks and groups the types by them. Asks nothing of the server.
 pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
-    let tables = Tables::at(&plan.tables)?;
-    let state = StateFolder::at(&plan.state, plan.state_file.as_deref());
-    let remembered = StateFile::read(state.state_file())?;
+    let state = super::state_of(&plan)?;
+    let tables = super::tables_of(&plan, &state)?;
+    let remembered = state.remembered()?;
     let app_id = app_id(&plan);
     let types: Vec<ResourceType> = if plan.types.is_empty() {
         tables.existing().await?

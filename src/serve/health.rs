@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::state::StateFile;
+
+/// How far clocks may be apart.
+const AHEAD: TimeDelta = TimeDelta::minutes(5);
 
 /// How a pipeline is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -32,8 +35,15 @@ pub enum Health {
 impl Health {
     /// Judges the state at `path`.
     pub fn of(path: &std::path::Path, max_age: Duration, now: DateTime<Utc>) -> Self {
+        if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
+            // `serve` makes it when it begins: a disk is not mounted, or somebody took it away.
+            return Health::Error { message: "the state's folder is not there".to_owned() };
+        }
         match StateFile::read(path) {
             Err(error) => Health::Error { message: error.to_string() },
+            Ok(state) if state.last_completed.or(state.last_sync_time).is_some_and(|last| last > now + AHEAD) => {
+                Health::Error { message: "the last sync lies in the future: one of the clocks is wrong".to_owned() }
+            }
             // A file that the recipe wrote says when its client began.
             Ok(state) => match state.last_completed.or(state.last_sync_time) {
                 Some(last_sync) if (now - last_sync).to_std().unwrap_or_default() < max_age => Health::Healthy { last_sync },

@@ -1,8 +1,9 @@
 //! One pipeline: waits for what is due, runs it, and knows how it stands.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time::Instant;
@@ -18,16 +19,20 @@ use crate::state::StateFolder;
 pub type PlanSource = Arc<dyn Fn() -> Result<Plan> + Send + Sync>;
 
 /// The wall clock may be set, and a machine may sleep: it is looked at this often.
-const LOOK: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_secs(5);
 /// How often a run's counters are noted, and for how long they are kept, to tell rates.
 const SAMPLE: Duration = Duration::from_secs(1);
 const SAMPLES: usize = 6;
 /// How long what is known of tables is good for while nothing runs here: others write too.
 const TABLES_AGE: Duration = Duration::from_secs(300);
+/// A full run that failed is owed. It is made up for with the next run, and after so long where none is due before.
+const OWED: TimeDelta = TimeDelta::hours(1);
 
 /// A pipeline that is kept.
 pub struct Keeper {
     source: PlanSource,
+    /// The pipeline file: it is looked at for changes while nothing runs.
+    file: PathBuf,
     live: Mutex<Live>,
 }
 
@@ -40,6 +45,7 @@ impl std::fmt::Debug for Keeper {
 /// What is known of it now.
 pub(super) struct Live {
     pub plan: Plan,
+    pub state: StateFolder,
     /// The run that is under way.
     pub running: Option<Running>,
     /// When the next run is due, and whether it asks for everything.
@@ -52,6 +58,10 @@ pub(super) struct Live {
     pub ended: BTreeMap<&'static str, u64>,
     /// Resources by type and what came of them: `inserted`, `updated`, `deleted`, `skipped`.
     pub merged: BTreeMap<(String, &'static str), u64>,
+    /// When a full run that is still owed was last tried.
+    owed: Option<DateTime<Utc>>,
+    /// Length and time of the pipeline file when it was last read.
+    file: Option<(u64, SystemTime)>,
     /// Schedules that were due while a run was under way, or nothing ran: those that were passed over.
     pub missed: u64,
     pub tables: Vec<TableState>,
@@ -90,9 +100,11 @@ impl Keeper {
     }
 
     /// A keeper of the pipeline that `source` reads.
-    pub fn new(source: PlanSource) -> Result<Self> {
-        let plan = source()?;
+    pub fn new(file: PathBuf, source: PlanSource) -> Result<Self> {
+        let stamp = stamp(&file);
+        let plan = scheduled(source()?)?;
         let live = Live {
+            state: pipeline::state_of(&plan)?,
             plan,
             running: None,
             next: None,
@@ -100,6 +112,8 @@ impl Keeper {
             totals: Counts::new(),
             ended: BTreeMap::new(),
             merged: BTreeMap::new(),
+            owed: None,
+            file: stamp,
             missed: 0,
             tables: Vec::new(),
             tables_error: None,
@@ -107,7 +121,7 @@ impl Keeper {
             reports: Vec::new(),
             quarantined: 0,
         };
-        Ok(Self { source, live: Mutex::new(live) })
+        Ok(Self { source, file, live: Mutex::new(live) })
     }
 
     /// The pipeline's name.
@@ -121,7 +135,7 @@ impl Keeper {
 
     pub(super) fn state(&self) -> StateFolder {
         let live = self.live();
-        StateFolder::at(&live.plan.state, live.plan.state_file.as_deref())
+        live.state.clone()
     }
 
     /// Runs what is due until the stop is pulled.
@@ -129,6 +143,7 @@ impl Keeper {
         let began = Utc::now();
         while !stop.is_pulled() {
             self.look_at_tables().await;
+            self.look_at_file();
             let due = match self.due(began) {
                 Ok(due) => due,
                 // What is wrong with the disk now may not be soon, and the other pipelines go on meanwhile.
@@ -160,14 +175,31 @@ impl Keeper {
 
     /// What is due next, or now; what was due since the last time, however often, is due once.
     fn due(&self, began: DateTime<Utc>) -> Result<Option<Due>> {
-        let schedules = self.live().plan.schedules.clone();
-        let done = self.state().schedule_times()?;
+        let (schedules, owed) = {
+            let live = self.live();
+            (live.plan.schedules.clone(), live.owed)
+        };
+        let mut done = self.times()?;
         let now = Utc::now();
+        // Before a schedule was known nothing of it was missed; from then on it is, whoever serves it.
+        if schedules.iter().any(|schedule| !done.contains_key(&schedule.name)) {
+            for schedule in &schedules {
+                done.entry(schedule.name.clone()).or_insert(began.min(now));
+            }
+            self.state().set_schedule_times(&done)?;
+        }
+        let next_of_all = |time| schedules.iter().filter_map(|schedule| schedule.after(time)).min();
         let mut due: Option<Due> = None;
-        for schedule in schedules {
-            // Before a pipeline was ever served nothing was missed.
+        for schedule in schedules.iter().cloned() {
             let last = done.get(&schedule.name).copied().unwrap_or(began).min(now);
-            let Some(time) = schedule.after(last) else { continue };
+            let Some(mut time) = schedule.after(last) else { continue };
+            if schedule.full_refresh
+                && time <= now
+                && let Some(tried) = owed
+            {
+                // It failed, and so often as it may be tried again at once.
+                time = next_of_all(tried).map_or(tried + OWED, |next| next.min(tried + OWED));
+            }
             match &mut due {
                 // What is due together is one run, which asks for everything if one of them does.
                 Some(due) if due.time <= now && time <= now => due.add(time, schedule),
@@ -192,7 +224,7 @@ impl Keeper {
         let retries = due.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max();
         let (retries, delay) = retries.unwrap_or_default();
         let mut tried = 0;
-        loop {
+        let succeeded = loop {
             let outcome = self.run_once(due.full, stop).await;
             if stop.is_pulled() {
                 // Not done: whoever starts next goes on with it at once.
@@ -204,7 +236,7 @@ impl Keeper {
             let then = Utc::now() + delay;
             let due_before = due.schedules.iter().filter_map(|schedule| schedule.after(Utc::now())).any(|next| next <= then);
             if !again || tried >= retries || due_before {
-                break;
+                break outcome.is_ok();
             }
             tried += 1;
             tracing::warn!(pipeline = self.name(), try_number = tried, retries, at = %then, "the run failed; it is made again");
@@ -214,24 +246,61 @@ impl Keeper {
             if stopped {
                 return Ok(());
             }
-        }
+        };
         // What comes due while a run is under way is made up for, once.
-        let state = self.state();
-        let mut times = state.schedule_times()?;
+        let mut times = self.times()?;
         let schedules = self.live().plan.schedules.clone();
         times.retain(|name, _| schedules.iter().any(|schedule| schedule.name == *name));
-        // A run that took everything is what the others would have been.
-        let answered = if due.full { &schedules } else { &due.schedules };
-        times.extend(answered.iter().map(|schedule| (schedule.name.clone(), started)));
-        state.set_schedule_times(&times)
+        // A run that took everything is what the others would have been; one that failed to is owed.
+        let answered = if due.full && succeeded { &schedules } else { &due.schedules };
+        let answered = answered.iter().filter(|schedule| succeeded || !schedule.full_refresh);
+        times.extend(answered.map(|schedule| (schedule.name.clone(), started)));
+        if due.full {
+            self.live().owed = if succeeded { None } else { Some(Utc::now()) };
+            if !succeeded {
+                tracing::warn!(pipeline = self.name(), "the full run is owed: it is made with the next one");
+            }
+        }
+        self.state().set_schedule_times(&times)
+    }
+
+    /// When each schedule last had its run.
+    fn times(&self) -> Result<BTreeMap<String, DateTime<Utc>>> {
+        self.state().schedule_times()
+    }
+
+    /// Reads the pipeline file where it changed. One that cannot be used is said, and what was read before stands.
+    fn look_at_file(&self) {
+        let now = stamp(&self.file);
+        if self.live().file == now {
+            return;
+        }
+        self.live().file = now;
+        match self.read() {
+            Ok((plan, state)) => {
+                let mut live = self.live();
+                (live.plan, live.state, live.tables_read) = (plan, state, None);
+                tracing::info!(pipeline = live.plan.name, "the pipeline file changed and is read anew");
+            }
+            Err(error) => {
+                tracing::error!(%error, pipeline = self.name(), "the pipeline file changed and cannot be used; what it was stands");
+            }
+        }
+    }
+
+    fn read(&self) -> Result<(Plan, StateFolder)> {
+        let plan = scheduled((self.source)()?)?;
+        let state = pipeline::state_of(&plan)?;
+        Ok((plan, state))
     }
 
     /// One run; `Err` says why it is no success.
     async fn run_once(&self, full: bool, stop: &Stop) -> std::result::Result<(), ErrorKind> {
-        let plan = match (self.source)() {
-            Ok(plan) => plan,
+        let (plan, state) = match self.read() {
+            Ok(read) => read,
             Err(error) => {
                 let (run, name) = (pipeline::run_id(), self.name());
+                tracing::error!(%error, hint = error.hint(), pipeline = name, run, "the run failed: it could not begin");
                 pipeline::leave_report(&self.state(), &name, &run, Utc::now(), &error);
                 return self.ended(Err(error), full, stop).await;
             }
@@ -239,7 +308,7 @@ impl Keeper {
         let watch = Watch::default();
         {
             let mut live = self.live();
-            live.plan = plan.clone();
+            (live.plan, live.state) = (plan.clone(), state);
             live.running = Some(Running { watch: watch.clone(), began: Utc::now(), full, samples: VecDeque::new() });
         }
         let options = RunOptions { full_refresh: full, ..RunOptions::default() };
@@ -300,8 +369,9 @@ impl Keeper {
             }
             live.tables_read = None;
         }
-        match &outcome {
-            Ok(report) => tracing::info!(
+        // One that failed has said so itself.
+        if let Ok(report) = &outcome {
+            tracing::info!(
                 pipeline = report.pipeline,
                 run = report.run,
                 seconds = report.seconds,
@@ -311,8 +381,7 @@ impl Keeper {
                 updated = report.types.values().map(|kept| kept.updated).sum::<u64>(),
                 deleted = report.types.values().map(|kept| kept.deleted).sum::<u64>(),
                 "the run ended"
-            ),
-            Err(error) => tracing::error!(%error, hint = error.hint(), "the run failed"),
+            );
         }
         self.look_at_tables().await;
         kind.map_or(Ok(()), Err)
@@ -357,11 +426,16 @@ impl Due {
     }
 }
 
-/// An error where no pipeline has a schedule: there would be nothing to do.
-pub(super) fn check_schedules(keepers: &[Arc<Keeper>]) -> Result<()> {
-    match keepers.iter().find(|keeper| keeper.live().plan.schedules.is_empty()) {
-        None => Ok(()),
-        Some(keeper) => Err(Error::new(ErrorKind::Config, format!("pipeline {} has no schedule", keeper.name()))
+/// A plan, or an error where it has no schedule: there would be nothing to do.
+fn scheduled(plan: Plan) -> Result<Plan> {
+    match plan.schedules.is_empty() {
+        false => Ok(plan),
+        true => Err(Error::new(ErrorKind::Config, format!("pipeline {} has no schedule", plan.name))
             .with_hint("add `schedule: [{ cron: \"15 * * * *\" }]`, or use `fhirlake run`")),
     }
+}
+
+fn stamp(file: &std::path::Path) -> Option<(u64, SystemTime)> {
+    let metadata = std::fs::metadata(file).ok()?;
+    Some((metadata.len(), metadata.modified().ok()?))
 }

@@ -59,7 +59,16 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
     for keeper in keepers {
         let status = PipelineStatus::of(keeper, now);
         let live = keeper.live();
-        all.extend(of_counts(&status.name, &live.counts()));
+        let mut counts = live.counts();
+        // What has not happened yet is zero: from nothing to one is no growth to those who watch for it.
+        let types = live.plan.types.iter().map(String::as_str).chain(status.tables.iter().map(|table| table.name.as_str()));
+        for name in types.chain([telemetry::NO_TYPE]) {
+            for metric in [telemetry::BYTES, telemetry::BAD_LINES, telemetry::PARSED] {
+                counts.entry((metric, name.into())).or_default();
+            }
+        }
+        counts.entry((telemetry::RETRIES, telemetry::NO_TYPE.into())).or_default();
+        all.extend(of_counts(&status.name, &counts));
         let mut add = |metric: &'static str, labels: &[(&'static str, &str)], value: f64| {
             let own = labels.iter().map(|(name, value)| (*name, (*value).to_owned()));
             let labels = [("pipeline", status.name.clone())].into_iter().chain(own).collect();
@@ -78,8 +87,8 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
         if let Some(run) = status.runs.first() {
             add(telemetry::LAST_DURATION, &[], run.seconds);
         }
-        for (outcome, count) in &live.ended {
-            add(telemetry::RUNS, &[("outcome", outcome)], *count as f64);
+        for outcome in ["succeeded", "failed", "interrupted"] {
+            add(telemetry::RUNS, &[("outcome", outcome)], live.ended.get(outcome).copied().unwrap_or(0) as f64);
         }
         for ((resource_type, outcome), count) in &live.merged {
             add(telemetry::MERGED, &[("resource_type", resource_type), ("outcome", outcome)], *count as f64);

@@ -43,6 +43,15 @@ struct Served {
     stop: Stop,
 }
 
+/// Pulls its stop when it goes.
+struct Last(Stop);
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        self.0.pull();
+    }
+}
+
 /// Keeps pipelines until `stop` is pulled: runs that are under way end as on Ctrl-C. `listening` hears the address.
 pub async fn serve(
     keepers: Vec<Keeper>,
@@ -57,9 +66,11 @@ pub async fn serve(
             return Err(Error::new(ErrorKind::Config, format!("two pipelines are named {}", keeper.name())));
         }
     }
-    keeper::check_schedules(&keepers)?;
     let failed = format!("cannot listen on {}", settings.listen);
-    let listener = TcpListener::bind(settings.listen).await.context(ErrorKind::Config, failed)?;
+    // What has the address now may be gone soon.
+    let listener = TcpListener::bind(settings.listen).await.context(ErrorKind::Network, failed).map_err(|error| {
+        error.with_hint("another program has the address, or this machine does not; choose another with --listen")
+    })?;
     let address = listener.local_addr().context(ErrorKind::Internal, "the listener has no address")?;
     if !address.ip().is_loopback() && settings.token.is_none() {
         tracing::warn!(%address, "anybody who reaches the address can see how the pipelines stand: set --token-file");
@@ -70,11 +81,18 @@ pub async fn serve(
     let started = chrono::Utc::now();
     let served = Arc::new(Served { keepers: keepers.clone(), settings, started, stop: stop.clone() });
     let mut crew = Crew::new(stop.clone());
+    // Whoever watches sees runs end: the web stays until the last keeper is gone.
+    let last = Arc::new(Last(Stop::default()));
+    let until = last.0.clone();
     for keeper in keepers {
-        let stop = stop.clone();
+        let (stop, last) = (stop.clone(), last.clone());
         // A thread each: the compiler cannot prove that a whole run may move between threads.
-        crew.spawn_cpu("keeper", move |handle| handle.block_on(keeper.keep(&stop)));
+        crew.spawn_cpu("keeper", move |handle| {
+            let _last = last;
+            handle.block_on(keeper.keep(&stop))
+        });
     }
-    crew.spawn("web", async move { web::run(listener, served).await });
+    drop(last);
+    crew.spawn("web", async move { web::run(listener, served, until).await });
     crew.join(|names| tracing::info!(waiting_for = names.join(", "), "stopping")).await
 }

@@ -16,6 +16,7 @@ async function follow() {
       main.replaceChildren(...fresh.childNodes);
       if (focused) { const again = document.getElementById(focused); if (again) again.focus(); }
       document.body.classList.remove("stale");
+      document.body.dataset.refreshed = new Date().toISOString();
     } catch (error) {
       document.body.classList.add("stale");
     }

@@ -26,6 +26,7 @@ use super::health::Health;
 use super::status::{PipelineStatus, ServerStatus};
 use super::{Served, metrics, page};
 use crate::error::Result;
+use crate::flow::Stop;
 
 /// Connections at the same time; more wait.
 const CONNECTIONS: usize = 128;
@@ -34,9 +35,8 @@ const HEAD: Duration = Duration::from_secs(10);
 /// How long a connection may last.
 const CONNECTION: Duration = Duration::from_secs(60);
 
-/// Answers until the stop is pulled.
-pub(super) async fn run(listener: TcpListener, served: Arc<Served>) -> Result<()> {
-    let stop = served.stop.clone();
+/// Answers until `until` is pulled.
+pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Stop) -> Result<()> {
     let app = Router::new()
         .route("/", get(index))
         .route("/status.json", get(status))
@@ -51,7 +51,7 @@ pub(super) async fn run(listener: TcpListener, served: Arc<Served>) -> Result<()
     let mut connections = FuturesUnordered::new();
     loop {
         tokio::select! {
-            () = stop.pulled() => return Ok(()),
+            () = until.pulled() => return Ok(()),
             _ = connections.next(), if !connections.is_empty() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS => {
                 // One that is gone before it is taken is no reason to end; too many open files pass.
@@ -72,15 +72,20 @@ type Shared = State<Arc<Served>>;
 
 /// Whether a request's `Host` is one of ours: another that leads here is somebody else's page (DNS rebinding).
 fn is_for_us(headers: &HeaderMap, served: &Served) -> bool {
-    let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return false };
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next().and_then(|host| host.to_str().ok()), hosts.next()) else { return false };
     is_ours(host, &served.settings.hosts)
 }
 
 fn is_ours(authority: &str, names: &[String]) -> bool {
-    let name = match authority.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => authority.rsplit_once(':').map_or(authority, |(name, _)| name),
+    let split = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map(|(name, port)| (name, port.strip_prefix(':').unwrap_or(port))),
+        None => Some(authority.rsplit_once(':').unwrap_or((authority, ""))),
     };
+    let Some((name, port)) = split else { return false };
+    if !port.bytes().all(|byte| byte.is_ascii_digit()) {
+        return false;
+    }
     // An address cannot be made to lead elsewhere.
     name.parse::<IpAddr>().is_ok()
         || name.eq_ignore_ascii_case("localhost")

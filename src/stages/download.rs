@@ -15,6 +15,7 @@ use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt};
 use reqwest::header::HeaderValue;
 use serde_json::json;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use url::Url;
 
 use self::lines::Lines;
@@ -60,10 +61,18 @@ pub struct Download {
     pub board: Board,
     /// The run's stop: this stage is part of the source.
     pub stop: Stop,
+    /// Most bytes of a file, unpacked.
+    pub max_file: u64,
+    /// One permit: of lines that are long, one is gathered at a time.
+    pub long_lines: Arc<Semaphore>,
 }
 
 /// Pause before a file that broke off is asked for again; doubled with each try that gets no further.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// A server that gives less than so many bytes in so long keeps a place for nothing.
+const SLOW_WINDOW: Duration = Duration::from_secs(600);
+const SLOW_BYTES: u64 = 64 << 10;
 
 /// Why a file ended early.
 enum Broken {
@@ -173,7 +182,15 @@ impl Download {
         };
         let validator = validator.unwrap_or_else(|| reading.validator.clone());
         reading.validator.clone_from(&validator);
+        let (mut window, mut before) = (tokio::time::Instant::now(), got);
         let broken = loop {
+            if window.elapsed() > SLOW_WINDOW {
+                if got - before < SLOW_BYTES {
+                    let why = format!("the server gave {} bytes in {} minutes", got - before, SLOW_WINDOW.as_secs() / 60);
+                    return Err(Broken::Never(Error::new(ErrorKind::Network, why)));
+                }
+                (window, before) = (tokio::time::Instant::now(), got);
+            }
             let Some(bytes) = handle.block_on(self.stop.or(body.next())).ok_or(Broken::Stopped)? else { break None };
             let bytes = match bytes {
                 Ok(bytes) => bytes,

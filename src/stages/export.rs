@@ -1,6 +1,7 @@
 //! The source, as a FHIR server: kick-off, polls, manifests.
 
 mod log;
+mod set_aside;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use url::Url;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
+use crate::fault_points::reached;
 use crate::fhir::{Client, ExportRequest, KickOff, Links, Manifest, ManifestFile, Poll};
 use crate::flow::{Board, Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType, watermark_of};
@@ -192,8 +194,10 @@ impl ServerExport {
         }
         // Before the server hears of it: should its answer be lost, that much is known.
         (self.remember)(&ExportNote::Asking)?;
+        reached("before the kick-off");
         let lost = AtomicBool::new(false);
         let answer = self.client.kick_off(&kickoff.request, &lost).await;
+        reached("the kick-off is answered");
         let lost = lost.into_inner();
         if !lost && !matches!(answer, Ok(KickOff::Accepted { .. })) {
             (self.remember)(&ExportNote::Refused)?;
@@ -228,10 +232,11 @@ impl ServerExport {
     /// Polls until the export is done, page by page of its manifest, and sends files on as soon as they are final.
     async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &Accepted, index: &mut u32) -> Result<(), Ended> {
         let mut pages = vec![accepted.status.clone()];
-        let mut passed = Passed { time: None, files: 0, known: HashSet::new(), merged: Vec::new() };
+        let began = tokio::time::Instant::now();
+        let mut passed = Passed { time: None, files: 0, known: HashSet::new(), unusable: HashSet::new(), merged: Vec::new() };
         loop {
             let page = pages.len() - 1;
-            let next = self.page(export, kickoff, accepted, &pages[page].clone(), page, &mut passed, index).await?;
+            let next = self.page(export, kickoff, accepted, (&pages[page].clone(), page, began), &mut passed, index).await?;
             match next {
                 None => break,
                 Some(next) if pages.contains(&next) => {
@@ -269,19 +274,16 @@ impl ServerExport {
     }
 
     /// Polls one page until it is final or has a next one; that one.
-    #[expect(clippy::too_many_arguments, reason = "what a page is of, and where its files go")]
     async fn page(
         &self,
         export: usize,
         kickoff: &Kickoff,
         accepted: &Accepted,
-        url: &Url,
-        page: usize,
+        (url, page, began): (&Url, usize, tokio::time::Instant),
         passed: &mut Passed,
         index: &mut u32,
     ) -> Result<Option<Url>, Ended> {
         let settings = self.client.settings();
-        let began = tokio::time::Instant::now();
         let mut pause = settings.min_pause;
         let mut troubled: Option<tokio::time::Instant> = None;
         let mut unasked = false;
@@ -402,6 +404,7 @@ impl ServerExport {
         }
         match passed.time {
             None => {
+                reached("the manifest is read");
                 passed.time = Some(manifest.transaction_time);
                 (self.remember)(&ExportNote::Complete { status: &accepted.status, transaction_time: manifest.transaction_time })?;
                 passed.merged = accepted.merged(watermark_of(manifest.transaction_time, self.until)).cloned().collect();
@@ -417,6 +420,7 @@ impl ServerExport {
             }
             Some(_) => {}
         }
+        self.set_aside(export, accepted, manifest, page, passed, index).await?;
         // A page that came again may list more, in any place; what it listed before has the place that it had then.
         let fresh = self.links.page(export, page, url, accepted.separate, manifest).await;
         let (mut files, mut held) = (Vec::new(), Vec::new());
@@ -473,6 +477,8 @@ const MAX_PAGES: usize = 100_000;
 struct Passed {
     time: Option<i64>,
     files: usize,
+    /// Entries that name no file, by their page.
+    unusable: HashSet<(usize, String)>,
     /// Indexes of files that an earlier run listed: a file that two pages list has its own the second time.
     known: HashSet<u32>,
     /// Types that an earlier run merged.

@@ -336,17 +336,20 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, Box<s
     }
     // A line of which some entries cannot be read goes to quarantine, and what can be read of it is applied: deletions are
     // not tried again.
-    let mut wrong = Ok(());
+    let (mut wrong, mut others) = (Ok(()), 0u64);
     for entry in value.get(b"entry").iter().flat_map(Value::items) {
         let Some(request) = entry.get(b"request") else { continue };
         if request.get(b"method").and_then(|method| method.str_bytes()) != Some(b"DELETE") {
-            tracing::warn!("an entry of a deletion bundle is no DELETE; it is passed over");
+            others += 1;
             continue;
         }
         match deletion(names, request) {
             Ok(found) => out.push(found),
             Err(why) => wrong = wrong.and(Err(why)),
         }
+    }
+    if others > 0 {
+        tracing::debug!(entries = others, "entries of a deletion bundle that are no DELETE are passed over");
     }
     wrong
 }
@@ -364,6 +367,41 @@ fn deletion(names: &Names, request: Value<'_>) -> Result<(ResourceType, Box<str>
     Ok((resource_type.clone(), id.into()))
 }
 
+/// The codes of FHIR R4's IssueType.
+const ISSUE_TYPES: [&str; 31] = [
+    "invalid",
+    "structure",
+    "required",
+    "value",
+    "invariant",
+    "security",
+    "login",
+    "unknown",
+    "expired",
+    "forbidden",
+    "suppressed",
+    "processing",
+    "not-supported",
+    "duplicate",
+    "multiple-matches",
+    "not-found",
+    "deleted",
+    "too-long",
+    "code-invalid",
+    "extension",
+    "too-costly",
+    "business-rule",
+    "conflict",
+    "transient",
+    "lock-error",
+    "no-store",
+    "exception",
+    "timeout",
+    "incomplete",
+    "throttled",
+    "informational",
+];
+
 /// Counts the issues of an OperationOutcome by severity and code; how many were fatal, and how many fatal or errors.
 fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64) {
     let (mut fatal, mut errors) = (0, 0);
@@ -376,10 +414,9 @@ fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64
         };
         fatal += u64::from(severity == "fatal");
         errors += u64::from(matches!(severity, "fatal" | "error"));
-        // A code of FHIR's, or none: what else stands there might be anything.
+        // A code of FHIR's (IssueType), or none: what else stands there might be anything, and any number of things.
         let code = issue.get(b"code").and_then(|code| code.as_str()).unwrap_or_default();
-        let is_code = (1..=20).contains(&code.len()) && code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
-        add(out, if is_code { format!("{severity} {code}") } else { severity.to_owned() }.into());
+        add(out, if ISSUE_TYPES.contains(&code) { format!("{severity} {code}") } else { severity.to_owned() }.into());
     }
     (fatal, errors)
 }

@@ -2,10 +2,13 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
+use crate::fault_points::reached;
+use crate::mirror::Mirror;
 use crate::private::private_append;
 
 /// A step of a run.
@@ -30,20 +33,28 @@ pub enum JournalEntry {
 #[derive(Debug, Clone)]
 pub struct Journal {
     path: PathBuf,
+    mirror: Option<Arc<Mirror>>,
 }
 
 impl Journal {
-    pub(super) fn at(path: PathBuf) -> Self {
-        Self { path }
+    pub(super) fn at(path: PathBuf, mirror: Option<Arc<Mirror>>) -> Self {
+        Self { path, mirror }
+    }
+
+    fn keep(&self) -> Result<()> {
+        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
     }
 
     /// Appends a step and makes it durable.
     pub fn write(&self, entry: &JournalEntry) -> Result<()> {
         let mut line = serde_json::to_vec(entry).context(ErrorKind::Internal, "a journal entry")?;
         line.push(b'\n');
+        reached("before the journal");
         let mut file = private_append(&self.path)?;
         file.write_all(&line).context(ErrorKind::State, "the journal cannot be written")?;
-        file.sync_data().context(ErrorKind::State, "the journal cannot be synced")
+        file.sync_data().context(ErrorKind::State, "the journal cannot be synced")?;
+        reached("the journal is written");
+        self.keep()
     }
 
     /// The steps of the run that was in flight when its process ended; nothing where the last run ended itself.
@@ -66,7 +77,10 @@ impl Journal {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).context(ErrorKind::State, "the journal cannot be cleared")
             }
-            _ => Ok(()),
+            _ => {
+                reached("the journal is cleared");
+                self.keep()
+            }
         }
     }
 }
@@ -78,7 +92,7 @@ mod tests {
     #[test]
     fn a_run_that_was_killed_is_remembered_and_one_that_ended_is_not() {
         let folder = tempfile::tempdir().unwrap();
-        let journal = Journal::at(folder.path().join("journal.ndjson"));
+        let journal = Journal::at(folder.path().join("journal.ndjson"), None);
         assert!(journal.unfinished().unwrap().is_empty());
         let began = JournalEntry::Began { run: "r1".into(), types: vec!["Patient".into()] };
         journal.write(&began).unwrap();

@@ -1,21 +1,40 @@
 //! Keeps two runs off one pipeline.
 //!
 //! For a local folder the operating system's file lock does it: it goes with the process, however that
-//! ends, so there is no heartbeat to miss and no stale lock to break.
+//! ends, so there is no heartbeat to miss and no stale lock to break. For one in an object store a [`crate::mirror`] does.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mirror::MirrorLock;
 
 /// The lock; given back when dropped or when the process ends.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    _held: Held,
+}
+
+#[derive(Debug)]
+enum Held {
+    File { _file: File },
+    Remote { _lock: MirrorLock },
+}
+
+/// Who takes a lock, for those who find it taken.
+pub(super) fn owner() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = if host.trim().is_empty() { String::new() } else { format!(" on {}", host.trim()) };
+    format!("process {}{host}, since {}", std::process::id(), chrono::Utc::now().format("%Y-%m-%dT%H:%M:%SZ"))
 }
 
 impl Lock {
+    /// One in an object store.
+    pub(super) fn remote(lock: MirrorLock) -> Self {
+        Self { _held: Held::Remote { _lock: lock } }
+    }
+
     pub(super) fn holder(path: &Path) -> Option<String> {
         let mut file = File::open(path).ok()?;
         match file.try_lock_shared() {
@@ -57,11 +76,11 @@ impl Lock {
             }
             Err(std::fs::TryLockError::Error(error)) => return Err(error).context(ErrorKind::State, failed()),
         }
-        let owner = format!("process {}, since {}\n", std::process::id(), chrono::Utc::now().format("%Y-%m-%dT%H:%M:%SZ"));
+        let owner = format!("{}\n", owner());
         file.set_len(0).context(ErrorKind::State, failed())?;
         file.rewind().context(ErrorKind::State, failed())?;
         file.write_all(owner.as_bytes()).context(ErrorKind::State, failed())?;
-        Ok(Self { _file: file })
+        Ok(Self { _held: Held::File { _file: file } })
     }
 }
 

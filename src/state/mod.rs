@@ -16,11 +16,13 @@ pub use watermark::StateFile;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
+use crate::mirror::Mirror;
 use crate::private::{private_dir, write_atomically};
 use crate::staged::StagedFolder;
 
@@ -29,18 +31,63 @@ use crate::staged::StagedFolder;
 pub struct StateFolder {
     folder: PathBuf,
     state_file: PathBuf,
+    /// Where it is in an object store, and the folder this process's copy.
+    mirror: Option<Arc<Mirror>>,
 }
 
 impl StateFolder {
     /// State in `folder`, or with `state_file` for its `state.json`. Makes nothing.
     pub fn at(folder: &Path, state_file: Option<&Path>) -> Self {
         let state_file = state_file.map_or_else(|| folder.join("state.json"), Path::to_path_buf);
-        Self { folder: folder.to_path_buf(), state_file }
+        Self { folder: folder.to_path_buf(), state_file, mirror: None }
+    }
+
+    /// State in an object store.
+    pub fn mirrored(mirror: Arc<Mirror>) -> Self {
+        Self { mirror: Some(mirror.clone()), ..Self::at(mirror.path(), None) }
+    }
+
+    /// Makes what changed durable, wherever the state is.
+    fn keep(&self) -> Result<()> {
+        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
+    }
+
+    /// Fails once a lock in an object store that this process took is not its own any more.
+    pub fn guard(&self) -> Arc<dyn Fn() -> Result<()> + Send + Sync> {
+        let mirror = self.mirror.clone();
+        Arc::new(move || mirror.as_ref().map_or(Ok(()), |mirror| mirror.check()))
+    }
+
+    /// A file or folder of it, as everybody else finds it.
+    pub fn place(&self, path: &Path) -> String {
+        self.mirror.as_ref().map_or_else(|| path.display().to_string(), |mirror| mirror.place(path))
+    }
+
+    /// Where quarantined lines of a run are, for messages; those of earlier runs where it has none.
+    pub fn quarantine_place(&self, run: &str) -> String {
+        let of_run = self.quarantine_folder().join(format!("{run}.ndjson"));
+        self.place(if of_run.exists() { &of_run } else { of_run.parent().unwrap_or(&of_run) })
+    }
+
+    /// Where a run's report is, for messages.
+    pub fn report_place(&self, run: &str) -> String {
+        self.place(&self.folder.join("runs").join(format!("{run}.json")))
     }
 
     /// The folder, for messages.
     pub fn path(&self) -> &Path {
         &self.folder
+    }
+
+    /// What `state.json` says.
+    pub fn remembered(&self) -> Result<StateFile> {
+        StateFile::read(&self.state_file)
+    }
+
+    /// Replaces what `state.json` says, durably.
+    pub fn remember(&self, remembered: &StateFile) -> Result<()> {
+        remembered.write(&self.state_file)?;
+        self.keep()
     }
 
     /// The state file.
@@ -51,12 +98,18 @@ impl StateFolder {
     /// Takes the lock, or says who holds it.
     pub fn lock(&self) -> Result<Lock> {
         private_dir(&self.folder)?;
-        Lock::take(&self.folder.join("lock"))
+        match &self.mirror {
+            Some(mirror) => Ok(Lock::remote(mirror.lock(&lock::owner())?)),
+            None => Lock::take(&self.folder.join("lock")),
+        }
     }
 
     /// Who holds the lock, if anybody does. Changes nothing.
     pub fn lock_holder(&self) -> Option<String> {
-        Lock::holder(&self.folder.join("lock"))
+        match &self.mirror {
+            Some(mirror) => mirror.lock_holder(),
+            None => Lock::holder(&self.folder.join("lock")),
+        }
     }
 
     /// Folder for what does not fit into memory. It holds patient data, and goes with the next run at the latest.
@@ -76,12 +129,12 @@ impl StateFolder {
 
     /// The journal of the run in flight.
     pub fn journal(&self) -> Journal {
-        Journal::at(self.folder.join("journal.ndjson"))
+        Journal::at(self.folder.join("journal.ndjson"), self.mirror.clone())
     }
 
     /// What runs have staged and no table has yet.
     pub fn staged(&self) -> StagedFolder {
-        StagedFolder::at(self.folder.join("staged"))
+        StagedFolder::at(self.folder.join("staged"), self.mirror.clone())
     }
 
     /// Exports in flight, and when the server may be asked again.
@@ -98,12 +151,13 @@ impl StateFolder {
             return Ok(());
         }
         private_dir(&self.folder)?;
-        exports.write(&self.folder.join("exports.json"))
+        exports.write(&self.folder.join("exports.json"))?;
+        self.keep()
     }
 
     /// Where the run's bad lines go.
     pub fn quarantine(&self, run: &str) -> Result<Quarantine> {
-        Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")))
+        Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")), self.mirror.clone())
     }
 
     /// All lines in quarantine, with the run that each came in.
@@ -118,7 +172,8 @@ impl StateFolder {
 
     /// Takes the lines out whose resource was deleted since they came; how many.
     pub fn remove_superseded(&self) -> Result<u64> {
-        deleted::remove_superseded(&self.quarantine_folder())
+        let removed = deleted::remove_superseded(&self.quarantine_folder())?;
+        self.keep().map(|()| removed)
     }
 
     /// Those lines.
@@ -128,7 +183,8 @@ impl StateFolder {
 
     /// Takes lines out of quarantine; how many.
     pub fn remove_quarantined(&self, gone: &HashSet<LineId>) -> Result<u64> {
-        quarantine::remove(&self.quarantine_folder(), gone)
+        let removed = quarantine::remove(&self.quarantine_folder(), gone)?;
+        self.keep().map(|()| removed)
     }
 
     /// Takes the lines out that earlier runs than `run` kept of some types; how many.
@@ -176,7 +232,7 @@ impl StateFolder {
             // A report that cannot be removed is only clutter.
             let _ = std::fs::remove_file(old);
         }
-        Ok(())
+        self.keep()
     }
 
     /// The newest run's report.
@@ -201,9 +257,11 @@ impl StateFolder {
     pub fn schedule_times(&self) -> Result<BTreeMap<String, DateTime<Utc>>> {
         let path = self.folder.join("schedule.json");
         match std::fs::read(&path) {
-            Ok(text) => {
-                serde_json::from_slice(&text).context(ErrorKind::State, format!("{} is not what a run wrote", path.display()))
-            }
+            // No reason never to run again.
+            Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
+                tracing::warn!(%error, path = %path.display(), "when runs were made is not readable; it counts from now");
+                BTreeMap::new()
+            })),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
             Err(error) => Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
         }
@@ -213,7 +271,8 @@ impl StateFolder {
     pub fn set_schedule_times(&self, times: &BTreeMap<String, DateTime<Utc>>) -> Result<()> {
         private_dir(&self.folder)?;
         let text = serde_json::to_vec_pretty(times).context(ErrorKind::Internal, "the schedule's times")?;
-        write_atomically(&self.folder.join("schedule.json"), &text)
+        write_atomically(&self.folder.join("schedule.json"), &text)?;
+        self.keep()
     }
 }
 

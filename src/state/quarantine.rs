@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use super::deleted;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault_points::reached;
 use crate::messages::{BadLine, BadLines, FileKind, KeptLine, KeptLines, LineId, ResourceType};
+use crate::mirror::Mirror;
 use crate::private::{private_append, private_dir, write_atomically};
 
 /// A line in quarantine, as its file holds it.
@@ -73,6 +75,7 @@ impl QuarantinedLine {
 pub struct Quarantine {
     path: PathBuf,
     kept: AtomicU64,
+    mirror: Option<Arc<Mirror>>,
     inner: Mutex<Inner>,
 }
 
@@ -92,13 +95,13 @@ const LOGGED: u64 = 20;
 
 impl Quarantine {
     /// The quarantine of a run whose file is `path`, beside the files of earlier runs.
-    pub(super) fn of_run(path: PathBuf) -> Result<Self> {
+    pub(super) fn of_run(path: PathBuf, mirror: Option<Arc<Mirror>>) -> Result<Self> {
         let mut known = HashSet::new();
         for line in path.parent().into_iter().flat_map(lines) {
             known.insert(line?.1.id());
         }
         let inner = Inner { file: None, earlier: !known.is_empty(), known, deleted: None };
-        Ok(Self { path, kept: AtomicU64::new(0), inner: Mutex::new(inner) })
+        Ok(Self { path, kept: AtomicU64::new(0), mirror, inner: Mutex::new(inner) })
     }
 
     /// Where it is.
@@ -201,6 +204,7 @@ pub(super) fn remove(folder: &Path, gone: &HashSet<LineId>) -> Result<u64> {
         removed += here;
         if kept.is_empty() {
             std::fs::remove_file(&path).context(ErrorKind::State, "the quarantine cannot be written")?;
+            reached("a run's quarantine is removed");
         } else {
             write_atomically(&path, &kept)?;
         }
@@ -272,7 +276,9 @@ impl BadLines for Quarantine {
                 none.insert(private_append(&self.path)?)
             }
         };
-        file.write_all(&json).context(ErrorKind::State, "the quarantine cannot be written")
+        file.write_all(&json).context(ErrorKind::State, "the quarantine cannot be written")?;
+        reached("a line is quarantined");
+        Ok(())
     }
 
     fn deleted(&self, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
@@ -288,7 +294,9 @@ impl BadLines for Quarantine {
 
     fn sync(&self) -> Result<()> {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        reached("before the quarantine is synced");
         let mut files = inner.file.iter().chain(&inner.deleted);
-        files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))
+        files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))?;
+        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
     }
 }

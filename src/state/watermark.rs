@@ -93,6 +93,8 @@ impl StateFile {
 
 /// As Python's `datetime.fromisoformat` of every age reads it: `+00:00`, never `Z`.
 fn python_time(time: &DateTime<Utc>) -> String {
+    // Its `fromisoformat` wants three digits or six before 3.11.
+    let time = DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or(*time);
     time.to_rfc3339_opts(SecondsFormat::AutoSi, false)
 }
 

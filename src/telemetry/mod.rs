@@ -62,18 +62,18 @@ macro_rules! metrics {
 const TYPE: Option<&str> = Some("resource_type");
 
 metrics! {
-    BUILD, "fhirlake.build.info", Gauge, "1", Some("version"), "The version that runs.";
+    BUILD, "fhirlake.build.info", Gauge, "{build}", Some("version"), "The version that runs.";
     MEMORY, "process.memory.usage", Gauge, "By", None, "Memory that the process holds.";
-    HEALTHY, "fhirlake.pipeline.healthy", Gauge, "1", None, "Whether the last success is recent enough: 1 or 0.";
+    HEALTHY, "fhirlake.pipeline.healthy", Gauge, "{pipeline}", None, "Whether the last success is recent enough: 1 or 0.";
     LAST_SUCCESS, "fhirlake.run.last_success.timestamp", Gauge, "s", None, "When the last successful run completed, since 1970.";
     LAST_DURATION, "fhirlake.run.last.duration", Gauge, "s", None, "How long the newest run took.";
     NEXT_RUN, "fhirlake.run.next.timestamp", Gauge, "s", None, "When the next run is due, since 1970.";
-    RUN_ACTIVE, "fhirlake.run.active", Gauge, "1", None, "Whether a run is under way: 1 or 0.";
+    RUN_ACTIVE, "fhirlake.run.active", Gauge, "{run}", None, "Whether a run is under way: 1 or 0.";
     RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted.";
     MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Runs that were due and could not begin in time; each was made up for, once.";
     MERGED, "fhirlake.resources.merged", Counter, "{resource}", Some("resource_type, outcome"), "Resources by what came of them: inserted, updated, deleted, skipped.";
     TABLE_ROWS, "fhirlake.table.rows", Gauge, "{row}", TYPE, "Rows of a table.";
-    TABLE_VERSION, "fhirlake.table.version", Gauge, "1", TYPE, "Version of a table.";
+    TABLE_VERSION, "fhirlake.table.version", Gauge, "{version}", TYPE, "Version of a table.";
     TABLE_LAG, "fhirlake.table.lag", Gauge, "s", TYPE, "How far a table's watermark is behind our clock.";
     QUARANTINED, "fhirlake.quarantine.lines", Gauge, "{line}", None, "Lines in quarantine.";
     EXPORTS, "fhirlake.exports.in_flight", Gauge, "{export}", None, "Exports that the server works on or holds.";
@@ -121,18 +121,25 @@ pub enum LogFormat {
 /// Where traces, metrics and logs go, and by what. Read from the pipeline file and the standard `OTEL_*` variables.
 #[derive(Debug, Clone)]
 pub struct OtlpSettings {
-    /// The receiver; `None`: the SDK finds it in `OTEL_EXPORTER_OTLP_ENDPOINT`, or those of the signals.
+    /// Whether the environment names the service.
+    pub names_service: bool,
+    /// Where traces go, if they do.
+    pub traces: Option<Signal>,
+    /// Where metrics go.
+    pub metrics: Option<Signal>,
+    /// Where logs go.
+    pub logs: Option<Signal>,
+    /// What is asked for and cannot be.
+    pub problems: Vec<String>,
+}
+
+/// Where one of traces, metrics and logs goes.
+#[derive(Debug, Clone)]
+pub struct Signal {
+    /// The receiver; `None`: the SDK finds it in `OTEL_EXPORTER_OTLP_ENDPOINT`, or the signal's own.
     pub endpoint: Option<String>,
     /// gRPC, or HTTP with Protobuf.
     pub grpc: bool,
-    /// Whether the environment names the service.
-    pub names_service: bool,
-    /// Whether traces are sent.
-    pub traces: bool,
-    /// Whether metrics are sent.
-    pub metrics: bool,
-    /// Whether logs are sent.
-    pub logs: bool,
 }
 
 /// A metric's value at a moment.
@@ -198,8 +205,14 @@ pub fn trace_id(span: &tracing::Span) -> Option<String> {
 }
 
 /// Sends logs to `writer`, and traces, metrics and logs to where `settings` say; what cannot be set up is said in words.
-/// `filter` is in `tracing`'s directive syntax, and is the writer's only.
-pub fn init<W>(format: LogFormat, filter: &str, writer: W, settings: Option<&OtlpSettings>) -> (Telemetry, Vec<String>)
+/// `colour` is for a terminal; `filter` is in `tracing`'s directive syntax, and is the writer's only.
+pub fn init<W>(
+    format: LogFormat,
+    colour: bool,
+    filter: &str,
+    writer: W,
+    settings: Option<&OtlpSettings>,
+) -> (Telemetry, Vec<String>)
 where
     W: for<'a> tracing_subscriber::fmt::MakeWriter<'a> + Send + Sync + 'static,
 {
@@ -214,7 +227,7 @@ where
     // Every line says of which run, file or commit it is: what stands around it.
     let layer = match json {
         true => layer.json().flatten_event(true).with_current_span(false).with_span_list(true).with_filter(filter).boxed(),
-        false => layer.with_ansi(terminal).with_target(false).with_filter(filter).boxed(),
+        false => layer.with_ansi(terminal && colour).with_target(false).with_filter(filter).boxed(),
     };
     let (telemetry, problems, more) = set_up(settings);
     let mut layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = vec![layer];
@@ -230,7 +243,8 @@ type SetUp = (Telemetry, Vec<String>, Vec<Box<dyn Layer<Registry> + Send + Sync>
 #[cfg(feature = "otlp")]
 fn set_up(settings: Option<&OtlpSettings>) -> SetUp {
     let Some(settings) = settings else { return SetUp::default() };
-    let (otlp, problems) = otlp::Otlp::new(settings);
+    let (otlp, mut problems) = otlp::Otlp::new(settings);
+    problems.extend(settings.problems.iter().cloned());
     let layers = otlp.layers();
     (Telemetry { otlp: Some(otlp) }, problems, layers)
 }

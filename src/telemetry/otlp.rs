@@ -36,8 +36,8 @@ pub(super) struct Otlp {
 
 /// One exporter, by gRPC or HTTP, to the endpoint of a signal.
 macro_rules! exporter {
-    ($exporter:ident, $settings:expr, $path:literal) => {{
-        match ($settings.grpc, &$settings.endpoint) {
+    ($exporter:ident, $signal:expr, $path:literal) => {{
+        match ($signal.grpc, &$signal.endpoint) {
             (true, Some(endpoint)) => $exporter::builder().with_tonic().with_endpoint(endpoint).build(),
             (true, None) => $exporter::builder().with_tonic().build(),
             (false, Some(endpoint)) => {
@@ -61,8 +61,8 @@ impl Otlp {
         let mut problems = Vec::new();
         let mut failed = |signal: &str, error: String| problems.push(format!("{signal} cannot be sent: {error}"));
         let mut otlp = Self { traces: None, metrics: None, logs: None };
-        if settings.traces {
-            match exporter!(SpanExporter, settings, "traces") {
+        if let Some(signal) = &settings.traces {
+            match exporter!(SpanExporter, signal, "traces") {
                 Ok(exporter) => {
                     let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.clone());
                     otlp.traces = Some(provider.build());
@@ -70,8 +70,8 @@ impl Otlp {
                 Err(error) => failed("traces", error.to_string()),
             }
         }
-        if settings.metrics {
-            match exporter!(MetricExporter, settings, "metrics") {
+        if let Some(signal) = &settings.metrics {
+            match exporter!(MetricExporter, signal, "metrics") {
                 Ok(exporter) => {
                     let reader = PeriodicReader::builder(exporter).build();
                     otlp.metrics = Some(SdkMeterProvider::builder().with_reader(reader).with_resource(resource.clone()).build());
@@ -79,8 +79,8 @@ impl Otlp {
                 Err(error) => failed("metrics", error.to_string()),
             }
         }
-        if settings.logs {
-            match exporter!(LogExporter, settings, "logs") {
+        if let Some(signal) = &settings.logs {
+            match exporter!(LogExporter, signal, "logs") {
                 Ok(exporter) => {
                     otlp.logs = Some(SdkLoggerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build());
                 }

@@ -1,14 +1,20 @@
 mod architecture;
+mod corpus;
+#[cfg(feature = "fault-points")]
+mod crash;
 mod documents;
 mod encoding;
 mod field;
 mod folder;
 mod golden;
 mod golden_rows;
+mod hostile;
+mod machine;
 mod maintenance;
 mod merge;
 mod modes;
 mod otlp;
+mod privacy;
 mod process;
 mod protocol;
 mod quarantine;

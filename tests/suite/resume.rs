@@ -34,7 +34,7 @@ fn pipeline(lake: &Lake, server: &DemoServer, rest: &str) -> PathBuf {
 }
 
 fn staged(lake: &Lake) -> Option<StagedWork> {
-    StagedFolder::at(lake.state().join("staged")).read().unwrap()
+    StagedFolder::at(lake.state().join("staged"), None).read().unwrap()
 }
 
 /// Runs until `enough`, then kills.
@@ -97,8 +97,11 @@ async fn what_is_staged_is_not_downloaded_again_after_a_kill() {
     assert!(report.succeeded, "{report:#?}");
     assert_is(&lake, &server.population(), &TYPES).await;
     let after = asked(&server);
-    let again: Vec<&String> =
-        after.iter().filter(|(name, count)| before.get(*name) != Some(count)).map(|(name, _)| name).collect();
+    let again: Vec<&String> = after
+        .iter()
+        .filter(|(name, count)| before.get(*name).is_some_and(|before| before != *count))
+        .map(|(name, _)| name)
+        .collect();
     assert_eq!(again, ["Claim.3.ndjson"]);
     assert_eq!(server.seen().kickoffs.len(), 1);
     nothing_left_over(&lake).await;

@@ -26,8 +26,13 @@ struct Service {
     ended: tokio::task::JoinHandle<fhirlake::error::Result<()>>,
 }
 
+/// A keeper of a plan that is in no file.
+fn keeper(plan: Plan) -> fhirlake::error::Result<Keeper> {
+    Keeper::new("/nowhere".into(), Arc::new(move || Ok(plan.clone())))
+}
+
 async fn start(plans: Vec<Plan>, token: Option<&str>) -> Service {
-    start_with(plans.into_iter().map(|plan| Keeper::new(Arc::new(move || Ok(plan.clone()))).unwrap()).collect(), token).await
+    start_with(plans.into_iter().map(|plan| keeper(plan).unwrap()).collect(), token).await
 }
 
 async fn start_with(keepers: Vec<Keeper>, token: Option<&str>) -> Service {
@@ -179,6 +184,128 @@ async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     service.end().await;
 }
 
+// Breaks if a full run that failed is forgotten, if a schedule is only known once it had a run, or if a file that changes while
+// nothing is due is not seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_run_is_owed_until_it_is_made() {
+    let (server, lake) = (demo().await, lake());
+    let both = "schedule: [{ cron: \"* * * * * *\", retries: 0 }, { cron: \"0 0 1 1 *\", full_refresh: true, retries: 0 }]\n";
+    let state = StateFolder::at(&lake.state(), None);
+    let names: Vec<String> = plan(&lake, &server, both).schedules.into_iter().map(|schedule| schedule.name).collect();
+    let long_ago = Utc::now() - TimeDelta::days(400);
+    state.set_schedule_times(&[(names[0].clone(), Utc::now()), (names[1].clone(), long_ago)].into()).unwrap();
+    // Another holds the pipeline when it is due.
+    let lock = state.lock().unwrap();
+    let service = start(vec![plan(&lake, &server, both)], None).await;
+    let began = Instant::now();
+    while !service.get("/metrics").await.1.contains("fhirlake_runs_total{pipeline=\"test\",outcome=\"failed\"} 2") {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(state.schedule_times().unwrap()[&names[1]], long_ago, "it is owed");
+    drop(lock);
+    service.until(|status| status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
+    let made = service.status().await["pipelines"][0]["runs"].as_array().unwrap().clone();
+    let first = made.iter().rev().find(|run| run["succeeded"] == true).unwrap();
+    assert_eq!(first["full"], true, "{made:#?}");
+    service.until(|status| status["pipelines"][0]["runs"][0]["full"] == false).await;
+    assert!(state.schedule_times().unwrap()[&names[1]] > long_ago);
+    service.end().await;
+
+    // A new schedule counts from when it was first seen; one that is gone is an error, and what was stands.
+    let lake = super::support::lake();
+    let yearly = "schedule: [{ cron: \"0 0 1 1 *\" }]\n";
+    let file = lake.folder.path().join("p.yaml");
+    std::fs::write(&file, yearly).unwrap();
+    let read = {
+        let (file, without, soon) = (file.clone(), plan(&lake, &server, ""), plan(&lake, &server, both));
+        let yearly = plan(&lake, &server, yearly);
+        Arc::new(move || {
+            Ok(match std::fs::read_to_string(&file).unwrap().as_str() {
+                "" => without.clone(),
+                "soon" => soon.clone(),
+                _ => yearly.clone(),
+            })
+        })
+    };
+    let service = start_with(vec![Keeper::new(file.clone(), read).unwrap()], None).await;
+    let status = service.until(|status| status["pipelines"][0]["next_run"].is_string()).await;
+    let next = status["pipelines"][0]["next_run"].clone();
+    let state = StateFolder::at(&lake.state(), None);
+    assert_eq!(state.schedule_times().unwrap().len(), 1, "known before its first run");
+    std::fs::write(&file, "").unwrap();
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(service.status().await["pipelines"][0]["next_run"], next, "an empty schedule is not taken");
+    std::fs::write(&file, "soon").unwrap();
+    service.until(|status| runs(status) >= 1).await;
+    service.end().await;
+}
+
+// Who balances load is told before the service goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_it_stops_it_is_not_ready_and_can_be_watched() {
+    let (server, lake) = (demo().await, lake());
+    server.set_faults(Faults { slow: Some(Duration::from_millis(700)), ..Faults::default() });
+    let soon = "schedule: [{ cron: \"* * * * * *\" }]\nstages: { download: { concurrency: 1 } }\n";
+    let service = start(vec![plan(&lake, &server, soon)], None).await;
+    service.until(|status| status["pipelines"][0]["running"]["types"].as_array().is_some_and(|types| !types.is_empty())).await;
+    service.stop.pull();
+    assert_eq!(service.get("/ready").await, (503, "{\"status\":\"stopping\"}".to_owned()));
+    service.end().await;
+}
+
+/// Runs a browser without a window, which `FHIRLAKE_CHROMIUM` names; what it says.
+fn browser(arguments: &[&str]) -> Option<String> {
+    let Some(chromium) = std::env::var_os("FHIRLAKE_CHROMIUM").filter(|value| !value.is_empty()) else {
+        #[expect(clippy::disallowed_macros, reason = "a skipped test must be seen")]
+        {
+            eprintln!("SKIPPED: FHIRLAKE_CHROMIUM names no Chromium, so the page is seen by none");
+        }
+        return None;
+    };
+    let profile = tempfile::tempdir().unwrap();
+    let output = tokio::task::block_in_place(|| {
+        std::process::Command::new(chromium)
+            .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"])
+            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .args(arguments)
+            .output()
+            .unwrap()
+    });
+    Some(String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+}
+
+// Breaks if the page is not one in a browser: its own script is refused by its own policy, nothing moves, or it is blank.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_shows_the_page_and_its_script_keeps_it_fresh() {
+    let (server, lake) = (demo().await, lake());
+    let service = start(vec![plan(&lake, &server, "schedule: [{ cron: \"* * * * * *\" }]\n")], None).await;
+    service.until(|status| runs(status) >= 1).await;
+    let url = format!("http://{}/", service.address);
+    let log = "--enable-logging=stderr";
+    let Some(seen) = browser(&["--virtual-time-budget=8000", "--dump-dom", log, &url]) else { return service.end().await };
+    assert!(seen.contains("Patient") && seen.contains("<main"), "{seen}");
+    assert!(!seen.contains("Content Security Policy") && !seen.contains("Uncaught"), "{seen}");
+    assert!(seen.contains("data-refreshed=") && !seen.contains("class=\"stale\""), "the script asked again: {seen}");
+    let mut pictures = Vec::new();
+    for (width, scheme) in [(1200, "1"), (400, "1"), (400, "0")] {
+        let picture = lake.folder.path().join(format!("{width}-{scheme}.png"));
+        let said = browser(&[
+            "--virtual-time-budget=2000",
+            &format!("--screenshot={}", picture.display()),
+            &format!("--window-size={width},1600"),
+            &format!("--blink-settings=preferredColorScheme={scheme}"),
+            &url,
+        ]);
+        let bytes = std::fs::read(&picture).unwrap_or_else(|_| panic!("{said:?}"));
+        let size = u32::from_be_bytes(bytes[16..20].try_into().unwrap());
+        assert!(size == width && bytes.len() > 20_000, "{width}: {size} wide, {} bytes", bytes.len());
+        pictures.push(bytes);
+    }
+    assert_ne!(pictures[1], pictures[2], "dark is not light");
+    service.end().await;
+}
+
 // A stop in the middle of a run ends it as Ctrl-C does; the next start goes on with it at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
@@ -257,10 +384,11 @@ async fn a_file_that_is_broken_meanwhile_fails_its_runs_only() {
     let plan = plan(&lake, &server, "schedule: [{ cron: \"* * * * * *\", retries: 0 }]\n");
     let broken = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let flag = broken.clone();
-    let keeper = Keeper::new(Arc::new(move || match flag.load(std::sync::atomic::Ordering::Relaxed) {
+    let source = Arc::new(move || match flag.load(std::sync::atomic::Ordering::Relaxed) {
         true => Err(fhirlake::error::Error::new(fhirlake::error::ErrorKind::Config, "line 7 is no key")),
         false => Ok(plan.clone()),
-    }));
+    });
+    let keeper = Keeper::new("/nowhere".into(), source);
     let service = start_with(vec![keeper.unwrap()], None).await;
     service.until(|status| runs(status) >= 1).await;
     broken.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -287,7 +415,10 @@ async fn several_pipelines_and_none_without_a_schedule() {
     assert_eq!(service.status().await["pipelines"].as_array().unwrap().len(), 2);
     service.end().await;
     let refused = async |plans: Vec<Plan>| {
-        let keepers = plans.into_iter().map(|plan| Keeper::new(Arc::new(move || Ok(plan.clone()))).unwrap()).collect();
+        let keepers = match plans.into_iter().map(keeper).collect::<Result<Vec<_>, _>>() {
+            Ok(keepers) => keepers,
+            Err(error) => return error.to_string(),
+        };
         let settings = WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts: Vec::new(), token: None };
         serve(keepers, settings, Stop::default(), &Telemetry::default(), |_| {}).await.unwrap_err().to_string()
     };

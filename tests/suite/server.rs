@@ -263,7 +263,7 @@ async fn a_stop_leaves_whole_tables_or_none() {
             assert_eq!(error.kind(), ErrorKind::Interrupted, "{error}");
             stopped += 1;
         }
-        let staged = StagedFolder::at(lake.state().join("staged")).read().unwrap().unwrap_or_default();
+        let staged = StagedFolder::at(lake.state().join("staged"), None).read().unwrap().unwrap_or_default();
         for name in TYPES {
             let (mut there, named) = lake.files(name).await;
             there.retain(|path| !staged.files.iter().any(|file| file.path == *path && &*file.resource_type == name));
@@ -335,12 +335,12 @@ async fn a_forbidden_type_is_reported_and_set_aside() {
 async fn fatal_outcomes_hold_the_watermark_and_warnings_do_not() {
     let (server, lake) = (server(6).await, lake());
     let issue = |severity: &str| {
-        format!("{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"x\"}}]}}\n")
+        format!("{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"exception\"}}]}}\n")
     };
     server.set_faults(Faults { errors: issue("fatal").into_bytes(), ..Default::default() });
     let report = lake.run(&source(&server), "").await.unwrap();
     assert!(report.succeeded && report.watermark_held);
-    assert_eq!(report.outcome_issues["fatal x"], 1);
+    assert_eq!(report.outcome_issues["fatal exception"], 1);
     assert_is(&lake, &server.population(), &TYPES).await;
     server.set_faults(Faults { errors: issue("warning").into_bytes(), ..Default::default() });
     assert!(!lake.run(&source(&server), "").await.unwrap().watermark_held);

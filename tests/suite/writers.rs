@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fhirlake::pipeline::RunOptions;
+use fhirlake::config::MaxBad;
+use fhirlake::flow::Stop;
+use fhirlake::pipeline::{OptimizeOptions, RunOptions, optimize};
 use parquet::data_type::{ByteArray, ByteArrayType, Int96, Int96Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::support::{Lake, folder, lake, strings};
@@ -172,7 +175,7 @@ async fn two_pipelines_merge_into_one_table_at_the_same_time() {
             let (data, source) = folder(&[("Patient.ndjson", &text)]);
             let mut plan = lake.plan(&source, "");
             plan.name = name.to_owned();
-            plan.state = lake.folder.path().join(name);
+            plan.state = lake.folder.path().join(name).display().to_string();
             let run = lake.run_with(plan, RunOptions::default());
             async move {
                 let report = run.await.unwrap();
@@ -192,6 +195,104 @@ async fn two_pipelines_merge_into_one_table_at_the_same_time() {
         let newest = if round == 0 { "2" } else { "3" };
         assert!((0..50).all(|id| found[&format!("p{id}")] == [newest]), "round {round}: {found:?}");
         assert_eq!(found.len() as u32, 50 + 20 * (round + 1));
+    }
+}
+
+/// What happens to the table of patients.
+#[derive(Debug, Clone)]
+enum Step {
+    /// A pipeline's run brings versions of ids.
+    One(Vec<(u32, u32)>),
+    /// Another pipeline's.
+    Two(Vec<(u32, u32)>),
+    /// Both at the same time.
+    Both(Vec<(u32, u32)>, Vec<(u32, u32)>),
+    /// Another writer deletes an id, as Spark would.
+    Deletes(u32),
+    /// Files are put together.
+    Optimize,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let brought = || prop::collection::vec((0..12u32, 1..9u32), 1..8);
+    let step = prop_oneof![
+        3 => brought().prop_map(Step::One),
+        3 => brought().prop_map(Step::Two),
+        2 => (brought(), brought()).prop_map(|(one, two)| Step::Both(one, two)),
+        2 => (0..12u32).prop_map(Step::Deletes),
+        1 => Just(Step::Optimize),
+    ];
+    prop::collection::vec(step, 1..9)
+}
+
+async fn brings(lake: &Lake, name: &str, rows: &[(u32, u32)]) {
+    let text: String = rows.iter().map(|(id, version)| patients(*id..*id + 1, *version)).collect();
+    let (_data, source) = folder(&[("Patient.ndjson", &text)]);
+    // Without vectors: the outside writer could not delete.
+    let mut plan = lake.plan(&source, "stages: { merge: { deletion_vectors: false } }\n");
+    plan.name = name.to_owned();
+    plan.state = lake.folder.path().join(name).display().to_string();
+    let report = lake.run_with(plan, RunOptions::default()).await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+}
+
+async fn takes(lake: &Lake, steps: &[Step]) {
+    let mut model: BTreeMap<String, u32> = BTreeMap::new();
+    for (at, step) in steps.iter().enumerate() {
+        let mut merge = |rows: &[(u32, u32)]| {
+            for (id, version) in rows {
+                let known = model.entry(format!("p{id}")).or_default();
+                *known = (*known).max(*version);
+            }
+        };
+        match step {
+            Step::One(rows) => {
+                brings(lake, "one", rows).await;
+                merge(rows);
+            }
+            Step::Two(rows) => {
+                brings(lake, "two", rows).await;
+                merge(rows);
+            }
+            Step::Both(one, two) => {
+                tokio::join!(brings(lake, "one", one), brings(lake, "two", two));
+                merge(one);
+                merge(two);
+            }
+            _ if model.is_empty() => {}
+            Step::Deletes(id) => {
+                let url = url::Url::from_directory_path(table(lake)).unwrap();
+                let table = deltalake::open_table(url).await.unwrap();
+                // delta-rs does not delete from tables with vectors: these have none.
+                table.delete().with_predicate(format!("id = 'p{id}'")).await.unwrap();
+                model.remove(&format!("p{id}"));
+            }
+            Step::Optimize => {
+                let plan = lake.plan("{ url: \"file:///nowhere\" }", "");
+                let options = OptimizeOptions { types: Vec::new(), cluster: at % 2 == 0, min_deleted: MaxBad::Lines(1) };
+                let done = optimize(&plan, &options, &Stop::default()).await.unwrap();
+                assert!(done.values().all(Result::is_ok));
+            }
+        }
+        if !model.is_empty() || table(lake).exists() {
+            let found = rows(lake).await;
+            let expected: BTreeMap<String, Vec<String>> =
+                model.iter().map(|(id, version)| (id.clone(), vec![version.to_string()])).collect();
+            assert_eq!(found, expected, "after step {at} of {steps:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 60, ..ProptestConfig::default() })]
+    // Breaks if some interleaving of two pipelines and an outside writer loses a row, doubles it, or brings an old one back.
+    #[test]
+    fn any_interleaving_of_writers(steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let lake = lake();
+            takes(&lake, &steps).await;
+        });
     }
 }
 

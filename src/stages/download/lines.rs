@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
+use tokio::sync::OwnedSemaphorePermit;
 use twox_hash::XxHash3_128;
 
 use super::{Broken, Download};
@@ -12,6 +13,10 @@ use crate::messages::{Chunk, ExportFile};
 
 /// How much of a line that is too long is kept for the quarantine.
 const KEPT_OF_OVERSIZED: usize = 64 * 1024;
+/// From here on a line is long: of those, one is gathered at a time, whatever the number of downloads.
+const LONG: usize = 4 << 20;
+/// A line that is so many times too long has no end.
+const NO_END: u64 = 16;
 
 /// A hash of bytes that come in pieces of any size.
 #[derive(Debug, Default)]
@@ -61,6 +66,8 @@ pub(super) struct Lines<'a> {
     /// Length so far of a line that is too long, while it lasts.
     oversized: Option<u64>,
     began: bool,
+    /// Held while a long line is gathered.
+    long: Option<OwnedSemaphorePermit>,
 }
 
 impl<'a> Lines<'a> {
@@ -78,6 +85,7 @@ impl<'a> Lines<'a> {
             read: 0,
             oversized: None,
             began: false,
+            long: None,
         }
     }
 
@@ -109,11 +117,20 @@ impl<'a> Lines<'a> {
         }
         self.passed.add(bytes);
         self.read += bytes.len() as u64;
+        if self.read > self.stage.max_file {
+            let why = format!("the file has more than stages.download.max_file ({} bytes)", self.stage.max_file);
+            return Err(Broken::Never(Error::new(ErrorKind::Data, why)));
+        }
         let chunk_bytes = self.stage.chunk_bytes;
         while !bytes.is_empty() {
             if self.oversized.is_some() {
                 bytes = self.skip(bytes)?;
                 continue;
+            }
+            if self.buffer.len() >= LONG.max(chunk_bytes) && self.long.is_none() {
+                let permit = self.stage.long_lines.clone().acquire_owned();
+                // Never closed.
+                self.long = self.handle.block_on(self.stage.stop.or(permit)).ok_or(Broken::Stopped)?.ok();
             }
             let room = chunk_bytes.saturating_sub(self.buffer.len()).max(64 * 1024).min(bytes.len());
             self.buffer.extend_from_slice(&bytes[..room]);
@@ -150,6 +167,7 @@ impl<'a> Lines<'a> {
         let length = chunk.len() as u64;
         chunk.shrink_to_fit();
         self.pass_on(Bytes::from(chunk), lines, None)?;
+        self.long = None;
         self.offset += length;
         Ok(())
     }
@@ -169,6 +187,7 @@ impl<'a> Lines<'a> {
     fn begin_oversized(&mut self) {
         self.oversized = Some(self.buffer.len() as u64);
         self.searched = 0;
+        self.long = None;
         self.buffer.truncate(KEPT_OF_OVERSIZED);
         self.buffer.shrink_to_fit();
     }
@@ -177,6 +196,10 @@ impl<'a> Lines<'a> {
         let end = memchr::memchr(b'\n', bytes);
         let length = self.oversized.unwrap_or(0) + end.unwrap_or(bytes.len()) as u64;
         let Some(end) = end else {
+            if length > (self.stage.max_line as u64).saturating_mul(NO_END) {
+                let why = format!("line {} has more than {length} bytes and no end", self.lines + 1);
+                return Err(Broken::Never(Error::new(ErrorKind::Data, why)));
+            }
             self.oversized = Some(length);
             return Ok(&[]);
         };

@@ -143,8 +143,10 @@ impl Staging {
         work.listed.extend(self.others.listed.iter().cloned());
         work.files.extend(self.others.files.iter().cloned());
         work.in_tables.extend(self.others.in_tables.iter().cloned());
+        if work.files.is_empty() && work.listed.is_empty() { keep.folder.clear() } else { keep.folder.write(&work) }?;
+        // Not before: where the list could not be written, files that are only on this one would be nobody's.
         self.listed = work.files.iter().map(|file| file.path.clone()).collect();
-        if work.files.is_empty() && work.listed.is_empty() { keep.folder.clear() } else { keep.folder.write(&work) }
+        Ok(())
     }
 
     /// The export's files, and which of them are held by the Parquet files that are written down and the tables.

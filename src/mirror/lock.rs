@@ -1,0 +1,225 @@
+//! The lock of a folder in an object store: an object that is taken, renewed and given back by conditional puts, and judged by
+//! the store's own clock.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use object_store::path::Path as ObjectPath;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
+use serde::{Deserialize, Serialize};
+
+use super::{CLOCK, LOCK, Mirror, locked};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// What the lock's object says.
+#[derive(Serialize, Deserialize)]
+struct LockText {
+    owner: String,
+    /// Its holder's own, since two processes may have the same words for themselves.
+    token: String,
+    /// Given back by its holder.
+    #[serde(default)]
+    free: bool,
+    /// Another with every put: some stores' entity tags are the content's hash.
+    turn: String,
+}
+
+/// A lock that is held.
+#[derive(Debug)]
+pub(super) struct Held {
+    version: tokio::sync::Mutex<UpdateVersion>,
+    renewed: Mutex<Instant>,
+    lost: AtomicBool,
+    over: AtomicBool,
+    owner: String,
+    token: String,
+}
+
+impl Held {
+    /// A holder that could not renew it in time must think it another's, whatever the store says.
+    pub(super) fn is_ours(&self, expiry: Duration) -> bool {
+        !self.lost.load(Ordering::Acquire) && locked(&self.renewed).elapsed() < expiry.mul_f64(0.75)
+    }
+}
+
+/// The lock of a [`Mirror`]; given back when dropped.
+#[derive(Debug)]
+pub struct MirrorLock {
+    mirror: Arc<Mirror>,
+    held: Arc<Held>,
+}
+
+fn text_of(owner: &str, token: &str, free: bool) -> Vec<u8> {
+    let (owner, token, turn) = (owner.to_owned(), token.to_owned(), uuid::Uuid::new_v4().to_string());
+    serde_json::to_vec(&LockText { owner, token, free, turn }).unwrap_or_default()
+}
+
+/// What the lock's object is now: what it says, its version, and how long ago by the store's own clock it was written.
+async fn look(store: &dyn ObjectStore) -> Result<Option<(LockText, UpdateVersion, Duration)>> {
+    let failed = "the lock";
+    let got = match store.get(&ObjectPath::from(LOCK)).await {
+        Ok(got) => got,
+        Err(object_store::Error::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(error).context(ErrorKind::State, failed),
+    };
+    let meta = got.meta.clone();
+    let text = got.bytes().await.context(ErrorKind::State, failed)?;
+    let text = serde_json::from_slice(&text).unwrap_or_else(|_| LockText {
+        owner: "somebody".into(),
+        token: String::new(),
+        free: false,
+        turn: String::new(),
+    });
+    // Clocks of machines differ; a new object has the store's.
+    let clock = ObjectPath::from(format!("{CLOCK}{}", uuid::Uuid::new_v4()));
+    store.put(&clock, "now".into()).await.context(ErrorKind::State, failed)?;
+    let now = store.head(&clock).await.context(ErrorKind::State, failed);
+    // One that stays is only clutter.
+    let _ = store.delete(&clock).await;
+    let age = (now?.last_modified - meta.last_modified).to_std().unwrap_or_default();
+    Ok(Some((text, UpdateVersion { e_tag: meta.e_tag, version: meta.version }, age)))
+}
+
+impl Mirror {
+    /// Who holds the lock, if anybody does.
+    pub fn lock_holder(&self) -> Option<String> {
+        let (store, expiry) = (self.store.clone(), self.expiry);
+        let there = self.wait(async move { look(&*store).await }).ok()??;
+        (!there.0.free && there.2 <= expiry + Duration::from_secs(1)).then_some(there.0.owner)
+    }
+
+    /// Takes the lock, or says who holds it, and brings the copy up to what the store has. Every step is a conditional put:
+    /// of two that try, one has it.
+    pub fn lock(self: &Arc<Self>, owner: &str) -> Result<MirrorLock> {
+        let (store, owner, url, expiry) = (self.store.clone(), owner.to_owned(), &self.url, self.expiry);
+        let began = Instant::now();
+        let token = uuid::Uuid::new_v4().to_string();
+        let text = text_of(&owner, &token, false);
+        let taken = self.wait(async move {
+            let mode = match look(&*store).await? {
+                None => PutMode::Create,
+                // A second more, since some stores' times have no parts of one.
+                Some((there, version, age)) if there.free || age > expiry + Duration::from_secs(1) => {
+                    if !there.free {
+                        tracing::warn!(owner = there.owner, "the lock's holder has not been heard for long; it is taken over");
+                    }
+                    PutMode::Update(version)
+                }
+                Some((there, ..)) => return Ok(Err(there.owner)),
+            };
+            let options = PutOptions { mode, ..PutOptions::default() };
+            match store.put_opts(&ObjectPath::from(LOCK), text.into(), options).await {
+                Ok(put) => Ok(Ok(UpdateVersion::from(put))),
+                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                    Ok(Err("one that came at the same time".to_owned()))
+                }
+                Err(error) => Err(error).context(ErrorKind::State, "the lock"),
+            }
+        });
+        let version = taken.map_err(|error| self.failed("locked", error))?.map_err(|holder| {
+            let free = format!("a lock whose holder is gone is free after {} s", expiry.as_secs());
+            Error::new(ErrorKind::Locked, format!("another run holds this pipeline ({holder}): {url}/{LOCK}; {free}"))
+        })?;
+        let held = Arc::new(Held {
+            version: tokio::sync::Mutex::new(version),
+            renewed: Mutex::new(began),
+            lost: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            owner,
+            token,
+        });
+        *locked(&self.held) = Some(held.clone());
+        let (store, renewing) = (self.store.clone(), held.clone());
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(async move { renew(&*store, &renewing, expiry).await });
+        }
+        let lock = MirrorLock { mirror: self.clone(), held };
+        self.pull()?;
+        Ok(lock)
+    }
+}
+
+/// Renews a lock until it is given back or lost.
+async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
+    loop {
+        tokio::time::sleep(expiry / 5).await;
+        if held.over.load(Ordering::Acquire) {
+            return;
+        }
+        let began = Instant::now();
+        let mut version = held.version.lock().await;
+        let options = PutOptions { mode: PutMode::Update(version.clone()), ..PutOptions::default() };
+        match store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, false).into(), options).await {
+            Ok(put) => {
+                *version = put.into();
+                *locked(&held.renewed) = began;
+            }
+            Err(object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. }) => {
+                // An answer that was lost, and the put tried again: then it is still ours.
+                match look(store).await {
+                    Ok(Some((text, newest, _))) if text.token == held.token && !text.free => *version = newest,
+                    Ok(_) => {
+                        tracing::error!("the state's lock was taken by another; nothing more is committed");
+                        held.lost.store(true, Ordering::Release);
+                        return;
+                    }
+                    Err(error) => tracing::warn!(%error, "the state's lock could not be looked at"),
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the state's lock could not be renewed; trying again"),
+        }
+    }
+}
+
+impl Drop for MirrorLock {
+    fn drop(&mut self) {
+        self.held.over.store(true, Ordering::Release);
+        *locked(&self.mirror.held) = None;
+        let (store, held) = (self.mirror.store.clone(), self.held.clone());
+        // Conditional too: another's lock is not ours to give back.
+        let given = self.mirror.wait(async move {
+            let version = held.version.lock().await.clone();
+            let options = PutOptions { mode: PutMode::Update(version), ..PutOptions::default() };
+            let put = store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, true).into(), options).await;
+            put.map(drop).context(ErrorKind::State, "the lock")
+        });
+        if let Err(error) = given {
+            tracing::warn!(%error, "the state's lock could not be given back; it is free when it expires");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::mirror;
+    use super::*;
+
+    // Breaks if two hold the lock, or one that lost it goes on.
+    #[test]
+    fn one_holder_and_one_that_lost_it_knows() {
+        let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
+        let (one, other) = (mirror(&store, 2_000), mirror(&store, 2_000));
+        let lock = one.lock("one").unwrap();
+        let refused = other.lock("other").unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Locked);
+        assert!(refused.to_string().contains("(one)"), "{refused}");
+        assert_eq!(other.lock_holder().as_deref(), Some("one"));
+        // Renewed for longer than it would live alone.
+        std::thread::sleep(Duration::from_millis(3_500));
+        other.lock("other").unwrap_err();
+        one.check().unwrap();
+        drop(lock);
+        assert_eq!(other.lock_holder(), None);
+        let taken = other.lock("other").unwrap();
+        // Its process is stopped for longer than the lock lives, and a third takes it over.
+        taken.held.over.store(true, Ordering::Release);
+        std::thread::sleep(Duration::from_millis(3_300));
+        let third = one.lock("third").unwrap();
+        assert_eq!(other.check().unwrap_err().kind(), ErrorKind::Locked);
+        assert_eq!(other.push().unwrap_err().kind(), ErrorKind::Locked);
+        drop(taken);
+        assert_eq!(other.lock_holder().as_deref(), Some("third"));
+        drop(third);
+    }
+}

@@ -1,0 +1,204 @@
+//! Faults of the machine: a disk that is full or cannot be written, a clock that is set back, names that do not resolve, memory
+//! that is limited. Each ends in a clear error and a run that can simply be repeated.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use chrono::{TimeDelta, Utc};
+use fhirlake::demo::{DemoServer, Population};
+
+use super::support::{Lake, assert_is, lake};
+
+const TYPES: [&str; 3] = ["Patient", "Observation", "Condition"];
+
+fn fhirlake(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fhirlake"));
+    command.args(arguments).env_remove("FHIRLAKE_LOG");
+    tokio::task::block_in_place(|| command.output().unwrap())
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn skipped(why: &str) {
+    #[expect(clippy::disallowed_macros, reason = "a skipped test must be seen")]
+    {
+        eprintln!("SKIPPED: {why}");
+    }
+}
+
+/// A disk of its own, in memory.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn at(path: &Path, kilobytes: usize) -> Option<Self> {
+        std::fs::create_dir_all(path).unwrap();
+        let options = format!("size={kilobytes}k,mode=700");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(path).output();
+        mounted.is_ok_and(|output| output.status.success()).then(|| Self(path.to_owned()))
+    }
+    fn change(&self, options: &str) {
+        let changed = Command::new("mount").args(["-o", &format!("remount,{options}")]).arg(&self.0).status().unwrap();
+        assert!(changed.success());
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+async fn server() -> DemoServer {
+    DemoServer::start(Population::new(9, 60), 0, 10).await.unwrap()
+}
+
+fn file(lake: &Lake, server: &DemoServer, rest: &str) -> String {
+    let source = format!("{{ url: \"{}\", types: [{}], retry_for: 1s }}", server.base(), TYPES.join(", "));
+    let file = lake.pipeline_file(&source);
+    let yaml = std::fs::read_to_string(&file).unwrap() + rest;
+    std::fs::write(&file, yaml).unwrap();
+    file.display().to_string()
+}
+
+// Breaks if a full disk leaves half a table, a message without a cause, or a state that the next run cannot use. From a disk on
+// which nothing fits to one on which all does: it is full while files are staged, while a table is committed, and while state,
+// journal and report are written.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_at_any_moment() {
+    let server = server().await;
+    let (mut failed, mut codes) = (0, std::collections::BTreeMap::<i32, usize>::new());
+    for kilobytes in [4, 16, 40, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 4096] {
+        let lake = lake();
+        // Tables and state are on it.
+        let Some(disk) = Disk::at(lake.folder.path(), 50_000) else {
+            return skipped("no disk can be mounted here, so none is full");
+        };
+        let file = file(
+            &lake,
+            &server,
+            "stages: { encode: { row_group: 64KiB }, merge: { checkpoint: 20ms, checkpoint_size: 4KiB } }\n",
+        );
+        let filler = lake.folder.path().join("filler");
+        std::fs::write(&filler, vec![1; (50_000 - 8 - kilobytes) << 10]).unwrap();
+        let output = fhirlake(&["run", &file]);
+        let code = output.status.code().unwrap_or(-1);
+        *codes.entry(code).or_default() += 1;
+        let words = said(&output);
+        if code != 0 {
+            failed += 1;
+            assert!([6, 8, 10].contains(&code), "{kilobytes} kB: exit code {code}: {words}");
+            assert!(words.contains("No space left") && !words.contains("panicked"), "{kilobytes} kB: {words}");
+        }
+        std::fs::remove_file(&filler).unwrap();
+        let output = fhirlake(&["run", &file]);
+        assert!(output.status.success(), "{kilobytes} kB, then room: {}", said(&output));
+        assert_is(&lake, &server.population(), &TYPES).await;
+        for name in TYPES {
+            let (there, named) = lake.files(name).await;
+            assert_eq!(there, named, "{kilobytes} kB: {name}");
+        }
+        drop(disk);
+    }
+    assert!(failed >= 5, "the disk was full {failed} times only");
+    skipped(&format!("(not skipped) full disks ended in exit codes {codes:?}"));
+}
+
+// Breaks if a disk that cannot be written is found out late, or in a library's words.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_written() {
+    let (server, lake) = (server().await, lake());
+    let file = file(&lake, &server, "");
+    for (folder, code) in [(lake.state(), [8, 6]), (lake.tables(), [10, 6])] {
+        let Some(disk) = Disk::at(&folder, 50_000) else {
+            return skipped("no disk can be mounted here, so none is read-only");
+        };
+        disk.change("ro");
+        let output = fhirlake(&["run", &file]);
+        assert!(code.contains(&output.status.code().unwrap()), "{:?}: {}", output.status, said(&output));
+        assert!(said(&output).contains("Read-only file system"), "{}", said(&output));
+        disk.change("rw");
+        let output = fhirlake(&["run", &file]);
+        assert!(output.status.success(), "{}", said(&output));
+        assert_is(&lake, &server.population(), &TYPES).await;
+        drop(disk);
+    }
+}
+
+// Breaks if what was written before the clock was set back keeps runs from being made, or rows out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_was_set_back() {
+    let (server, lake) = (server().await, lake());
+    let file = file(&lake, &server, "");
+    assert!(fhirlake(&["run", &file]).status.success());
+    // By today's clock all of that is in the future.
+    let ahead = (Utc::now() + TimeDelta::days(30)).to_rfc3339();
+    let path = lake.state().join("state.json");
+    let mut state: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    state["last_completed"] = ahead.clone().into();
+    std::fs::write(&path, state.to_string()).unwrap();
+    for folder in ["runs"] {
+        for entry in std::fs::read_dir(lake.state().join(folder)).unwrap().flatten() {
+            std::fs::rename(entry.path(), entry.path().with_file_name("20991231T235959999Z-ffffff.json")).unwrap();
+        }
+    }
+    server.step(40, 10, 3);
+    let output = fhirlake(&["run", &file]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_is(&lake, &server.population(), &TYPES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_does_not_resolve() {
+    let lake = lake();
+    let file = lake.pipeline_file("{ url: \"https://no-such-host.invalid/fhir\", types: [Patient], retry_for: 1s }");
+    let output = fhirlake(&["run", &file.display().to_string()]);
+    let words = said(&output);
+    assert_eq!(output.status.code(), Some(3), "{words}");
+    assert!(words.contains("no-such-host.invalid") && words.contains("reachable"), "{words}");
+}
+
+/// A control group that gives the processes in it so much memory; how a shell enters it.
+fn limited(bytes: u64) -> Option<(PathBuf, String)> {
+    let name = format!("fhirlake-test-{}", std::process::id());
+    for (root, limit) in [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")] {
+        let group = Path::new(root).join(&name);
+        if std::fs::create_dir(&group).is_ok() {
+            if std::fs::write(group.join(limit), bytes.to_string()).is_ok() {
+                let enter = format!("echo $$ > {}/cgroup.procs", group.display());
+                return Some((group, enter));
+            }
+            let _ = std::fs::remove_dir(&group);
+        }
+    }
+    None
+}
+
+// `memory:` and 250 MB are what a run has: breaks if the kernel has to kill it.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_is_limited() {
+    let memory = 64 << 20;
+    let Some((group, enter)) = limited(memory + 250_000_000) else {
+        return skipped("no control group can be made here, so memory is not limited");
+    };
+    let server = DemoServer::start(Population::new(9, 1200), 0, 300).await.unwrap();
+    let lake = lake();
+    let file = file(&lake, &server, "memory: 64MiB\n");
+    let script = format!("{enter}; exec \"$0\" \"$@\"");
+    for full in [&[][..], &["--full-refresh"]] {
+        let mut command = Command::new("bash");
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_fhirlake"), "run", &file]).args(full);
+        let output = tokio::task::block_in_place(|| command.output().unwrap());
+        assert!(output.status.success(), "{:?}: {}", output.status, said(&output));
+        server.step(200, 20, 5);
+    }
+    let peak =
+        ["memory.max_usage_in_bytes", "memory.peak"].iter().find_map(|name| std::fs::read_to_string(group.join(name)).ok());
+    skipped(&format!(
+        "(not skipped) with {} bytes allowed the group had at most {}",
+        memory + 250_000_000,
+        peak.unwrap_or_default().trim()
+    ));
+    let _ = std::fs::remove_dir(&group);
+}
