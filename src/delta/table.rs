@@ -14,7 +14,6 @@ use url::Url;
 use super::vectors;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fault_points::reached;
-use crate::private::private_dir;
 use crate::schema::{EXCLUDED_TYPES, Model};
 use crate::staged::StagedParquet;
 
@@ -163,7 +162,7 @@ impl Tables {
     pub async fn check_writable(&self) -> Result<()> {
         use object_store::ObjectStoreExt;
         if let Some(path) = self.local() {
-            private_dir(&path)?;
+            table_folder(&path)?;
         }
         let failed = |error: &dyn std::fmt::Display| storage(error, &format!("{} cannot be written", self.display()));
         let store = self.store()?;
@@ -269,6 +268,11 @@ impl Table {
     }
 }
 
+/// A folder of tables: the user's alone, unless the umask lets a group read.
+fn table_folder(path: &std::path::Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(|error| storage(error, &format!("{} cannot be made", path.display())))
+}
+
 /// What the URL of an object store begins with, the cargo feature that brings the store, and whether it is built in.
 const STORES: [(&[&str], &str, bool); 3] = [
     (&["s3", "s3a"], "s3", cfg!(feature = "s3")),
@@ -319,7 +323,7 @@ impl Table {
     /// Makes the table's folder, private to the user, before the first file goes into it. Not before: an empty folder
     /// of this name is no table, and Pathling would take it for one.
     pub fn make_folder(&self) -> Result<()> {
-        self.local().map_or(Ok(()), |folder| private_dir(&folder))
+        self.local().map_or(Ok(()), |folder| table_folder(&folder))
     }
 
     /// Removes the folder again where nothing came into it.

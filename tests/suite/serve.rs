@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::{TimeDelta, Utc};
@@ -245,12 +246,25 @@ async fn a_full_run_is_owed_until_it_is_made() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_it_stops_it_is_not_ready_and_can_be_watched() {
     let (server, lake) = (demo().await, lake());
-    server.set_faults(Faults { slow: Some(Duration::from_millis(700)), ..Faults::default() });
-    let soon = "schedule: [{ cron: \"* * * * * *\" }]\nstages: { download: { concurrency: 1 } }\n";
-    let service = start(vec![plan(&lake, &server, soon)], None).await;
-    service.until(|status| status["pipelines"][0]["running"]["types"].as_array().is_some_and(|types| !types.is_empty())).await;
+    let plan = plan(&lake, &server, "schedule: [{ cron: \"* * * * * *\" }]\n");
+    // A run that takes its time to begin, and cannot be hurried.
+    let (calls, begun) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (count, flag) = (calls.clone(), begun.clone());
+    let source = Arc::new(move || {
+        if count.fetch_add(1, Ordering::Relaxed) > 0 {
+            flag.store(true, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_secs(3));
+        }
+        Ok(plan.clone())
+    });
+    let service = start_with(vec![Keeper::new("/nowhere".into(), source).unwrap()], None).await;
+    while !begun.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(service.get("/ready").await.0, 200);
     service.stop.pull();
     assert_eq!(service.get("/ready").await, (503, "{\"status\":\"stopping\"}".to_owned()));
+    assert!(service.get("/metrics").await.1.contains("fhirlake_runs_total"));
     service.end().await;
 }
 
