@@ -288,7 +288,7 @@ impl TokenClient {
 
     async fn ask(&self, web: &Web, endpoint: &Url, scope: &str, skew: i64) -> Result<Answer> {
         let id = self.settings.client_id.expose_secret();
-        web.reach.check(endpoint, "the token endpoint")?;
+        web.reach.check(endpoint, "the token endpoint").await?;
         let mut form = vec![("grant_type", "client_credentials".to_owned()), ("scope", scope.to_owned())];
         let mut request = web.http.post(endpoint.clone()).header("accept", "application/json");
         match (&self.settings.proof, &self.key) {

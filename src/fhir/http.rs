@@ -392,7 +392,7 @@ impl Client {
     async fn once(&self, ask: &Ask<'_>, refused: Option<&HeaderValue>) -> Result<(Response, Option<HeaderValue>)> {
         let mut url = ask.url.clone();
         for _ in 0..=MAX_REDIRECTS {
-            self.web.reach.check(&url, ask.what)?;
+            self.web.reach.check(&url, ask.what).await?;
             let mut request = self.web.http.request(ask.method.clone(), url.clone()).headers(ask.headers.clone());
             if let Some(body) = ask.body {
                 request = request.header(CONTENT_TYPE, "application/fhir+json").body(body.to_string());
@@ -433,7 +433,7 @@ impl Client {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to scheme {}", ask.what, to.scheme())));
             }
             // What changes something is for the server that it was meant for.
-            if ask.method != Method::GET && to.origin() != url.origin() {
+            if ask.method != Method::GET && to.host_str() != url.host_str() {
                 let (what, method) = (ask.what, &ask.method);
                 return Err(Error::new(
                     ErrorKind::Server,

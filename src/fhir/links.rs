@@ -146,7 +146,14 @@ impl Links {
                         true
                     }
                 };
-                if !seen && (!by_place || at >= before) {
+                // Taken for one that was there only where all that is said of it is the same: a file read twice costs less than
+                // one that is never read.
+                let in_place = by_place
+                    && at < before
+                    && known.get(at).is_some_and(|was| {
+                        was.count.is_some() && (&was.resource_type, was.count) == (&file.resource_type, file.count)
+                    });
+                if !seen && !in_place {
                     fresh.push((list, known.len(), given));
                     known.push(file);
                 }
@@ -165,8 +172,14 @@ impl Links {
             return Ok(fresh);
         }
         // What was asked for just now says it for all: files that are missing must not wait for each other.
-        if page.asked.is_some_and(|asked| asked.elapsed() < INTERVAL) {
-            return Err(gone("the manifest, asked for again a moment ago, has no newer one"));
+        let first = page.files.get(place.list).and_then(|files| files.get(place.file));
+        let signs_anew = first.is_some_and(|first| first.url != *ended);
+        if let Some(asked) = page.asked.filter(|asked| asked.elapsed() < INTERVAL) {
+            if !signs_anew {
+                return Err(gone("the manifest, asked for again a moment ago, has no newer one"));
+            }
+            // A link of one use: there will be another.
+            tokio::time::sleep(INTERVAL.saturating_sub(asked.elapsed())).await;
         }
         let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
         page.asked = Some(Instant::now());

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
@@ -29,7 +29,8 @@ struct LockText {
 #[derive(Debug)]
 pub(super) struct Held {
     version: tokio::sync::Mutex<UpdateVersion>,
-    renewed: Mutex<Instant>,
+    /// By both clocks: one stands still while a machine sleeps, the other may be set.
+    renewed: Mutex<(Instant, SystemTime)>,
     lost: AtomicBool,
     over: AtomicBool,
     owner: String,
@@ -39,7 +40,9 @@ pub(super) struct Held {
 impl Held {
     /// A holder that could not renew it in time must think it another's, whatever the store says.
     pub(super) fn is_ours(&self, expiry: Duration) -> bool {
-        !self.lost.load(Ordering::Acquire) && locked(&self.renewed).elapsed() < expiry.mul_f64(0.75)
+        let (steady, wall) = *locked(&self.renewed);
+        let elapsed = steady.elapsed().max(wall.elapsed().unwrap_or_default());
+        !self.lost.load(Ordering::Acquire) && elapsed < expiry.mul_f64(0.75)
     }
 }
 
@@ -123,7 +126,7 @@ impl Mirror {
         })?;
         let held = Arc::new(Held {
             version: tokio::sync::Mutex::new(version),
-            renewed: Mutex::new(began),
+            renewed: Mutex::new((began, SystemTime::now())),
             lost: AtomicBool::new(false),
             over: AtomicBool::new(false),
             owner,
@@ -136,6 +139,7 @@ impl Mirror {
         }
         let lock = MirrorLock { mirror: self.clone(), held };
         self.pull()?;
+        self.stale.store(false, Ordering::Release);
         Ok(lock)
     }
 }
@@ -153,7 +157,7 @@ async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
         match store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, false).into(), options).await {
             Ok(put) => {
                 *version = put.into();
-                *locked(&held.renewed) = began;
+                *locked(&held.renewed) = (began, SystemTime::now());
             }
             Err(object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. }) => {
                 // An answer that was lost, and the put tried again: then it is still ours.
@@ -175,6 +179,9 @@ async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
 impl Drop for MirrorLock {
     fn drop(&mut self) {
         self.held.over.store(true, Ordering::Release);
+        if !self.held.is_ours(self.mirror.expiry) {
+            self.mirror.stale.store(true, Ordering::Release);
+        }
         *locked(&self.mirror.held) = None;
         let (store, held) = (self.mirror.store.clone(), self.held.clone());
         // Conditional too: another's lock is not ours to give back.
@@ -219,6 +226,8 @@ mod tests {
         assert_eq!(other.check().unwrap_err().kind(), ErrorKind::Locked);
         assert_eq!(other.push().unwrap_err().kind(), ErrorKind::Locked);
         drop(taken);
+        std::fs::write(other.path().join("journal"), b"old").unwrap();
+        assert_eq!(other.push().unwrap_err().kind(), ErrorKind::Locked, "what it has is another's now");
         assert_eq!(other.lock_holder().as_deref(), Some("third"));
         drop(third);
     }

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -55,6 +56,8 @@ pub struct Mirror {
     known: Mutex<HashMap<String, Known>>,
     expiry: Duration,
     held: Mutex<Option<Arc<Held>>>,
+    /// A lock was lost, and the copy is what it was then: nothing of it may be pushed before it is locked and pulled again.
+    stale: AtomicBool,
 }
 
 impl std::fmt::Debug for Mirror {
@@ -108,6 +111,7 @@ impl Mirror {
             known: Mutex::default(),
             expiry,
             held: Mutex::default(),
+            stale: AtomicBool::new(false),
         })
     }
 
@@ -215,12 +219,13 @@ impl Mirror {
 
     /// Fails where this process took the lock and does not hold it any more.
     pub fn check(&self) -> Result<()> {
-        match &*locked(&self.held) {
-            Some(held) if !held.is_ours(self.expiry) => Err(Error::new(
+        let lost = |held: &Arc<Held>| !held.is_ours(self.expiry);
+        match self.stale.load(Ordering::Acquire) || locked(&self.held).as_ref().is_some_and(lost) {
+            true => Err(Error::new(
                 ErrorKind::Locked,
                 format!("{} is not locked by this run any more: its lock could not be renewed in time", self.url),
             )),
-            _ => Ok(()),
+            false => Ok(()),
         }
     }
 }

@@ -184,7 +184,7 @@ impl Keeper {
         // Before a schedule was known nothing of it was missed; from then on it is, whoever serves it.
         if schedules.iter().any(|schedule| !done.contains_key(&schedule.name)) {
             for schedule in &schedules {
-                done.entry(schedule.name.clone()).or_insert(began.min(now));
+                done.entry(schedule.name.clone()).or_insert(now);
             }
             self.state().set_schedule_times(&done)?;
         }
@@ -236,7 +236,8 @@ impl Keeper {
             let then = Utc::now() + delay;
             let due_before = due.schedules.iter().filter_map(|schedule| schedule.after(Utc::now())).any(|next| next <= then);
             if !again || tried >= retries || due_before {
-                break outcome.is_ok();
+                // Types that the server never gives must not make every run a full one.
+                break matches!(outcome, Ok(()) | Err(ErrorKind::Partial));
             }
             tried += 1;
             tracing::warn!(pipeline = self.name(), try_number = tried, retries, at = %then, "the run failed; it is made again");
@@ -283,7 +284,7 @@ impl Keeper {
                 tracing::info!(pipeline = live.plan.name, "the pipeline file changed and is read anew");
             }
             Err(error) => {
-                tracing::error!(%error, pipeline = self.name(), "the pipeline file changed and cannot be used; what it was stands");
+                tracing::error!(%error, pipeline = self.name(), "the pipeline file changed and cannot be used: its schedule stands as it was, and runs fail until it is corrected");
             }
         }
     }

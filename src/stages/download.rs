@@ -139,6 +139,8 @@ impl Download {
                 Origin::Store(_) => None,
             };
             let outcome = self.once(handle, file, &mut reading, &mut lines);
+            // Nobody may wait for a place with what those who have one wait for.
+            lines.pause();
             drop(place);
             match outcome {
                 Ok(()) => {
@@ -201,7 +203,12 @@ impl Download {
             }
             got += bytes.len() as u64;
             if let Some(unpack) = &mut unpack {
+                let pushed = tokio::time::Instant::now();
                 unpack.push(&bytes, |bytes| lines.push(bytes), packed_wrong)?;
+                if pushed.elapsed() > Duration::from_secs(1) {
+                    // The time was ours, not the server's.
+                    (window, before) = (tokio::time::Instant::now(), got);
+                }
                 continue;
             }
             // How it is packed is told by its first bytes, which may come one by one.

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
 use crate::mirror::Mirror;
 use crate::private::{private_dir, write_atomically};
@@ -97,7 +97,7 @@ impl StateFolder {
 
     /// Takes the lock, or says who holds it.
     pub fn lock(&self) -> Result<Lock> {
-        private_dir(&self.folder)?;
+        private_dir(&self.folder).map_err(|error| Error::new(ErrorKind::State, error.to_string()))?;
         match &self.mirror {
             Some(mirror) => Ok(Lock::remote(mirror.lock(&lock::owner())?)),
             None => Lock::take(&self.folder.join("lock")),

@@ -364,3 +364,39 @@ async fn lines_that_mean_harm() {
     there.sort();
     assert_eq!(there, ["Condition.parquet", "Patient.parquet"], "no folder of another name");
 }
+
+// Breaks if downloads that gather long lines wait for each other for ever: one connection that breaks off is enough.
+#[tokio::test(flavor = "multi_thread")]
+async fn long_lines_in_many_files_of_which_one_breaks_off() {
+    let line =
+        |number: &str| format!("{{\"resourceType\":\"Patient\",\"id\":\"p{number}\",\"note\":\"{}\"}}\n", "x".repeat(6 << 20));
+    let broken = AtomicUsize::new(0);
+    let server = mock(move |request| match request.uri().path() {
+        "/status" => {
+            let files: Vec<String> = (0..8).map(|at| format!(r#"{{"type":"Patient","url":"/p/{at}"}}"#)).collect();
+            manifest(&format!("{},{CONDITION}", files.join(",")))
+        }
+        path if path.starts_with("/p/") => {
+            let line = Bytes::from(line(&path[3..]));
+            if broken.fetch_add(1, Ordering::Relaxed) < 3 {
+                let parts = [Ok(line.slice(..5 << 20)), Err(std::io::Error::other("cut"))];
+                // What is cut was on its way for a while: the others wait by then.
+                let parts = futures::stream::iter(parts);
+                return Body::from_stream(futures::StreamExt::then(parts, async |part| {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                    part
+                }))
+                .into_response();
+            }
+            line.into_response()
+        }
+        _ => condition(request).unwrap(),
+    })
+    .await;
+    let lake = lake();
+    let source = source(&server, "");
+    let run = tokio::time::timeout(Duration::from_secs(90), lake.run(&source, "stages: { download: { concurrency: 8 } }\n"));
+    let report = run.await.expect("the downloads wait for each other").unwrap();
+    assert!(report.succeeded, "{report:?}");
+    assert_eq!(lake.ids("Patient").await.len(), 8);
+}

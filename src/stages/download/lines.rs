@@ -89,6 +89,11 @@ impl<'a> Lines<'a> {
         }
     }
 
+    /// The file broke off: while it waits for its next try, another's long line may be gathered.
+    pub fn pause(&mut self) {
+        self.long = None;
+    }
+
     /// The file is read from its start again, or for the first time.
     pub fn again(&mut self) {
         if self.read > 0 {
