@@ -433,7 +433,8 @@ impl Client {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to scheme {}", ask.what, to.scheme())));
             }
             // What changes something is for the server that it was meant for.
-            if ask.method != Method::GET && to.host_str() != url.host_str() {
+            let upgrade = url.scheme() == "http" && to.scheme() == "https" && to.host_str() == url.host_str();
+            if ask.method != Method::GET && to.origin() != url.origin() && !upgrade {
                 let (what, method) = (ask.what, &ask.method);
                 return Err(Error::new(
                     ErrorKind::Server,

@@ -129,7 +129,17 @@ async fn nothing_of_a_patient_is_told() {
         said.push_str(&std::fs::read_to_string(lake.state().join(file)).unwrap_or_default());
     }
     assert!(said.len() > 20_000, "little was said, so little was looked at: {}", said.len());
-    let told: Vec<&String> = texts.iter().filter(|text| said.contains(text.as_str())).collect();
+    // Five digits of a postal code are in a time or an id by chance: a number is told where it stands alone.
+    let is_told = |text: &str| {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        let beside = |at: Option<u8>| is_number && at.is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'.');
+        let bytes = said.as_bytes();
+        said.match_indices(text).any(|(at, _)| {
+            let before = at.checked_sub(1).map(|at| bytes[at]);
+            !beside(before) && !beside(bytes.get(at + text.len()).copied())
+        })
+    };
+    let told: Vec<&String> = texts.iter().filter(|text| is_told(text)).collect();
     assert!(
         told.is_empty(),
         "{} of {} texts of patients are told, such as {:?}",
