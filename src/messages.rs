@@ -20,11 +20,7 @@ pub type ResourceType = Arc<str>;
 /// so it is asked from computing threads only.
 pub type Layouts = Arc<dyn Fn(&ResourceType) -> crate::error::Result<Arc<Layout>> + Send + Sync>;
 
-/// An instant in microseconds since the epoch, as text.
-pub fn instant_text(micros: i64) -> String {
-    chrono::DateTime::from_timestamp_micros(micros)
-        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
-}
+pub use crate::schema::instant_text;
 
 /// The watermark that an export of this `transactionTime` gives: what changed after `_until` was not asked for.
 pub fn watermark_of(transaction_time: i64, until: Option<i64>) -> i64 {

@@ -42,16 +42,22 @@ pub fn unnamed_file(folder: &Path) -> Result<File> {
     tempfile::tempfile_in(folder).context(ErrorKind::Storage, format!("nothing can be put on disk in {}", folder.display()))
 }
 
-/// Replaces a file by its whole new content, or not at all, whenever the machine stops.
-pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
-    let failed = || format!("{} cannot be written", path.display());
-    reached_file("before writing", path);
+/// An empty private file that is to take the place of `path`, and where it is until then.
+pub fn new_beside(path: &Path) -> Result<(PathBuf, File)> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
     // What a killed run left would keep its own permissions.
     let _ = std::fs::remove_file(&beside);
-    let mut file = private_append(&beside)?;
+    let file = private_append(&beside)?;
+    Ok((beside, file))
+}
+
+/// Replaces a file by its whole new content, or not at all, whenever the machine stops.
+pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+    let failed = || format!("{} cannot be written", path.display());
+    reached_file("before writing", path);
+    let (beside, mut file) = new_beside(path)?;
     file.write_all(content).context(ErrorKind::Storage, failed())?;
     file.sync_all().context(ErrorKind::Storage, failed())?;
     reached_file("before replacing", path);

@@ -15,7 +15,7 @@ use crate::error::{Context, ErrorKind, Result};
 use crate::fault_points::reached;
 use crate::fhir::unsigned;
 use crate::messages::{ExportFile, ParsedChunk, ResourceType};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, push};
 use crate::private::{private_dir, write_atomically};
 
 /// A file of an export, as its manifest listed it.
@@ -151,7 +151,7 @@ impl StagedFolder {
     }
 
     fn keep(&self) -> Result<()> {
-        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
+        push(self.mirror.as_ref())
     }
 
     fn index(&self) -> PathBuf {

@@ -320,7 +320,7 @@ pub(crate) fn folder_url(location: &str) -> Result<Url> {
 }
 
 impl Table {
-    /// Makes the table's folder, private to the user, before the first file goes into it. Not before: an empty folder
+    /// Makes the table's folder, for those whom the umask lets in, before the first file goes into it. Not before: an empty folder
     /// of this name is no table, and Pathling would take it for one.
     pub fn make_folder(&self) -> Result<()> {
         self.local().map_or(Ok(()), |folder| table_folder(&folder))

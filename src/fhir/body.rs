@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use reqwest::Response;
 
+use super::http::network;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::Stop;
 
@@ -31,7 +32,9 @@ pub(super) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, w
     }
     let read = async {
         let mut body = Vec::new();
-        while let Some(bytes) = response.chunk().await.map_err(|error| broke_off(&error, what))? {
+        while let Some(bytes) =
+            response.chunk().await.map_err(|error| network(&error, &format!("{what}: the answer broke off")))?
+        {
             if body.len() + bytes.len() > most {
                 return Err(too_long(what, most));
             }
@@ -50,12 +53,4 @@ pub(super) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, w
 
 fn too_long(what: &str, most: usize) -> Error {
     Error::new(ErrorKind::Server, format!("{what}: the answer has more than {} MiB, which is no such answer", most >> 20))
-}
-
-fn broke_off(error: &reqwest::Error, what: &str) -> Error {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    Error::new(ErrorKind::Network, format!("{what}: the answer broke off: {cause}"))
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use url::Url;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::schema::parse_instant;
+use crate::schema::{instant_text, parse_instant};
 
 /// A file that a manifest lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,11 +140,6 @@ fn text(value: &Option<Value>) -> Option<&str> {
 
 /// How far ahead of both clocks a server's time may be.
 const AHEAD: Duration = Duration::from_secs(24 * 3600);
-
-fn instant_text(micros: i64) -> String {
-    let time = chrono::DateTime::from_timestamp_micros(micros);
-    time.map_or_else(|| "beyond every calendar".into(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
-}
 
 impl Manifest {
     /// Reads what comes while the server still works (S8): a manifest, or nothing.

@@ -21,7 +21,7 @@ use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
 
 use self::lock::Held;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::private::private_dir;
+use crate::private::{new_beside, private_dir};
 
 /// What of the folder is never in the store: what does not fit into memory, and goes with the run.
 const SCRATCH: &str = "scratch";
@@ -230,6 +230,11 @@ impl Mirror {
     }
 }
 
+/// Makes what changed durable where there is a mirror; without one the folder itself is.
+pub fn push(mirror: Option<&Arc<Mirror>>) -> Result<()> {
+    mirror.map_or(Ok(()), |mirror| mirror.push())
+}
+
 /// Whether an object is one that the copy has.
 fn is_of_the_folder(name: &str) -> bool {
     let first = name.split('/').next().unwrap_or_default();
@@ -291,11 +296,7 @@ async fn fetch(store: &dyn ObjectStore, object: &ObjectPath, path: &Path) -> Res
     if let Some(folder) = path.parent() {
         private_dir(folder)?;
     }
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
-    let _ = std::fs::remove_file(&beside);
-    let mut file = crate::private::private_append(&beside)?;
+    let (beside, mut file) = new_beside(path)?;
     let mut bytes = got.into_stream();
     while let Some(part) = bytes.try_next().await.context(ErrorKind::State, unread)? {
         file.write_all(&part).context(ErrorKind::State, "the copy")?;

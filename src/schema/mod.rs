@@ -23,4 +23,4 @@ pub use definitions::Model;
 pub use encoder::{EncodedRows, Encoder, MAX_LOSS_PATHS};
 pub use filled::{Columns, Filled};
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};
-pub use scalars::parse_instant;
+pub use scalars::{instant_text, parse_instant};

@@ -131,6 +131,12 @@ pub fn parse_instant(text: &[u8]) -> Option<i64> {
     Some(seconds * 1_000_000 + micros)
 }
 
+/// An instant in microseconds since the epoch, as text.
+pub fn instant_text(micros: i64) -> String {
+    chrono::DateTime::from_timestamp_micros(micros)
+        .map_or_else(|| micros.to_string(), |time| time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

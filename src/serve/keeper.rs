@@ -140,11 +140,10 @@ impl Keeper {
 
     /// Runs what is due until the stop is pulled.
     pub(super) async fn keep(&self, stop: &Stop) -> Result<()> {
-        let began = Utc::now();
         while !stop.is_pulled() {
             self.look_at_tables().await;
             self.look_at_file();
-            let due = match self.due(began) {
+            let due = match self.due() {
                 Ok(due) => due,
                 // What is wrong with the disk now may not be soon, and the other pipelines go on meanwhile.
                 Err(error) => {
@@ -174,12 +173,12 @@ impl Keeper {
     }
 
     /// What is due next, or now; what was due since the last time, however often, is due once.
-    fn due(&self, began: DateTime<Utc>) -> Result<Option<Due>> {
+    fn due(&self) -> Result<Option<Due>> {
         let (schedules, owed) = {
             let live = self.live();
             (live.plan.schedules.clone(), live.owed)
         };
-        let mut done = self.times()?;
+        let mut done = self.state().schedule_times()?;
         let now = Utc::now();
         // Before a schedule was known nothing of it was missed; from then on it is, whoever serves it.
         if schedules.iter().any(|schedule| !done.contains_key(&schedule.name)) {
@@ -191,7 +190,7 @@ impl Keeper {
         let next_of_all = |time| schedules.iter().filter_map(|schedule| schedule.after(time)).min();
         let mut due: Option<Due> = None;
         for schedule in schedules.iter().cloned() {
-            let last = done.get(&schedule.name).copied().unwrap_or(began).min(now);
+            let last = done.get(&schedule.name).copied().unwrap_or(now).min(now);
             let Some(mut time) = schedule.after(last) else { continue };
             if schedule.full_refresh
                 && time <= now
@@ -249,7 +248,7 @@ impl Keeper {
             }
         };
         // What comes due while a run is under way is made up for, once.
-        let mut times = self.times()?;
+        let mut times = self.state().schedule_times()?;
         let schedules = self.live().plan.schedules.clone();
         times.retain(|name, _| schedules.iter().any(|schedule| schedule.name == *name));
         // A run that took everything is what the others would have been; one that failed to is owed.
@@ -263,11 +262,6 @@ impl Keeper {
             }
         }
         self.state().set_schedule_times(&times)
-    }
-
-    /// When each schedule last had its run.
-    fn times(&self) -> Result<BTreeMap<String, DateTime<Utc>>> {
-        self.state().schedule_times()
     }
 
     /// Reads the pipeline file where it changed. One that cannot be used is said, and what was read before stands.

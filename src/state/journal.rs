@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::fault_points::reached;
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, push};
 use crate::private::private_append;
 
 /// A step of a run.
@@ -42,7 +42,7 @@ impl Journal {
     }
 
     fn keep(&self) -> Result<()> {
-        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
+        push(self.mirror.as_ref())
     }
 
     /// Appends a step and makes it durable.

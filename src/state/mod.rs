@@ -22,7 +22,7 @@ use chrono::{DateTime, Utc};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, push};
 use crate::private::{private_dir, write_atomically};
 use crate::staged::StagedFolder;
 
@@ -49,7 +49,7 @@ impl StateFolder {
 
     /// Makes what changed durable, wherever the state is.
     fn keep(&self) -> Result<()> {
-        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
+        push(self.mirror.as_ref())
     }
 
     /// Fails once a lock in an object store that this process took is not its own any more.

@@ -17,7 +17,7 @@ use super::deleted;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fault_points::reached;
 use crate::messages::{BadLine, BadLines, FileKind, KeptLine, KeptLines, LineId, ResourceType};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, push};
 use crate::private::{private_append, private_dir, write_atomically};
 
 /// A line in quarantine, as its file holds it.
@@ -297,6 +297,6 @@ impl BadLines for Quarantine {
         reached("before the quarantine is synced");
         let mut files = inner.file.iter().chain(&inner.deleted);
         files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))?;
-        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.push())
+        push(self.mirror.as_ref())
     }
 }
