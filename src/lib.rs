@@ -29,6 +29,7 @@ pub mod fault_points;
 pub mod fhir;
 pub mod flow;
 pub mod fuzzing;
+pub mod heap;
 pub mod messages;
 pub mod mirror;
 pub mod pipeline;

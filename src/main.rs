@@ -14,25 +14,22 @@ fn private_files() {
     }
 }
 
-fn main() -> ExitCode {
-    private_files();
-    bound_the_heap();
-    fhirlake::cli::main()
-}
-
-/// glibc raises the size from which it maps memory on its own as large blocks are freed, and keeps an arena a
-/// thread: buffers of megabytes that cross threads then stay behind as holes. Measured on 2.1 GB of NDJSON at the
-/// default budget of 512 MiB: peak 1,091 MB as glibc comes, 506 MB with these settings, at the same speed.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn bound_the_heap() {
-    // SAFETY: mallopt only sets parameters of the allocator; it is called before any other thread exists.
-    #[expect(unsafe_code, reason = "mallopt has no safe form")]
+/// A core dump would hold patient data and secrets: there is none, neither as a file nor through a pipe, and another
+/// process of the same user cannot look into this one.
+fn no_core_dumps() {
+    // SAFETY: both only set properties of this process.
+    #[cfg(unix)]
+    #[expect(unsafe_code, reason = "setrlimit and prctl have no safe form")]
     unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 * 1024);
+        libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 });
+        #[cfg(target_os = "linux")]
+        libc::prctl(libc::PR_SET_DUMPABLE, 0);
     }
 }
 
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn bound_the_heap() {}
+fn main() -> ExitCode {
+    private_files();
+    no_core_dumps();
+    fhirlake::heap::bound();
+    fhirlake::cli::main()
+}

@@ -115,7 +115,10 @@ fn failures<T>(done: &ByTable<T>) -> Result<()> {
         [(_, error)] => Err(Error::new(error.kind(), format!("{error}"))),
         several => {
             let each: Vec<String> = several.iter().map(|(_, error)| format!("{error}")).collect();
-            Err(Error::new(ErrorKind::Partial, each.join("\n")))
+            // What none of them can do for one reason is no partial success.
+            let alike = several.len() == done.len() && several.iter().all(|(_, error)| error.kind() == several[0].1.kind());
+            let kind = if alike { several[0].1.kind() } else { ErrorKind::Partial };
+            Err(Error::new(kind, each.join("\n")))
         }
     }
 }

@@ -51,7 +51,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     output.line(&format!("completed   {}", time(remembered.last_completed)))?;
     if let Some(report) = state.last_report() {
         let text = |key: &str| report.get(key).and_then(|value| value.as_str()).unwrap_or("?").to_owned();
-        let outcome = if report["succeeded"] == true { "succeeded" } else { "failed" };
+        let outcome = pipeline::outcome_of(&report);
         let seconds = report["seconds"].as_f64().unwrap_or_default();
         output.line(&format!("last run    {} {outcome} after {seconds:.1} s", text("run")))?;
         if let Some(error) = report["error"].as_str() {

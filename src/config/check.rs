@@ -364,7 +364,7 @@ mod tests {
             "5:10: source.level: must be one of: system, patient, group (did you mean `group`?)",
             "6:20: source.types.1: not a resource type of FHIR R4 (did you mean `Patient`?)",
             "8:15: stages.download.concurency: unknown key (did you mean `concurrency`?)",
-            "9:22: stages.parse.max_line: expected a text, found a number",
+            "9:22: stages.parse.max_line: expected a number with its unit, such as 512MiB, found a number",
             "10:1: memry: unknown key (did you mean `memory`?)",
         ];
         for line in expected {

@@ -233,6 +233,17 @@ impl<'a> Checker<'a> {
                 _ => false,
             });
         if !fits {
+            let format = schema.get("format").and_then(Value::as_str).unwrap_or_default();
+            if let Some(example) = super::values::example_with_unit(format)
+                && matches!(tree, Tree::Scalar(Value::Number(_)))
+            {
+                return self.problem(
+                    place,
+                    path,
+                    format!("expected a number with its unit, such as {example}, found {}", kind(tree)),
+                    None,
+                );
+            }
             let expected = match types.first().copied() {
                 Some("boolean") => "true or false",
                 Some("integer") => "a whole number",

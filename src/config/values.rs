@@ -140,6 +140,15 @@ pub(super) const TEXT: &str = "text-with-references";
 pub(super) const RESOURCE_TYPE: &str = "resource-type";
 pub(super) const INSTANT: &str = "instant";
 
+/// How a value of a format is written whose number needs a unit.
+pub(super) fn example_with_unit(format: &str) -> Option<&'static str> {
+    match format {
+        SIZE => Some("512MiB"),
+        SPAN => Some("30s or 5m"),
+        _ => None,
+    }
+}
+
 /// What is wrong with a text of a format; `None` where nothing is.
 pub(super) fn check_format(format: &str, text: &str) -> Option<String> {
     match format {

@@ -20,7 +20,7 @@ pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintain::run_id;
 pub use maintain::{ByTable, OptimizeOptions, VacuumOptions, optimize, vacuum};
 pub use prepare::{Prepared, prepare};
-pub use report::{RunReport, of_failed as leave_report};
+pub use report::{RunReport, of_failed as leave_report, outcome_of};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -391,11 +391,13 @@ async fn once(
         let whole = |name: &str| merged.types.get(name).is_some_and(|outcome| outcome.error.is_none());
         state.remove_quarantined_of(&run, whole)?;
     }
-    let report =
+    let mut report =
         report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.as_ref().err());
+    // A stage that ends early on request ends well.
+    report.stopped |= ended.is_ok() && stop.is_pulled() && !report.succeeded;
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
-    if stop.is_pulled() && !report.succeeded {
+    if report.stopped {
         let done = report.types.values().filter(|outcome| outcome.committed).count();
         return Err(Error::new(
             ErrorKind::Interrupted,

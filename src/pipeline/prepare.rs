@@ -16,6 +16,9 @@ use crate::schema::{Layout, LayoutOptions, layout_for, parse_instant};
 use crate::stages::export::Kickoff;
 use crate::state::StateFile;
 
+/// How far apart watermarks may lie that are asked for together.
+const CLOSE_MICROS: i64 = 60 * 60 * 1_000_000;
+
 /// What is taken off the time in the recipe's state file: it is a client's clock.
 const RECIPE_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
 
@@ -101,6 +104,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
     }
+    let groups = together(groups);
     let full = groups.is_empty() || groups.contains_key(&None);
     let kickoffs = match &plan.source {
         SourcePlan::Folder(_) => Vec::new(),
@@ -147,6 +151,23 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         SourcePlan::Folder(_) => None,
     };
     Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh, behind, until })
+}
+
+/// Types whose watermarks lie close together are asked for in one export, from the oldest of them: a server works on few
+/// exports at a time, and what is read twice changes nothing. From then on they have one watermark.
+fn together(groups: BTreeMap<Option<i64>, Vec<ResourceType>>) -> BTreeMap<Option<i64>, Vec<ResourceType>> {
+    let mut near: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
+    for (since, types) in groups {
+        let oldest = near.last_entry().filter(|oldest| match (oldest.key(), since) {
+            (Some(oldest), Some(since)) => since - oldest <= CLOSE_MICROS,
+            _ => false,
+        });
+        match oldest {
+            Some(mut oldest) => oldest.get_mut().extend(types),
+            None => drop(near.insert(since, types)),
+        }
+    }
+    near
 }
 
 /// Whether a run can write `table`: its features, and its columns where it exists.

@@ -29,6 +29,9 @@ pub struct RunReport {
     pub seconds: f64,
     /// Whether every type succeeded.
     pub succeeded: bool,
+    /// Whether it was stopped on request before its end; the next run goes on with it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
     /// Whether everything was asked for, by the run's own choice or for want of a watermark.
     pub full: bool,
     /// The server's `transactionTime`.
@@ -137,6 +140,7 @@ pub(super) fn draw_up(
         started: time.0,
         seconds: time.1.as_secs_f64(),
         succeeded: ended.is_none() && merged.whole && types.values().all(|outcome| outcome.error.is_none()),
+        stopped: ended.is_some_and(|error| error.kind() == ErrorKind::Interrupted),
         full,
         transaction_time: merged.transaction_time.map(instant_text),
         error: ended.map(ToString::to_string),
@@ -154,6 +158,15 @@ pub(super) fn draw_up(
     }
 }
 
+/// How a run ended, by its report: `succeeded`, `stopped` on request, or `failed`.
+pub fn outcome_of(report: &serde_json::Value) -> &'static str {
+    match (report["succeeded"] == true, report["stopped"] == true) {
+        (true, _) => "succeeded",
+        (false, true) => "stopped",
+        (false, false) => "failed",
+    }
+}
+
 /// Leaves a report of a run that failed before it could draw one up; of one that found the pipeline taken there is nothing to say.
 pub fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
     if error.kind() == ErrorKind::Locked || state.has_report(run) {
@@ -162,6 +175,7 @@ pub fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTi
     let seconds = (Utc::now() - started).as_seconds_f64();
     let report = serde_json::json!({
         "pipeline": pipeline, "run": run, "started": started, "seconds": seconds, "succeeded": false,
+        "stopped": error.kind() == ErrorKind::Interrupted,
         "error": error.to_string(), "hint": error.hint(), "types": {},
     });
     if let Err(error) = state.save_report(run, &report) {

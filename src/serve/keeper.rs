@@ -379,6 +379,7 @@ impl Keeper {
             );
         }
         self.look_at_tables().await;
+        crate::heap::give_back();
         kind.map_or(Ok(()), Err)
     }
 

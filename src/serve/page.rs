@@ -270,11 +270,11 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
     );
     for (index, run) in runs.iter().rev().enumerate() {
         let x = left + step * index as f64;
-        let class = if run.succeeded { "ok" } else { "failed" };
+        let class = if run.outcome == "failed" { "failed" } else { "ok" };
         let (tall, wide) = ((run.seconds / longest * height).max(1.5), (step - 2.0).clamp(1.0, 28.0));
         let rows = run.rows as f64 / most as f64 * height;
         let when = run.started.map_or_else(String::new, |started| started.format("%Y-%m-%d %H:%M:%S UTC").to_string());
-        let words = if run.succeeded { "succeeded" } else { "failed" };
+        let words = run.outcome;
         let _ = write!(
             page,
             "<g><title>{when}: {words}, {}, {} rows</title><rect class=\"{class}\" x=\"{x:.1}\" y=\"{:.1}\" width=\"{wide:.1}\" height=\"{tall:.1}\"/><rect class=\"level\" x=\"{x:.1}\" y=\"{:.1}\" width=\"{wide:.1}\" height=\"{rows:.1}\"/></g>",
@@ -291,7 +291,8 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
         runs.len().min(RUNS)
     );
     for run in runs.iter().take(RUNS) {
-        let (class, words) = if run.succeeded { ("good", "succeeded") } else { ("bad", "failed") };
+        let words = run.outcome;
+        let class = if words == "failed" { "bad" } else { "good" };
         let _ = write!(
             page,
             "<tr><td>{}</td><td>{}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td><td class=\"{class}\">{words}</td></tr>",
@@ -306,7 +307,8 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
 }
 
 fn errors(page: &mut String, runs: &[RunStatus], now: DateTime<Utc>) {
-    let failed: Vec<&RunStatus> = runs.iter().filter(|run| !run.errors.is_empty()).take(ERRORS).collect();
+    let failed: Vec<&RunStatus> =
+        runs.iter().filter(|run| !run.errors.is_empty() && run.outcome != "stopped").take(ERRORS).collect();
     if failed.is_empty() {
         return;
     }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::health::Health;
 use super::keeper::{Keeper, Running};
 use crate::flow::Counts;
+use crate::pipeline;
 use crate::telemetry;
 
 /// The service.
@@ -171,6 +172,8 @@ pub struct RunStatus {
     pub seconds: f64,
     /// Whether every type succeeded.
     pub succeeded: bool,
+    /// `succeeded`, `stopped` or `failed`.
+    pub outcome: &'static str,
     /// Whether everything was asked for.
     pub full: bool,
     /// Rows that it put in, replaced and took out.
@@ -197,6 +200,7 @@ impl RunStatus {
             started: instant(&report["started"]),
             seconds: report["seconds"].as_f64().unwrap_or_default(),
             succeeded,
+            outcome: pipeline::outcome_of(report),
             full: report["full"] == true,
             rows: types().map(|(_, kept)| sum(kept)).sum(),
             errors,

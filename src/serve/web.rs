@@ -1,6 +1,7 @@
 //! The web: reads what the keepers know. It takes GET and HEAD only, for names that it was told of, and nothing that it answers
 //! may be framed, sniffed, cached or scripted from elsewhere.
 
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,13 +15,12 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use base64::Engine;
 use chrono::Utc;
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use secrecy::ExposeSecret;
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::health::Health;
 use super::status::{PipelineStatus, ServerStatus};
@@ -28,7 +28,7 @@ use super::{Served, metrics, page};
 use crate::error::Result;
 use crate::flow::Stop;
 
-/// Connections at the same time; more wait.
+/// Connections at the same time; for one more the oldest has to go, so that whoever holds many keeps nobody out.
 const CONNECTIONS: usize = 128;
 /// How long a request's head may take, and a connection may stand idle: whoever is slower is cut off.
 const HEAD: Duration = Duration::from_secs(10);
@@ -48,12 +48,13 @@ pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Stop)
         .route("/metrics", get(metrics_text))
         .layer(from_fn_with_state(served.clone(), guard))
         .with_state(served);
-    let mut connections = FuturesUnordered::new();
+    let mut connections = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         tokio::select! {
             () = until.pulled() => return Ok(()),
-            _ = connections.next(), if !connections.is_empty() => {}
-            accepted = listener.accept(), if connections.len() < CONNECTIONS => {
+            _ = connections.join_next(), if !connections.is_empty() => {}
+            accepted = listener.accept() => {
                 // One that is gone before it is taken is no reason to end; too many open files pass.
                 let Ok((stream, _)) = accepted else {
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -62,7 +63,13 @@ pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Stop)
                 let mut builder = hyper::server::conn::http1::Builder::new();
                 builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 << 10);
                 let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
-                connections.push(tokio::time::timeout(CONNECTION, connection));
+                by_age.retain(|connection| !connection.is_finished());
+                if by_age.len() >= CONNECTIONS
+                    && let Some(oldest) = by_age.pop_front()
+                {
+                    oldest.abort();
+                }
+                by_age.push_back(connections.spawn(tokio::time::timeout(CONNECTION, connection)));
             }
         }
     }

@@ -473,6 +473,9 @@ const ABSENCES: usize = 3;
 /// Pages of a manifest; each may have any number of files.
 const MAX_PAGES: usize = 100_000;
 
+/// Letters of a file's URL that its name has.
+const MAX_NAME: usize = 120;
+
 /// What was sent on of an export.
 struct Passed {
     time: Option<i64>,
@@ -487,6 +490,8 @@ struct Passed {
 
 fn export_file(index: u32, export: usize, listed: &ManifestFile, requires_access_token: bool, place: FilePlace) -> ExportFile {
     let last = listed.url.path_segments().and_then(|mut parts| parts.next_back()).unwrap_or("file");
+    // It is in every line of a log that is about the file.
+    let last = last.get(..MAX_NAME).unwrap_or(last);
     // A type is trusted as a name only where R4 has it: it becomes a folder.
     let declared = listed.resource_type.as_deref().filter(|name| Model::r4().is_resource_type(name));
     ExportFile {

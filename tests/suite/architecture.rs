@@ -32,6 +32,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("unpack", &["error"]),
     // Knows nothing of FHIR or Delta.
     ("fault_points", &[]),
+    ("heap", &[]),
     ("flow", &["error", "flow"]),
     ("schema", &["error", "schema", "tape"]),
     ("messages", &["error", "flow", "schema", "tape"]),

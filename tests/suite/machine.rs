@@ -202,3 +202,50 @@ async fn memory_that_is_limited() {
     ));
     let _ = std::fs::remove_dir(&group);
 }
+
+// A machine so busy that the process hardly runs, and a reader of its log that takes a line now and then: breaks if the server's
+// waiting, or a full pipe, costs a row or ends the run.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_slow() {
+    use std::io::Read;
+    use std::os::fd::AsRawFd;
+    let (server, lake) = (DemoServer::start(Population::new(9, 300), 0, 300).await.unwrap(), lake());
+    let file = file(&lake, &server, "");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fhirlake"));
+    command.args(["--log-format", "json", "--log", "trace", "run", &file]).env_remove("FHIRLAKE_LOG");
+    let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let (process, mut log) = (child.id().to_string(), child.stderr.take().unwrap());
+    // A pipe of one page, so that it is full all the time.
+    #[expect(unsafe_code, reason = "fcntl has no safe form")]
+    let size = unsafe { libc::fcntl(log.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
+    assert_eq!(size, 4096);
+    let signal = |name: &str| Command::new("kill").args([name, &process]).status().unwrap().success();
+    let (status, bytes, stops) = tokio::task::block_in_place(|| {
+        let reader = std::thread::spawn(move || {
+            let (mut piece, mut bytes) = (vec![0; 1 << 10], 0);
+            loop {
+                match log.read(&mut piece) {
+                    Ok(0) | Err(_) => return bytes,
+                    Ok(read) => bytes += read,
+                }
+                std::thread::sleep(std::time::Duration::from_millis(40));
+            }
+        });
+        let mut stops = 0;
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if stops < 60 && signal("-STOP") {
+                stops += 1;
+                std::thread::sleep(std::time::Duration::from_millis(60));
+                assert!(signal("-CONT"));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(15));
+        };
+        (status, reader.join().unwrap(), stops)
+    });
+    assert!(status.success(), "{status:?}");
+    assert!(bytes > 3 * 4096 && stops > 5, "{bytes} bytes of log and {stops} stops are no trial");
+    assert_is(&lake, &server.population(), &TYPES).await;
+}

@@ -2,6 +2,7 @@ mod architecture;
 mod corpus;
 #[cfg(feature = "fault-points")]
 mod crash;
+mod deploying;
 mod documents;
 mod encoding;
 mod field;

@@ -152,3 +152,32 @@ async fn nothing_of_a_patient_is_told() {
     open.retain(|path| !path.contains("/p.yaml"));
     assert!(open.is_empty(), "others can read: {:#?}", &open[..open.len().min(10)]);
 }
+
+// Breaks if a process that is made to crash leaves its memory, with rows and secrets, on disk.
+#[test]
+fn there_is_no_core_dump() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new("bash")
+        .args(["-c", "ulimit -c unlimited 2>/dev/null; exec \"$0\" demo --serve --patients 1", env!("CARGO_BIN_EXE_fhirlake")])
+        .current_dir(folder.path())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let limits = || std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let none = |limits: &str| {
+        let line = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap_or_default().to_owned();
+        line.split_whitespace().skip(4).take(2).all(|limit| limit == "0")
+    };
+    let began = std::time::Instant::now();
+    while !none(&limits()) {
+        assert!(began.elapsed().as_secs() < 20, "{}", limits());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    // The limit is set right before the process is made undumpable.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(Command::new("kill").args(["-ABRT", &child.id().to_string()]).status().unwrap().success());
+    let status = child.wait().unwrap();
+    assert_eq!((status.signal(), status.core_dumped()), (Some(6), false));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}

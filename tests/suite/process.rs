@@ -22,6 +22,9 @@ fn the_demo_does_the_main_job() {
     let output = fhirlake(&["demo", "--patients", "20", "--folder", &folder]);
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{err}");
+    // One reason for all tables is that reason's exit code.
+    let below = fhirlake(&["vacuum", &format!("{folder}/pipeline.yaml"), "--retention", "1h"]);
+    assert_eq!(below.status.code(), Some(2), "{}", text(&below.stderr));
     assert!(out.contains("| gender |") && out.contains("female"), "{out}");
     assert!(err.contains("quarantined") && err.contains("peak memory") && err.contains("Try next"), "{err}");
     let pipeline = format!("{folder}/pipeline.yaml");

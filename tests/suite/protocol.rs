@@ -425,3 +425,24 @@ async fn a_fault_of_every_kind_in_one_run() {
         server.step(100, 100 * step, 2);
     }
 }
+
+// Types that were brought in by exports of their own are asked for together from then on: breaks if a type that is added later
+// costs another export in every run, or if what changed between the two is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn types_whose_watermarks_lie_close_together_share_an_export() {
+    let (server, lake) = (server(Faults::default()).await, lake());
+    let of = |types: &str| format!("{{ url: \"{}\", types: [{types}], retry_for: 20s }}", server.base());
+    assert!(lake.run(&of("Patient"), "").await.unwrap().succeeded);
+    server.step(20, 5, 3);
+    assert!(lake.run(&of("Patient, Claim"), "").await.unwrap().succeeded);
+    assert_eq!(server.seen().kickoffs.len(), 3, "Claim has no table yet, and is asked for as a whole");
+    server.step(20, 5, 3);
+    assert!(lake.run(&of("Patient, Claim"), "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &["Patient", "Claim"]).await;
+    let kickoffs = server.seen().kickoffs;
+    assert_eq!(kickoffs.len(), 4, "{kickoffs:?}");
+    let types: std::collections::BTreeSet<&str> = kickoffs[3]["_type"].split(',').collect();
+    assert_eq!(types, ["Claim", "Patient"].into());
+    // The oldest of their times: what the other has seen since comes again, and changes nothing.
+    assert!(kickoffs[3].contains_key("_since"));
+}

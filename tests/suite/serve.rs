@@ -337,7 +337,9 @@ async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
     let page = service.get("/").await.1;
     assert!(page.contains("class=\"picture\"") && page.contains("data-running"), "{page}");
     service.end().await;
-    assert_eq!(StateFolder::at(&lake.state(), None).exports().unwrap().in_flight.len(), 1);
+    let state = StateFolder::at(&lake.state(), None);
+    assert_eq!(state.exports().unwrap().in_flight.len(), 1);
+    assert_eq!(fhirlake::pipeline::outcome_of(&state.last_report().unwrap()), "stopped");
     server.set_faults(Faults::default());
     let service = start(vec![plan(&lake, &server, soon)], None).await;
     service.until(|status| status["pipelines"][0]["runs"].as_array().unwrap().iter().any(|run| run["succeeded"] == true)).await;
@@ -379,6 +381,16 @@ async fn the_web_is_closed_to_strangers() {
     assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"));
     let said = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
     assert_eq!([said("x-content-type-options"), said("cache-control")], ["nosniff", "no-store"]);
+    // Whoever holds as many connections as there may be keeps nobody out.
+    let mut held = Vec::new();
+    for _ in 0..200 {
+        let mut stream = tokio::net::TcpStream::connect(service.address).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nX: ").await.unwrap();
+        held.push(stream);
+    }
+    let health = tokio::time::timeout(Duration::from_secs(5), client.get(url("/health")).send()).await;
+    assert!(health.is_ok_and(|answer| answer.is_ok()), "before the first of those is cut off");
+    drop(held);
     // Whoever sends a letter a second is cut off, and whoever talks nonsense is answered and closed.
     for text in ["GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", "\u{0}\u{1}nonsense\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"] {
         let mut stream = tokio::net::TcpStream::connect(service.address).await.unwrap();
