@@ -92,7 +92,7 @@ pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> 
         let wrong = |what: String| whole(format!("`{key}`: {what}"), (0, 0));
         let (key, value) = set.split_once('=').ok_or_else(|| wrong("not key=value".into()))?;
         let value: Tree = serde_saphyr::from_str(value).map_err(|_| wrong("the value is not YAML".into()))?;
-        tree.set(key.trim(), value).map_err(wrong)?;
+        tree.set(key.trim(), (0, 0), value).map_err(wrong)?;
     }
     profiles::apply(&mut tree);
     let mut problems = check(&tree, &pipeline_json_schema());

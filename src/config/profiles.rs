@@ -12,6 +12,7 @@ pub(super) fn apply(tree: &mut Tree) {
     let Some(Tree::Scalar(Value::String(name))) = tree.get("source.profile") else { return };
     let Ok(Tree::Map(profiles)) = serde_saphyr::from_str::<Tree>(PROFILES) else { return };
     let Some((_, _, _, Tree::Map(defaults))) = profiles.into_iter().find(|profile| profile.0 == *name) else { return };
+    let place = tree.place_of("source.profile").unwrap_or((1, 1));
     for (key, _, _, value) in defaults {
         let path = format!("source.{key}");
         // The group of a profile belongs to its level.
@@ -19,7 +20,7 @@ pub(super) fn apply(tree: &mut Tree) {
             key == "group" && !matches!(tree.get("source.level"), Some(Tree::Scalar(Value::String(level))) if level == "group");
         if tree.get(&path).is_none() && !level_is_theirs {
             // A key of a profile is known to be one: a test reads them all.
-            let _ = tree.set(&path, value);
+            let _ = tree.set(&path, place, value);
         }
     }
 }
@@ -55,5 +56,9 @@ mod tests {
         };
         assert_eq!(file("").timeout.0.as_secs(), 14 * 24 * 3600);
         assert_eq!(file("  timeout: 1h\n").timeout.0.as_secs(), 3600);
+        // Found by the fuzzer: what a profile sets was said to come from `--set`.
+        let no_group = "version: 1\nname: x\nsource:\n  url: https://h.example\n  profile: epic\ntables: /tmp/t\n";
+        let problem = read_pipeline(no_group, &[]).unwrap_err().remove(0).to_string();
+        assert!(problem.starts_with("5:3: source.level: level group needs source.group"), "{problem}");
     }
 }

@@ -121,8 +121,8 @@ impl Tree {
         })
     }
 
-    /// Sets the value at a dotted path, for `--set`.
-    pub fn set(&mut self, path: &str, value: Tree) -> Result<(), String> {
+    /// Sets the value at a dotted path. `place` is what a problem with it is shown at; line 0 is `--set`.
+    pub fn set(&mut self, path: &str, place: Place, value: Tree) -> Result<(), String> {
         let (step, rest) = path.split_once('.').map_or((path, None), |(step, rest)| (step, Some(rest)));
         if step.is_empty() {
             return Err("a part of the key is empty".into());
@@ -134,12 +134,12 @@ impl Tree {
         let at = match members.iter().position(|member| member.0 == step) {
             Some(at) => at,
             None => {
-                members.push((step.to_owned(), (0, 0), (0, 0), Tree::Scalar(Value::Null)));
+                members.push((step.to_owned(), place, place, Tree::Scalar(Value::Null)));
                 members.len() - 1
             }
         };
         match rest {
-            Some(rest) => members[at].3.set(rest, value),
+            Some(rest) => members[at].3.set(rest, place, value),
             None => {
                 members[at].3 = value;
                 Ok(())
