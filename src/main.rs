@@ -14,22 +14,8 @@ fn private_files() {
     }
 }
 
-/// A core dump would hold patient data and secrets: there is none, neither as a file nor through a pipe, and another
-/// process of the same user cannot look into this one.
-fn no_core_dumps() {
-    // SAFETY: both only set properties of this process.
-    #[cfg(unix)]
-    #[expect(unsafe_code, reason = "setrlimit and prctl have no safe form")]
-    unsafe {
-        libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 });
-        #[cfg(target_os = "linux")]
-        libc::prctl(libc::PR_SET_DUMPABLE, 0);
-    }
-}
-
 fn main() -> ExitCode {
     private_files();
-    no_core_dumps();
     fhirlake::heap::bound();
     fhirlake::cli::main()
 }

@@ -276,8 +276,10 @@ pub struct ManifestPage {
 pub struct ExportEnd {
     /// Which export.
     pub export: usize,
-    /// Types that were asked for; empty where all were.
+    /// Types that were asked for by name, without those that are merged.
     pub asked: Vec<ResourceType>,
+    /// Whether all types were asked for, and none by name.
+    pub all_types: bool,
     /// Types that have a table already, where all were asked for: their watermark moves though nothing came.
     pub known: Vec<ResourceType>,
     /// The server's `transactionTime`, microseconds since the epoch; `None` for a folder.

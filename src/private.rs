@@ -16,6 +16,24 @@ pub fn private_dir(path: &Path) -> Result<()> {
     builder.create(path).context(ErrorKind::Storage, format!("{} cannot be made", path.display()))
 }
 
+/// A core dump would hold patient data and secrets: there is none from here on, neither as a file nor through a pipe, and
+/// another process of the same user, a debugger too, cannot look into this one.
+pub fn no_core_dumps() -> std::io::Result<()> {
+    // SAFETY: both only set properties of this process.
+    #[cfg(unix)]
+    #[expect(unsafe_code, reason = "setrlimit and prctl have no safe form")]
+    unsafe {
+        if libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        #[cfg(target_os = "linux")]
+        if libc::prctl(libc::PR_SET_DUMPABLE, 0) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// A file that only the user can read, for appending.
 pub fn private_append(path: &Path) -> Result<File> {
     let mut options = std::fs::OpenOptions::new();
@@ -68,4 +86,24 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
         let _ = folder.sync_all();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // A limit of 0 is for dumps into files; where the system pipes them to a program, only the flag counts.
+    #[test]
+    fn the_process_cannot_be_dumped() {
+        no_core_dumps().unwrap();
+        let mut limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+        // SAFETY: both only read properties of this process.
+        #[expect(unsafe_code, reason = "getrlimit and prctl have no safe form")]
+        #[cfg(target_os = "linux")]
+        let dumpable = unsafe {
+            libc::getrlimit(libc::RLIMIT_CORE, &raw mut limit);
+            libc::prctl(libc::PR_GET_DUMPABLE)
+        };
+        assert_eq!((dumpable, limit.rlim_cur, limit.rlim_max), (0, 0, 0));
+    }
 }

@@ -79,8 +79,11 @@ def compare(reader, name, rows, expected):
 
 def duckdb_rows(tables):
     import duckdb
+    from duckdb_extensions import import_extension
 
     connection = duckdb.connect()
+    # From the package: DuckDB would look for it in its own folder, and then on the network.
+    import_extension("delta", con=connection)
     connection.execute("LOAD delta")
     connection.execute("SET TimeZone = 'UTC'")
     # An absolute path: the extension takes nothing else.

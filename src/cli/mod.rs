@@ -98,6 +98,10 @@ fn exit_codes() -> String {
 
 /// The whole process.
 pub fn main() -> ExitCode {
+    // Before anything else is in memory.
+    if let Err(error) = crate::private::no_core_dumps() {
+        output::warn(&format!("core dumps could not be turned off ({error}): one would hold patient data"));
+    }
     let cli = Cli::parse();
     let json = match &cli.command {
         Command::Run(args) => args.json,

@@ -49,6 +49,12 @@ pub(super) fn colours() -> bool {
     environment("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// Says something on stderr before there is a log.
+pub fn warn(text: &str) {
+    // Nobody can be told that stderr is gone.
+    let _ = writeln!(std::io::stderr(), "warning: {text}");
+}
+
 impl Output {
     /// The same, and what sends telemetry.
     pub fn with_telemetry(self, telemetry: Telemetry) -> Self {

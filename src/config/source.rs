@@ -27,7 +27,8 @@ pub struct SourceSection {
     #[serde(default)]
     #[schemars(schema_with = "resource_types_schema")]
     pub types: Vec<String>,
-    /// What is asked for: since the tables' watermark, everything, or since an instant (`_since`).
+    /// What is asked for: since the tables' watermark, everything, or since an instant (`_since`). Types whose
+    /// watermarks lie within an hour are asked for together, from the oldest of them.
     #[serde(default = "defaults::since")]
     pub since: Instant,
     /// Taken off the watermark before it is asked with.

@@ -84,6 +84,8 @@ pub struct Faults {
     pub transaction_time: Option<DateTime<Utc>>,
     /// Kick-offs that name this type are answered 403.
     pub forbidden_type: Option<String>,
+    /// Exports that name this type are never done.
+    pub endless_type: Option<String>,
     /// Content of an `error` file.
     #[serde(deserialize_with = "text::bytes")]
     pub errors: Vec<u8>,

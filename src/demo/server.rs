@@ -347,7 +347,9 @@ async fn kick_off(
     };
     let time = world.faults.transaction_time.unwrap_or_else(Utc::now);
     let separate = world.faults.separate_status && prefers.contains("separate-export-status");
-    let (population, polls) = (world.population.clone(), world.faults.polls);
+    let is_endless =
+        world.faults.endless_type.as_deref().is_some_and(|endless| asked.iter().flatten().any(|name| *name == endless));
+    let (population, polls) = (world.population.clone(), if is_endless { usize::MAX } else { world.faults.polls });
     let organized = query.get("organizeOutputBy").is_some_and(|name| name == "Patient");
     let paged = query.get("allowPartialManifests").is_some_and(|value| value == "true");
     world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, organized, paged, links: 0 }));

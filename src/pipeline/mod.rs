@@ -15,6 +15,7 @@ mod prepare;
 mod report;
 mod staged;
 
+pub use crate::stages::merge::STOPPED;
 pub use in_flight::cancel as cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintain::run_id;
@@ -453,8 +454,8 @@ fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Re
         if !report.watermark_held {
             remembered.last_sync_time = Some(time.to_utc());
             remembered.scope = Some(app_id.to_owned());
-            let done = report.types.keys().map(|name| (name.clone(), time.to_utc()));
-            remembered.watermarks.extend(done);
+            let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
+            remembered.watermarks.extend(done.map(|(name, _)| (name.clone(), time.to_utc())));
         }
     }
     state.remember(&remembered)

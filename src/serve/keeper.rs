@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::health::Health;
 use crate::config::{Plan, SchedulePlan};
 use crate::error::{Error, ErrorKind, Result};
-use crate::flow::{Counts, Stop, chance};
+use crate::flow::{Counts, Stop, chance, compute};
 use crate::pipeline::{self, RunOptions, RunReport, TableState, Watch, table_states};
 use crate::state::StateFolder;
 
@@ -379,7 +379,8 @@ impl Keeper {
             );
         }
         self.look_at_tables().await;
-        crate::heap::give_back();
+        // It goes through all of the heap: not on the reactor.
+        let _ = compute(tracing::Span::current(), async { crate::heap::give_back() }).await;
         kind.map_or(Ok(()), Err)
     }
 

@@ -307,8 +307,7 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
 }
 
 fn errors(page: &mut String, runs: &[RunStatus], now: DateTime<Utc>) {
-    let failed: Vec<&RunStatus> =
-        runs.iter().filter(|run| !run.errors.is_empty() && run.outcome != "stopped").take(ERRORS).collect();
+    let failed: Vec<&RunStatus> = runs.iter().filter(|run| !run.errors.is_empty()).take(ERRORS).collect();
     if failed.is_empty() {
         return;
     }

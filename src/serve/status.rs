@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::health::Health;
 use super::keeper::{Keeper, Running};
 use crate::flow::Counts;
-use crate::pipeline;
+use crate::pipeline::{self, STOPPED};
 use crate::telemetry;
 
 /// The service.
@@ -187,8 +187,12 @@ pub struct RunStatus {
 impl RunStatus {
     fn of(report: &Value) -> Self {
         let types = || report["types"].as_object().into_iter().flatten();
-        let whole = report["error"].as_str().map(str::to_owned);
-        let of_types = types().filter_map(|(name, kept)| Some(format!("{name}: {}", kept["error"].as_str()?)));
+        let outcome = pipeline::outcome_of(report);
+        // That a run was stopped is no error; what failed before it was is one.
+        let is_stop = |error: &&str| outcome == "stopped" && *error == STOPPED;
+        let whole = report["error"].as_str().filter(|_| outcome != "stopped").map(str::to_owned);
+        let of_type = |kept: &Value| kept["error"].as_str().filter(|error| !is_stop(error)).map(str::to_owned);
+        let of_types = types().filter_map(|(name, kept)| Some(format!("{name}: {}", of_type(kept)?)));
         let errors: Vec<String> = whole.into_iter().chain(of_types).collect();
         let sum = |kept: &Value| ["inserted", "updated", "deleted"].iter().filter_map(|key| kept[*key].as_u64()).sum::<u64>();
         let succeeded = report["succeeded"] == true;
@@ -200,7 +204,7 @@ impl RunStatus {
             started: instant(&report["started"]),
             seconds: report["seconds"].as_f64().unwrap_or_default(),
             succeeded,
-            outcome: pipeline::outcome_of(report),
+            outcome,
             full: report["full"] == true,
             rows: types().map(|(_, kept)| sum(kept)).sum(),
             errors,

@@ -20,7 +20,7 @@ use crate::schema::Model;
 use crate::staged::{ListedFile, said_of};
 use crate::telemetry;
 
-/// One kick-off: types of equal watermark share it.
+/// One kick-off: types whose watermarks lie close together share it.
 #[derive(Debug, Clone)]
 pub struct Kickoff {
     /// What is asked.
@@ -261,6 +261,7 @@ impl ServerExport {
         let end = ExportEnd {
             export,
             asked: left(&kickoff.asked),
+            all_types: kickoff.asked.is_empty(),
             known: left(&kickoff.known),
             transaction_time: time,
             full: kickoff.request.since.is_none(),

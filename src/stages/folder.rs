@@ -88,7 +88,15 @@ impl FolderExport {
         asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
         asked.sort();
         asked.dedup();
-        let end = ExportEnd { export: 0, asked, known: Vec::new(), transaction_time: None, full: true, merged: Vec::new() };
+        let end = ExportEnd {
+            export: 0,
+            asked,
+            all_types: false,
+            known: Vec::new(),
+            transaction_time: None,
+            full: true,
+            merged: Vec::new(),
+        };
         let page = Fact::Page(ManifestPage { export: 0, status: None, files: files.clone() });
         for fact in [page, Fact::ExportEnd(end)] {
             if self.merge.send(MergeInput::Fact(fact)).await.is_err() {

@@ -11,7 +11,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use serde_json::{Value, json};
 
 use super::ledger::{Ledger, Standing};
-pub use super::outcome::{MergeReport, TypeOutcome};
+pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
 pub use super::staging::{Earlier, Keep, Staging, StagingSettings, columns_of};
 use crate::delta::{Absent, Commit, Deletions, Merged, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info};
 use crate::error::{Error, ErrorKind, Result};
@@ -120,11 +120,11 @@ impl Merge {
                     Some(parcel) => {
                         let input = parcel.into_inner();
                         if let Err(error) = self.take(input).await {
-                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged.
+                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged. The stop is
+                            // pulled by whom this error is returned to, so that it is the run's cause.
                             outcome = Err(error);
                             open = false;
                             ready.clear();
-                            self.stop.pull();
                         }
                     }
                     None => open = false,
@@ -394,15 +394,16 @@ impl Merge {
                     self.failed(&name, &if about_lines { error } else { error.with_hint(hint) });
                 }
             } else if unfinished.contains(&name) && !known {
-                let why = if self.stop.is_pulled() { "stopped before all of it came" } else { "not all of it came" };
+                let why = if self.stop.is_pulled() { STOPPED } else { "not all of it came" };
                 self.staging.of(&name).outcome.error = Some(why.to_owned());
             }
         }
         let outcomes = self.staging.end(&self.ledger, !all).await;
-        let transaction_time = self.ledger.types().iter().filter_map(|name| self.ledger.end_of(name)?.transaction_time).min();
+        let transaction_time = self.ledger.transaction_time();
         let types = outcomes.into_iter().map(|(name, mut outcome)| {
             outcome.files = self.ledger.files_of(&name);
             outcome.quarantined = self.ledger.bad(&name);
+            outcome.answered_for = self.ledger.is_answered_for(&name);
             (name.to_string(), outcome)
         });
         let watermark_held = (0..self.settings.exports).any(|export| self.ledger.holds_watermark(export));

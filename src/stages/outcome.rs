@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::messages::LineId;
 
+/// Why a type is not whole whose run was stopped.
+pub const STOPPED: &str = "stopped before all of it came";
+
 /// What happened to a type.
 #[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct TypeOutcome {
@@ -33,6 +36,9 @@ pub struct TypeOutcome {
     pub merge_seconds: f64,
     /// Seconds from the run's start to the end of the type's commit.
     pub seconds: f64,
+    /// Whether an export of the run was asked for it: others only strayed into its files.
+    #[serde(skip)]
+    pub answered_for: bool,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -57,6 +63,7 @@ impl TypeOutcome {
             quarantined: self.quarantined + after.quarantined,
             version: after.version.or(self.version),
             committed: self.committed || after.committed,
+            answered_for: self.answered_for || after.answered_for,
             bytes_written: self.bytes_written + after.bytes_written,
             merge_seconds: self.merge_seconds + after.merge_seconds,
             seconds: self.seconds + after.seconds,

@@ -3,10 +3,31 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Ledger, Standing};
+use super::{FileBook, Ledger, Standing};
 use crate::messages::{ExportFile, FileKind, LineId, ParsedChunk, ResourceType};
 
 impl Ledger {
+    /// Whether the export's own error files keep its watermark where it is: they tell of fatal issues, or could not be
+    /// read.
+    pub fn holds_watermark(&self, export: usize) -> bool {
+        self.outcomes(export).any(|book| book.parsed.fatal > 0 || book.unread())
+    }
+
+    /// Whether the export's own error files tell of errors, or could not be read.
+    pub fn has_errors(&self, export: usize) -> bool {
+        self.outcomes(export).any(|book| book.parsed.errors > 0 || book.unread())
+    }
+
+    fn outcomes(&self, export: usize) -> impl Iterator<Item = &FileBook> {
+        self.files.values().filter(move |book| book.file.kind == FileKind::Outcome && book.file.export == export)
+    }
+
+    /// Bad lines that are held against no type of their own: of deletion files, error files and excluded types.
+    pub fn other_bad(&self) -> u64 {
+        let bad = self.files.values().flat_map(|book| &book.parsed.bad);
+        bad.filter(|(name, _)| name.is_none()).map(|(_, lines)| lines).sum()
+    }
+
     /// What the manifest promised and what came, where they differ: file, promised, came.
     pub fn count_findings(&self) -> Vec<(String, u64, u64)> {
         let differing = self.files.values().filter_map(|book| {
