@@ -340,6 +340,8 @@ pub enum Fact {
     FileHeld(ParsedChunk),
     /// A file could not be read; its types fail.
     FileFailed(u32, String),
+    /// The run has one export more than was thought: a kick-off was taken apart.
+    OneExportMore,
     /// An export failed: its types fail.
     ExportFailed {
         /// Which export.

@@ -23,14 +23,14 @@ pub fn no_core_dumps() -> std::io::Result<()> {
     #[cfg(unix)]
     #[expect(unsafe_code, reason = "setrlimit and prctl have no safe form")]
     unsafe {
-        if libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        let of = |code| if code == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
+        let limited = of(libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }));
+        // The flag counts where the limit does not, so one that fails is no reason to leave out the other.
         #[cfg(target_os = "linux")]
-        if libc::prctl(libc::PR_SET_DUMPABLE, 0) != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        let limited = of(libc::prctl(libc::PR_SET_DUMPABLE, 0)).and(limited);
+        limited
     }
+    #[cfg(not(unix))]
     Ok(())
 }
 
@@ -93,13 +93,13 @@ mod tests {
     use super::*;
 
     // A limit of 0 is for dumps into files; where the system pipes them to a program, only the flag counts.
+    #[cfg(target_os = "linux")]
     #[test]
     fn the_process_cannot_be_dumped() {
         no_core_dumps().unwrap();
         let mut limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
         // SAFETY: both only read properties of this process.
         #[expect(unsafe_code, reason = "getrlimit and prctl have no safe form")]
-        #[cfg(target_os = "linux")]
         let dumpable = unsafe {
             libc::getrlimit(libc::RLIMIT_CORE, &raw mut limit);
             libc::prctl(libc::PR_GET_DUMPABLE)

@@ -18,7 +18,7 @@ pub(super) struct JobsArgs {
 
 #[derive(Debug, Subcommand)]
 enum JobsCommand {
-    /// Names the exports that are in flight, and says when the server may be asked again.
+    /// Names the exports that are in flight, the types that the server refuses, and when it may be asked again.
     List {
         /// The pipeline file.
         pipeline: PathBuf,
@@ -26,7 +26,7 @@ enum JobsCommand {
         #[arg(long = "set", value_name = "KEY=VALUE")]
         sets: Vec<String>,
     },
-    /// Tells the server that exports are not wanted any more (DELETE), and forgets them; with --all, any time to wait for too.
+    /// Tells the server that exports are not wanted any more (DELETE), and forgets them; with --all, any time to wait for and refused types too.
     Cancel {
         /// The pipeline file.
         pipeline: PathBuf,
@@ -60,6 +60,10 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                 output.line(&format!(
                     "no answer came to the kick-off of {time}: the server may hold an export that is not listed here"
                 ))?;
+            }
+            for aside in &exports.set_aside {
+                let time = aside.time.to_rfc3339_opts(SecondsFormat::Secs, true);
+                output.line(&format!("{}, refused at {time}, is asked for by itself: {}", aside.resource_type, aside.why))?;
             }
             if exports.in_flight.is_empty() {
                 return output.line("no export is in flight");

@@ -382,6 +382,18 @@ mod tests {
         assert_eq!((problems[0].place.0, problems[1].place.0), (5, 6));
     }
 
+    // Breaks if a server is asked for the group `${env:GROUP}`.
+    #[test]
+    fn a_reference_where_none_is_read_is_a_problem() {
+        let text = MINIMAL.replace("source:", "source:\n  level: group\n  group: \"${env:GROUP}\"");
+        let problems = read_pipeline(&text, &[]).unwrap_err();
+        let shown: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        assert!(
+            shown.len() == 1 && shown[0].starts_with("5:10: source.group: a reference") && shown[0].contains("--set"),
+            "{shown:?}"
+        );
+    }
+
     #[test]
     fn set_overrides_and_is_checked() {
         let read = read_pipeline(MINIMAL, &["stages.download.concurrency=3".into(), "source.types=[Patient]".into()]).unwrap();

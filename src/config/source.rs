@@ -23,7 +23,8 @@ pub struct SourceSection {
     /// The group's id, for level `group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// Resource types; empty for all that the server has (`_type`).
+    /// Resource types; empty for all that the server has (`_type`). Those that the server refuses together are asked for
+    /// by halves: one that it does not give fails alone.
     #[serde(default)]
     #[schemars(schema_with = "resource_types_schema")]
     pub types: Vec<String>,

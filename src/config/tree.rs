@@ -285,6 +285,11 @@ impl<'a> Checker<'a> {
         if schema.get("minLength").and_then(Value::as_u64).is_some_and(|least| (text.chars().count() as u64) < least) {
             self.problem(place, path, "must not be empty".into(), None);
         }
+        // It would be asked with as it stands.
+        if schema.get("format").is_none() && text.contains("${") {
+            let hint = "set it from outside with --set KEY=VALUE";
+            self.problem(place, path, "a reference such as ${env:NAME} has no meaning here".into(), Some(hint.into()));
+        }
         if let Some(problem) = schema.get("format").and_then(Value::as_str).and_then(|format| check_format(format, text)) {
             let hint = (schema.get("format").and_then(Value::as_str) == Some(super::values::RESOURCE_TYPE))
                 .then(|| nearest(text, crate::schema::Model::r4().resource_types().iter().map(String::as_str)))

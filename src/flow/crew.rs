@@ -1,6 +1,7 @@
 //! The owner of every worker of a run.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,12 +15,23 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
     token: CancellationToken,
+    failed: Arc<AtomicBool>,
 }
 
 impl Stop {
     /// Pulls the stop; idempotent.
     pub fn pull(&self) {
         self.token.cancel();
+    }
+    /// Pulls it because a worker failed.
+    fn fail(&self) {
+        // Whoever asked for a stop before that did so himself.
+        self.failed.fetch_or(!self.is_pulled(), Ordering::Relaxed);
+        self.pull();
+    }
+    /// Whether it was pulled on request, and not because a worker failed.
+    pub fn is_requested(&self) -> bool {
+        self.is_pulled() && !self.failed.load(Ordering::Relaxed)
     }
     /// Whether it was pulled.
     pub fn is_pulled(&self) -> bool {
@@ -46,6 +58,18 @@ pub struct Crew {
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps the first error, and pulls the stop. One that comes after it, full disks after Ctrl-C above all, goes to the log.
+fn note(first: &Mutex<Option<Error>>, stop: &Stop, error: Error) {
+    let mut first = locked(first);
+    match &*first {
+        None => *first = Some(error),
+        Some(_) if error.kind() == ErrorKind::Interrupted => {}
+        Some(_) => tracing::warn!(%error, "another part of the run failed too"),
+    }
+    drop(first);
+    stop.fail();
 }
 
 impl Crew {
@@ -89,8 +113,7 @@ impl Crew {
             }
             drop(names);
             if let Err(error) = outcome {
-                locked(&first).get_or_insert(error);
-                stop.pull();
+                note(&first, &stop, error);
             }
         }
     }
@@ -108,8 +131,7 @@ impl Crew {
                     Some(Ok(_)) => {}
                     Some(Err(panic)) => {
                         let error = Error::new(ErrorKind::Internal, format!("a worker ended abnormally: {panic}"));
-                        locked(&self.first).get_or_insert(error);
-                        self.stop.pull();
+                        note(&self.first, &self.stop, error);
                     }
                 },
                 _ = tick.tick(), if self.stop.is_pulled() => {
@@ -147,6 +169,21 @@ mod tests {
         let error = crew.join(|_| {}).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Storage);
         assert!(error.to_string().contains("disk full"));
+    }
+
+    // Breaks if what failed is told as a stop that somebody asked for, or the other way round.
+    #[tokio::test]
+    async fn a_stop_on_request_is_told_from_a_failure() {
+        for (requested, kind) in [(true, ErrorKind::Interrupted), (false, ErrorKind::Storage)] {
+            let stop = Stop::default();
+            if requested {
+                stop.pull();
+            }
+            let mut crew = Crew::new(stop.clone());
+            crew.spawn("worker", async move { Err(Error::new(kind, "ended")) });
+            assert_eq!(crew.join(|_| {}).await.unwrap_err().kind(), kind);
+            assert_eq!((stop.is_pulled(), stop.is_requested()), (true, requested));
+        }
     }
 
     // Breaks if a panic in a computing worker is swallowed.

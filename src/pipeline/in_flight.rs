@@ -15,13 +15,16 @@ use crate::fhir::{Client, ExportRequest};
 use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, watermark_of};
 use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
-use crate::state::{InFlight, NotBefore, StateFolder, Unanswered};
+use crate::state::{AllRefused, Exports, InFlight, NotBefore, SetAside, StateFolder, Unanswered};
 
 /// Runs in which the server may fail to give all of an export before another is asked for: it may never give the rest.
 const MAX_FAILURES: u32 = 3;
 
 /// How long a server is told that an export is merged.
 const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(30);
+
+/// How often types are asked for one by one of a server that refuses all of them.
+const PARTED_AGAIN_AFTER: TimeDelta = TimeDelta::days(1);
 
 /// How long a server that refuses without saying how long is left alone.
 const USUAL_WAIT: TimeDelta = TimeDelta::hours(1);
@@ -110,6 +113,12 @@ pub(super) fn resume(
     Ok(resumed)
 }
 
+/// Whether types that are refused together are worth being asked for apart: not where that was tried lately, in vain.
+pub(super) fn may_part(exports: &Exports, scope: &str) -> bool {
+    let lately = |refused: &AllRefused| refused.scope == scope && (Utc::now() - refused.time).abs() < PARTED_AGAIN_AFTER;
+    !exports.all_refused.as_ref().is_some_and(lately)
+}
+
 /// A server that was asked too often is not asked again before it may be: only what is in flight is gone on with then, and
 /// where nothing is, there is nothing to do.
 pub(super) fn check_not_before(state: &StateFolder, scope: &str, kickoffs: &mut Vec<Kickoff>) -> Result<()> {
@@ -135,7 +144,8 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
             ExportNote::Asking => exports.unanswered.push(Unanswered { time: Utc::now(), scope: scope.clone() }),
             ExportNote::Refused => drop(exports.unanswered.pop()),
             ExportNote::Accepted { kickoff, status, separate } => {
-                exports.not_before = None;
+                (exports.not_before, exports.all_refused) = (None, None);
+                exports.set_aside.retain(|aside| !kickoff.request.types.contains(&aside.resource_type));
                 exports.unanswered.retain(|kick_off| kick_off.scope != scope);
                 exports.in_flight.push(InFlight {
                     status: status.to_string(),
@@ -153,6 +163,17 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
                     merged: false,
                 });
             }
+            ExportNote::SetAside(refused) => {
+                let is_known = |aside: &SetAside| refused.iter().any(|(name, _)| *name == aside.resource_type);
+                exports.set_aside.retain(|aside| aside.scope == scope && !is_known(aside));
+                exports.set_aside.extend(refused.iter().map(|(name, why)| SetAside {
+                    resource_type: name.clone(),
+                    scope: scope.clone(),
+                    time: Utc::now(),
+                    why: why.clone(),
+                }));
+            }
+            ExportNote::AllRefused => exports.all_refused = Some(AllRefused { time: Utc::now(), scope: scope.clone() }),
             ExportNote::Complete { status, transaction_time } => {
                 let found = exports.in_flight.iter_mut().filter(|export| export.status == status.as_str());
                 found.for_each(|export| export.transaction_time = Some(*transaction_time));
@@ -283,8 +304,8 @@ pub(super) async fn settle(state: &StateFolder, scope: &str, client: &Client) ->
     give_back(state, &rest, client, true).await
 }
 
-/// Cancels exports in flight, by their numbers from 1, or all of them; how many. With all, a time to wait for and kick-offs without
-/// an answer are forgotten too. Where the
+/// Cancels exports in flight, by their numbers from 1, or all of them; how many. With all, what else is remembered of the server
+/// is forgotten too: a time to wait for, kick-offs without an answer, types that it refuses. Where the
 /// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
 pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
     let state = super::state_of(plan)?;
@@ -310,8 +331,7 @@ pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Res
     state.change_exports(|exports| {
         exports.in_flight.retain(|export| !gone.contains(&export.status));
         if numbers.is_none() && failed.is_none() {
-            exports.unanswered.clear();
-            exports.not_before = None;
+            *exports = Exports { in_flight: std::mem::take(&mut exports.in_flight), ..Exports::default() };
         }
     })?;
     match failed {

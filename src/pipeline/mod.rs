@@ -260,6 +260,7 @@ async fn once(
             let source = ServerExport {
                 client: client.clone(),
                 kickoffs: prepared.kickoffs.clone(),
+                may_part: prepared.may_part,
                 timeout: Some(*timeout),
                 until: prepared.until,
                 first_index: taken_up.first_index,
@@ -365,7 +366,6 @@ async fn once(
             match_memory: memory.matching / plan.tables_at_once.max(1),
             scratch: state.path().to_path_buf(),
             layout: plan.layout.clone(),
-            exports,
             table: TableSettings { deletion_vectors: plan.deletion_vectors, upgrade: plan.upgrade_deletion_vectors },
             began,
         },
@@ -377,13 +377,13 @@ async fn once(
     crew.spawn("merge", async move { merge.run(report_in).await }.in_current_span());
 
     let ended = crew.join(waiting).await;
-    report::log_exports(&log, exports, &watch.board, began.elapsed());
     let merged = report_out.await;
     if merged.is_ok() {
         // Merge has removed what it staged and did not commit, or written it down. Where it died, the next run does.
         journal.write(&JournalEntry::Ended { run: run.clone() })?;
     }
     let merged = merged.unwrap_or_default();
+    report::log_exports(&log, merged.exports, &watch.board, began.elapsed());
     let files_failed = merged.files_failed > 0;
     // What is in a table now, or is there in a newer version, need not be kept any longer.
     state.remove_quarantined(&merged.replayed.iter().copied().collect())?;
@@ -448,14 +448,12 @@ fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Re
     let mut remembered = state.remembered()?;
     remembered.last_completed = Some(Utc::now());
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
-        if remembered.scope.as_deref() != Some(app_id) {
-            remembered.watermarks.clear();
-        }
         if !report.watermark_held {
             remembered.last_sync_time = Some(time.to_utc());
             remembered.scope = Some(app_id.to_owned());
+            // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made anew.
             let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
-            remembered.watermarks.extend(done.map(|(name, _)| (name.clone(), time.to_utc())));
+            remembered.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
         }
     }
     state.remember(&remembered)

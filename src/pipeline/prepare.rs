@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use chrono::DateTime;
 
 use super::RunOptions;
-use super::in_flight::{Resumed, resume};
+use super::in_flight::{Resumed, may_part, resume};
 use super::report::outcome_of;
 use crate::config::{Mode, Plan, Since, SourcePlan};
 use crate::delta::{Table, Tables, deletions_id};
@@ -32,6 +32,8 @@ pub struct Prepared {
     pub(super) tables: Tables,
     pub(super) opened: HashMap<ResourceType, Table>,
     pub(super) kickoffs: Vec<Kickoff>,
+    /// Whether types that are refused together are asked for apart.
+    pub(super) may_part: bool,
     pub(super) app_id: String,
     pub(super) full: bool,
     pub(super) full_refresh: bool,
@@ -108,11 +110,19 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
     }
-    // The server refused one of them, or said that its export is not whole: the others must not be held back with it.
+    // What the server refused while it took others is asked for after those, each by itself.
+    let exports = state.exports()?;
+    let refused = |name: &str| exports.set_aside.iter().any(|aside| aside.scope == app_id && aside.resource_type == name);
+    let mut set_aside: Vec<(Option<i64>, Vec<ResourceType>)> = Vec::new();
+    for (since, types) in groups.iter_mut().filter(|_| !plan.types.is_empty()) {
+        set_aside.extend(types.extract_if(.., |name| refused(name)).map(|name| (*since, vec![name])));
+    }
+    groups.retain(|_, types| !types.is_empty());
+    // The server said that its export is not whole: watermarks that can move must not be held back with others.
     let reports = state.reports(LOOKED_BACK);
     let last = reports.iter().find(|report| outcome_of(report) != "stopped");
-    let apart = last.is_some_and(|last| outcome_of(last) == "failed" || last["watermark_held"] == true);
-    let groups = if apart { groups } else { together(groups) };
+    let held = last.is_some_and(|last| last["watermark_held"] == true);
+    let groups = if held { groups } else { together(groups) };
     let full = groups.is_empty() || groups.contains_key(&None);
     let kickoffs = match &plan.source {
         SourcePlan::Folder(_) => Vec::new(),
@@ -132,6 +142,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         }
         SourcePlan::Server { level, options: wanted, .. } => groups
             .into_iter()
+            .chain(set_aside)
             .map(|(since, asked)| {
                 let types = asked.iter().map(ToString::to_string).collect();
                 let request = ExportRequest { level: level.clone(), types, since, options: wanted.clone() };
@@ -158,12 +169,13 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         SourcePlan::Server { options, .. } => options.until.as_ref().and_then(|until| parse_instant(until.as_bytes())),
         SourcePlan::Folder(_) => None,
     };
-    Ok(Prepared { plan, tables, opened, kickoffs, app_id, full, full_refresh, behind, until })
+    let may_part = may_part(&exports, &app_id);
+    Ok(Prepared { plan, tables, opened, kickoffs, may_part, app_id, full, full_refresh, behind, until })
 }
 
 /// Types whose watermarks lie close together are asked for in one export, from the oldest of them: a server works on few
-/// exports at a time, and what is read twice changes nothing. From then on they have one watermark. After a run that failed
-/// each watermark has its export again: types that are asked for together are refused together.
+/// exports at a time, and what is read twice changes nothing. From then on they have one watermark. After a run whose
+/// watermark was held by the server's own errors, each watermark has its export again.
 fn together(groups: BTreeMap<Option<i64>, Vec<ResourceType>>) -> BTreeMap<Option<i64>, Vec<ResourceType>> {
     let mut near: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for (since, types) in groups {

@@ -1,114 +1,28 @@
 //! The source, as a FHIR server: kick-off, polls, manifests.
 
+mod asked;
 mod log;
+mod parting;
 mod set_aside;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use url::Url;
 
+pub use self::asked::{Accepted, ExportNote, Kickoff, Remember};
+use self::parting::Parting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
 use crate::fault_points::reached;
-use crate::fhir::{Client, ExportRequest, KickOff, Links, Manifest, ManifestFile, Poll};
+use crate::fhir::{Client, KickOff, Links, Manifest, ManifestFile, Poll};
 use crate::flow::{Board, Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType, watermark_of};
 use crate::schema::Model;
-use crate::staged::{ListedFile, said_of};
+use crate::staged::said_of;
 use crate::telemetry;
-
-/// One kick-off: types whose watermarks lie close together share it.
-#[derive(Debug, Clone)]
-pub struct Kickoff {
-    /// What is asked.
-    pub request: ExportRequest,
-    /// The types that it answers for; empty where all were asked for.
-    pub asked: Vec<ResourceType>,
-    /// Types that have a table already, where all were asked for.
-    pub known: Vec<ResourceType>,
-    /// The export that an earlier run asked for with this very request.
-    pub in_flight: Option<Accepted>,
-}
-
-/// An export that the server accepted.
-#[derive(Debug, Clone)]
-pub struct Accepted {
-    /// Where its status is asked for.
-    pub status: Url,
-    /// Whether a poll's own status and the export's are apart.
-    pub separate: bool,
-    /// `transactionTime` of each type's table for this scope: a type whose table has the export's own, or a newer one's, was
-    /// merged whole.
-    pub tables: BTreeMap<ResourceType, i64>,
-    /// Types whose files hold rows of other types: merged or not, they are read again.
-    pub mixed: Vec<ResourceType>,
-    /// Files that it listed to earlier runs, by [`ListedFile::said`], and what is staged of them.
-    pub staged: Arc<HashMap<String, ListedFile>>,
-}
-
-impl Accepted {
-    fn new(status: Url, separate: bool) -> Self {
-        Self { status, separate, tables: BTreeMap::new(), mixed: Vec::new(), staged: Arc::default() }
-    }
-
-    /// Types that were merged whole out of the export, whose watermark this is, or a newer one.
-    pub fn merged(&self, watermark: i64) -> impl Iterator<Item = &ResourceType> {
-        self.tables.iter().filter(move |(_, table)| **table >= watermark).map(|(name, _)| name)
-    }
-}
-
-/// Hears what must be remembered of an export before anything else happens.
-pub type Remember = Arc<dyn Fn(&ExportNote<'_>) -> Result<()> + Send + Sync>;
-
-/// What is remembered.
-#[derive(Debug)]
-pub enum ExportNote<'a> {
-    /// A kick-off is about to be sent.
-    Asking,
-    /// It was refused, or never arrived: no export came of it.
-    Refused,
-    /// The server's answers are no use: it may have given the export up.
-    Useless {
-        /// Where its status is asked for.
-        status: &'a Url,
-    },
-    /// The server accepted; its status URL.
-    Accepted {
-        /// What was asked.
-        kickoff: &'a Kickoff,
-        /// Where its status is asked for.
-        status: &'a Url,
-        /// Whether a poll's own status and the export's are apart.
-        separate: bool,
-    },
-    /// The manifest came.
-    Complete {
-        /// Where its status was asked for.
-        status: &'a Url,
-        /// Microseconds since the epoch.
-        transaction_time: i64,
-    },
-    /// The server has no such export any more, or gave it up.
-    Lost {
-        /// Where its status was asked for.
-        status: &'a Url,
-    },
-    /// Files of a type hold rows of other types too, and the type is about to be merged.
-    Mixed {
-        /// The type.
-        resource_type: &'a ResourceType,
-    },
-    /// The server asks to come back later.
-    Later {
-        /// How long it asks to wait, where it says.
-        wait: Option<Duration>,
-        /// Its words.
-        why: &'a str,
-    },
-}
 
 /// Exports from a server.
 pub struct ServerExport {
@@ -116,6 +30,8 @@ pub struct ServerExport {
     pub client: Client,
     /// Kick-offs, made one after the other: many servers have one slot.
     pub kickoffs: Vec<Kickoff>,
+    /// Whether types that are refused together are asked for apart.
+    pub may_part: bool,
     /// How long a server may work.
     pub timeout: Option<Duration>,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
@@ -143,6 +59,8 @@ pub struct ServerExport {
 /// Why an export ended early.
 enum Ended {
     Failed(Error),
+    /// The server answered the kick-off, and made no export.
+    Refused(Error),
     /// The server knows no such export.
     Gone(Error),
     /// Nobody listens any more.
@@ -156,29 +74,61 @@ impl From<Error> for Ended {
 }
 
 impl ServerExport {
-    /// Makes each kick-off, or goes on with what was asked for before, and sends its files on.
+    /// Makes each kick-off, or goes on with what was asked for before, and sends its files on. Types of which some are refused
+    /// are asked for by halves: a type that the server does not give away must not hold back its neighbours.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index.max(FIRST_INDEX);
-        for (export, kickoff) in self.kickoffs.iter().enumerate() {
+        let mut parting = Parting::of(&self.kickoffs, self.may_part);
+        while let Some((export, kickoff)) = parting.next() {
             let span = tracing::info_span!("export", export);
-            match tracing::Instrument::instrument(self.export(export, kickoff, &mut index), span).await {
-                Ok(()) => {}
-                Err(Ended::Unheard) => return Ok(()),
-                // One refused export does not hold the others back; one alone is the run's end.
-                Err(Ended::Failed(error) | Ended::Gone(error))
-                    if self.kickoffs.len() > 1
-                        && matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth | ErrorKind::Throttled) =>
-                {
-                    tracing::error!(%error, "the export failed; its types are left as they were");
-                    let fact = Fact::ExportFailed { export, asked: kickoff.asked.clone(), why: error.to_string() };
-                    if self.merge.send(MergeInput::Fact(fact)).await.is_err() {
-                        return Ok(());
+            let ended = tracing::Instrument::instrument(self.export(export, &kickoff, &mut index), span).await;
+            let heard = match ended {
+                Ok(()) => {
+                    parting.came();
+                    Ok(())
+                }
+                Err(Ended::Refused(error)) => {
+                    let (types, words) = (kickoff.asked.len(), error.to_string());
+                    match parting.refused(export, kickoff, error) {
+                        false => Ok(()),
+                        true => {
+                            tracing::info!(types, error = words, "the kick-off was refused; its types are asked for by halves");
+                            self.tell(Fact::OneExportMore).await
+                        }
                     }
                 }
+                // One failed export does not hold the others back; one alone is the run's end.
+                Err(Ended::Failed(error) | Ended::Gone(error))
+                    if !parting.is_one()
+                        && matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth | ErrorKind::Throttled) =>
+                {
+                    parting.failed();
+                    self.export_failed(export, kickoff, &error).await
+                }
                 Err(Ended::Failed(error) | Ended::Gone(error)) => return Err(error),
+                unheard => unheard,
+            };
+            if heard.is_err() {
+                return Ok(());
+            }
+        }
+        let set_aside = parting.set_aside();
+        if !set_aside.is_empty() {
+            (self.remember)(&ExportNote::SetAside(&set_aside))?;
+        } else if parting.is_in_vain() {
+            (self.remember)(&ExportNote::AllRefused)?;
+        }
+        for (export, kickoff, error) in parting.end(self.kickoffs.len())? {
+            if self.export_failed(export, kickoff, &error).await.is_err() {
+                return Ok(());
             }
         }
         Ok(())
+    }
+
+    async fn export_failed(&self, export: usize, kickoff: Kickoff, error: &Error) -> Result<(), Ended> {
+        tracing::error!(types = %kickoff.asked.join(", "), %error, "the export failed; its types are left as they were");
+        self.tell(Fact::ExportFailed { export, asked: kickoff.asked, why: error.to_string() }).await
     }
 
     async fn export(&self, export: usize, kickoff: &Kickoff, index: &mut u32) -> Result<(), Ended> {
@@ -203,7 +153,7 @@ impl ServerExport {
             (self.remember)(&ExportNote::Refused)?;
         }
         self.log_kick_off(export, kickoff, &answer);
-        let accepted = match answer? {
+        let accepted = match answer.map_err(Ended::Refused)? {
             KickOff::Accepted { status, separate } => Accepted::new(status, separate),
             KickOff::Later { wait, why } => {
                 (self.remember)(&ExportNote::Later { wait, why: &why })?;

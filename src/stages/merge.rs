@@ -46,8 +46,6 @@ pub struct MergeSettings {
     pub layout: LayoutOptions,
     /// Setup of tables that are created.
     pub table: TableSettings,
-    /// Kick-offs of the run.
-    pub exports: usize,
     /// When the run began.
     pub began: Instant,
 }
@@ -394,7 +392,7 @@ impl Merge {
                     self.failed(&name, &if about_lines { error } else { error.with_hint(hint) });
                 }
             } else if unfinished.contains(&name) && !known {
-                let why = if self.stop.is_pulled() { STOPPED } else { "not all of it came" };
+                let why = if self.stop.is_requested() { STOPPED } else { "not all of it came" };
                 self.staging.of(&name).outcome.error = Some(why.to_owned());
             }
         }
@@ -406,9 +404,10 @@ impl Merge {
             outcome.answered_for = self.ledger.is_answered_for(&name);
             (name.to_string(), outcome)
         });
-        let watermark_held = (0..self.settings.exports).any(|export| self.ledger.holds_watermark(export));
+        let watermark_held = (0..self.ledger.exports()).any(|export| self.ledger.holds_watermark(export));
         MergeReport {
             types: types.collect(),
+            exports: self.ledger.exports(),
             count_findings: self.ledger.count_findings(),
             files_failed: self.ledger.files_failed(),
             whole: self.ledger.all_ended(),

@@ -78,6 +78,8 @@ impl TypeOutcome {
 pub struct MergeReport {
     /// By type.
     pub types: BTreeMap<String, TypeOutcome>,
+    /// How many exports the run had.
+    pub exports: usize,
     /// Manifest counts that differ from what came: file, promised, came.
     pub count_findings: Vec<(String, u64, u64)>,
     /// Whether every export said its last.

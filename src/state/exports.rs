@@ -64,6 +64,28 @@ pub struct NotBefore {
     pub why: String,
 }
 
+/// A type whose kick-offs the server refuses: it is asked for by itself until it comes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAside {
+    /// The type.
+    pub resource_type: String,
+    /// Pipeline and scope.
+    pub scope: String,
+    /// When it was last refused.
+    pub time: DateTime<Utc>,
+    /// The server's words.
+    pub why: String,
+}
+
+/// A server that refused every type, each by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllRefused {
+    /// When.
+    pub time: DateTime<Utc>,
+    /// Pipeline and scope.
+    pub scope: String,
+}
+
 /// What is remembered.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exports {
@@ -76,6 +98,12 @@ pub struct Exports {
     /// Kick-offs without an answer, until one is answered by an export.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unanswered: Vec<Unanswered>,
+    /// Types that the server refuses, while it takes others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub set_aside: Vec<SetAside>,
+    /// When it last refused them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub all_refused: Option<AllRefused>,
 }
 
 impl Exports {

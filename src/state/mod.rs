@@ -8,7 +8,7 @@ mod lock;
 mod quarantine;
 mod watermark;
 
-pub use exports::{Exports, InFlight, NotBefore, Unanswered};
+pub use exports::{AllRefused, Exports, InFlight, NotBefore, SetAside, Unanswered};
 pub use journal::{Journal, JournalEntry};
 pub use lock::Lock;
 pub use quarantine::{Quarantine, QuarantinedLine};

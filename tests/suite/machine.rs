@@ -114,8 +114,10 @@ async fn a_disk_that_is_full_while_another_export_is_waited_for() {
     };
     let of = |types: &str| format!("{{ url: \"{}\", types: [{types}], retry_for: 1s, timeout: 60s }}", server.base());
     assert!(lake.run(&of("Patient"), "").await.unwrap().succeeded);
-    // Claim has no table yet, so each has an export of its own, and that of Patient is the second.
-    server.set_faults(Faults { endless_type: Some("Patient".into()), ..Faults::default() });
+    // Observation and Claim have no table yet: they are asked for first. Their files come slowly, so that Patient is asked for
+    // before the disk is full.
+    let slow = Some(std::time::Duration::from_millis(20));
+    server.set_faults(Faults { endless_type: Some("Patient".into()), slow, ..Faults::default() });
     let file = lake.pipeline_file(&of("Patient, Observation, Claim"));
     let yaml = std::fs::read_to_string(&file).unwrap() + "stages: { encode: { row_group: 64KiB }, merge: { checkpoint: 1h } }\n";
     std::fs::write(&file, yaml).unwrap();

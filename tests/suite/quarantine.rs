@@ -2,7 +2,6 @@
 
 use fhirlake::demo::{DemoServer, Population};
 use fhirlake::pipeline::RunOptions;
-use fhirlake::state::StateFolder;
 
 use super::support::{Lake, folder, lake};
 
@@ -10,12 +9,8 @@ fn patient(id: &str, version: u32, more: &str) -> String {
     format!(r#"{{"resourceType":"Patient","id":"{id}","meta":{{"versionId":"{version}"}}{more}}}"#)
 }
 
-fn state(lake: &Lake) -> StateFolder {
-    StateFolder::at(&lake.state(), None)
-}
-
 fn kept(lake: &Lake) -> usize {
-    state(lake).quarantined().count()
+    lake.state_folder().quarantined().count()
 }
 
 /// Makes every quarantined line read `new` instead of what it says: as if this version of fhirlake could read it.

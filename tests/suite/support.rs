@@ -12,6 +12,7 @@ use fhirlake::demo::{DEMO_TYPES, Population};
 use fhirlake::error::Result;
 use fhirlake::flow::Stop;
 use fhirlake::pipeline::{RunOptions, RunReport, Watch, run};
+use fhirlake::state::StateFolder;
 
 /// A folder with tables and state of its own.
 pub struct Lake {
@@ -28,6 +29,10 @@ impl Lake {
     }
     pub fn state(&self) -> PathBuf {
         self.folder.path().join("state")
+    }
+    /// What the pipeline remembers.
+    pub fn state_folder(&self) -> StateFolder {
+        StateFolder::at(&self.state(), None)
     }
     /// A pipeline with `source` for its source and `rest` behind it, both YAML.
     fn yaml(&self, source: &str, rest: &str) -> String {
