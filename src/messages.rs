@@ -340,8 +340,8 @@ pub enum Fact {
     FileHeld(ParsedChunk),
     /// A file could not be read; its types fail.
     FileFailed(u32, String),
-    /// The run has one export more than was thought: a kick-off was taken apart.
-    OneExportMore,
+    /// A kick-off was refused and taken apart: in the place of this export there are two more.
+    ExportParted(usize),
     /// An export failed: its types fail.
     ExportFailed {
         /// Which export.

@@ -61,9 +61,16 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                     "no answer came to the kick-off of {time}: the server may hold an export that is not listed here"
                 ))?;
             }
-            for aside in &exports.set_aside {
+            for aside in exports.set_aside.iter().filter(|aside| plan.types.contains(&aside.resource_type)) {
                 let time = aside.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("{}, refused at {time}, is asked for by itself: {}", aside.resource_type, aside.why))?;
+            }
+            if let Some(refused) = &exports.all_refused {
+                let time = refused.time.to_rfc3339_opts(SecondsFormat::Secs, true);
+                let types = refused.types.join(", ");
+                output.line(&format!(
+                    "each of {types} was refused by itself at {time}: for a day they are asked for together only (`jobs cancel --all` forgets that)"
+                ))?;
             }
             if exports.in_flight.is_empty() {
                 return output.line("no export is in flight");

@@ -198,6 +198,11 @@ impl DemoServer {
         locked(&self.world).jobs.iter_mut().for_each(|job| *job = None);
     }
 
+    /// How many exports it has: those that were neither deleted nor lost.
+    pub fn exports(&self) -> usize {
+        locked(&self.world).jobs.iter().flatten().count()
+    }
+
     /// Registers a client: from now on nothing is answered without its token.
     pub fn register(&self, client: Registration) {
         locked(&self.world).tokens.registered = Some(client);

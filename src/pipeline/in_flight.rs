@@ -1,7 +1,7 @@
 //! Exports that outlive a run: remembered as soon as the server accepts them, gone on with by the next run, given back when
 //! all of it is merged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -113,10 +113,10 @@ pub(super) fn resume(
     Ok(resumed)
 }
 
-/// Whether types that are refused together are worth being asked for apart: not where that was tried lately, in vain.
-pub(super) fn may_part(exports: &Exports, scope: &str) -> bool {
-    let lately = |refused: &AllRefused| refused.scope == scope && (Utc::now() - refused.time).abs() < PARTED_AGAIN_AFTER;
-    !exports.all_refused.as_ref().is_some_and(lately)
+/// Types that the server refused one by one lately: whether it gives some of them is not asked again so soon.
+pub(super) fn refused_lately(exports: &Exports, scope: &str, now: DateTime<Utc>) -> HashSet<String> {
+    let lately = |refused: &&AllRefused| refused.scope == scope && (now - refused.time).abs() < PARTED_AGAIN_AFTER;
+    exports.all_refused.iter().filter(lately).flat_map(|refused| refused.types.iter().cloned()).collect()
 }
 
 /// A server that was asked too often is not asked again before it may be: only what is in flight is gone on with then, and
@@ -145,7 +145,7 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
             ExportNote::Refused => drop(exports.unanswered.pop()),
             ExportNote::Accepted { kickoff, status, separate } => {
                 (exports.not_before, exports.all_refused) = (None, None);
-                exports.set_aside.retain(|aside| !kickoff.request.types.contains(&aside.resource_type));
+                exports.set_aside.retain(|aside| aside.scope != scope || !kickoff.request.types.contains(&aside.resource_type));
                 exports.unanswered.retain(|kick_off| kick_off.scope != scope);
                 exports.in_flight.push(InFlight {
                     status: status.to_string(),
@@ -173,7 +173,9 @@ pub(super) fn remember(state: StateFolder, scope: String, full_refresh: bool, lo
                     why: why.clone(),
                 }));
             }
-            ExportNote::AllRefused => exports.all_refused = Some(AllRefused { time: Utc::now(), scope: scope.clone() }),
+            ExportNote::AllRefused(types) => {
+                exports.all_refused = Some(AllRefused { time: Utc::now(), scope: scope.clone(), types: types.to_vec() });
+            }
             ExportNote::Complete { status, transaction_time } => {
                 let found = exports.in_flight.iter_mut().filter(|export| export.status == status.as_str());
                 found.for_each(|export| export.transaction_time = Some(*transaction_time));
@@ -339,5 +341,20 @@ pub async fn cancel(plan: &Plan, numbers: Option<&[usize]>, forget: bool) -> Res
         Some(error) => Err(error.with_hint(
             "the server still has the export, so it is still listed: try again, or forget it without telling the server (--forget)",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_refused_one_by_one_is_known_for_a_day() {
+        let now = Utc::now();
+        let all_refused = Some(AllRefused { time: now, scope: "s".into(), types: vec!["Claim".into()] });
+        let exports = Exports { all_refused, ..Exports::default() };
+        assert_eq!(refused_lately(&exports, "s", now + TimeDelta::hours(23)), HashSet::from(["Claim".to_owned()]));
+        assert!(refused_lately(&exports, "other", now).is_empty());
+        assert!(refused_lately(&exports, "s", now + TimeDelta::hours(25)).is_empty());
     }
 }

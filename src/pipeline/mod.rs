@@ -260,7 +260,7 @@ async fn once(
             let source = ServerExport {
                 client: client.clone(),
                 kickoffs: prepared.kickoffs.clone(),
-                may_part: prepared.may_part,
+                refused_lately: prepared.refused_lately.clone(),
                 timeout: Some(*timeout),
                 until: prepared.until,
                 first_index: taken_up.first_index,

@@ -1,12 +1,12 @@
 //! What a run is about to do: the tables as they are, their watermarks, and what is asked of the server.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use chrono::DateTime;
+use chrono::{DateTime, Utc};
 
 use super::RunOptions;
-use super::in_flight::{Resumed, may_part, resume};
+use super::in_flight::{Resumed, refused_lately, resume};
 use super::report::outcome_of;
 use crate::config::{Mode, Plan, Since, SourcePlan};
 use crate::delta::{Table, Tables, deletions_id};
@@ -32,8 +32,8 @@ pub struct Prepared {
     pub(super) tables: Tables,
     pub(super) opened: HashMap<ResourceType, Table>,
     pub(super) kickoffs: Vec<Kickoff>,
-    /// Whether types that are refused together are asked for apart.
-    pub(super) may_part: bool,
+    /// Types that the server refused one by one not long ago.
+    pub(super) refused_lately: HashSet<String>,
     pub(super) app_id: String,
     pub(super) full: bool,
     pub(super) full_refresh: bool,
@@ -110,7 +110,8 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
     }
-    // What the server refused while it took others is asked for after those, each by itself.
+    // What the server refused while it took others is asked for by itself. First: a refusal costs no slot, and where a server has
+    // one only, what is given again would never come behind the others.
     let exports = state.exports()?;
     let refused = |name: &str| exports.set_aside.iter().any(|aside| aside.scope == app_id && aside.resource_type == name);
     let mut set_aside: Vec<(Option<i64>, Vec<ResourceType>)> = Vec::new();
@@ -122,7 +123,13 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let reports = state.reports(LOOKED_BACK);
     let last = reports.iter().find(|report| outcome_of(report) != "stopped");
     let held = last.is_some_and(|last| last["watermark_held"] == true);
-    let groups = if held { groups } else { together(groups) };
+    // A server that has few slots, or gives an export a day, would have each of them wait for the others.
+    let throttles = exports.not_before.as_ref().is_some_and(|until| until.scope == app_id);
+    let groups = match (throttles, held) {
+        (true, _) => together(groups, i64::MAX),
+        (false, true) => groups,
+        (false, false) => together(groups, CLOSE_MICROS),
+    };
     let full = groups.is_empty() || groups.contains_key(&None);
     let kickoffs = match &plan.source {
         SourcePlan::Folder(_) => Vec::new(),
@@ -140,9 +147,9 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             let known = opened.keys().cloned().collect();
             vec![Kickoff { request, asked: Vec::new(), known, in_flight: None }]
         }
-        SourcePlan::Server { level, options: wanted, .. } => groups
+        SourcePlan::Server { level, options: wanted, .. } => set_aside
             .into_iter()
-            .chain(set_aside)
+            .chain(groups)
             .map(|(since, asked)| {
                 let types = asked.iter().map(ToString::to_string).collect();
                 let request = ExportRequest { level: level.clone(), types, since, options: wanted.clone() };
@@ -169,18 +176,18 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         SourcePlan::Server { options, .. } => options.until.as_ref().and_then(|until| parse_instant(until.as_bytes())),
         SourcePlan::Folder(_) => None,
     };
-    let may_part = may_part(&exports, &app_id);
-    Ok(Prepared { plan, tables, opened, kickoffs, may_part, app_id, full, full_refresh, behind, until })
+    let refused_lately = refused_lately(&exports, &app_id, Utc::now());
+    Ok(Prepared { plan, tables, opened, kickoffs, refused_lately, app_id, full, full_refresh, behind, until })
 }
 
-/// Types whose watermarks lie close together are asked for in one export, from the oldest of them: a server works on few
+/// Types whose watermarks lie at most `most` microseconds apart are asked for in one export, from the oldest of them: a server works on few
 /// exports at a time, and what is read twice changes nothing. From then on they have one watermark. After a run whose
 /// watermark was held by the server's own errors, each watermark has its export again.
-fn together(groups: BTreeMap<Option<i64>, Vec<ResourceType>>) -> BTreeMap<Option<i64>, Vec<ResourceType>> {
+fn together(groups: BTreeMap<Option<i64>, Vec<ResourceType>>, most: i64) -> BTreeMap<Option<i64>, Vec<ResourceType>> {
     let mut near: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for (since, types) in groups {
         let oldest = near.last_entry().filter(|oldest| match (oldest.key(), since) {
-            (Some(oldest), Some(since)) => since - oldest <= CLOSE_MICROS,
+            (Some(oldest), Some(since)) => since - oldest <= most,
             _ => false,
         });
         match oldest {
@@ -242,14 +249,17 @@ mod tests {
     fn watermarks_within_an_hour_of_the_oldest_are_one_group() {
         let minutes = |minutes: i64| Some(minutes * 60 * 1_000_000);
         let group = |since, names: &[&str]| (since, names.iter().map(|name| (*name).into()).collect::<Vec<ResourceType>>());
-        let near = together(BTreeMap::from([
-            group(None, &["A"]),
-            group(minutes(0), &["B"]),
-            group(minutes(50), &["C", "D"]),
-            group(minutes(60), &["E"]),
-            group(minutes(100), &["F"]),
-            group(minutes(161), &["G"]),
-        ]));
+        let near = together(
+            BTreeMap::from([
+                group(None, &["A"]),
+                group(minutes(0), &["B"]),
+                group(minutes(50), &["C", "D"]),
+                group(minutes(60), &["E"]),
+                group(minutes(100), &["F"]),
+                group(minutes(161), &["G"]),
+            ]),
+            CLOSE_MICROS,
+        );
         let wanted = [
             group(None, &["A"]),
             group(minutes(0), &["B", "C", "D", "E"]),

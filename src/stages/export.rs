@@ -13,7 +13,7 @@ use std::time::Duration;
 use url::Url;
 
 pub use self::asked::{Accepted, ExportNote, Kickoff, Remember};
-use self::parting::Parting;
+use self::parting::{Asking, Parting, may_be_for_a_type};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
 use crate::fault_points::reached;
@@ -30,8 +30,8 @@ pub struct ServerExport {
     pub client: Client,
     /// Kick-offs, made one after the other: many servers have one slot.
     pub kickoffs: Vec<Kickoff>,
-    /// Whether types that are refused together are asked for apart.
-    pub may_part: bool,
+    /// Types that the server refused one by one not long ago: refused together, they are not asked for apart.
+    pub refused_lately: HashSet<String>,
     /// How long a server may work.
     pub timeout: Option<Duration>,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
@@ -59,7 +59,7 @@ pub struct ServerExport {
 /// Why an export ended early.
 enum Ended {
     Failed(Error),
-    /// The server answered the kick-off, and made no export.
+    /// The server refused the kick-off, and may have done so for one of its types.
     Refused(Error),
     /// The server knows no such export.
     Gone(Error),
@@ -78,32 +78,22 @@ impl ServerExport {
     /// are asked for by halves: a type that the server does not give away must not hold back its neighbours.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index.max(FIRST_INDEX);
-        let mut parting = Parting::of(&self.kickoffs, self.may_part);
-        while let Some((export, kickoff)) = parting.next() {
-            let span = tracing::info_span!("export", export);
-            let ended = tracing::Instrument::instrument(self.export(export, &kickoff, &mut index), span).await;
+        let mut parting = Parting::of(&self.kickoffs, self.refused_lately.clone());
+        while let Some(asking) = parting.next() {
+            let span = tracing::info_span!("export", export = asking.export);
+            let ended = tracing::Instrument::instrument(self.export(&asking, &mut index, &mut parting), span).await;
             let heard = match ended {
-                Ok(()) => {
-                    parting.came();
-                    Ok(())
-                }
-                Err(Ended::Refused(error)) => {
-                    let (types, words) = (kickoff.asked.len(), error.to_string());
-                    match parting.refused(export, kickoff, error) {
-                        false => Ok(()),
-                        true => {
-                            tracing::info!(types, error = words, "the kick-off was refused; its types are asked for by halves");
-                            self.tell(Fact::OneExportMore).await
-                        }
-                    }
-                }
+                Ok(()) => Ok(()),
+                Err(Ended::Refused(error)) => self.refused(asking, error, &mut parting).await,
                 // One failed export does not hold the others back; one alone is the run's end.
-                Err(Ended::Failed(error) | Ended::Gone(error))
-                    if !parting.is_one()
-                        && matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth | ErrorKind::Throttled) =>
-                {
+                Err(Ended::Failed(error) | Ended::Gone(error)) if self.is_its_own_only(&error, &parting) => {
                     parting.failed();
-                    self.export_failed(export, kickoff, &error).await
+                    let mut failed = vec![(asking.export, asking.kickoff)];
+                    // A server that wants to be left alone is.
+                    if error.kind() == ErrorKind::Throttled {
+                        failed.extend(parting.rest());
+                    }
+                    self.exports_failed(failed, &error).await
                 }
                 Err(Ended::Failed(error) | Ended::Gone(error)) => return Err(error),
                 unheard => unheard,
@@ -111,31 +101,56 @@ impl ServerExport {
             if heard.is_err() {
                 return Ok(());
             }
+            let set_aside = parting.set_aside();
+            if !set_aside.is_empty() {
+                (self.remember)(&ExportNote::SetAside(&set_aside))?;
+            }
         }
-        let set_aside = parting.set_aside();
-        if !set_aside.is_empty() {
-            (self.remember)(&ExportNote::SetAside(&set_aside))?;
-        } else if parting.is_in_vain() {
-            (self.remember)(&ExportNote::AllRefused)?;
+        if let Some(types) = parting.in_vain() {
+            (self.remember)(&ExportNote::AllRefused(&types))?;
         }
         for (export, kickoff, error) in parting.end(self.kickoffs.len())? {
-            if self.export_failed(export, kickoff, &error).await.is_err() {
+            if self.exports_failed(vec![(export, kickoff)], &error).await.is_err() {
                 return Ok(());
             }
         }
         Ok(())
     }
 
-    async fn export_failed(&self, export: usize, kickoff: Kickoff, error: &Error) -> Result<(), Ended> {
-        tracing::error!(types = %kickoff.asked.join(", "), %error, "the export failed; its types are left as they were");
-        self.tell(Fact::ExportFailed { export, asked: kickoff.asked, why: error.to_string() }).await
+    /// Whether the failure of an export is no failure of the run.
+    fn is_its_own_only(&self, error: &Error, parting: &Parting) -> bool {
+        match error.kind() {
+            ErrorKind::Server | ErrorKind::Auth => !parting.is_one(),
+            ErrorKind::Throttled => !parting.is_one() && parting.holds(),
+            _ => false,
+        }
     }
 
-    async fn export(&self, export: usize, kickoff: &Kickoff, index: &mut u32) -> Result<(), Ended> {
+    async fn refused(&self, asking: Asking, error: Error, parting: &mut Parting) -> Result<(), Ended> {
+        let (export, types, words) = (asking.export, asking.kickoff.asked.len(), error.to_string());
+        if !parting.refused(asking, error) {
+            return Ok(());
+        }
+        tracing::info!(types, error = words, "the kick-off was refused; its types are asked for by halves");
+        self.tell(Fact::ExportParted(export)).await
+    }
+
+    async fn exports_failed(&self, failed: Vec<(usize, Kickoff)>, error: &Error) -> Result<(), Ended> {
+        for (export, kickoff) in failed {
+            tracing::error!(types = %kickoff.asked.join(", "), %error, "the export failed; its types are left as they were");
+            self.tell(Fact::ExportFailed { export, asked: kickoff.asked, why: error.to_string() }).await?;
+        }
+        Ok(())
+    }
+
+    async fn export(&self, asking: &Asking, index: &mut u32, parting: &mut Parting) -> Result<(), Ended> {
+        let (export, kickoff) = (asking.export, &asking.kickoff);
         if let Some(accepted) = &kickoff.in_flight {
             tracing::info!("going on with the export that an earlier run asked for");
+            parting.goes_on();
             match self.follow(export, kickoff, accepted, index).await {
                 Err(Ended::Gone(error)) => {
+                    parting.is_gone();
                     tracing::warn!(%error, "the server no longer has the export; asking for it anew");
                     (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
                 }
@@ -153,7 +168,9 @@ impl ServerExport {
             (self.remember)(&ExportNote::Refused)?;
         }
         self.log_kick_off(export, kickoff, &answer);
-        let accepted = match answer.map_err(Ended::Refused)? {
+        let accepted = match answer
+            .map_err(|error| if may_be_for_a_type(&error) { Ended::Refused(error) } else { error.into() })?
+        {
             KickOff::Accepted { status, separate } => Accepted::new(status, separate),
             KickOff::Later { wait, why } => {
                 (self.remember)(&ExportNote::Later { wait, why: &why })?;
@@ -166,6 +183,7 @@ impl ServerExport {
             }
         };
         (self.remember)(&ExportNote::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
+        parting.accepted();
         tracing::info!(
             types = kickoff.asked.len(),
             incremental = kickoff.request.since.is_some(),

@@ -385,11 +385,13 @@ impl Merge {
             all &= !known;
             if let Standing::Failed(why) = self.ledger.standing(&name) {
                 all = false;
-                let about_lines = why.contains("bad lines");
-                let error = Error::new(ErrorKind::Data, why);
-                let hint = "run again once the file is whole; its type is as it was";
+                let hint = match (why.contains("bad lines"), why.starts_with("file ")) {
+                    (true, _) => ErrorKind::Data.hint(),
+                    (_, true) => "run again once the file is whole; its type is as it was",
+                    (_, false) => "the type is as it was; the words above say why it did not come",
+                };
                 if !known {
-                    self.failed(&name, &if about_lines { error } else { error.with_hint(hint) });
+                    self.failed(&name, &Error::new(ErrorKind::Data, why).with_hint(hint));
                 }
             } else if unfinished.contains(&name) && !known {
                 let why = if self.stop.is_requested() { STOPPED } else { "not all of it came" };

@@ -64,7 +64,7 @@ pub struct NotBefore {
     pub why: String,
 }
 
-/// A type whose kick-offs the server refuses: it is asked for by itself until it comes.
+/// A type that the server refuses while it takes others: it is asked for by itself until it comes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetAside {
     /// The type.
@@ -84,6 +84,8 @@ pub struct AllRefused {
     pub time: DateTime<Utc>,
     /// Pipeline and scope.
     pub scope: String,
+    /// The types.
+    pub types: Vec<String>,
 }
 
 /// What is remembered.

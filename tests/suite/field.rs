@@ -11,7 +11,7 @@ use fhirlake::error::ErrorKind;
 use fhirlake::fhir::KeyAlgorithm;
 
 use super::protocol::{TYPES, register, server};
-use super::support::{Lake, assert_is, folder, lake, strings};
+use super::support::{assert_is, folder, lake, strings};
 
 /// A source of the three types that is polled every second, with further keys.
 fn source(server: &DemoServer, more: &str) -> String {

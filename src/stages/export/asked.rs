@@ -96,7 +96,7 @@ pub enum ExportNote<'a> {
     /// The server refused kick-offs of these types alone, and took others: why.
     SetAside(&'a [(String, String)]),
     /// It refused every type that was asked for, each by itself: it is not the types.
-    AllRefused,
+    AllRefused(&'a [String]),
     /// The server has no such export any more, or gave it up.
     Lost {
         /// Where its status was asked for.

@@ -1,36 +1,58 @@
 //! Kick-offs of several types of which the server takes some and refuses others: asked for by halves, until it is known which.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use super::Kickoff;
 use crate::error::{Error, ErrorKind};
 
 /// The kick-offs that a run has still to make, in their order, and what came of those that it made.
 pub(super) struct Parting {
-    waiting: VecDeque<(usize, Kickoff)>,
+    waiting: VecDeque<Asking>,
     exports: usize,
-    allowed: bool,
+    /// Types of which it is known that each is refused, so that there is nothing to be found out.
+    known: HashSet<String>,
     /// Why the first kick-off was refused that was taken apart.
     first: Option<Error>,
-    /// Whether one ended otherwise than by a refusal: well, or not.
-    came: bool,
+    /// Whether the server accepted a kick-off of the run.
+    accepted: bool,
+    /// How many exports of ours it has: what it refuses then may be for want of a slot.
+    held: usize,
+    /// Whether an export failed that was not refused.
     failed: bool,
     refused: Vec<Refused>,
+    /// Types that were refused by themselves, and why, which nobody has been told yet.
+    found: Vec<(String, String)>,
+}
+
+/// A kick-off to be made.
+pub(super) struct Asking {
+    /// Its number among the run's exports.
+    pub export: usize,
+    pub kickoff: Kickoff,
+    /// The status by which was refused what it is a part of.
+    part_of: Option<u16>,
 }
 
 /// A kick-off that was refused and is not taken apart any further: its number among the run's exports, and why.
 pub(super) type Refused = (usize, Kickoff, Error);
 
 impl Parting {
-    /// Where parting is not `allowed`, what is refused together fails together.
-    pub fn of(kickoffs: &[Kickoff], allowed: bool) -> Self {
-        let waiting = kickoffs.iter().cloned().enumerate().collect();
-        let exports = kickoffs.len();
-        Self { waiting, exports, allowed, first: None, came: false, failed: false, refused: Vec::new() }
+    pub fn of(kickoffs: &[Kickoff], known: HashSet<String>) -> Self {
+        let asking = |(export, kickoff): (usize, &Kickoff)| Asking { export, kickoff: kickoff.clone(), part_of: None };
+        Self {
+            waiting: kickoffs.iter().enumerate().map(asking).collect(),
+            exports: kickoffs.len(),
+            known,
+            first: None,
+            accepted: false,
+            held: 0,
+            failed: false,
+            refused: Vec::new(),
+            found: Vec::new(),
+        }
     }
 
-    /// The next one, and its number.
-    pub fn next(&mut self) -> Option<(usize, Kickoff)> {
+    pub fn next(&mut self) -> Option<Asking> {
         self.waiting.pop_front()
     }
 
@@ -39,65 +61,98 @@ impl Parting {
         self.exports == 1
     }
 
-    pub fn came(&mut self) {
-        self.came = true;
+    /// An export of an earlier run is gone on with.
+    pub fn goes_on(&mut self) {
+        self.held += 1;
+    }
+
+    /// The server does not have it any more.
+    pub fn is_gone(&mut self) {
+        self.held -= 1;
+    }
+
+    pub fn accepted(&mut self) {
+        self.held += 1;
+        self.accepted = true;
     }
 
     pub fn failed(&mut self) {
         self.failed = true;
     }
 
-    /// Takes what was refused apart: the first half keeps the number and comes next, the second has a new one. Whether it did.
-    pub fn refused(&mut self, export: usize, mut kickoff: Kickoff, error: Error) -> bool {
-        if !self.allowed || kickoff.asked.len() < 2 || !may_be_for_a_type(&error) {
-            self.refused.push((export, kickoff, error));
-            return false;
-        }
-        let second = kickoff.take_half();
-        self.waiting.push_front((self.exports, second));
-        self.waiting.push_front((export, kickoff));
-        self.exports += 1;
-        self.first.get_or_insert(error);
-        true
+    /// Whether the server has an export of ours.
+    pub fn holds(&self) -> bool {
+        self.held > 0
     }
 
-    /// Whether kick-offs were refused, types by themselves too, and nothing came nor failed otherwise: it is not the types then.
-    pub fn is_in_vain(&self) -> bool {
-        self.first.is_some() && !self.came && !self.failed
+    /// Takes what was refused apart, where that can tell anything: whether it did. Both halves come next, each with a number of
+    /// its own.
+    pub fn refused(&mut self, asking: Asking, error: Error) -> bool {
+        let Asking { export, mut kickoff, part_of } = asking;
+        // What was refused when the server had no export of ours was so for a type, and so are its parts, refused like it.
+        let for_a_type = part_of.map_or(!self.holds(), |status| error.status() == Some(status));
+        let is_known = kickoff.asked.iter().all(|name| self.known.contains(&**name));
+        if for_a_type && kickoff.asked.len() > 1 && !is_known {
+            // An export that is gone is not to be asked for again.
+            kickoff.in_flight = None;
+            let second = kickoff.take_half();
+            for (number, kickoff) in [(1, second), (0, kickoff)] {
+                self.waiting.push_front(Asking { export: self.exports + number, kickoff, part_of: error.status() });
+            }
+            self.exports += 2;
+            self.first.get_or_insert(error);
+            return true;
+        }
+        if for_a_type && (kickoff.asked.len() == 1 || is_known) {
+            self.found.extend(kickoff.asked.iter().map(|name| (name.to_string(), error.to_string())));
+        }
+        self.refused.push((export, kickoff, error));
+        false
+    }
+
+    /// Types that were refused by themselves, and why, once it is known that others are not; each once.
+    pub fn set_aside(&mut self) -> Vec<(String, String)> {
+        if self.accepted { std::mem::take(&mut self.found) } else { Vec::new() }
+    }
+
+    /// The types, where each was refused by itself and nothing else happened: it is not the types then.
+    pub fn in_vain(&self) -> Option<Vec<String>> {
+        let refused = self.refused.iter().map(|(_, kickoff, _)| kickoff.asked.len()).sum::<usize>();
+        let in_vain = self.first.is_some() && !self.holds() && !self.failed && refused == self.found.len();
+        in_vain.then(|| self.found.iter().map(|(name, _)| name.clone()).collect())
+    }
+
+    /// What was not asked for yet, nor by an earlier run.
+    pub fn rest(&mut self) -> Vec<(usize, Kickoff)> {
+        let rest = std::mem::take(&mut self.waiting).into_iter();
+        let (goes_on, rest): (VecDeque<_>, VecDeque<_>) = rest.partition(|asking| asking.kickoff.in_flight.is_some());
+        self.waiting = goes_on;
+        rest.into_iter().map(|asking| (asking.export, asking.kickoff)).collect()
     }
 
     /// What was refused; the first error alone where there was one kick-off and nothing of it came.
     pub fn end(self, kickoffs: usize) -> Result<Vec<Refused>, Error> {
-        let nothing = !self.came && !self.failed && kickoffs == 1;
-        match self.first {
-            Some(first) if nothing => Err(first),
-            None if nothing => match self.refused.into_iter().next() {
-                Some((_, _, error)) => Err(error),
-                None => Ok(Vec::new()),
-            },
-            _ => Ok(self.refused),
+        if kickoffs > 1 || self.holds() || self.failed {
+            return Ok(self.refused);
         }
-    }
-
-    /// Types that were refused by themselves, and why, where others came.
-    pub fn set_aside(&self) -> Vec<(String, String)> {
-        let single = |(_, kickoff, error): &Refused| match kickoff.asked.as_slice() {
-            [name] if self.came => Some((name.to_string(), error.to_string())),
-            _ => None,
-        };
-        self.refused.iter().filter_map(single).collect()
+        match self.first.or_else(|| self.refused.into_iter().next().map(|(_, _, error)| error)) {
+            Some(error) => Err(error),
+            None => Ok(Vec::new()),
+        }
     }
 }
 
 /// Whether a kick-off may have been refused for one of its types: not for who asks, nor for when.
-fn may_be_for_a_type(error: &Error) -> bool {
+pub(super) fn may_be_for_a_type(error: &Error) -> bool {
     let status = error.status().unwrap_or_default();
-    let of_request = (400..500).contains(&status) && !matches!(status, 401 | 408 | 425 | 429);
+    let of_request = (400..500).contains(&status) && !matches!(status, 401 | 407 | 408 | 409 | 423 | 425 | 429);
     matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) && (of_request || status == 501)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::fhir::{ExportRequest, Level};
 
@@ -111,24 +166,27 @@ mod tests {
         Error::new(ErrorKind::Server, format!("answered {status}")).with_status(status)
     }
 
-    /// Plays a server that refuses what names any of `forbidden`: what was asked for and came, and what was asked for in all.
-    fn play(names: &[&str], forbidden: &[&str], parting: &mut Parting) -> (Vec<String>, usize) {
-        let (mut came, mut asked, mut numbers) = (Vec::new(), 0, std::collections::BTreeSet::new());
-        while let Some((number, kickoff)) = parting.next() {
-            asked += 1;
-            let of_request: Vec<&str> = kickoff.asked.iter().map(|name| &**name).collect();
-            assert_eq!(kickoff.request.types, of_request, "what is asked and what is answered for differ");
-            if kickoff.request.types.iter().any(|name| forbidden.contains(&name.as_str())) {
-                numbers.insert(number);
-                parting.refused(number, kickoff, refusal(400));
+    /// Plays a server that refuses what names any of `forbidden`: what came, and how many kick-offs were made.
+    fn play(parting: &mut Parting, forbidden: &[&str]) -> (Vec<String>, usize) {
+        let (mut came, mut numbers) = (Vec::new(), BTreeSet::new());
+        while let Some(asking) = parting.next() {
+            assert!(numbers.insert(asking.export), "two kick-offs have one number");
+            let asked: Vec<&str> = asking.kickoff.asked.iter().map(|name| &**name).collect();
+            assert_eq!(asking.kickoff.request.types, asked, "what is asked and what is answered for differ");
+            if asked.iter().any(|name| forbidden.contains(name)) {
+                parting.refused(asking, refusal(400));
             } else {
-                assert!(numbers.insert(number) || parting.first.is_some());
-                came.extend(kickoff.request.types);
-                parting.came();
+                came.extend(asking.kickoff.request.types);
+                parting.accepted();
             }
         }
-        assert_eq!(numbers.len(), parting.exports, "each export has a number of its own: {names:?}");
-        (came, asked)
+        assert_eq!(numbers.len(), parting.exports);
+        came.sort();
+        (came, numbers.len())
+    }
+
+    fn aside(parting: &mut Parting) -> Vec<String> {
+        parting.set_aside().into_iter().map(|(name, _)| name).collect()
     }
 
     // Breaks if a type that is refused keeps another from being asked for, or if finding it takes a request a type.
@@ -137,15 +195,13 @@ mod tests {
         let all: Vec<String> = (0..40).map(|number| format!("T{number:02}")).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         for forbidden in [vec![], vec!["T00"], vec!["T39"], vec!["T07", "T08"], vec!["T03", "T21", "T38"]] {
-            let mut parting = Parting::of(&[kickoff(&names)], true);
-            let (mut came, asked) = play(&names, &forbidden, &mut parting);
-            came.sort();
+            let mut parting = Parting::of(&[kickoff(&names)], HashSet::new());
+            let (came, asked) = play(&mut parting, &forbidden);
             let wanted: Vec<&str> = names.iter().copied().filter(|name| !forbidden.contains(name)).collect();
             assert_eq!(came, wanted);
             assert!(asked <= 1 + forbidden.len() * 12, "{asked} for {forbidden:?}");
-            let aside: Vec<String> = parting.set_aside().into_iter().map(|(name, _)| name).collect();
-            assert_eq!(aside, forbidden);
-            assert!(!parting.is_in_vain() && parting.end(1).is_ok());
+            assert_eq!(aside(&mut parting), forbidden);
+            assert!(parting.set_aside().is_empty() && parting.in_vain().is_none() && parting.end(1).is_ok());
         }
     }
 
@@ -153,17 +209,47 @@ mod tests {
     #[test]
     fn a_refusal_that_is_for_no_type_is_the_runs_end() {
         let names = ["A", "B", "C"];
-        let mut parting = Parting::of(&[kickoff(&names)], true);
-        assert_eq!(play(&names, &names, &mut parting), (vec![], 5));
-        assert!(parting.is_in_vain() && parting.set_aside().is_empty());
+        let mut parting = Parting::of(&[kickoff(&names)], HashSet::new());
+        assert_eq!(play(&mut parting, &names), (vec![], 5));
+        assert!(parting.set_aside().is_empty());
+        let refused: HashSet<String> = parting.in_vain().unwrap().into_iter().collect();
+        assert_eq!(refused.len(), 3);
         assert!(parting.end(1).is_err());
-        let mut parting = Parting::of(&[kickoff(&names)], false);
-        assert_eq!(play(&names, &names, &mut parting), (vec![], 1));
-        assert!(!parting.is_in_vain() && parting.end(1).is_err());
-        for status in [401, 408, 429, 500, 503] {
-            let mut parting = Parting::of(&[kickoff(&names)], true);
-            let (number, kickoff) = parting.next().unwrap();
-            assert!(!parting.refused(number, kickoff, refusal(status)), "{status}");
+        // Known now.
+        let mut parting = Parting::of(&[kickoff(&names)], refused.clone());
+        assert_eq!(play(&mut parting, &names), (vec![], 1));
+        assert!(parting.in_vain().is_none() && parting.end(1).is_err());
+        // Another is asked for with them: it comes, and they are set aside without being asked for one by one.
+        let mut parting = Parting::of(&[kickoff(&["A", "B", "D"])], refused);
+        assert_eq!(play(&mut parting, &names), (vec!["D".to_owned()], 3));
+        assert_eq!(aside(&mut parting), ["A", "B"]);
+    }
+
+    // Breaks if a server with one slot that does not say so has its types taken for refused.
+    #[test]
+    fn what_is_refused_while_the_server_has_an_export_of_ours_is_not_taken_apart() {
+        let mut parting = Parting::of(&[kickoff(&["A"]), kickoff(&["B", "C"])], HashSet::new());
+        assert_eq!(play(&mut parting, &["B"]), (vec!["A".to_owned()], 2));
+        assert!(parting.set_aside().is_empty() && parting.in_vain().is_none());
+        assert_eq!(parting.end(2).unwrap().len(), 1);
+    }
+
+    // Breaks if a half that fails otherwise, or is refused otherwise, is taken for refused.
+    #[test]
+    fn halves_that_fail_otherwise_say_nothing_of_their_types() {
+        let mut parting = Parting::of(&[kickoff(&["A", "B"])], HashSet::new());
+        let whole = parting.next().unwrap();
+        assert!(parting.refused(whole, refusal(403)));
+        let first = parting.next().unwrap();
+        assert!(!parting.refused(first, refusal(400)));
+        assert_eq!(parting.rest().len(), 1);
+        parting.failed();
+        assert!(parting.set_aside().is_empty() && parting.in_vain().is_none());
+        assert_eq!(parting.end(1).unwrap().len(), 1);
+        for status in [401, 408, 409, 423, 429, 500, 503] {
+            assert!(!may_be_for_a_type(&refusal(status)), "{status}");
         }
+        assert!(!may_be_for_a_type(&Error::new(ErrorKind::Interrupted, "stopped")));
+        assert!(may_be_for_a_type(&refusal(400)) && may_be_for_a_type(&refusal(403)));
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{FileBook, Ledger, Standing};
+use super::books::FileBook;
+use super::{Ledger, Standing};
 use crate::messages::{ExportFile, FileKind, LineId, ParsedChunk, ResourceType};
 
 impl Ledger {

@@ -1,0 +1,54 @@
+//! The book of a file, and that of a type.
+
+use std::sync::Arc;
+
+use crate::messages::{ExportFile, ParsedChunk, ResourceType};
+
+#[derive(Debug)]
+pub(super) struct FileBook {
+    pub file: Arc<ExportFile>,
+    /// Lines by the download's count; `None` until its end.
+    pub lines: Option<u64>,
+    pub parsed: ParsedChunk,
+    pub failed: Option<String>,
+}
+
+impl FileBook {
+    pub fn rows(&self) -> u64 {
+        self.parsed.rows.iter().map(|row| row.1).sum()
+    }
+    pub fn unread(&self) -> bool {
+        self.failed.is_some() || self.bad() > 0
+    }
+    pub fn bad(&self) -> u64 {
+        self.parsed.bad.iter().map(|bad| bad.1).sum()
+    }
+    pub fn settled(&self) -> bool {
+        self.failed.is_some() || self.lines == Some(self.parsed.lines)
+    }
+    /// lines = rows + bad + blank + headers
+    pub fn balances(&self) -> bool {
+        self.parsed.lines == self.rows() + self.bad() + self.parsed.blank + self.parsed.headers
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct TypeBook {
+    pub parsed: u64,
+    pub staged: u64,
+    /// Of both, rows that an earlier run staged: encode knows nothing of them.
+    pub held: u64,
+    pub bad: u64,
+    /// Rows came in a file declared for another type.
+    pub stray: bool,
+    pub failed: Option<String>,
+    /// Committed; strays may open it again at the end.
+    pub done: bool,
+}
+
+pub(super) fn merge_count<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K, by: u64) {
+    match counts.iter_mut().find(|(known, _)| *known == key) {
+        Some((_, count)) => *count += by,
+        None => counts.push((key, by)),
+    }
+}
