@@ -312,6 +312,9 @@ pub struct ParsedChunk {
     pub rows: Vec<(ResourceType, u64)>,
     /// Lines that could not be read, by the type that they are held against.
     pub bad: Vec<(Option<ResourceType>, u64)>,
+    /// Of those, lines that are no broken resources but something else: of a page, an array, an outcome.
+    #[serde(default)]
+    pub foreign: u64,
     /// Blank lines.
     pub blank: u64,
     /// Lines that are no rows of a table: `Parameters` headers, deletion bundles, excluded types.

@@ -78,7 +78,7 @@ pub(super) fn stop_or_exit(stop: &Stop, output: &Output, stopping: &str, at_once
         output.remark(at_once);
         std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
     }
-    output.remark(stopping);
+    output.tell(stopping);
     stop.pull();
 }
 

@@ -121,6 +121,11 @@ impl Output {
         }
     }
 
+    /// Says something to who watches a terminal; elsewhere it is a line of the log.
+    pub fn tell(&self, text: &str) {
+        if self.shows_bars() { self.remark(text) } else { tracing::info!("{text}") }
+    }
+
     /// The error that ended the command.
     pub fn error(&self, error: &Error) {
         // A run of which some types failed has shown its report.

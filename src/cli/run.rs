@@ -207,6 +207,12 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
         SourcePlan::Server { base, .. } => Some(base.clone()),
         SourcePlan::Folder(_) => None,
     };
+    for schedule in &plan.schedules {
+        let next = schedule
+            .after(chrono::Utc::now())
+            .map_or_else(String::new, |next| format!(" (next {})", next.format("%Y-%m-%d %H:%M:%S UTC")));
+        output.line(&format!("schedule  {}{next}", schedule.name))?;
+    }
     let prepared = pipeline::prepare(plan, options).await?;
     let existing: Vec<String> = prepared.existing().iter().map(|name| name.to_string()).collect();
     output.line(&format!("existing  {}", if existing.is_empty() { "no tables".into() } else { existing.join(", ") }))?;

@@ -1,6 +1,6 @@
 //! `fhirlake serve PIPELINE.yaml…`
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ pub(super) struct ServeArgs {
     #[arg(required = true, value_name = "PIPELINE")]
     pub pipelines: Vec<PathBuf>,
     /// Where the status page, health and metrics are.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = listen_address)]
     listen: SocketAddr,
     /// A name, beside addresses and localhost, by which the page is asked for.
     #[arg(long = "host", value_name = "NAME")]
@@ -32,6 +32,11 @@ pub(super) struct ServeArgs {
     /// Set a key of every file.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
+}
+
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    let named = || text.to_socket_addrs().ok()?.next();
+    text.parse().ok().or_else(named).ok_or_else(|| "write an address and a port, such as 127.0.0.1:8080 or [::]:8080".to_owned())
 }
 
 pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
@@ -59,7 +64,9 @@ pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
     let said = output.clone();
     let serving = serve_all(keepers, settings, stop.clone(), output.telemetry(), |address| {
         tracing::info!(%address, "serving");
-        said.remark(&format!("http://{address}/ shows how the pipelines stand; Ctrl-C ends"));
+        let ip = if address.ip().is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { address.ip() };
+        let page = SocketAddr::new(ip, address.port());
+        said.tell(&format!("http://{page}/ shows how the pipelines stand; Ctrl-C ends"));
     });
     let mut serving = std::pin::pin!(serving);
     let mut signals = Signals::new()?;

@@ -228,7 +228,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         }
     }
     for (index, schedule) in file.schedule.iter().enumerate() {
-        if let Err((key, what)) = SchedulePlan::read(schedule) {
+        for (key, what) in SchedulePlan::read(schedule).err().into_iter().flatten() {
             let hint = "minute, hour, day of month, month, day of week: \"15 * * * *\", \"0 3 * * SUN\"";
             add(&format!("schedule.{index}.{key}"), &what, Some(hint).filter(|_| key == "cron"));
         }
@@ -307,6 +307,9 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     }
     if file.stages.merge.target_file.0 < 1 << 20 {
         add("stages.merge.target_file", "less than 1MiB", None);
+    }
+    if file.health.max_age.0.is_zero() {
+        add("health.max_age", "nothing would ever be healthy", None);
     }
     if file.lock_expiry.0 < std::time::Duration::from_secs(5) {
         add("lock_expiry", "less than 5s", Some("a store that is slow for a moment would cost the lock"));

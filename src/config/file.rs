@@ -109,7 +109,7 @@ pub struct ParseSection {
     /// How many bad lines a type may have before it fails: a number, or a share such as `1%`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bad_lines: Option<MaxBad>,
-    /// Longest line; a longer one is a bad line.
+    /// Longest line; a longer one is a bad line. The default is an eighth of memory where that is less.
     pub max_line: ByteSize,
 }
 

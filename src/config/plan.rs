@@ -66,6 +66,10 @@ pub struct MemorySplit {
     pub keys: usize,
     /// Matching, all tables at once together; beyond it, by parts of the key space.
     pub matching: usize,
+    /// Columns of one resource.
+    pub row: usize,
+    /// Footers of the files that are open.
+    pub footers: usize,
     /// All of it.
     pub total: usize,
 }
@@ -86,6 +90,9 @@ impl MemorySplit {
             row_group,
             keys: share(11),
             matching: share(12),
+            row: usize::try_from(memory / 8).unwrap_or(usize::MAX),
+            // Of what the process has beside `memory`.
+            footers: usize::try_from(memory / 8).unwrap_or(usize::MAX).min(64 << 20),
             total: share(100),
         }
     }
@@ -194,6 +201,9 @@ fn named_hosts(file: &super::file::PipelineFile, auth: &AuthSettings) -> Vec<Str
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
+
+/// The default of `stages.parse.max_line`.
+const USUAL_MAX_LINE: usize = 64 << 20;
 
 impl Plan {
     /// Resolves a file: reads the environment and secret files. Every problem at once.
@@ -333,7 +343,11 @@ impl Plan {
             max_file: stages.download.max_file.0,
             fail_short_files: stages.download.on_short_file == ShortFile::Fail,
             parse_workers: workers(stages.parse.workers),
-            max_line: bytes(stages.parse.max_line),
+            max_line: match bytes(stages.parse.max_line) {
+                // Several of the usual most would be more than a small memory has; who asks for another has counted.
+                USUAL_MAX_LINE => USUAL_MAX_LINE.min(bytes(file.memory) / 8),
+                asked => asked,
+            },
             max_bad_lines,
             encode_workers,
             attachments: stages.attachments.clone(),

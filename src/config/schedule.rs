@@ -99,17 +99,21 @@ pub struct SchedulePlan {
 }
 
 impl SchedulePlan {
-    /// Reads a schedule; `Err` is the key that is wrong, and what is wrong with it.
-    pub fn read(schedule: &Schedule) -> Result<Self, (&'static str, String)> {
-        let cron = Cron::from_str(&schedule.cron).map_err(|error| ("cron", format!("not a cron expression: {error}")))?;
+    /// Reads a schedule; `Err` are the keys that are wrong, and what is wrong with each.
+    pub fn read(schedule: &Schedule) -> Result<Self, Vec<(&'static str, String)>> {
+        let cron = Cron::from_str(&schedule.cron).map_err(|error| ("cron", format!("not a cron expression: {error}")));
         let zone = match schedule.time_zone.as_deref() {
-            None => machines_zone(),
+            None => Ok(machines_zone()),
             Some(name) => {
-                Some(name.parse().map_err(|_| ("time_zone", format!("`{name}` is not a time zone such as Europe/Berlin")))?)
+                name.parse().map(Some).map_err(|_| ("time_zone", format!("`{name}` is not a time zone such as Europe/Berlin")))
             }
         };
+        let (cron, zone) = match (cron, zone) {
+            (Ok(cron), Ok(zone)) => (cron, zone),
+            (cron, zone) => return Err(cron.err().into_iter().chain(zone.err()).collect()),
+        };
         let kind = if schedule.full_refresh { ", full" } else { "" };
-        Ok(Self {
+        let read = Self {
             cron,
             zone,
             name: format!(
@@ -121,7 +125,16 @@ impl SchedulePlan {
             jitter: schedule.jitter.0,
             retries: schedule.retries,
             retry_delay: schedule.retry_delay.0,
-        })
+        };
+        let Some(next) = read.after(Utc::now()) else { return Err(vec![("cron", "there is no such day".to_owned())]) };
+        // Runs would be passed over without a word.
+        let pause = read.after(next).and_then(|after| (after - next).to_std().ok());
+        match pause {
+            Some(pause) if read.jitter > pause => {
+                Err(vec![("jitter", format!("longer than from one run to the next ({} s)", pause.as_secs()))])
+            }
+            _ => Ok(read),
+        }
     }
 
     /// When it is due next after `time`; `None` where it never is.
@@ -137,9 +150,13 @@ impl SchedulePlan {
 mod tests {
     use super::*;
 
-    fn schedule(cron: &str, zone: Option<&str>) -> Result<SchedulePlan, (&'static str, String)> {
+    fn schedule(cron: &str, zone: Option<&str>) -> Result<SchedulePlan, Vec<(&'static str, String)>> {
         let zone = zone.map(|zone| format!(", time_zone: {zone}")).unwrap_or_default();
         SchedulePlan::read(&serde_saphyr::from_str(&format!("{{ cron: \"{cron}\"{zone} }}")).unwrap())
+    }
+
+    fn wrong(cron: &str, zone: Option<&str>) -> Vec<&'static str> {
+        schedule(cron, zone).unwrap_err().into_iter().map(|(key, _)| key).collect()
     }
 
     fn after(schedule: &SchedulePlan, time: &str) -> String {
@@ -168,9 +185,13 @@ mod tests {
 
     #[test]
     fn what_is_no_schedule_says_which_key() {
-        assert_eq!(schedule("61 * * * *", None).unwrap_err().0, "cron");
-        assert_eq!(schedule("hourly", None).unwrap_err().0, "cron");
-        assert_eq!(schedule("* * * * *", Some("Berlin")).unwrap_err().0, "time_zone");
-        assert!(schedule("0 0 30 2 *", None).unwrap().after(Utc::now()).is_none(), "no such day");
+        assert_eq!(wrong("61 * * * *", None), ["cron"]);
+        assert_eq!(wrong("hourly", None), ["cron"]);
+        assert_eq!(wrong("* * * * *", Some("Berlin")), ["time_zone"]);
+        assert_eq!(wrong("61 * * * *", Some("Berlin")), ["cron", "time_zone"]);
+        assert_eq!(wrong("0 0 30 2 *", None), ["cron"], "no such day");
+        assert!(schedule("0 0 29 2 *", None).is_ok());
+        assert_eq!(wrong("*/10 * * * * *", Some("UTC, jitter: 25s")), ["jitter"]);
+        assert!(schedule("*/10 * * * * *", Some("UTC, jitter: 10s")).is_ok());
     }
 }

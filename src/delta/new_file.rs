@@ -6,7 +6,7 @@
 use object_store::ObjectStoreExt;
 use object_store::buffered::BufWriter;
 use object_store::path::Path;
-use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
+use parquet::file::metadata::{ColumnChunkMetaData, FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
 use parquet::file::statistics::Statistics;
 use tokio::io::AsyncWriteExt;
 
@@ -69,6 +69,13 @@ impl NewFile {
             self.offset += until - from;
         }
         Ok(())
+    }
+
+    /// Bytes of memory that its footer takes so far: a row group of a thousand columns is a megabyte of it.
+    pub fn footer_memory(&self) -> usize {
+        // Its encodings and statistics come on top of a column's own.
+        let of_column = size_of::<ColumnChunkMetaData>() + 256;
+        self.row_groups.iter().map(|group| group.num_columns() * of_column).sum()
     }
 
     /// Writes the footer and makes the file durable.

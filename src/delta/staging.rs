@@ -119,6 +119,11 @@ impl StagingFile {
         self.keys.memory()
     }
 
+    /// Bytes of memory that its footer takes.
+    pub fn footer_memory(&self) -> usize {
+        self.file.footer_memory()
+    }
+
     /// Bytes so far.
     pub fn size(&self) -> u64 {
         self.file.size()

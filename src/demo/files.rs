@@ -140,8 +140,7 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
     let (pieces, body) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(4);
     let (gzip, ranges) = (faults.gzip, faults.ranges);
     let work = async move {
-        let _sending = sending;
-        let writer = FileWriter { job, faults, pieces, cut, hangs, skip: from.unwrap_or(0), packer: None };
+        let writer = FileWriter { _sending: sending, job, faults, pieces, cut, hangs, skip: from.unwrap_or(0), packer: None };
         writer.write(&kind, part, per_file).await;
     };
     // The task ends by itself when the client goes away: its channel closes.
@@ -170,6 +169,8 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
 }
 
 struct FileWriter {
+    /// Goes before the pieces' sender does: whoever sees the file's end, and asks for the next, finds it sent.
+    _sending: Sending,
     job: Job,
     faults: Faults,
     pieces: tokio::sync::mpsc::Sender<std::io::Result<Bytes>>,

@@ -42,6 +42,25 @@ impl Resume {
     }
 }
 
+/// Whether a response has a file from its first byte to its last: a part that nobody asked for is no file.
+pub fn is_whole(response: &Response) -> bool {
+    match response.status().as_u16() {
+        200 | 203 | 204 => true,
+        206 => response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok()).is_some_and(is_whole_range),
+        _ => false,
+    }
+}
+
+/// `bytes 0-99/100`
+fn is_whole_range(range: &str) -> bool {
+    let read = || {
+        let (range, all) = range.strip_prefix("bytes ")?.split_once('/')?;
+        let (first, last) = range.split_once('-')?;
+        Some((first.trim().parse::<u64>().ok()?, last.trim().parse::<u64>().ok()?, all.trim().parse::<u64>().ok()?))
+    };
+    read().is_some_and(|(first, last, all)| first == 0 && last.checked_add(1) == Some(all))
+}
+
 /// The error that a refusal stands for, with the server's own words.
 pub(super) async fn refusal(response: Response, what: &str) -> Error {
     refused_with(response, what).await.0
@@ -111,17 +130,81 @@ fn code_of(body: &[u8]) -> String {
     let of_json = json.as_ref().and_then(|json| json.get("issue")?.get(0)?.get("code")?.as_str());
     let of_xml = || text.split_once("<Code>")?.1.split_once("</Code>").map(|(code, _)| code);
     let code = of_json.or_else(of_xml).unwrap_or_default();
-    let is_code = code.len() <= 40 && code.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    if is_code { code.to_owned() } else { String::new() }
+    if ISSUE_TYPES.contains(&code) || STORE_CODES.contains(&code) { code.to_owned() } else { String::new() }
 }
 
-/// The error that a refused file stands for.
-pub(super) async fn file_refusal(response: Response, what: &str) -> Error {
-    let (status, url) = (response.status(), response.url().clone());
+/// FHIR's own (`IssueType` of R4): any other text may be about a patient.
+const ISSUE_TYPES: [&str; 31] = [
+    "invalid",
+    "structure",
+    "required",
+    "value",
+    "invariant",
+    "security",
+    "login",
+    "unknown",
+    "expired",
+    "forbidden",
+    "suppressed",
+    "processing",
+    "not-supported",
+    "duplicate",
+    "multiple-matches",
+    "not-found",
+    "deleted",
+    "too-long",
+    "code-invalid",
+    "extension",
+    "too-costly",
+    "business-rule",
+    "conflict",
+    "transient",
+    "lock-error",
+    "no-store",
+    "exception",
+    "timeout",
+    "incomplete",
+    "throttled",
+    "informational",
+];
+
+/// What the clouds' stores say.
+const STORE_CODES: [&str; 26] = [
+    "AccessDenied",
+    "AuthenticationFailed",
+    "AuthenticationRequired",
+    "AuthorizationFailure",
+    "AuthorizationPermissionMismatch",
+    "BlobArchived",
+    "BlobNotFound",
+    "ContainerNotFound",
+    "ExpiredToken",
+    "InternalError",
+    "InvalidAccessKeyId",
+    "InvalidAuthenticationInfo",
+    "InvalidObjectState",
+    "InvalidRange",
+    "InvalidSecurity",
+    "InvalidToken",
+    "NoSuchBucket",
+    "NoSuchKey",
+    "OperationTimedOut",
+    "RequestTimeTooSkewed",
+    "RequestTimeout",
+    "ResourceNotFound",
+    "ServerBusy",
+    "ServiceUnavailable",
+    "SignatureDoesNotMatch",
+    "SlowDown",
+];
+
+/// The error that a refused file stands for, at `place`.
+pub(super) async fn file_refusal(response: Response, what: &str, place: String) -> Error {
+    let status = response.status();
     let kind = if matches!(status.as_u16(), 401 | 403) { ErrorKind::Auth } else { ErrorKind::Server };
     let code = code_of(&first_bytes(response).await);
     let code = if code.is_empty() { code } else { format!(": {code}") };
-    Error::new(kind, format!("{what}: the server answered {status}{code}")).at(shown(&url)).with_status(status.as_u16())
+    Error::new(kind, format!("{what}: the server answered {status}{code}")).at(place).with_status(status.as_u16())
 }
 
 /// Reads `Retry-After`: seconds, an HTTP-date, or the epoch seconds and milliseconds that some servers send.
@@ -160,6 +243,15 @@ mod tests {
         assert_eq!(seconds("soon"), None);
     }
 
+    // Breaks if a part of a file is taken for the file, which would then commit without the rest.
+    #[test]
+    fn a_part_that_nobody_asked_for_is_no_file() {
+        assert!(is_whole_range("bytes 0-99/100"));
+        for part in ["bytes 0-98/100", "bytes 1-99/100", "bytes 0-99/*", "bytes */100", "items 0-99/100", ""] {
+            assert!(!is_whole_range(part), "{part}");
+        }
+    }
+
     #[test]
     fn the_servers_words() {
         let outcome = br#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"Group unknown"}]}"#;
@@ -168,7 +260,9 @@ mod tests {
         let moves = b"{\"issue\":[{\"diagnostics\":\"a\\u001b[2Jb\\nERROR c\\u202ed\"}]}";
         assert_eq!(server_words(moves), "a [2Jb ERROR c d");
         assert_eq!(code_of(b"<Error><Code>AccessDenied</Code><Message>Anna Smith</Message></Error>"), "AccessDenied");
-        assert_eq!(code_of(outcome), "x");
+        assert_eq!(code_of(br#"{"issue":[{"code":"not-found"}]}"#), "not-found");
+        assert_eq!(code_of(br#"{"issue":[{"code":"Anna-Smith"}]}"#), "");
+        assert_eq!(code_of(b"<Error><Code>AnnaSmith1970</Code></Error>"), "");
         assert_eq!(code_of(b"Anna Smith is gone"), "");
     }
 }

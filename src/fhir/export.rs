@@ -100,7 +100,11 @@ impl Client {
             let separate = applied.into_iter().any(|value| value.contains("separate-export-status"));
             let location = response.headers().get("content-location").and_then(|to| to.to_str().ok());
             let status = location.and_then(|location| response.url().join(location).ok());
-            let Some(status) = status.filter(|status| matches!(status.scheme(), "http" | "https")) else {
+            // To ask the kick-off's own place again would begin one export after the other.
+            let asked = response.url();
+            let is_another = |status: &Url| (status.origin(), status.path()) != (asked.origin(), asked.path());
+            let is_usable = |status: &Url| matches!(status.scheme(), "http" | "https") && is_another(status);
+            let Some(status) = status.filter(is_usable) else {
                 lost.store(true, Ordering::Relaxed);
                 return Err(Error::new(ErrorKind::Server, "the kick-off was accepted without a usable Content-Location to poll"));
             };

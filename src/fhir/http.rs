@@ -137,6 +137,27 @@ impl<'a> Ask<'a> {
     }
 }
 
+impl Ask<'_> {
+    /// Where it went, for messages. The link of an attachment is an element of a resource: only its host is told.
+    fn shown(&self, url: &Url) -> String {
+        match self.may_go {
+            Some(_) => format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default()),
+            None => shown(url),
+        }
+    }
+
+    /// The error that a refusal stands for: with the server's own words, where they cannot be about a file's content.
+    async fn refused(&self, response: Response) -> Error {
+        match self.is_file || self.may_go.is_some() {
+            true => {
+                let place = self.shown(response.url());
+                file_refusal(response, self.what, place).await
+            }
+            false => refusal(response, self.what).await,
+        }
+    }
+}
+
 /// A URL for messages: without its query and password, which are secrets, and no longer than a line.
 pub fn shown(url: &Url) -> String {
     let mut url = url.clone();
@@ -239,14 +260,18 @@ impl Client {
             None => drop(ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))),
         }
         let mut response = self.send(&ask).await?;
-        let status = response.status();
+        let (status, what) = (response.status(), ask.what);
         if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
             tracing::warn!(%status, "a file of another host refused the token; asking without it");
             self.deviates("a file is said to need the token, and its host refuses it");
             response = self.send(&Ask { with_token: false, ..ask }).await?;
         }
-        if response.status().is_success() { Ok(response) } else { Err(file_refusal(response, "the download").await) }
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let place = shown(response.url());
+        Err(file_refusal(response, what, place).await)
     }
 
     /// The body of what an Attachment links to, as `content_type` where it says one.
@@ -266,7 +291,7 @@ impl Client {
             ask.headers.insert(ACCEPT, accept);
         }
         let response = self.send(&ask).await?;
-        if response.status().is_success() { Ok(response) } else { Err(file_refusal(response, "the attachment").await) }
+        if response.status().is_success() { Ok(response) } else { Err(ask.refused(response).await) }
     }
 
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
@@ -292,12 +317,12 @@ impl Client {
                 }
                 Ok((response, _)) if response.status() == StatusCode::UNAUTHORIZED && self.auth.is_none() => {
                     let hint = "the server wants a token: set source.auth (fhirlake keygen makes a key)";
-                    return Err(refusal(response, ask.what).await.with_hint(hint));
+                    return Err(ask.refused(response).await.with_hint(hint));
                 }
                 Ok((response, None)) if response.status() == StatusCode::UNAUTHORIZED && ask.with_token => {
                     let hint =
                         "the token goes to the server's own origin only; source.token_origins names others that may have it";
-                    return Err(refusal(response, ask.what).await.with_hint(hint));
+                    return Err(ask.refused(response).await.with_hint(hint));
                 }
                 Ok((response, _))
                     if !self.passes(response.status(), ask.is_file) || matches!(ask.judges, Judges::All | Judges::Once) =>
@@ -333,7 +358,7 @@ impl Client {
                         grants -= 1;
                         until = now_and(asked) + self.settings.retry_for / 2;
                     }
-                    (asked, if ask.is_file { file_refusal(response, ask.what).await } else { refusal(response, ask.what).await })
+                    (asked, ask.refused(response).await)
                 }
                 Err(error) if error.kind() == ErrorKind::Network && ask.judges != Judges::Once => (None, error),
                 Err(error) => return Err(error),
@@ -420,7 +445,7 @@ impl Client {
                 if let Some(lost) = ask.lost.filter(|_| !error.is_connect()) {
                     lost.store(true, Ordering::Relaxed);
                 }
-                network(&error, ask.what).at(shown(&url))
+                network(&error, ask.what).at(ask.shown(&url))
             })?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, token));

@@ -196,7 +196,9 @@ impl Manifest {
                     Item::Other(_) => (None, None, None),
                 };
                 let resource_type = text(&resource_type).map(str::to_owned);
+                let is_long = text(&url).is_some_and(|url| url.len() > LONGEST_URL);
                 let place = match text(&url).map(|url| status.join(url)) {
+                    _ if is_long => Err(format!("has a url of more than {LONGEST_URL} letters")),
                     None => Err("has no url".to_owned()),
                     Some(Err(error)) => Err(format!("has no usable url: {error}")),
                     Some(Ok(url)) if !matches!(url.scheme(), "http" | "https") => {
@@ -220,6 +222,9 @@ impl Manifest {
         let links = if let Some(List::Items(links)) = json.link { links } else { Vec::new() };
         let mut next = links.iter().filter(|link| text(&link.relation) == Some("next"));
         let next = next.find_map(|link| text(&link.url));
+        if next.is_some_and(|next| next.len() > LONGEST_URL) {
+            return Err(bad("the link to its next page has no end"));
+        }
         let next = match next.map(|next| status.join(next)) {
             Some(Err(error)) => return Err(bad(&format!("its next page: {error}"))),
             Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is no web address")),
@@ -228,6 +233,9 @@ impl Manifest {
         Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, findings, unusable })
     }
 }
+
+/// Letters of a link. Those that the clouds sign have up to two thousand.
+const LONGEST_URL: usize = 8 << 10;
 
 /// 1990, microseconds since the epoch: before FHIR, and before any server that has it.
 const EARLIEST: i64 = 631_152_000_000_000;

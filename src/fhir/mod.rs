@@ -15,7 +15,7 @@ mod request;
 mod smart;
 
 pub(crate) use answers::server_words;
-pub use answers::{Resume, parse_retry_after};
+pub use answers::{Resume, is_whole, parse_retry_after};
 pub use auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
 pub use capabilities::Capabilities;
 pub use export::{KickOff, Poll};

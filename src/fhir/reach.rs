@@ -34,10 +34,10 @@ enum Near {
 fn near(address: IpAddr) -> Option<Near> {
     match address {
         IpAddr::V4(v4) if v4.is_loopback() || v4.octets()[0] == 0 => Some(Near::Machine),
-        // The others are the metadata services of two clouds.
-        IpAddr::V4(v4) => {
-            (v4.is_link_local() || matches!(v4.octets(), [168, 63, 129, 16] | [100, 100, 100, 200])).then_some(Near::Link)
-        }
+        // The others are the metadata services of three clouds.
+        IpAddr::V4(v4) => (v4.is_link_local()
+            || matches!(v4.octets(), [168, 63, 129, 16] | [100, 100, 100, 200] | [192, 0, 0, 192]))
+        .then_some(Near::Link),
         IpAddr::V6(v6) if v6.is_loopback() || v6.is_unspecified() => Some(Near::Machine),
         // The second is the metadata service of one cloud.
         IpAddr::V6(v6) if (v6.segments()[0] & 0xffc0) == 0xfe80 || v6 == Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x254) => {
@@ -47,12 +47,19 @@ fn near(address: IpAddr) -> Option<Near> {
     }
 }
 
-/// An IPv4 address in one of the forms that are translated on the way: `64:ff9b::/96`, and the old `::/96`.
+/// An IPv4 address in one of the forms that are translated on the way: `64:ff9b::/96`, the local `64:ff9b:1::/48`,
+/// `::ffff:0:0:0/96` (RFC 2765), `2002::/16` (6to4), and the old `::/96`.
 fn embedded(v6: Ipv6Addr) -> Option<std::net::Ipv4Addr> {
     let segments = v6.segments();
-    let last = ((u32::from(segments[6]) << 16) | u32::from(segments[7])).into();
-    let is_translated = segments[..6] == [0x64, 0xff9b, 0, 0, 0, 0] || (segments[..6] == [0; 6] && segments[6] != 0);
-    is_translated.then_some(last)
+    let of = |high: u16, low: u16| ((u32::from(high) << 16) | u32::from(low)).into();
+    if segments[0] == 0x2002 {
+        return Some(of(segments[1], segments[2]));
+    }
+    let is_translated = segments[..6] == [0x64, 0xff9b, 0, 0, 0, 0]
+        || segments[..3] == [0x64, 0xff9b, 1]
+        || segments[..6] == [0, 0, 0, 0, 0xffff, 0]
+        || (segments[..6] == [0; 6] && segments[6] != 0);
+    is_translated.then(|| of(segments[6], segments[7]))
 }
 
 fn host_of(url: &Url) -> String {

@@ -73,6 +73,8 @@ pub struct Watch {
     pub edges: Arc<Mutex<Vec<EdgeGauge>>>,
     /// The server's words on its export.
     pub server: Arc<Mutex<Option<String>>>,
+    /// Whether the run asks for everything, by its own choice or for want of a watermark.
+    pub full: Arc<AtomicBool>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -122,6 +124,19 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
 /// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an earlier run
 /// ended without all of its export, that is made good first, and then what changed since is asked for.
 pub async fn run(
+    plan: Plan,
+    options: RunOptions,
+    watch: &Watch,
+    stop: &Stop,
+    waiting: impl Fn(&[&'static str]) + Sync,
+) -> Result<RunReport> {
+    let report = passes(plan, options, watch, stop, waiting).await?;
+    // One that failed as a whole has said so itself.
+    report.log();
+    Ok(report)
+}
+
+async fn passes(
     plan: Plan,
     options: RunOptions,
     watch: &Watch,
@@ -207,6 +222,7 @@ async fn once(
     let goes_on = client.is_some() && !options.replay_only;
     let taken_up = if goes_on { staged::take_up(&state, staged, &mut prepared).await? } else { TakenUp::default() };
     let prepared = prepared;
+    watch.full.store(prepared.full, Ordering::Relaxed);
     let plan = &prepared.plan;
     match prepared.kickoffs.iter().filter(|_| !options.replay_only).filter_map(|kickoff| kickoff.request.since).min() {
         Some(since) => tracing::info!(since = %instant_text(since), "incremental sync"),
@@ -322,6 +338,7 @@ async fn once(
             merge: merge_in.clone(),
             bad_lines: bad_lines.clone(),
             max_line: plan.max_line,
+            max_columns: memory.row,
             board: watch.board.clone(),
         };
         let span = span.clone();
@@ -341,6 +358,7 @@ async fn once(
     let staging = StagingSettings {
         run: run.clone(),
         target_file_bytes: plan.target_file_bytes,
+        footers: memory.footers,
         max_open_files: 64,
         keys_in_memory: memory.keys,
         scratch: state.path().to_path_buf(),

@@ -71,6 +71,23 @@ pub struct RunReport {
 }
 
 impl RunReport {
+    /// Says in the log how the run ended, and how long it took.
+    pub(super) fn log(&self) {
+        let sum = |of: fn(&TypeOutcome) -> u64| self.types.values().map(of).sum::<u64>();
+        tracing::info!(
+            pipeline = self.pipeline,
+            run = self.run,
+            seconds = self.seconds,
+            full = self.full,
+            succeeded = self.succeeded,
+            inserted = sum(|kept| kept.inserted),
+            updated = sum(|kept| kept.updated),
+            deleted = sum(|kept| kept.deleted),
+            "{}",
+            if self.succeeded { "the run succeeded" } else { "the run ended, and some types failed" }
+        );
+    }
+
     /// This run and the one that followed it, as one.
     pub(super) fn and_then(self, after: Self) -> Self {
         let mut types = self.types;
@@ -78,23 +95,15 @@ impl RunReport {
             let before = types.remove(&name).unwrap_or_default();
             types.insert(name, before.and_then(outcome));
         }
-        let sums = |mut ours: BTreeMap<String, u64>, theirs: BTreeMap<String, u64>| {
-            theirs.into_iter().for_each(|(name, count)| *ours.entry(name).or_default() += count);
-            ours
-        };
+        // What is read off the counters counts both already.
         Self {
             started: self.started,
             seconds: self.seconds + after.seconds,
             full: self.full,
             succeeded: self.succeeded && after.succeeded,
             types,
-            excluded: sums(self.excluded, after.excluded),
             count_findings: self.count_findings.into_iter().chain(after.count_findings).collect(),
             other_bad_lines: self.other_bad_lines + after.other_bad_lines,
-            outcome_issues: sums(self.outcome_issues, after.outcome_issues),
-            attachments: sums(self.attachments, after.attachments),
-            server_deviations: sums(self.server_deviations, after.server_deviations),
-            retries: self.retries.max(after.retries),
             replayed: self.replayed + after.replayed,
             ..after
         }
@@ -127,7 +136,9 @@ pub(super) fn draw_up(
         tracing::warn!(file, promised, came, "the manifest's count differs from what came");
     }
     if !merged.count_findings.is_empty() {
-        server_deviations.insert("count of a file differs from its resources".into(), merged.count_findings.len() as u64);
+        let (deviation, count) = ("count of a file differs from its resources", merged.count_findings.len() as u64);
+        board.add(telemetry::DEVIATIONS, &deviation.into(), count);
+        server_deviations.insert(deviation.into(), count);
     }
     if outcome_issues.keys().any(|issue: &String| issue.starts_with("fatal") || issue.starts_with("error")) {
         tracing::warn!(?outcome_issues, "the server reports that its export is not whole");

@@ -218,9 +218,10 @@ impl Structs {
         let sizes = sizes.as_mut().and_then(|sizes| sizes.child(index));
         Box::new(Column::new(&group.fields[index], sizes))
     }
-    /// About the bytes that it and its children take as arrays of `len` slots.
-    pub fn bytes(&self, len: usize) -> usize {
-        len / 8 + self.children.iter().flatten().map(|child| child.bytes(len)).sum::<usize>()
+    /// About the bytes that it and its children take as arrays of `len` slots, and while they are written as pages of `levels`
+    /// levels.
+    pub fn bytes(&self, len: usize, levels: usize) -> usize {
+        len / 8 + self.children.iter().flatten().map(|child| child.bytes(len, levels)).sum::<usize>()
     }
     /// How large it and its children are.
     pub fn sizes(&self) -> Sizes {
@@ -246,6 +247,9 @@ pub(super) enum Column {
         keys: Vec<i32>,
     },
 }
+
+/// Definition and repetition level.
+const LEVEL: usize = 4;
 
 impl Column {
     /// An empty column of a field; `sizes` of the batch before.
@@ -280,17 +284,25 @@ impl Column {
         }
     }
 
-    fn bytes(&self, len: usize) -> usize {
-        match self {
+    fn bytes(&self, len: usize, levels: usize) -> usize {
+        let places = match self {
             Column::Boolean(_) => len,
             Column::Integer(_) => len * 4,
             Column::Decimal(_, _) => len * 16,
             Column::Instant(_) => len * 8,
             Column::String(bytes) | Column::Binary(bytes) => len * 4 + bytes.data.len(),
-            Column::Structs(structs) => structs.bytes(len),
-            Column::List(list) => len * 4 + list.items.bytes(list.end_of_items()),
-            Column::Map { offsets, keys } => len * 4 + keys.len() * 4 + offsets.items.bytes(keys.len()),
-        }
+            Column::Structs(structs) => return structs.bytes(len, levels),
+            // Where a list is empty there is a level all the same, of each column within it.
+            Column::List(list) => {
+                let items = list.end_of_items();
+                return len * 4 + list.items.bytes(items, levels + items);
+            }
+            Column::Map { offsets, keys } => {
+                let keys = keys.len();
+                return len * 4 + keys * 4 + offsets.items.bytes(keys, levels + keys);
+            }
+        };
+        places + levels * LEVEL
     }
 
     fn sizes(&self) -> Sizes {

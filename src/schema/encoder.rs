@@ -55,7 +55,7 @@ struct Places {
 }
 
 /// JSON after which the size of the columns is looked at again.
-const MEASURE_EVERY: usize = 64 << 10;
+const MEASURE_EVERY: usize = 16 << 10;
 
 /// What is gathered while one row is encoded.
 #[derive(Debug, Default)]
@@ -138,13 +138,18 @@ impl Encoder {
     }
 
     /// Bytes that the rows will take as columns, about. Rows that fill many columns beside many that fill none cost
-    /// far more than their JSON: what is null takes its place too. Looked at every 64 KiB of JSON.
+    /// far more than their JSON: what is null takes its place too. Looked at every 16 KiB of JSON.
     pub fn column_bytes(&mut self) -> usize {
         if self.json_bytes >= self.measured_at + MEASURE_EVERY {
             self.measured_at = self.json_bytes;
-            self.column_bytes = self.root.bytes(self.rows);
+            self.column_bytes = self.root.bytes(self.rows, self.rows);
         }
         self.column_bytes
+    }
+
+    /// What it weighs beside others: its JSON, or its columns where those are far more than the usual once or twice of it.
+    pub fn weight(&self) -> usize {
+        self.json_bytes.max(self.column_bytes / 2)
     }
 
     /// Adds to the measure what a resource has grown by since its line came.

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time::Instant;
 
+use super::due::{Due, Retry};
 use super::health::Health;
 use crate::config::{Plan, SchedulePlan};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,11 +51,13 @@ pub(super) struct Live {
     pub running: Option<Running>,
     /// When the next run is due, and whether it asks for everything.
     pub next: Option<(DateTime<Utc>, bool)>,
-    /// A failed run is made again then.
-    pub again: Option<DateTime<Utc>>,
+    /// A run that failed, and is made again.
+    pub(super) retry: Option<Retry>,
+    /// A run that is due then begins so much later.
+    jitter: Option<(DateTime<Utc>, Duration)>,
     /// Counters of runs that ended.
     pub totals: Counts,
-    /// Runs that ended, by `succeeded`, `failed`, `interrupted`.
+    /// Runs that ended, by `succeeded`, `failed`, `interrupted`, `locked`.
     pub ended: BTreeMap<&'static str, u64>,
     /// Resources by type and what came of them: `inserted`, `updated`, `deleted`, `skipped`.
     pub merged: BTreeMap<(String, &'static str), u64>,
@@ -108,7 +111,8 @@ impl Keeper {
             plan,
             running: None,
             next: None,
-            again: None,
+            retry: None,
+            jitter: None,
             totals: Counts::new(),
             ended: BTreeMap::new(),
             merged: BTreeMap::new(),
@@ -138,7 +142,8 @@ impl Keeper {
         live.state.clone()
     }
 
-    /// Runs what is due until the stop is pulled.
+    /// Runs what is due until the stop is pulled. Whatever is waited for, the file is looked at, and what comes due meanwhile
+    /// is made.
     pub(super) async fn keep(&self, stop: &Stop) -> Result<()> {
         while !stop.is_pulled() {
             self.look_at_tables().await;
@@ -153,13 +158,11 @@ impl Keeper {
                 }
             };
             self.live().next = due.as_ref().map(|due| (due.time, due.full));
-            let wait = match &due {
-                Some(due) => (due.time - Utc::now()).to_std().unwrap_or_default(),
-                None => LOOK,
-            };
+            let begins = due.as_ref().map(|due| due.time + self.jitter_of(due));
+            let wait = begins.map_or(LOOK, |begins| (begins - Utc::now()).to_std().unwrap_or_default());
             match due {
                 Some(due) if wait.is_zero() => {
-                    if let Err(error) = self.run_due(&due, stop).await {
+                    if let Err(error) = self.run_due(due, stop).await {
                         tracing::error!(%error, pipeline = self.name(), "that the run was made cannot be remembered");
                         let _ = stop.or(tokio::time::sleep(LOOK)).await;
                     }
@@ -172,11 +175,24 @@ impl Keeper {
         Ok(())
     }
 
+    /// How much later than due a run begins: chosen once for each.
+    fn jitter_of(&self, due: &Due) -> TimeDelta {
+        let mut live = self.live();
+        let longest = due.jitter();
+        let chosen = match live.jitter {
+            Some((of, chosen)) if of == due.time => chosen,
+            _ => longest.mul_f64(chance()),
+        };
+        live.jitter = Some((due.time, chosen));
+        // The file may have been changed since.
+        TimeDelta::from_std(chosen.min(longest)).unwrap_or_default()
+    }
+
     /// What is due next, or now; what was due since the last time, however often, is due once.
     fn due(&self) -> Result<Option<Due>> {
-        let (schedules, owed) = {
+        let (schedules, owed, retry) = {
             let live = self.live();
-            (live.plan.schedules.clone(), live.owed)
+            (live.plan.schedules.clone(), live.owed, live.retry.clone())
         };
         let mut done = self.state().schedule_times()?;
         let now = Utc::now();
@@ -191,7 +207,9 @@ impl Keeper {
         let mut due: Option<Due> = None;
         for schedule in schedules.iter().cloned() {
             let last = done.get(&schedule.name).copied().unwrap_or(now).min(now);
-            let Some(mut time) = schedule.after(last) else { continue };
+            // What is to be made again was made once; only a kill makes it due as if it had not been.
+            let tried = retry.as_ref().filter(|retry| retry.due.has(&schedule)).map(|retry| retry.since);
+            let Some(mut time) = schedule.after(tried.map_or(last, |tried| tried.max(last))) else { continue };
             if schedule.full_refresh
                 && time <= now
                 && let Some(tried) = owed
@@ -199,69 +217,92 @@ impl Keeper {
                 // It failed, and so often as it may be tried again at once.
                 time = next_of_all(tried).map_or(tried + OWED, |next| next.min(tried + OWED));
             }
-            match &mut due {
-                // What is due together is one run, which asks for everything if one of them does.
-                Some(due) if due.time <= now && time <= now => due.add(time, schedule),
-                Some(due) if due.time <= time => {}
-                _ => due = Some(Due { time, full: schedule.full_refresh, schedules: vec![schedule] }),
-            }
+            let next = Due { time, full: schedule.full_refresh, schedules: vec![schedule], tried: 0 };
+            due = Some(next.or(due, now));
         }
-        Ok(due)
+        Ok(match retry {
+            Some(retry) => Some(retry.due.or(due, now)),
+            None => due,
+        })
     }
 
-    async fn run_due(&self, due: &Due, stop: &Stop) -> Result<()> {
+    async fn run_due(&self, due: Due, stop: &Stop) -> Result<()> {
         let late = Utc::now() - due.time;
-        if late > TimeDelta::from_std(LOOK * 2).unwrap_or_default() {
+        if late > TimeDelta::from_std(LOOK * 2 + due.jitter()).unwrap_or_default() {
             tracing::warn!(pipeline = self.name(), due = %due.time, "a run was missed; it is made now, once");
             self.live().missed += 1;
         }
-        let longest = due.schedules.iter().map(|schedule| schedule.jitter).max().unwrap_or_default();
-        if stop.or(tokio::time::sleep(longest.mul_f64(chance()))).await.is_none() {
+        let started = Utc::now();
+        let outcome = self.run_once(due.full, stop).await;
+        if stop.is_pulled() {
+            // Not done: whoever starts next goes on with it at once.
             return Ok(());
         }
-        let started = Utc::now();
-        let retries = due.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max();
-        let (retries, delay) = retries.unwrap_or_default();
-        let mut tried = 0;
-        let succeeded = loop {
-            let outcome = self.run_once(due.full, stop).await;
-            if stop.is_pulled() {
-                // Not done: whoever starts next goes on with it at once.
-                return Ok(());
-            }
-            let again =
-                matches!(&outcome, Err(kind) if kind.may_retry() && !matches!(kind, ErrorKind::Throttled | ErrorKind::Locked));
-            // What is due before it would be made again is made instead.
-            let then = Utc::now() + delay;
-            let due_before = due.schedules.iter().filter_map(|schedule| schedule.after(Utc::now())).any(|next| next <= then);
-            if !again || tried >= retries || due_before {
-                // Types that the server never gives must not make every run a full one.
-                break matches!(outcome, Ok(()) | Err(ErrorKind::Partial));
-            }
-            tried += 1;
-            tracing::warn!(pipeline = self.name(), try_number = tried, retries, at = %then, "the run failed; it is made again");
-            self.live().again = Some(then);
-            let stopped = stop.or(tokio::time::sleep(delay)).await.is_none();
-            self.live().again = None;
-            if stopped {
-                return Ok(());
-            }
-        };
+        // Types that the server never gives must not make every run a full one.
+        let succeeded = matches!(outcome, Ok(()) | Err(ErrorKind::Partial));
+        let may_retry =
+            matches!(&outcome, Err(kind) if kind.may_retry() && !matches!(kind, ErrorKind::Throttled | ErrorKind::Locked));
+        let (retries, delay) =
+            due.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max().unwrap_or_default();
+        let at = Utc::now() + delay;
+        // What is due before it would be made again is made instead.
+        let due_before = due.schedules.iter().filter_map(|schedule| schedule.after(Utc::now())).any(|next| next <= at);
+        let again = may_retry && due.tried < retries && !due_before;
+        let (made_again, covered) = self.settle_retry(&due, started, succeeded, again.then_some(at));
         // What comes due while a run is under way is made up for, once.
         let mut times = self.state().schedule_times()?;
         let schedules = self.live().plan.schedules.clone();
         times.retain(|name, _| schedules.iter().any(|schedule| schedule.name == *name));
-        // A run that took everything is what the others would have been; one that failed to is owed.
-        let answered = if due.full && succeeded { &schedules } else { &due.schedules };
-        let answered = answered.iter().filter(|schedule| succeeded || !schedule.full_refresh);
+        let of_this = match (made_again, due.full && succeeded) {
+            (true, _) => Vec::new(),
+            // A run that took everything is what the others would have been; one that failed to is owed.
+            (false, true) => schedules,
+            (false, false) => due.schedules.clone(),
+        };
+        let answered = of_this.iter().chain(&covered).filter(|schedule| succeeded || !schedule.full_refresh);
         times.extend(answered.map(|schedule| (schedule.name.clone(), started)));
-        if due.full {
+        if due.full && !made_again {
             self.live().owed = if succeeded { None } else { Some(Utc::now()) };
             if !succeeded {
                 tracing::warn!(pipeline = self.name(), "the full run is owed: it is made with the next one");
             }
         }
         self.state().set_schedule_times(&times)
+    }
+
+    /// What becomes of the run that waits to be made again, now that `due` was made: whether `due` is made again itself, at
+    /// `again`, and schedules that need not wait any longer.
+    fn settle_retry(
+        &self,
+        due: &Due,
+        since: DateTime<Utc>,
+        succeeded: bool,
+        again: Option<DateTime<Utc>>,
+    ) -> (bool, Vec<SchedulePlan>) {
+        let mut live = self.live();
+        let mut covered = Vec::new();
+        match live.retry.take() {
+            Some(waiting) if !waiting.due.schedules.iter().any(|schedule| due.has(schedule)) => {
+                let is_covered = match succeeded {
+                    true => due.full || !waiting.due.full,
+                    // What asks for everything is made again in its place.
+                    false => again.is_some() && due.full && !waiting.due.full,
+                };
+                if !is_covered {
+                    // When it is made it makes this one good too.
+                    live.retry = Some(waiting);
+                    return (false, covered);
+                }
+                covered = waiting.due.schedules;
+            }
+            // It was this one, or a part of it.
+            _ => {}
+        }
+        let Some(time) = again else { return (false, covered) };
+        let tried = due.tried + 1;
+        tracing::warn!(pipeline = live.plan.name, try_number = tried, at = %time, "the run failed; it is made again");
+        live.retry = Some(Retry { since, due: Due { time, tried, ..due.clone() } });
+        (true, covered)
     }
 
     /// Reads the pipeline file where it changed. One that cannot be used is said, and what was read before stands.
@@ -275,6 +316,10 @@ impl Keeper {
             Ok((plan, state)) => {
                 let mut live = self.live();
                 (live.plan, live.state, live.tables_read) = (plan, state, None);
+                let (known, retry) = (live.plan.schedules.clone(), live.retry.take());
+                // What is no schedule any more is not made again.
+                live.retry =
+                    retry.filter(|retry| retry.due.schedules.iter().all(|of| known.iter().any(|own| own.name == of.name)));
                 tracing::info!(pipeline = live.plan.name, "the pipeline file changed and is read anew");
             }
             Err(error) => {
@@ -284,7 +329,11 @@ impl Keeper {
     }
 
     fn read(&self) -> Result<(Plan, StateFolder)> {
-        let plan = scheduled((self.source)()?)?;
+        let (plan, name) = (scheduled((self.source)()?)?, self.name());
+        if plan.name != name {
+            let what = format!("the pipeline's name was {name} and is {} now", plan.name);
+            return Err(Error::new(ErrorKind::Config, what).with_hint("start `fhirlake serve` anew, or give it its name back"));
+        }
         let state = pipeline::state_of(&plan)?;
         Ok((plan, state))
     }
@@ -297,7 +346,7 @@ impl Keeper {
                 let (run, name) = (pipeline::run_id(), self.name());
                 tracing::error!(%error, hint = error.hint(), pipeline = name, run, "the run failed: it could not begin");
                 pipeline::leave_report(&self.state(), &name, &run, Utc::now(), &error);
-                return self.ended(Err(error), full, stop).await;
+                return self.ended(Err(error), stop).await;
             }
         };
         let watch = Watch::default();
@@ -320,7 +369,7 @@ impl Keeper {
                 _ = tick.tick() => self.sample(),
             }
         };
-        self.ended(outcome, full, stop).await
+        self.ended(outcome, stop).await
     }
 
     fn sample(&self) {
@@ -333,7 +382,7 @@ impl Keeper {
         }
     }
 
-    async fn ended(&self, outcome: Result<RunReport>, full: bool, stop: &Stop) -> std::result::Result<(), ErrorKind> {
+    async fn ended(&self, outcome: Result<RunReport>, stop: &Stop) -> std::result::Result<(), ErrorKind> {
         let kind = match &outcome {
             Ok(report) if report.succeeded => None,
             Ok(_) => Some(ErrorKind::Partial),
@@ -346,6 +395,8 @@ impl Keeper {
             let label = match kind {
                 None => "succeeded",
                 Some(ErrorKind::Interrupted) if stop.is_pulled() => "interrupted",
+                // Somebody else makes it.
+                Some(ErrorKind::Locked) => "locked",
                 Some(_) => "failed",
             };
             *live.ended.entry(label).or_default() += 1;
@@ -363,20 +414,6 @@ impl Keeper {
                 }
             }
             live.tables_read = None;
-        }
-        // One that failed has said so itself.
-        if let Ok(report) = &outcome {
-            tracing::info!(
-                pipeline = report.pipeline,
-                run = report.run,
-                seconds = report.seconds,
-                full,
-                succeeded = report.succeeded,
-                inserted = report.types.values().map(|kept| kept.inserted).sum::<u64>(),
-                updated = report.types.values().map(|kept| kept.updated).sum::<u64>(),
-                deleted = report.types.values().map(|kept| kept.deleted).sum::<u64>(),
-                "the run ended"
-            );
         }
         self.look_at_tables().await;
         // It goes through all of the heap: not on the reactor.
@@ -407,21 +444,6 @@ impl Keeper {
 
 /// Reports that are shown.
 const REPORTS: usize = 40;
-
-/// Schedules that are due, and when the first of them was.
-struct Due {
-    time: DateTime<Utc>,
-    full: bool,
-    schedules: Vec<SchedulePlan>,
-}
-
-impl Due {
-    fn add(&mut self, time: DateTime<Utc>, schedule: SchedulePlan) {
-        self.time = self.time.min(time);
-        self.full |= schedule.full_refresh;
-        self.schedules.push(schedule);
-    }
-}
 
 /// A plan, or an error where it has no schedule: there would be nothing to do.
 fn scheduled(plan: Plan) -> Result<Plan> {

@@ -87,7 +87,7 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
         if let Some(run) = status.runs.first() {
             add(telemetry::LAST_DURATION, &[], run.seconds);
         }
-        for outcome in ["succeeded", "failed", "interrupted"] {
+        for outcome in ["succeeded", "failed", "interrupted", "locked"] {
             add(telemetry::RUNS, &[("outcome", outcome)], live.ended.get(outcome).copied().unwrap_or(0) as f64);
         }
         for ((resource_type, outcome), count) in &live.merged {
@@ -99,7 +99,9 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
             if let Some(rows) = table.rows {
                 add(telemetry::TABLE_ROWS, &of, rows as f64);
             }
-            if let Some(lag) = table.lag_seconds {
+            // Of a type that is not asked for any more the watermark stands still.
+            let is_asked_for = live.plan.types.is_empty() || live.plan.types.contains(&table.name);
+            if let Some(lag) = table.lag_seconds.filter(|_| is_asked_for) {
                 add(telemetry::TABLE_LAG, &of, lag as f64);
             }
         }

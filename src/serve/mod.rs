@@ -3,6 +3,7 @@
 //! A [`Keeper`] has one pipeline: it waits for what is due, runs it, and knows how it stands. The web reads what the keepers
 //! know, and changes nothing.
 
+mod due;
 mod health;
 mod keeper;
 mod metrics;

@@ -86,7 +86,10 @@ fn pipeline_section(page: &mut String, at: usize, pipeline: &PipelineStatus, now
     let (class, words) = match &pipeline.health {
         Health::Healthy { .. } => ("good", "healthy".to_owned()),
         Health::Unhealthy { last_sync: Some(_) } => ("bad", "unhealthy: the last success is too long ago".to_owned()),
-        Health::Unhealthy { last_sync: None } => ("wait", "no run has succeeded yet".to_owned()),
+        Health::Unhealthy { last_sync: None } => {
+            let has_failed = pipeline.runs.iter().any(|run| run.outcome == "failed");
+            (if has_failed { "bad" } else { "wait" }, "no run has succeeded yet".to_owned())
+        }
         Health::Error { message } => ("bad", format!("the state cannot be read: {message}")),
     };
     let name = escaped(&pipeline.name);
@@ -130,7 +133,7 @@ fn pipeline_section(page: &mut String, at: usize, pipeline: &PipelineStatus, now
 }
 
 fn kind(full: bool) -> &'static str {
-    if full { "full refresh" } else { "usual run" }
+    if full { "full run" } else { "usual run" }
 }
 
 /// The stages of a run, and how full the edges between them are.

@@ -1,5 +1,6 @@
 //! How pipelines stand, as one document: what `/status.json` gives and the page shows. Nothing of a resource is in it.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -244,7 +245,7 @@ impl PipelineStatus {
             health: Health::of(state.state_file(), live.plan.max_age, now),
             next_run: live.next.map(|(time, _)| time),
             next_is_full: live.next.is_some_and(|(_, full)| full),
-            again: live.again,
+            again: live.retry.as_ref().map(|retry| retry.due.time),
             not_before: exports.not_before.map(|until| until.time).filter(|time| *time > now),
             exports_in_flight: exports.in_flight.len(),
             quarantined: live.quarantined,
@@ -295,7 +296,7 @@ impl RunningStatus {
         Self {
             began: running.began,
             seconds: (now - running.began).as_seconds_f64(),
-            full: running.full,
+            full: running.full || running.watch.full.load(Ordering::Relaxed),
             server,
             retries: sum(&counts, telemetry::RETRIES),
             stages: vec![

@@ -21,7 +21,7 @@ use url::Url;
 use self::lines::Lines;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::fhir::{Client, LinkPlace, Links, Resume, shown};
+use crate::fhir::{Client, LinkPlace, Links, Resume, is_whole, shown};
 use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, FilePlace, MergeInput};
 use crate::telemetry;
@@ -246,7 +246,14 @@ impl Download {
                 let mut resume = reading.so_far.as_ref().map(|so_far| so_far.resume.clone());
                 let response = loop {
                     match client.open_file(&reading.url, file.requires_access_token, resume.as_ref()).await {
-                        Ok(response) => break response,
+                        Ok(response) if is_whole(&response) => break response,
+                        Ok(response) if resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response)) => break response,
+                        // Another part than we asked for: from the beginning, then.
+                        Ok(_) if resume.is_some() => (resume, reading.so_far) = (None, None),
+                        Ok(response) => {
+                            let why = format!("the server answered {}, and not with the whole file", response.status());
+                            return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
+                        }
                         Err(error) if error.kind() == ErrorKind::Interrupted => return Err(Broken::Stopped),
                         // There is nothing after what we have, or the file is another: read again, it shows.
                         Err(error) if error.status() == Some(416) && resume.is_some() => {
@@ -268,6 +275,16 @@ impl Download {
                         Err(error) => return Err(Broken::Never(error)),
                     }
                 };
+                let promised = file.count.unwrap_or(0);
+                if response.status().as_u16() == 204 && promised > 0 {
+                    let why = format!("the server answered 204 No Content, and the manifest promised {promised} resources");
+                    return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
+                }
+                let said = response.headers().get("content-type").and_then(|text| text.to_str().ok()).unwrap_or_default();
+                if said.trim_start().to_ascii_lowercase().starts_with("text/html") {
+                    let why = "the server sent a page of HTML, and not the file";
+                    return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
+                }
                 let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
                 let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
                 let goes_on = resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response));

@@ -15,8 +15,9 @@ use crate::flow::{Receiver, Sender};
 use crate::messages::{EncodedBatch, Fact, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
 use crate::schema::{Columns, Encoder, Filled};
 
-/// Columns of a batch may take so many times the bytes of JSON at which it is closed. Usual resources take once or twice.
-const COLUMNS_TO_JSON: usize = 4;
+/// Columns of a batch, and their levels, may take so many times the bytes of JSON at which it is closed, in tenths. Usual
+/// resources take once or twice; at 2.5 lists that spread keep a run to `memory` and 250 MB.
+const COLUMNS_TO_JSON: usize = 25;
 
 /// A batch that still gathers rows.
 struct OpenBatch {
@@ -28,7 +29,7 @@ struct OpenBatch {
 #[derive(Default)]
 struct Bench {
     idle: HashMap<ResourceType, Vec<OpenBatch>>,
-    /// JSON bytes of the idle batches.
+    /// Weight of the idle batches.
     idle_bytes: usize,
     /// Rows seen, by type; those in a worker's hands not yet.
     seen: HashMap<ResourceType, u64>,
@@ -63,7 +64,7 @@ impl Shared {
     fn take(&self, resource_type: &ResourceType) -> Result<OpenBatch> {
         let mut bench = self.bench();
         if let Some(batch) = bench.idle.get_mut(resource_type).and_then(Vec::pop) {
-            bench.idle_bytes -= batch.encoder.json_bytes();
+            bench.idle_bytes -= batch.encoder.weight();
             return Ok(batch);
         }
         drop(bench);
@@ -84,12 +85,12 @@ impl Shared {
         if batch.encoder.json_bytes() >= self.batch_bytes {
             due.push((resource_type.clone(), batch));
         } else {
-            bench.idle_bytes += batch.encoder.json_bytes();
+            bench.idle_bytes += batch.encoder.weight();
             bench.idle.entry(resource_type.clone()).or_default().push(batch);
         }
         while bench.idle_bytes > self.budget {
             let sizes = bench.idle.iter().flat_map(|(name, batches)| {
-                batches.iter().enumerate().map(move |(at, batch)| (batch.encoder.json_bytes(), name.clone(), at))
+                batches.iter().enumerate().map(move |(at, batch)| (batch.encoder.weight(), name.clone(), at))
             });
             let Some((bytes, name, at)) = sizes.max_by_key(|(bytes, _, _)| *bytes) else { break };
             let Some(batches) = bench.idle.get_mut(&name) else { break };
@@ -112,7 +113,7 @@ impl Shared {
         let mut due = Vec::new();
         for name in names {
             for batch in bench.idle.remove(&name).unwrap_or_default() {
-                bench.idle_bytes -= batch.encoder.json_bytes();
+                bench.idle_bytes -= batch.encoder.weight();
                 due.push((name.clone(), batch));
             }
         }
@@ -194,7 +195,7 @@ impl Encode {
                             }
                         };
                         for row in parsed {
-                            if batch.encoder.column_bytes() > self.shared.batch_bytes.saturating_mul(COLUMNS_TO_JSON) {
+                            if batch.encoder.column_bytes() > (self.shared.batch_bytes / 10).saturating_mul(COLUMNS_TO_JSON) {
                                 let fresh = self.shared.fresh(&batch);
                                 let full = std::mem::replace(&mut batch, fresh);
                                 if !self.close_all(handle, vec![(resource_type.clone(), full)])? {

@@ -397,6 +397,13 @@ impl ServerExport {
             let kind = [FileKind::Output, FileKind::Deleted, FileKind::Outcome][list];
             let place = FilePlace { page, kind, at };
             passed.files += 1;
+            if listed.resource_type.as_deref().is_some_and(|name| !Model::r4().is_resource_type(name)) {
+                tracing::warn!(
+                    file = *index - FIRST_INDEX,
+                    "the manifest gives a file a type that FHIR R4 does not have; its lines go by their own"
+                );
+                self.board.add(telemetry::DEVIATIONS, &"a file's type is not one of FHIR R4".into(), 1);
+            }
             let file = export_file(*index, export, listed, manifest.requires_access_token, place);
             // The same file keeps its index, which its rows are known by.
             let known = accepted.staged.get(&said_of(&file)).filter(|known| passed.known.insert(known.index));
@@ -440,7 +447,7 @@ const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
 const ABSENCES: usize = 3;
 
 /// Pages of a manifest; each may have any number of files.
-const MAX_PAGES: usize = 100_000;
+const MAX_PAGES: usize = 10_000;
 
 /// Letters of a file's URL that its name has.
 const MAX_NAME: usize = 120;

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use self::books::{FileBook, TypeBook, merge_count};
-use crate::messages::{AtMost, ExportEnd, ExportFile, Fact, FileKind, ParsedChunk, ResourceType};
+use crate::messages::{AtMost, ExportEnd, Fact, FileKind, ParsedChunk, ResourceType};
 use crate::schema::EXCLUDED_TYPES;
 
 /// The books.
@@ -72,8 +72,13 @@ impl Ledger {
         self
     }
 
-    /// Looks whether a file that has come to its end is too short.
+    /// Looks whether a file that has come to its end is one at all, and whether it is too short.
     fn judge(&mut self, index: u32) {
+        let Some(book) = self.files.get_mut(&index).filter(|book| book.failed.is_none()) else { return };
+        if book.is_something_else() {
+            let why = "none of its lines is a resource: the server sent something else than NDJSON";
+            book.failed = Some(why.to_owned());
+        }
         if let Some(book) = self.files.get_mut(&index).filter(|book| self.fails_short_files && book.failed.is_none()) {
             let came = book.rows() + book.bad() + book.parsed.headers;
             let promised = book.file.count.unwrap_or(0);
@@ -159,6 +164,7 @@ impl Ledger {
         let declared = book.file.declared.clone();
         book.parsed.lines += chunk.lines;
         book.parsed.bytes += chunk.bytes;
+        book.parsed.foreign += chunk.foreign;
         book.parsed.blank += chunk.blank;
         book.parsed.headers += chunk.headers;
         book.parsed.fatal += chunk.fatal;
@@ -321,7 +327,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::messages::{FileDone, FilePlace, ManifestPage};
+    use crate::messages::{ExportFile, FileDone, FilePlace, ManifestPage};
 
     fn file(index: u32, declared: Option<&str>) -> Arc<ExportFile> {
         Arc::new(ExportFile {
@@ -423,6 +429,24 @@ mod tests {
         books.enter(parsed(0, 10, &[("Patient", 9)], 0));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
         assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("balance")));
+    }
+
+    // Breaks if a page of HTML, or an outcome, is taken for a file without resources: its type would be passed as up to date.
+    #[test]
+    fn a_file_that_is_no_ndjson_fails_its_type() {
+        let of = |bad: u64, foreign: u64, rows: &[(&str, u64)]| {
+            let mut books = Ledger::new(1, None);
+            books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
+            let lines = bad + rows.iter().map(|row| row.1).sum::<u64>();
+            let Fact::Parsed(chunk) = parsed(0, lines, rows, bad) else { unreachable!() };
+            books.enter(Fact::Parsed(ParsedChunk { foreign, ..chunk }));
+            books.enter(Fact::FileDone(FileDone { file: 0, lines }));
+            books.enter(end());
+            books.standing(&patient())
+        };
+        assert!(matches!(of(9, 1, &[]), Standing::Failed(why) if why.contains("something else")));
+        assert!(!matches!(of(9, 0, &[]), Standing::Failed(_)), "resources that are broken are bad lines");
+        assert!(!matches!(of(9, 9, &[("Patient", 1)]), Standing::Failed(_)));
     }
 
     // Breaks if encode is asked for rows that it never saw, and so never answers.

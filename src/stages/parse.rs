@@ -12,10 +12,13 @@ use crate::messages::{
     key_of,
 };
 use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
-use crate::tape::{Kind, Tape, Value, parse_value};
+use crate::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
 use crate::telemetry;
 
 const TOO_LONG: &str = "the line is longer than max_line";
+
+const SPREADS: &str =
+    "its lists would take more than an eighth of memory as columns: one item fills what many others leave empty";
 
 /// One parse worker; any number share `chunks`.
 pub struct Parse {
@@ -29,6 +32,8 @@ pub struct Parse {
     pub bad_lines: BadLineSink,
     /// Longest line that is read.
     pub max_line: usize,
+    /// Bytes that the columns of one resource may take.
+    pub max_columns: usize,
     /// Counters.
     pub board: Board,
 }
@@ -60,7 +65,7 @@ impl Names {
 impl Parse {
     /// Parses until the edge closes.
     pub fn run(self, handle: &Handle) -> Result<()> {
-        let parser = ChunkParser::new(self.max_line, self.bad_lines.clone());
+        let parser = ChunkParser::new(self.max_line, self.bad_lines.clone()).with_columns(self.max_columns);
         while let Some(parcel) = handle.block_on(self.chunks.recv()) {
             let chunk: &Chunk = &parcel;
             let Parsed { rows, tally, deletions, outcomes } = parser.parse(chunk)?;
@@ -107,13 +112,20 @@ pub struct Parsed {
 pub struct ChunkParser {
     names: Names,
     max_line: usize,
+    max_columns: usize,
     bad_lines: BadLineSink,
 }
 
 impl ChunkParser {
     /// A parser that reads lines of at most `max_line` bytes and hands what it cannot read to `bad_lines`.
     pub fn new(max_line: usize, bad_lines: BadLineSink) -> Self {
-        Self { names: Names::new(), max_line, bad_lines }
+        Self { names: Names::new(), max_line, max_columns: usize::MAX, bad_lines }
+    }
+
+    /// Takes a line for bad whose columns would take more than so many bytes.
+    pub fn with_columns(mut self, max_columns: usize) -> Self {
+        self.max_columns = max_columns;
+        self
     }
 
     /// Reads one chunk; fails only where a bad line cannot be kept.
@@ -122,6 +134,7 @@ impl ChunkParser {
             chunk,
             names: &self.names,
             max_line: self.max_line,
+            max_columns: self.max_columns,
             bad_lines: &self.bad_lines,
             tape: Tape::default(),
             by_type: Vec::new(),
@@ -145,6 +158,7 @@ struct Work<'a> {
     chunk: &'a Chunk,
     names: &'a Names,
     max_line: usize,
+    max_columns: usize,
     bad_lines: &'a BadLineSink,
     tape: Tape,
     by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
@@ -189,10 +203,17 @@ impl Work<'_> {
     }
 
     fn line(&mut self, bytes: &Bytes, line: std::ops::Range<usize>) -> Result<()> {
+        let before = self.tape.len();
         let root = match parse_value(&mut self.tape, bytes, line.start, line.end) {
             Ok(root) => root,
-            Err(fault) => return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64),
+            Err(fault) => {
+                // A page, an array or one resource over many lines; of anything else each line is bad by itself.
+                let is_foreign = matches!(bytes[line.start], b'<' | b'[') || bytes[line.clone()] == *b"{";
+                self.tally.foreign += u64::from(is_foreign);
+                return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64);
+            }
         };
+        let nodes = self.tape.len() - before;
         let document = self.tape.over(bytes);
         let value = document.value(root);
         let meant = match self.chunk.file.kind {
@@ -205,7 +226,10 @@ impl Work<'_> {
                 Ok(Line::Header)
             }
         };
+        // Few are large enough to be looked at.
+        let spreads = || spread_at_most(nodes) > self.max_columns && spread(value) > self.max_columns;
         match meant {
+            Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
             Ok(Line::Row(resource_type, key)) => {
                 let arrival = Arrival::new(self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
                 let replayed = self.chunk.file.replayed;
@@ -229,7 +253,11 @@ impl Work<'_> {
                 self.tally.headers += 1;
                 Ok(())
             }
-            Err(reason) => self.bad(line.clone(), reason.into(), line.len() as u64),
+            Err(reason) => {
+                let named = value.get(b"resourceType").and_then(|name| name.str_bytes());
+                self.tally.foreign += u64::from(value.kind() == Kind::Array || named == Some(b"OperationOutcome"));
+                self.bad(line.clone(), reason.into(), line.len() as u64)
+            }
         }
     }
 

@@ -88,6 +88,8 @@ pub struct StagingSettings {
     pub run: String,
     /// Bytes at which a staged file is closed.
     pub target_file_bytes: u64,
+    /// Bytes of memory that the footers of open files may take.
+    pub footers: usize,
     /// Files that may be open at the same time, before the largest is closed.
     pub max_open_files: usize,
     /// Bytes of memory that the keys of staged rows may take.
@@ -217,12 +219,22 @@ impl Staging {
         }
         // Open files share a budget: when it is spent, the largest is closed.
         while self.types.values().filter(|stage| stage.open.is_some()).count() > self.settings.max_open_files.max(1) {
-            let open = self.types.iter_mut().filter(|(_, stage)| stage.open.is_some());
-            let largest = open.max_by_key(|(_, stage)| stage.open.as_ref().map_or(0, StagingFile::size));
-            let Some((name, stage)) = largest else { break };
-            stage.close_open(&self.opened[name]).await?;
+            self.close_largest(StagingFile::size).await?;
+        }
+        let footer = |file: &StagingFile| file.footer_memory() as u64;
+        while self.types.values().filter_map(|stage| stage.open.as_ref()).map(footer).sum::<u64>() > self.settings.footers as u64
+        {
+            self.close_largest(footer).await?;
         }
         self.keep_to_memory().await
+    }
+
+    async fn close_largest(&mut self, by: impl Fn(&StagingFile) -> u64) -> Result<()> {
+        let open = self.types.iter_mut().filter(|(_, stage)| stage.open.is_some());
+        match open.max_by_key(|(_, stage)| stage.open.as_ref().map_or(0, &by)) {
+            Some((name, stage)) => stage.close_open(&self.opened[name]).await,
+            None => Ok(()),
+        }
     }
 
     /// Keys of staged rows beyond the budget go to disk: those of closed files first, then of the file that has most,

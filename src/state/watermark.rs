@@ -9,6 +9,9 @@ use serde_json::{Map, Value, json};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::private::{private_dir, write_atomically};
 
+/// What to do with a file that is none.
+const REBUILT: &str = "move the file away: the tables know their own watermarks, and the next run writes it anew";
+
 /// What `state.json` says.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StateFile {
@@ -39,14 +42,18 @@ impl StateFile {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
         };
-        let json: Value = serde_json::from_slice(&bytes).context(ErrorKind::State, format!("{} is not JSON", path.display()))?;
+        let json = serde_json::from_slice(&bytes).context(ErrorKind::State, format!("{} is not JSON", path.display()));
+        let json: Value = json.map_err(|error| error.with_hint(REBUILT))?;
+        if !json.is_object() {
+            return Err(
+                Error::new(ErrorKind::State, format!("{} is no state: it has no keys", path.display())).with_hint(REBUILT)
+            );
+        }
         let time = |key: &str| match json.get(key) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => value
-                .as_str()
-                .and_then(parse_time)
-                .map(Some)
-                .ok_or_else(|| Error::new(ErrorKind::State, format!("{}: {key} is not an instant", path.display()))),
+            Some(value) => value.as_str().and_then(parse_time).map(Some).ok_or_else(|| {
+                Error::new(ErrorKind::State, format!("{}: {key} is not an instant", path.display())).with_hint(REBUILT)
+            }),
         };
         Ok(Self {
             last_sync_time: time("last_sync_time")?,
@@ -98,12 +105,11 @@ fn python_time(time: &DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::AutoSi, false)
 }
 
-/// An instant, or Python's `isoformat()` of a naive time, which the recipe may have written in UTC.
+/// An instant, or Python's `isoformat()` or `str()` of a naive time, which the recipe may have written in UTC.
 fn parse_time(text: &str) -> Option<DateTime<Utc>> {
-    if let Ok(time) = DateTime::parse_from_rfc3339(text) {
-        return Some(time.to_utc());
-    }
-    text.parse::<chrono::NaiveDateTime>().ok().map(|naive| naive.and_utc())
+    let text = text.replacen(' ', "T", 1);
+    let zoned = DateTime::parse_from_rfc3339(&text).ok().map(|time| time.to_utc());
+    zoned.or_else(|| text.parse::<chrono::NaiveDateTime>().ok().map(|naive| naive.and_utc()))
 }
 
 #[cfg(test)]
@@ -130,9 +136,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         assert_eq!(StateFile::read(&path).unwrap(), StateFile::default());
-        for text in ["{", r#"{"last_sync_time": "yesterday"}"#] {
+        for text in ["{", "[]", r#"{"last_sync_time": "yesterday"}"#] {
             std::fs::write(&path, text).unwrap();
-            assert_eq!(StateFile::read(&path).unwrap_err().kind(), ErrorKind::State);
+            let error = StateFile::read(&path).unwrap_err();
+            assert!(error.kind() == ErrorKind::State && error.hint().contains("move the file away"), "{error}");
+        }
+        for text in ["2025-03-01 10:15:00.5", "2025-03-01 10:15:00.500000+00:00", "2025-03-01T10:15:00.5Z"] {
+            assert_eq!(parse_time(text).map(|time| time.timestamp_millis()), Some(1_740_824_100_500), "{text}");
         }
     }
 }

@@ -6,8 +6,10 @@
 //! they end, so what nobody asks for is skipped in one step.
 
 mod parse;
+mod spread;
 
 pub use parse::{Fault, MAX_DEPTH, parse_value};
+pub use spread::{at_most as spread_at_most, spread};
 
 /// One node, packed: 4 bits kind, 28 bits length or count, 32 bits offset or end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

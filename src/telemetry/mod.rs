@@ -69,7 +69,7 @@ metrics! {
     LAST_DURATION, "fhirlake.run.last.duration", Gauge, "s", None, "How long the newest run took.";
     NEXT_RUN, "fhirlake.run.next.timestamp", Gauge, "s", None, "When the next run is due, since 1970.";
     RUN_ACTIVE, "fhirlake.run.active", Gauge, "{run}", None, "Whether a run is under way: 1 or 0.";
-    RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted.";
+    RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted, locked (another had the pipeline).";
     MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Runs that were due and could not begin in time; each was made up for, once.";
     MERGED, "fhirlake.resources.merged", Counter, "{resource}", Some("resource_type, outcome"), "Resources by what came of them: inserted, updated, deleted, skipped.";
     TABLE_ROWS, "fhirlake.table.rows", Gauge, "{row}", TYPE, "Rows of a table.";

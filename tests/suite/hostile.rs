@@ -44,7 +44,10 @@ async fn serve_one(State(shop): State<Shop>, request: Request) -> Response {
         shop.deleted.fetch_add(1, Ordering::Relaxed);
     }
     if request.uri().path().ends_with("/$export") {
-        return (StatusCode::ACCEPTED, [(header::CONTENT_LOCATION, "/status")]).into_response();
+        let query = request.uri().query().unwrap_or_default();
+        // To itself, where somebody asks for that.
+        let location = if query.contains("circle=") { "?at=1" } else { "/status" };
+        return (StatusCode::ACCEPTED, [(header::CONTENT_LOCATION, location)]).into_response();
     }
     (shop.answer)(&request)
 }
@@ -212,6 +215,72 @@ async fn a_refused_file_gives_a_code_and_no_words() {
     fails_alone(&lake, &source(&server, ""), "", "404 Not Found: not-found").await;
     let report = std::fs::read_dir(lake.state().join("runs")).unwrap().next().unwrap().unwrap();
     assert!(!std::fs::read_to_string(report.path()).unwrap().contains("Zebediah"));
+}
+
+// Breaks if what is no file, or a part of one, is taken for a file without more resources: its type would be passed as up to date,
+// and a reconcile would delete the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_whole_file_fails_its_type_alone() {
+    let range = |range: &'static str| (StatusCode::PARTIAL_CONTENT, [(header::CONTENT_RANGE, range)], lines("Patient", "p", 2));
+    let html = ([(header::CONTENT_TYPE, "Text/HTML; charset=utf-8")], "<html>Sign in</html>\n");
+    let outcome = r#"{"resourceType":"OperationOutcome","issue":[{"severity":"fatal","code":"exception"}]}"#;
+    let pretty = "{\n  \"resourceType\": \"Patient\",\n  \"id\": \"p\"\n}\n";
+    let answers: Vec<(Box<dyn Fn() -> Response + Send + Sync>, &str)> = vec![
+        (Box::new(move || range("bytes 5000-5073/99999").into_response()), "206"),
+        (Box::new(move || range("bytes 0-73/99999").into_response()), "206"),
+        (Box::new(|| (StatusCode::PARTIAL_CONTENT, lines("Patient", "p", 2)).into_response()), "206"),
+        (Box::new(|| StatusCode::RESET_CONTENT.into_response()), "205"),
+        (Box::new(|| StatusCode::NO_CONTENT.into_response()), "204"),
+        (Box::new(move || html.clone().into_response()), "a page of HTML"),
+        (Box::new(|| "<html>\n<body>Sign in</body>\n".into_response()), "something else"),
+        (Box::new(move || outcome.into_response()), "something else"),
+        (Box::new(move || pretty.into_response()), "something else"),
+        (Box::new(|| r#"[{"resourceType":"Patient","id":"p"}]"#.into_response()), "something else"),
+    ];
+    for (answer, words) in answers {
+        let server = mock(move |request| match request.uri().path() {
+            "/patient" => answer(),
+            "/status" => manifest(&format!(r#"{{"type":"Patient","url":"/patient","count":2}},{CONDITION}"#)),
+            _ => condition(request).unwrap(),
+        })
+        .await;
+        let lake = lake();
+        fails_alone(&lake, &source(&server, ""), "", words).await;
+        assert!(!lake.tables().join("Patient.parquet/_delta_log").exists(), "{words}: a table would have a watermark");
+    }
+}
+
+// Breaks if a server that gives the kick-off's own place for the export's status is asked for one export after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_status_that_is_the_kick_off_itself_is_refused() {
+    let server = mock(|_| StatusCode::ACCEPTED.into_response()).await;
+    let error = lake().run(&source(&server, ", parameters: { circle: \"1\" }"), "").await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Server && error.to_string().contains("Content-Location"), "{error}");
+    assert_eq!(server.asked.load(Ordering::Relaxed), 1);
+}
+
+// Breaks if the link of an attachment, which is an element of a resource, gets into the log, or a store's words that are no code.
+#[tokio::test(flavor = "multi_thread")]
+async fn links_of_attachments_are_not_told() {
+    let server = mock(|request| match request.uri().path() {
+        "/patient" => {
+            "{\"resourceType\":\"Patient\",\"id\":\"p\",\"photo\":[{\"url\":\"Binary/Zebediah-Quux\"}]}\n".into_response()
+        }
+        "/status" => manifest(&format!(r#"{{"type":"Patient","url":"/patient"}},{CONDITION}"#)),
+        "/condition" => condition(request).unwrap(),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, "{\"issue\":[{\"code\":\"Zebediah-Quux\"}]}").into_response(),
+    })
+    .await;
+    let lake = lake();
+    let file = lake.pipeline_file(&source(&server, ""));
+    let yaml = std::fs::read_to_string(&file).unwrap() + "stages: { attachments: {} }\n";
+    std::fs::write(&file, yaml).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake"));
+    command.args(["--log", "trace", "run"]).arg(&file);
+    let output = tokio::task::block_in_place(|| command.output().unwrap());
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("the attachment: the server answered 503"), "{said}");
+    assert!(!said.contains("Zebediah"), "{}", said.lines().find(|line| line.contains("Zebediah")).unwrap());
 }
 
 // Breaks if three thousand missing files wait for each other.

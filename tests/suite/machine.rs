@@ -198,7 +198,9 @@ async fn a_name_that_does_not_resolve() {
 
 /// A control group that gives the processes in it so much memory; how a shell enters it.
 fn limited(bytes: u64) -> Option<(PathBuf, String)> {
-    let name = format!("fhirlake-test-{}", std::process::id());
+    static GROUPS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    let number = GROUPS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let name = format!("fhirlake-test-{}-{number}", std::process::id());
     for (root, limit) in [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")] {
         let group = Path::new(root).join(&name);
         if std::fs::create_dir(&group).is_ok() {
@@ -238,6 +240,58 @@ async fn memory_that_is_limited() {
         peak.unwrap_or_default().trim()
     ));
     let _ = std::fs::remove_dir(&group);
+}
+
+/// A list of which the first item has every element that its columns have room for, a few levels deep, and the others none.
+fn spreading_line(id: usize, items: usize) -> String {
+    let concept =
+        r#"{"id":"a","text":"t","coding":[{"id":"a","system":"s","version":"v","code":"c","display":"d","userSelected":true}]}"#;
+    let (money, period) = (r#"{"id":"a","value":1,"currency":"EUR"}"#, r#"{"id":"a","start":"2020","end":"2021"}"#);
+    let reference = format!(
+        r#"{{"id":"a","reference":"A/1","type":"A","display":"d","identifier":{{"use":"usual","system":"s","value":"v","period":{period},"type":{concept}}}}}"#
+    );
+    let common = format!(
+        r#""id":"a","sequence":1,"revenue":{concept},"category":{concept},"productOrService":{concept},"modifier":[{concept}],"programCode":[{concept}],"unitPrice":{money},"net":{money},"factor":1,"udi":[{reference}],"noteNumber":[1],"adjudication":[{{"category":{concept},"reason":{concept},"amount":{money},"value":1}}]"#
+    );
+    let detail = format!(r#"{{{common},"subDetail":[{{{common}}}]}}"#);
+    let item = format!(
+        r#"{{{common},"servicedPeriod":{period},"bodySite":{concept},"subSite":[{concept}],"encounter":[{reference}],"detail":[{detail}]}}"#
+    );
+    format!("{{\"resourceType\":\"ExplanationOfBenefit\",\"id\":\"e{id}\",\"item\":[{item}{}]}}\n", ",{}".repeat(items))
+}
+
+// Breaks if what an item of a list fills, and millions of others leave empty, takes memory for each of them: in one line, which is
+// bad then, or in many.
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_that_spread_do_not_take_more_memory() {
+    let memory = 64 << 20;
+    let data = tempfile::tempdir().unwrap();
+    let few = (0..1500).map(|id| spreading_line(id, 1000)).collect::<String>();
+    let lines = few + &spreading_line(2000, 200_000) + &spreading_line(2001, 2_000_000) + &spreading_line(2002, 0);
+    std::fs::write(data.path().join("ExplanationOfBenefit.ndjson"), lines).unwrap();
+    let lake = lake();
+    let file = lake.pipeline_file(&format!("{{ url: \"file://{}\" }}", data.path().display()));
+    std::fs::write(&file, std::fs::read_to_string(&file).unwrap() + "memory: 64MiB\n").unwrap();
+    let file = file.display().to_string();
+    let group = limited(memory + 250_000_000);
+    let enter = match &group {
+        Some((_, enter)) => format!("{enter}; "),
+        None => {
+            skipped("no control group can be made here, so memory is not limited");
+            String::new()
+        }
+    };
+    let script = format!("{enter}exec \"$0\" \"$@\"");
+    let mut command = Command::new("bash");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_fhirlake"), "run", &file]);
+    let output = tokio::task::block_in_place(|| command.output().unwrap());
+    assert!(output.status.success(), "{:?}: {}", output.status, said(&output));
+    assert_eq!(lake.count("ExplanationOfBenefit").await, 1501);
+    let reasons: Vec<String> = lake.state_folder().quarantined().map(|line| line.unwrap().1.reason).collect();
+    assert!(reasons.len() == 2 && reasons.iter().all(|reason| reason.contains("as columns")), "{reasons:?}");
+    if let Some((group, _)) = group {
+        let _ = std::fs::remove_dir(&group);
+    }
 }
 
 // A machine so busy that the process hardly runs, and a reader of its log that takes a line now and then: breaks if the server's

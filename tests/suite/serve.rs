@@ -185,6 +185,35 @@ async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     service.end().await;
 }
 
+// Breaks if a pipeline that waits to make a run again does nothing else: what comes due meanwhile, and a file that is corrected.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_to_be_made_again_holds_up_nothing() {
+    let (server, lake) = (demo().await, lake());
+    server.set_faults(Faults { export_fails: true, ..Faults::default() });
+    let yearly = "{ cron: \"0 0 1 1 *\", full_refresh: true, retries: 1, retry_delay: 1h }";
+    let (before, after) =
+        (format!("schedule: [{yearly}]\n"), format!("schedule: [{yearly}, {{ cron: \"* * * * * *\", retries: 0 }}]\n"));
+    let (before, after) = (plan(&lake, &server, &before), plan(&lake, &server, &after));
+    let state = lake.state_folder();
+    let name = before.schedules[0].name.clone();
+    state.set_schedule_times(&[(name.clone(), Utc::now() - TimeDelta::days(400))].into()).unwrap();
+    let file = lake.folder.path().join("schedule");
+    std::fs::write(&file, "").unwrap();
+    let read = {
+        let file = file.clone();
+        Arc::new(move || Ok(if std::fs::read(&file).unwrap().is_empty() { before.clone() } else { after.clone() }))
+    };
+    let service = start_with(vec![Keeper::new(file.clone(), read).unwrap()], None).await;
+    let status = service.until(|status| status["pipelines"][0]["again"].is_string()).await;
+    let again = status["pipelines"][0]["again"].clone();
+    server.set_faults(Faults::default());
+    std::fs::write(&file, "corrected").unwrap();
+    let status = service.until(|status| runs(status) >= 3 && status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
+    assert_eq!(status["pipelines"][0]["again"], again, "the full run waits on");
+    assert!(state.schedule_times().unwrap()[&name] < Utc::now() - TimeDelta::days(300), "it was not made yet");
+    service.end().await;
+}
+
 // Breaks if a full run that failed is forgotten, if a schedule is only known once it had a run, or if a file that changes while
 // nothing is due is not seen.
 #[tokio::test(flavor = "multi_thread")]
@@ -199,7 +228,7 @@ async fn a_full_run_is_owed_until_it_is_made() {
     let lock = state.lock().unwrap();
     let service = start(vec![plan(&lake, &server, both)], None).await;
     let began = Instant::now();
-    while !service.get("/metrics").await.1.contains("fhirlake_runs_total{pipeline=\"test\",outcome=\"failed\"} 2") {
+    while !service.get("/metrics").await.1.contains("fhirlake_runs_total{pipeline=\"test\",outcome=\"locked\"} 2") {
         assert!(began.elapsed() < Duration::from_secs(30));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

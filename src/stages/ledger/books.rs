@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::messages::{ExportFile, ParsedChunk, ResourceType};
+use crate::messages::{ExportFile, FileKind, ParsedChunk};
 
 #[derive(Debug)]
 pub(super) struct FileBook {
@@ -22,6 +22,15 @@ impl FileBook {
     }
     pub fn bad(&self) -> u64 {
         self.parsed.bad.iter().map(|bad| bad.1).sum()
+    }
+    /// Whether a file of resources was read to its end, has none, and is no NDJSON: a page, an array, an outcome. A resource
+    /// that is broken is a bad line, however few others there are.
+    pub fn is_something_else(&self) -> bool {
+        let lines = self.parsed.lines - self.parsed.blank;
+        self.file.kind == FileKind::Output
+            && self.lines == Some(self.parsed.lines)
+            && self.parsed.foreign > 0
+            && self.bad() == lines
     }
     pub fn settled(&self) -> bool {
         self.failed.is_some() || self.lines == Some(self.parsed.lines)
