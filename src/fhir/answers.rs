@@ -7,6 +7,7 @@ use reqwest::{Response, StatusCode};
 
 use super::http::shown;
 use crate::error::{Error, ErrorKind};
+use crate::schema::ISSUE_TYPES;
 
 /// How much of an error's body is read.
 const ERROR_BODY: usize = 4096;
@@ -130,43 +131,9 @@ fn code_of(body: &[u8]) -> String {
     let of_json = json.as_ref().and_then(|json| json.get("issue")?.get(0)?.get("code")?.as_str());
     let of_xml = || text.split_once("<Code>")?.1.split_once("</Code>").map(|(code, _)| code);
     let code = of_json.or_else(of_xml).unwrap_or_default();
+    // Any other text may be about a patient.
     if ISSUE_TYPES.contains(&code) || STORE_CODES.contains(&code) { code.to_owned() } else { String::new() }
 }
-
-/// FHIR's own (`IssueType` of R4): any other text may be about a patient.
-const ISSUE_TYPES: [&str; 31] = [
-    "invalid",
-    "structure",
-    "required",
-    "value",
-    "invariant",
-    "security",
-    "login",
-    "unknown",
-    "expired",
-    "forbidden",
-    "suppressed",
-    "processing",
-    "not-supported",
-    "duplicate",
-    "multiple-matches",
-    "not-found",
-    "deleted",
-    "too-long",
-    "code-invalid",
-    "extension",
-    "too-costly",
-    "business-rule",
-    "conflict",
-    "transient",
-    "lock-error",
-    "no-store",
-    "exception",
-    "timeout",
-    "incomplete",
-    "throttled",
-    "informational",
-];
 
 /// What the clouds' stores say.
 const STORE_CODES: [&str; 26] = [

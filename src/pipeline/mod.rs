@@ -465,14 +465,14 @@ fn at_most(most: &MaxBad) -> AtMost {
 fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Result<()> {
     let mut remembered = state.remembered()?;
     remembered.last_completed = Some(Utc::now());
-    if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
-        if !report.watermark_held {
-            remembered.last_sync_time = Some(time.to_utc());
-            remembered.scope = Some(app_id.to_owned());
-            // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made anew.
-            let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
-            remembered.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
-        }
+    if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok())
+        && !report.watermark_held
+    {
+        remembered.last_sync_time = Some(time.to_utc());
+        remembered.scope = Some(app_id.to_owned());
+        // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made anew.
+        let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
+        remembered.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
     }
     state.remember(&remembered)
 }

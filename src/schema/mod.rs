@@ -19,7 +19,7 @@ mod ucum_fractions;
 
 pub use arrow_schema::{arrow_schema, conform, layout_for, same_types, widen};
 pub use attachments::for_each_attachment;
-pub use definitions::Model;
+pub use definitions::{ISSUE_TYPES, Model};
 pub use encoder::{EncodedRows, Encoder, MAX_LOSS_PATHS};
 pub use filled::{Columns, Filled};
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};

@@ -228,7 +228,7 @@ impl Keeper {
 
     async fn run_due(&self, due: Due, stop: &Stop) -> Result<()> {
         let late = Utc::now() - due.time;
-        if late > TimeDelta::from_std(LOOK * 2 + due.jitter()).unwrap_or_default() {
+        if late > TimeDelta::from_std(LOOK * 2 + due.jitter()).unwrap_or_default() && !self.was_stopped_in(&due) {
             tracing::warn!(pipeline = self.name(), due = %due.time, "a run was missed; it is made now, once");
             self.live().missed += 1;
         }
@@ -268,6 +268,15 @@ impl Keeper {
             }
         }
         self.state().set_schedule_times(&times)
+    }
+
+    /// Whether the last run was this one, and was stopped on request: it is gone on with, and was not missed, nor was another since.
+    fn was_stopped_in(&self, due: &Due) -> bool {
+        let live = self.live();
+        let last = live.reports.first().filter(|report| pipeline::outcome_of(report) == "stopped");
+        let began = last.and_then(|report| DateTime::parse_from_rfc3339(report["started"].as_str()?).ok());
+        let is_latest = |began| due.schedules.iter().all(|schedule| schedule.after(began).is_none_or(|next| next > Utc::now()));
+        began.is_some_and(|began| began.to_utc() >= due.time && is_latest(began.to_utc()))
     }
 
     /// What becomes of the run that waits to be made again, now that `due` was made: whether `due` is made again itself, at

@@ -11,7 +11,7 @@ use crate::messages::{
     Arrival, BadLine, BadLineSink, Chunk, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows,
     key_of,
 };
-use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
+use crate::schema::{EXCLUDED_TYPES, ISSUE_TYPES, Model, parse_instant};
 use crate::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
 use crate::telemetry;
 
@@ -394,41 +394,6 @@ fn deletion(names: &Names, request: Value<'_>) -> Result<(ResourceType, Box<str>
     }
     Ok((resource_type.clone(), id.into()))
 }
-
-/// The codes of FHIR R4's IssueType.
-const ISSUE_TYPES: [&str; 31] = [
-    "invalid",
-    "structure",
-    "required",
-    "value",
-    "invariant",
-    "security",
-    "login",
-    "unknown",
-    "expired",
-    "forbidden",
-    "suppressed",
-    "processing",
-    "not-supported",
-    "duplicate",
-    "multiple-matches",
-    "not-found",
-    "deleted",
-    "too-long",
-    "code-invalid",
-    "extension",
-    "too-costly",
-    "business-rule",
-    "conflict",
-    "transient",
-    "lock-error",
-    "no-store",
-    "exception",
-    "timeout",
-    "incomplete",
-    "throttled",
-    "informational",
-];
 
 /// Counts the issues of an OperationOutcome by severity and code; how many were fatal, and how many fatal or errors.
 fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64) {

@@ -225,7 +225,8 @@ async fn what_is_no_whole_file_fails_its_type_alone() {
     let html = ([(header::CONTENT_TYPE, "Text/HTML; charset=utf-8")], "<html>Sign in</html>\n");
     let outcome = r#"{"resourceType":"OperationOutcome","issue":[{"severity":"fatal","code":"exception"}]}"#;
     let pretty = "{\n  \"resourceType\": \"Patient\",\n  \"id\": \"p\"\n}\n";
-    let answers: Vec<(Box<dyn Fn() -> Response + Send + Sync>, &str)> = vec![
+    type Answers = Box<dyn Fn() -> Response + Send + Sync>;
+    let answers: Vec<(Answers, &str)> = vec![
         (Box::new(move || range("bytes 5000-5073/99999").into_response()), "206"),
         (Box::new(move || range("bytes 0-73/99999").into_response()), "206"),
         (Box::new(|| (StatusCode::PARTIAL_CONTENT, lines("Patient", "p", 2)).into_response()), "206"),
