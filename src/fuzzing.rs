@@ -127,7 +127,8 @@ pub fn ndjson(data: &[u8]) {
         }
         _ => bytes.extend_from_slice(rest),
     }
-    let parser = ChunkParser::new(1 << 16, Arc::new(Passed));
+    // Low, so that lists are measured too.
+    let parser = ChunkParser::new(1 << 16, Arc::new(Passed)).with_columns(1 << 16);
     let (mut whole, mut pieces) = (RowsByType::new(), RowsByType::new());
     let Some(all) = chunk(kind, &bytes, 1) else { return };
     let outcome = rows_of(&parser, &all, &mut whole, true);

@@ -98,6 +98,10 @@ pub struct SchedulePlan {
     pub retry_delay: Duration,
 }
 
+/// 2026-01-01 as seconds, and how many times from there on a schedule is judged by.
+const JUDGED_FROM: i64 = 1_767_225_600;
+const JUDGED: usize = 100;
+
 impl SchedulePlan {
     /// Reads a schedule; `Err` are the keys that are wrong, and what is wrong with each.
     pub fn read(schedule: &Schedule) -> Result<Self, Vec<(&'static str, String)>> {
@@ -126,9 +130,14 @@ impl SchedulePlan {
             retries: schedule.retries,
             retry_delay: schedule.retry_delay.0,
         };
-        let Some(next) = read.after(Utc::now()) else { return Err(vec![("cron", "there is no such day".to_owned())]) };
+        // From one instant on, so that a file is not good at one hour and bad at another.
+        let first = DateTime::from_timestamp(JUDGED_FROM, 0).and_then(|from| read.after(from));
+        let times: Vec<DateTime<Utc>> = std::iter::successors(first, |time| read.after(*time)).take(JUDGED).collect();
+        if times.is_empty() {
+            return Err(vec![("cron", "there is no such day".to_owned())]);
+        }
         // Runs would be passed over without a word.
-        let pause = read.after(next).and_then(|after| (after - next).to_std().ok());
+        let pause = times.windows(2).filter_map(|pair| (pair[1] - pair[0]).to_std().ok()).min();
         match pause {
             Some(pause) if read.jitter > pause => {
                 Err(vec![("jitter", format!("longer than from one run to the next ({} s)", pause.as_secs()))])
@@ -193,5 +202,6 @@ mod tests {
         assert!(schedule("0 0 29 2 *", None).is_ok());
         assert_eq!(wrong("*/10 * * * * *", Some("UTC, jitter: 25s")), ["jitter"]);
         assert!(schedule("*/10 * * * * *", Some("UTC, jitter: 10s")).is_ok());
+        assert_eq!(wrong("0 8,10 * * *", Some("UTC, jitter: 5h")), ["jitter"], "whatever the hour is now");
     }
 }

@@ -102,7 +102,10 @@ impl Client {
             let status = location.and_then(|location| response.url().join(location).ok());
             // To ask the kick-off's own place again would begin one export after the other.
             let asked = response.url();
-            let is_another = |status: &Url| (status.origin(), status.path()) != (asked.origin(), asked.path());
+            let is_another = |status: &Url| {
+                (status.origin(), status.path()) != (asked.origin(), asked.path())
+                    || status.query().is_some_and(|query| asked.query() != Some(query))
+            };
             let is_usable = |status: &Url| matches!(status.scheme(), "http" | "https") && is_another(status);
             let Some(status) = status.filter(is_usable) else {
                 lost.store(true, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 use url::{Origin, Url};
 
-use super::answers::{LONGEST_WAIT, Resume, file_refusal, parse_retry_after, refusal};
+use super::answers::{LONGEST_WAIT, Resume, file_refusal, is_whole, parse_retry_after, refusal};
 use super::auth::{Auth, Granted};
 use super::body::{Bounds, METADATA, whole};
 use super::capabilities::Capabilities;
@@ -291,7 +291,10 @@ impl Client {
             ask.headers.insert(ACCEPT, accept);
         }
         let response = self.send(&ask).await?;
-        if response.status().is_success() { Ok(response) } else { Err(ask.refused(response).await) }
+        match (response.status(), is_whole(&response)) {
+            (StatusCode::NO_CONTENT, _) | (_, false) => Err(ask.refused(response).await),
+            _ => Ok(response),
+        }
     }
 
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that

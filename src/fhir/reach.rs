@@ -164,13 +164,22 @@ mod tests {
             "[64:ff9b::7f00:1]",
             "[::ffff:a9fe:a9fe]",
             "[fd00:ec2::254]",
+            "192.0.0.192",
+            "[2002:7f00:1::1]",
+            "[2002:a9fe:a9fe::1]",
+            "[64:ff9b:1::7f00:1]",
+            "[::ffff:0:7f00:1]",
         ];
         let (far, here) = (reach("https://192.0.2.7/fhir"), reach("http://127.0.0.1:8080/fhir"));
         for host in near {
             let url = Url::parse(&format!("http://{host}:9/x")).unwrap();
             let error = far.check(&url, "the download").await.unwrap_err();
             assert!(error.to_string().contains("not followed"), "{host}: {error}");
-            let is_link = host.contains("169.254") || host.contains("a9fe") || host.contains("fe80") || host.contains("fd00");
+            let is_link = host.contains("169.254")
+                || host.contains("a9fe")
+                || host.contains("fe80")
+                || host.contains("fd00")
+                || host == "192.0.0.192";
             assert_eq!(
                 here.check(&url, "the download").await.is_err(),
                 is_link,

@@ -110,8 +110,8 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
     }
-    // What the server refused while it took others is asked for by itself. First: a refusal costs no slot, and where a server has
-    // one only, what is given again would never come behind the others.
+    // What the server refused while it took others is asked for by itself: what was refused longest ago first, since a refusal
+    // costs no slot, and where a server has one only, what is given again would never come behind the others; the rest last.
     let exports = state.exports()?;
     let refused = |name: &str| exports.set_aside.iter().any(|aside| aside.scope == app_id && aside.resource_type == name);
     let mut set_aside: Vec<(Option<i64>, Vec<ResourceType>)> = Vec::new();
@@ -119,10 +119,14 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         set_aside.extend(types.extract_if(.., |name| refused(name)).map(|name| (*since, vec![name])));
     }
     groups.retain(|_, types| !types.is_empty());
+    let refused_at =
+        |name: &ResourceType| exports.set_aside.iter().find(|aside| *aside.resource_type == **name).map(|aside| aside.time);
+    set_aside.sort_by_key(|(_, types)| types.first().and_then(refused_at));
+    let last = set_aside.split_off(set_aside.len().min(1));
     // The server said that its export is not whole: watermarks that can move must not be held back with others.
     let reports = state.reports(LOOKED_BACK);
-    let last = reports.iter().find(|report| outcome_of(report) != "stopped");
-    let held = last.is_some_and(|last| last["watermark_held"] == true);
+    let newest = reports.iter().find(|report| outcome_of(report) != "stopped");
+    let held = newest.is_some_and(|report| report["watermark_held"] == true);
     // A server that has few slots, or gives an export a day, would have each of them wait for the others.
     let throttles = exports.not_before.as_ref().is_some_and(|until| until.scope == app_id);
     let groups = match (throttles, held) {
@@ -150,6 +154,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         SourcePlan::Server { level, options: wanted, .. } => set_aside
             .into_iter()
             .chain(groups)
+            .chain(last)
             .map(|(since, asked)| {
                 let types = asked.iter().map(ToString::to_string).collect();
                 let request = ExportRequest { level: level.clone(), types, since, options: wanted.clone() };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 
 use crate::config::SchedulePlan;
 
@@ -29,8 +29,9 @@ impl Due {
         self.schedules.iter().any(|own| own.name == schedule.name)
     }
 
-    pub fn jitter(&self) -> Duration {
-        self.schedules.iter().map(|schedule| schedule.jitter).max().unwrap_or_default()
+    /// How often it is made again, and how long after it failed.
+    pub fn retries(&self) -> (u32, Duration) {
+        self.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max().unwrap_or_default()
     }
 
     /// This or `other`, whichever is due first; what is due together is one run, which asks for everything if one of them does.
@@ -46,5 +47,57 @@ impl Due {
             Some(other) if other.time <= self.time => other,
             _ => self,
         }
+    }
+}
+
+impl Retry {
+    /// The same by a clock that shows `now`, which may have been set back since.
+    pub fn by(mut self, now: DateTime<Utc>) -> Self {
+        let delay = TimeDelta::from_std(self.due.retries().1).unwrap_or_default();
+        self.since = self.since.min(now);
+        self.due.time = self.due.time.min(now + delay);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Schedule;
+
+    fn due(name: &str, time: DateTime<Utc>, full: bool) -> Due {
+        let schedule = Schedule {
+            cron: format!("{name} * * * *"),
+            full_refresh: full,
+            time_zone: Some("UTC".into()),
+            jitter: "0s".to_owned().try_into().unwrap(),
+            retries: 2,
+            retry_delay: "5m".to_owned().try_into().unwrap(),
+        };
+        Due { time, full, schedules: vec![SchedulePlan::read(&schedule).unwrap()], tried: 0 }
+    }
+
+    // Breaks if what is due later takes the place of what is due now, or if what is due together is two runs.
+    #[test]
+    fn what_is_due_together_is_one_run() {
+        let now = Utc::now();
+        let at = |minutes: i64| now + TimeDelta::minutes(minutes);
+        let both = due("1", at(-3), false).or(Some(due("2", at(-9), true)), now);
+        assert_eq!((both.time, both.full, both.schedules.len()), (at(-9), true, 2));
+        for (one, other) in [(-3, 5), (5, -3), (3, 5), (5, 3)] {
+            let first = due("1", at(one), false).or(Some(due("2", at(other), true)), now);
+            assert_eq!((first.time, first.schedules.len()), (at(one.min(other)), 1));
+        }
+    }
+
+    // Breaks if a clock that is set back keeps a run from being made again, or its schedule from being due.
+    #[test]
+    fn a_retry_by_a_clock_that_was_set_back() {
+        let now = Utc::now();
+        let ahead = now + TimeDelta::hours(2);
+        let retry = Retry { since: ahead, due: due("1", ahead + TimeDelta::minutes(5), false) }.by(now);
+        assert_eq!((retry.since, retry.due.time), (now, now + TimeDelta::minutes(5)));
+        let untouched = Retry { since: now, due: due("1", now + TimeDelta::minutes(2), false) }.by(now);
+        assert_eq!(untouched.due.time, now + TimeDelta::minutes(2));
     }
 }

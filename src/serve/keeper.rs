@@ -1,6 +1,6 @@
 //! One pipeline: waits for what is due, runs it, and knows how it stands.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -53,8 +53,8 @@ pub(super) struct Live {
     pub next: Option<(DateTime<Utc>, bool)>,
     /// A run that failed, and is made again.
     pub(super) retry: Option<Retry>,
-    /// A run that is due then begins so much later.
-    jitter: Option<(DateTime<Utc>, Duration)>,
+    /// Of each schedule, the share of its jitter by which its run of that time begins later.
+    jitter: HashMap<String, (DateTime<Utc>, f64)>,
     /// Counters of runs that ended.
     pub totals: Counts,
     /// Runs that ended, by `succeeded`, `failed`, `interrupted`, `locked`.
@@ -112,7 +112,7 @@ impl Keeper {
             running: None,
             next: None,
             retry: None,
-            jitter: None,
+            jitter: HashMap::new(),
             totals: Counts::new(),
             ended: BTreeMap::new(),
             merged: BTreeMap::new(),
@@ -158,8 +158,7 @@ impl Keeper {
                 }
             };
             self.live().next = due.as_ref().map(|due| (due.time, due.full));
-            let begins = due.as_ref().map(|due| due.time + self.jitter_of(due));
-            let wait = begins.map_or(LOOK, |begins| (begins - Utc::now()).to_std().unwrap_or_default());
+            let wait = due.as_ref().map_or(LOOK, |due| (due.time - Utc::now()).to_std().unwrap_or_default());
             match due {
                 Some(due) if wait.is_zero() => {
                     if let Err(error) = self.run_due(due, stop).await {
@@ -175,27 +174,25 @@ impl Keeper {
         Ok(())
     }
 
-    /// How much later than due a run begins: chosen once for each.
-    fn jitter_of(&self, due: &Due) -> TimeDelta {
+    /// How much later than `time` a run of `schedule` begins: chosen once for each time.
+    fn jitter_of(&self, schedule: &SchedulePlan, time: DateTime<Utc>) -> TimeDelta {
         let mut live = self.live();
-        let longest = due.jitter();
-        let chosen = match live.jitter {
-            Some((of, chosen)) if of == due.time => chosen,
-            _ => longest.mul_f64(chance()),
-        };
-        live.jitter = Some((due.time, chosen));
-        // The file may have been changed since.
-        TimeDelta::from_std(chosen.min(longest)).unwrap_or_default()
+        let (of, chosen) = live.jitter.entry(schedule.name.clone()).or_insert((time, chance()));
+        if *of != time {
+            (*of, *chosen) = (time, chance());
+        }
+        TimeDelta::from_std(schedule.jitter.mul_f64(*chosen)).unwrap_or_default()
     }
 
     /// What is due next, or now; what was due since the last time, however often, is due once.
     fn due(&self) -> Result<Option<Due>> {
+        let now = Utc::now();
+        // Whatever was written down by a clock that was ahead is taken for now.
         let (schedules, owed, retry) = {
             let live = self.live();
-            (live.plan.schedules.clone(), live.owed, live.retry.clone())
+            (live.plan.schedules.clone(), live.owed.map(|tried| tried.min(now)), live.retry.clone().map(|retry| retry.by(now)))
         };
         let mut done = self.state().schedule_times()?;
-        let now = Utc::now();
         // Before a schedule was known nothing of it was missed; from then on it is, whoever serves it.
         if schedules.iter().any(|schedule| !done.contains_key(&schedule.name)) {
             for schedule in &schedules {
@@ -217,6 +214,7 @@ impl Keeper {
                 // It failed, and so often as it may be tried again at once.
                 time = next_of_all(tried).map_or(tried + OWED, |next| next.min(tried + OWED));
             }
+            let time = time + self.jitter_of(&schedule, time);
             let next = Due { time, full: schedule.full_refresh, schedules: vec![schedule], tried: 0 };
             due = Some(next.or(due, now));
         }
@@ -228,7 +226,7 @@ impl Keeper {
 
     async fn run_due(&self, due: Due, stop: &Stop) -> Result<()> {
         let late = Utc::now() - due.time;
-        if late > TimeDelta::from_std(LOOK * 2 + due.jitter()).unwrap_or_default() && !self.was_stopped_in(&due) {
+        if late > TimeDelta::from_std(LOOK * 2).unwrap_or_default() && !self.was_stopped_in(&due) {
             tracing::warn!(pipeline = self.name(), due = %due.time, "a run was missed; it is made now, once");
             self.live().missed += 1;
         }
@@ -242,8 +240,7 @@ impl Keeper {
         let succeeded = matches!(outcome, Ok(()) | Err(ErrorKind::Partial));
         let may_retry =
             matches!(&outcome, Err(kind) if kind.may_retry() && !matches!(kind, ErrorKind::Throttled | ErrorKind::Locked));
-        let (retries, delay) =
-            due.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max().unwrap_or_default();
+        let (retries, delay) = due.retries();
         let at = Utc::now() + delay;
         // What is due before it would be made again is made instead.
         let due_before = due.schedules.iter().filter_map(|schedule| schedule.after(Utc::now())).any(|next| next <= at);

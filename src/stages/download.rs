@@ -280,11 +280,6 @@ impl Download {
                     let why = format!("the server answered 204 No Content, and the manifest promised {promised} resources");
                     return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
                 }
-                let said = response.headers().get("content-type").and_then(|text| text.to_str().ok()).unwrap_or_default();
-                if said.trim_start().to_ascii_lowercase().starts_with("text/html") {
-                    let why = "the server sent a page of HTML, and not the file";
-                    return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
-                }
                 let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
                 let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
                 let goes_on = resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response));

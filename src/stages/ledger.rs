@@ -444,9 +444,11 @@ mod tests {
             books.enter(end());
             books.standing(&patient())
         };
-        assert!(matches!(of(9, 1, &[]), Standing::Failed(why) if why.contains("something else")));
-        assert!(!matches!(of(9, 0, &[]), Standing::Failed(_)), "resources that are broken are bad lines");
+        assert!(matches!(of(9, 9, &[]), Standing::Failed(why) if why.contains("something else")));
+        assert!(matches!(of(0, 1, &[("OperationOutcome", 1)]), Standing::Failed(why) if why.contains("something else")));
+        assert!(!matches!(of(9, 8, &[]), Standing::Failed(_)), "a resource that is broken is a bad line");
         assert!(!matches!(of(9, 9, &[("Patient", 1)]), Standing::Failed(_)));
+        assert!(!matches!(of(0, 0, &[("Condition", 1)]), Standing::Failed(_)), "types that are mixed are no finding");
     }
 
     // Breaks if encode is asked for rows that it never saw, and so never answers.

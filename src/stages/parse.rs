@@ -207,8 +207,13 @@ impl Work<'_> {
         let root = match parse_value(&mut self.tape, bytes, line.start, line.end) {
             Ok(root) => root,
             Err(fault) => {
-                // A page, an array or one resource over many lines; of anything else each line is bad by itself.
-                let is_foreign = matches!(bytes[line.start], b'<' | b'[') || bytes[line.clone()] == *b"{";
+                // A page, an array or one resource over many lines; from a server, any text: it is no resource that is broken.
+                let of_server = self.chunk.file.location.is_none();
+                let is_foreign = match bytes[line.start] {
+                    b'{' => line.len() == 1,
+                    b'<' | b'[' => true,
+                    _ => of_server,
+                };
                 self.tally.foreign += u64::from(is_foreign);
                 return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64);
             }
@@ -226,6 +231,9 @@ impl Work<'_> {
                 Ok(Line::Header)
             }
         };
+        let is_word =
+            self.chunk.file.kind == FileKind::Output && is_word_on_something_else(value, self.chunk.file.declared.as_deref());
+        self.tally.foreign += u64::from(is_word && meant.is_ok());
         // Few are large enough to be looked at.
         let spreads = || spread_at_most(nodes) > self.max_columns && spread(value) > self.max_columns;
         match meant {
@@ -254,8 +262,8 @@ impl Work<'_> {
                 Ok(())
             }
             Err(reason) => {
-                let named = value.get(b"resourceType").and_then(|name| name.str_bytes());
-                self.tally.foreign += u64::from(value.kind() == Kind::Array || named == Some(b"OperationOutcome"));
+                let has_type = value.get(b"resourceType").is_some();
+                self.tally.foreign += u64::from(value.kind() != Kind::Object || !has_type || is_word);
                 self.bad(line.clone(), reason.into(), line.len() as u64)
             }
         }
@@ -380,6 +388,20 @@ fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, Box<s
         tracing::debug!(entries = others, "entries of a deletion bundle that are no DELETE are passed over");
     }
     wrong
+}
+
+/// Whether a line of a file that was declared for another type is the server's word instead of it: an outcome that tells of an
+/// error, or a Bundle.
+fn is_word_on_something_else(value: Value<'_>, declared: Option<&str>) -> bool {
+    let named = value.get(b"resourceType").and_then(|name| name.as_str());
+    match named.filter(|name| declared.is_some_and(|declared| declared != *name)) {
+        Some("OperationOutcome") => {
+            let (_, errors) = outcome_issues(value, &mut Vec::new());
+            errors > 0
+        }
+        Some("Bundle") => true,
+        _ => false,
+    }
 }
 
 /// What a DELETE entry takes away: `Type/id`, behind a base or not, with a version behind it or not.

@@ -51,6 +51,10 @@ impl<'a> Spread<'a> {
         match value.kind() {
             Kind::Object => {
                 for (name, value) in value.entries() {
+                    if element == ROOT && name == b"contained" {
+                        // There are no columns for them.
+                        continue;
+                    }
                     let member = self.member(element, name);
                     self.walk(value, member);
                 }

@@ -46,7 +46,7 @@ async fn serve_one(State(shop): State<Shop>, request: Request) -> Response {
     if request.uri().path().ends_with("/$export") {
         let query = request.uri().query().unwrap_or_default();
         // To itself, where somebody asks for that.
-        let location = if query.contains("circle=") { "?at=1" } else { "/status" };
+        let location = if query.contains("circle=") { "" } else { "/status" };
         return (StatusCode::ACCEPTED, [(header::CONTENT_LOCATION, location)]).into_response();
     }
     (shop.answer)(&request)
@@ -232,9 +232,13 @@ async fn what_is_no_whole_file_fails_its_type_alone() {
         (Box::new(|| (StatusCode::PARTIAL_CONTENT, lines("Patient", "p", 2)).into_response()), "206"),
         (Box::new(|| StatusCode::RESET_CONTENT.into_response()), "205"),
         (Box::new(|| StatusCode::NO_CONTENT.into_response()), "204"),
-        (Box::new(move || html.clone().into_response()), "a page of HTML"),
+        (Box::new(move || html.clone().into_response()), "something else"),
         (Box::new(|| "<html>\n<body>Sign in</body>\n".into_response()), "something else"),
         (Box::new(move || outcome.into_response()), "something else"),
+        (Box::new(move || outcome.replace("\"issue\"", "\"id\":\"o\",\"issue\"").into_response()), "something else"),
+        (Box::new(|| r#"{"resourceType":"Bundle","id":"b","type":"searchset"}"#.into_response()), "something else"),
+        (Box::new(|| r#"{"message":"Forbidden"}"#.into_response()), "something else"),
+        (Box::new(|| "Service unavailable".into_response()), "something else"),
         (Box::new(move || pretty.into_response()), "something else"),
         (Box::new(|| r#"[{"resourceType":"Patient","id":"p"}]"#.into_response()), "something else"),
     ];
@@ -248,6 +252,22 @@ async fn what_is_no_whole_file_fails_its_type_alone() {
         let lake = lake();
         fails_alone(&lake, &source(&server, ""), "", words).await;
         assert!(!lake.tables().join("Patient.parquet/_delta_log").exists(), "{words}: a table would have a watermark");
+    }
+    // What is odd, and honest: a header that says HTML, an outcome that is a remark, nothing at all, a type beside its own.
+    let remark = r#"{"resourceType":"OperationOutcome","issue":[{"severity":"information","code":"informational"}]}"#;
+    for (body, patients) in
+        [(lines("Patient", "p", 2), 2), (String::new(), 0), (remark.to_owned(), 0), (lines("Device", "d", 1), 0)]
+    {
+        let server = mock(move |request| match request.uri().path() {
+            "/patient" => ([(header::CONTENT_TYPE, "text/html")], body.clone()).into_response(),
+            "/status" => manifest(&format!(r#"{{"type":"Patient","url":"/patient"}},{CONDITION}"#)),
+            _ => condition(request).unwrap(),
+        })
+        .await;
+        let lake = lake();
+        let report = lake.run(&source(&server, ""), "").await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        assert_eq!(lake.ids("Patient").await.len(), patients);
     }
 }
 

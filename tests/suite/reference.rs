@@ -77,7 +77,7 @@ fn the_reference_is_the_structs() {
     let definitions = &schema["$defs"];
     let mut text = "# The pipeline file\n\nWritten from the structs that the file is read into. [`full.yaml`](../pipelines/full.yaml) has every key at its default; \
                     `fhirlake validate FILE` says what is wrong with one, with line and column.\n\nSizes have a unit (`16MiB`, `1GB`), spans too (`90s`, `5m`, `1h`, `7d`). \
-                    `${env:NAME}`, `${file:PATH}` and `${azure-key-vault:VAULT/SECRET}` are read in `source.url`, `source.headers`, `source.auth`, `tables`, `state` and `telemetry.otlp`; elsewhere they are an error.\n\n"
+                    `${env:NAME}`, `${file:PATH}` and `${azure-key-vault:VAULT/SECRET}` are read in `tables`, `state`, `telemetry.otlp`, and of `source` in `url`, `headers`, and `client_id`, `private_key`, `client_secret`, `token_url` and `bearer_token` of `auth`; elsewhere they are an error.\n\n"
         .to_owned();
     rows(&mut text, &schema, definitions);
     for (name, section) in definitions.as_object().unwrap().iter().filter(|(_, section)| section["properties"].is_object()) {

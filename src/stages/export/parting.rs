@@ -144,9 +144,8 @@ impl Parting {
 
 /// Whether a kick-off may have been refused for one of its types: not for who asks, nor for when.
 pub(super) fn may_be_for_a_type(error: &Error) -> bool {
-    let status = error.status().unwrap_or_default();
-    let of_request = (400..500).contains(&status) && !matches!(status, 401 | 407 | 408 | 409 | 423 | 425 | 429);
-    matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) && (of_request || status == 501)
+    // Bad request, forbidden, unprocessable, not implemented: others are for the group, the place, the length or the time.
+    matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) && matches!(error.status(), Some(400 | 403 | 422 | 501))
 }
 
 #[cfg(test)]
@@ -246,7 +245,7 @@ mod tests {
         parting.failed();
         assert!(parting.set_aside().is_empty() && parting.in_vain().is_none());
         assert_eq!(parting.end(1).unwrap().len(), 1);
-        for status in [401, 408, 409, 423, 429, 500, 503] {
+        for status in [401, 404, 405, 408, 409, 413, 414, 415, 423, 429, 500, 503] {
             assert!(!may_be_for_a_type(&refusal(status)), "{status}");
         }
         assert!(!may_be_for_a_type(&Error::new(ErrorKind::Interrupted, "stopped")));

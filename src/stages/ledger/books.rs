@@ -23,14 +23,17 @@ impl FileBook {
     pub fn bad(&self) -> u64 {
         self.parsed.bad.iter().map(|bad| bad.1).sum()
     }
-    /// Whether a file of resources was read to its end, has none, and is no NDJSON: a page, an array, an outcome. A resource
-    /// that is broken is a bad line, however few others there are.
+    /// Whether a file of resources was read to its end, has none of its type, and every line of it is something else: a page, an
+    /// array, an outcome. A resource that is broken is a bad line, however few others there are.
     pub fn is_something_else(&self) -> bool {
         let lines = self.parsed.lines - self.parsed.blank;
+        let has_own = self.parsed.rows.iter().any(|(name, _)| Some(name) == self.file.declared.as_ref());
         self.file.kind == FileKind::Output
+            && !self.file.replayed
             && self.lines == Some(self.parsed.lines)
-            && self.parsed.foreign > 0
-            && self.bad() == lines
+            && lines > 0
+            && self.parsed.foreign == lines
+            && !has_own
     }
     pub fn settled(&self) -> bool {
         self.failed.is_some() || self.lines == Some(self.parsed.lines)
