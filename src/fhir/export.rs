@@ -120,6 +120,11 @@ impl Client {
         if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
             return Ok(KickOff::Later { wait, why: error.to_string() });
         }
+        if code == StatusCode::NOT_FOUND {
+            return Err(error.with_hint(
+                "check source.url, which is what stands before /Patient, and the group: nothing can be exported there",
+            ));
+        }
         if code == StatusCode::BAD_REQUEST || code == StatusCode::UNPROCESSABLE_ENTITY {
             return Err(error.with_hint(
                 "the server's words name what it does not support: leave that key out of `source`, or set source.lenient: true",

@@ -166,8 +166,9 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         true => Resumed { kickoffs, behind: false, full_refresh: options.full_refresh },
         false => resume(&state, &app_id, kickoffs, options.full_refresh, &transactions)?,
     };
-    let full = kickoffs.first().map_or(full, |_| kickoffs.iter().any(|kickoff| kickoff.request.since.is_none()));
+    // A run is full where it asks for all of each type: one new type, or one that is refused, makes none of the others so.
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
+    let full = kickoffs.first().map_or(full, |_| all_are_full);
     if plan.mode != Mode::Merge && !all_are_full && !options.replay_only {
         let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
         return Err(Error::new(ErrorKind::Config, why));

@@ -185,7 +185,7 @@ impl ServerExport {
         (self.remember)(&ExportNote::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
         parting.accepted();
         tracing::info!(
-            types = kickoff.asked.len(),
+            types = if kickoff.asked.is_empty() { "all".to_owned() } else { kickoff.asked.len().to_string() },
             incremental = kickoff.request.since.is_some(),
             "the server accepted the export"
         );
