@@ -312,7 +312,8 @@ pub struct ParsedChunk {
     pub rows: Vec<(ResourceType, u64)>,
     /// Lines that could not be read, by the type that they are held against.
     pub bad: Vec<(Option<ResourceType>, u64)>,
-    /// Of those, lines that are no broken resources but something else: of a page, an array, an outcome.
+    /// Lines, bad or not, that are no resources of the file's type, nor broken ones, but something else: of a page, an array, an
+    /// outcome, a Bundle.
     #[serde(default)]
     pub foreign: u64,
     /// Blank lines.

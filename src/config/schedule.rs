@@ -132,11 +132,14 @@ impl SchedulePlan {
         };
         // From one instant on, so that a file is not good at one hour and bad at another.
         let first = DateTime::from_timestamp(JUDGED_FROM, 0).and_then(|from| read.after(from));
-        let times: Vec<DateTime<Utc>> = std::iter::successors(first, |time| read.after(*time)).take(JUDGED).collect();
-        if times.is_empty() {
+        if first.is_none() {
             return Err(vec![("cron", "there is no such day".to_owned())]);
         }
+        if read.jitter.is_zero() {
+            return Ok(read);
+        }
         // Runs would be passed over without a word.
+        let times: Vec<DateTime<Utc>> = std::iter::successors(first, |time| read.after(*time)).take(JUDGED).collect();
         let pause = times.windows(2).filter_map(|pair| (pair[1] - pair[0]).to_std().ok()).min();
         match pause {
             Some(pause) if read.jitter > pause => {

@@ -260,18 +260,15 @@ impl Client {
             None => drop(ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))),
         }
         let mut response = self.send(&ask).await?;
-        let (status, what) = (response.status(), ask.what);
+        let status = response.status();
         if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
             tracing::warn!(%status, "a file of another host refused the token; asking without it");
             self.deviates("a file is said to need the token, and its host refuses it");
-            response = self.send(&Ask { with_token: false, ..ask }).await?;
+            ask.with_token = false;
+            response = self.send(&ask).await?;
         }
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        let place = shown(response.url());
-        Err(file_refusal(response, what, place).await)
+        if response.status().is_success() { Ok(response) } else { Err(ask.refused(response).await) }
     }
 
     /// The body of what an Attachment links to, as `content_type` where it says one.

@@ -59,20 +59,20 @@ pub(super) struct Resumed {
 /// The exports in flight that a run of `scope` can go on with, instead of asking for the same again. `kickoffs` are those
 /// that it would make; what it goes on with covers types of several of them.
 pub(super) fn resume(
-    state: &StateFolder,
+    exports: &Exports,
     scope: &str,
     kickoffs: Vec<Kickoff>,
     full_refresh: bool,
     tables: &BTreeMap<ResourceType, i64>,
-) -> Result<Resumed> {
+) -> Resumed {
     let mut resumed = Resumed { kickoffs: Vec::new(), behind: false, full_refresh };
     let mut rest = kickoffs;
-    let Some(like) = rest.first().map(|kickoff| kickoff.request.clone()) else { return Ok(resumed) };
-    for export in state.exports()?.in_flight.into_iter().filter(|export| export.scope == scope && !export.merged) {
+    let Some(like) = rest.first().map(|kickoff| kickoff.request.clone()) else { return resumed };
+    for export in exports.in_flight.iter().filter(|export| export.scope == scope && !export.merged) {
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
-        if asked(&request) != export.asked || is_given_up(&export) || (full_refresh && export.since.is_some()) {
-            let why = match is_given_up(&export) {
+        if asked(&request) != export.asked || is_given_up(export) || (full_refresh && export.since.is_some()) {
+            let why = match is_given_up(export) {
                 true => "too many runs failed with it",
                 false => "it was asked for otherwise",
             };
@@ -110,7 +110,7 @@ pub(super) fn resume(
         }
     }
     resumed.kickoffs.extend(rest);
-    Ok(resumed)
+    resumed
 }
 
 /// Types that the server refused one by one lately: whether it gives some of them is not asked again so soon.

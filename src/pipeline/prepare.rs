@@ -113,15 +113,16 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     // What the server refused while it took others is asked for by itself: what was refused longest ago first, since a refusal
     // costs no slot, and where a server has one only, what is given again would never come behind the others; the rest last.
     let exports = state.exports()?;
-    let refused = |name: &str| exports.set_aside.iter().any(|aside| aside.scope == app_id && aside.resource_type == name);
+    let refused = |name: &ResourceType| {
+        let mut aside = exports.set_aside.iter().filter(|aside| aside.scope == app_id && *aside.resource_type == **name);
+        aside.next().map(|aside| aside.time)
+    };
     let mut set_aside: Vec<(Option<i64>, Vec<ResourceType>)> = Vec::new();
     for (since, types) in groups.iter_mut().filter(|_| !plan.types.is_empty()) {
-        set_aside.extend(types.extract_if(.., |name| refused(name)).map(|name| (*since, vec![name])));
+        set_aside.extend(types.extract_if(.., |name| refused(name).is_some()).map(|name| (*since, vec![name])));
     }
     groups.retain(|_, types| !types.is_empty());
-    let refused_at =
-        |name: &ResourceType| exports.set_aside.iter().find(|aside| *aside.resource_type == **name).map(|aside| aside.time);
-    set_aside.sort_by_key(|(_, types)| types.first().and_then(refused_at));
+    set_aside.sort_by_key(|(_, types)| types.first().and_then(refused));
     let last = set_aside.split_off(set_aside.len().min(1));
     // The server said that its export is not whole: watermarks that can move must not be held back with others.
     let reports = state.reports(LOOKED_BACK);
@@ -164,7 +165,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     };
     let Resumed { kickoffs, behind, full_refresh } = match options.replay_only || options.new_export {
         true => Resumed { kickoffs, behind: false, full_refresh: options.full_refresh },
-        false => resume(&state, &app_id, kickoffs, options.full_refresh, &transactions)?,
+        false => resume(&exports, &app_id, kickoffs, options.full_refresh, &transactions),
     };
     // A run is full where it asks for all of each type: one new type, or one that is refused, makes none of the others so.
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
@@ -186,9 +187,8 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     Ok(Prepared { plan, tables, opened, kickoffs, refused_lately, app_id, full, full_refresh, behind, until })
 }
 
-/// Types whose watermarks lie at most `most` microseconds apart are asked for in one export, from the oldest of them: a server works on few
-/// exports at a time, and what is read twice changes nothing. From then on they have one watermark. After a run whose
-/// watermark was held by the server's own errors, each watermark has its export again.
+/// Types whose watermarks lie at most `most` microseconds apart are asked for in one export, from the oldest of them: a server
+/// works on few exports at a time, and what is read twice changes nothing. From then on they have one watermark.
 fn together(groups: BTreeMap<Option<i64>, Vec<ResourceType>>, most: i64) -> BTreeMap<Option<i64>, Vec<ResourceType>> {
     let mut near: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for (since, types) in groups {

@@ -74,17 +74,8 @@ impl Ledger {
 
     /// Looks whether a file that has come to its end is one at all, and whether it is too short.
     fn judge(&mut self, index: u32) {
-        let Some(book) = self.files.get_mut(&index).filter(|book| book.failed.is_none()) else { return };
-        if book.is_something_else() {
-            let why = "none of its lines is a resource: the server sent something else than NDJSON";
-            book.failed = Some(why.to_owned());
-        }
-        if let Some(book) = self.files.get_mut(&index).filter(|book| self.fails_short_files && book.failed.is_none()) {
-            let came = book.rows() + book.bad() + book.parsed.headers;
-            let promised = book.file.count.unwrap_or(0);
-            if book.lines.is_some() && book.settled() && came < promised {
-                book.failed = Some(format!("{}: the manifest promised {promised} resources, {came} came", book.file.name));
-            }
+        if let Some(book) = self.files.get_mut(&index).filter(|book| book.failed.is_none()) {
+            book.failed = book.fault(self.fails_short_files);
         }
     }
 

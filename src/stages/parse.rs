@@ -231,8 +231,10 @@ impl Work<'_> {
                 Ok(Line::Header)
             }
         };
-        let is_word =
-            self.chunk.file.kind == FileKind::Output && is_word_on_something_else(value, self.chunk.file.declared.as_deref());
+        let declared = self.chunk.file.declared.as_deref();
+        // Nearly every line is of its file's own type, and need not be looked at again.
+        let is_own = matches!(&meant, Ok(Line::Row(name, _)) if Some(&**name) == declared);
+        let is_word = !is_own && self.chunk.file.kind == FileKind::Output && is_word_on_something_else(value, declared);
         self.tally.foreign += u64::from(is_word && meant.is_ok());
         // Few are large enough to be looked at.
         let spreads = || spread_at_most(nodes) > self.max_columns && spread(value) > self.max_columns;

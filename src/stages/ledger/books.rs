@@ -23,9 +23,19 @@ impl FileBook {
     pub fn bad(&self) -> u64 {
         self.parsed.bad.iter().map(|bad| bad.1).sum()
     }
+    /// What is wrong with a file that has come to its end; whether it may be too short is the pipeline's to say.
+    pub fn fault(&self, fails_short: bool) -> Option<String> {
+        if self.is_something_else() {
+            return Some("none of its lines is a resource: the server sent something else than NDJSON".to_owned());
+        }
+        let came = self.rows() + self.bad() + self.parsed.headers;
+        let promised = self.file.count.unwrap_or(0);
+        let is_short = fails_short && self.lines.is_some() && self.settled() && came < promised;
+        is_short.then(|| format!("{}: the manifest promised {promised} resources, {came} came", self.file.name))
+    }
     /// Whether a file of resources was read to its end, has none of its type, and every line of it is something else: a page, an
     /// array, an outcome. A resource that is broken is a bad line, however few others there are.
-    pub fn is_something_else(&self) -> bool {
+    fn is_something_else(&self) -> bool {
         let lines = self.parsed.lines - self.parsed.blank;
         let has_own = self.parsed.rows.iter().any(|(name, _)| Some(name) == self.file.declared.as_ref());
         self.file.kind == FileKind::Output
