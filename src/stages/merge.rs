@@ -200,6 +200,9 @@ impl Merge {
     async fn take(&mut self, input: MergeInput) -> Result<()> {
         match input {
             MergeInput::Fact(fact) => {
+                if matches!(fact, Fact::Parsed(_) | Fact::FileDone(_)) {
+                    self.staging.hear();
+                }
                 self.count(&fact);
                 self.ledger.enter(fact);
                 Ok(())

@@ -133,8 +133,10 @@ pub struct Staging {
     /// Parquet files that the list on disk names.
     listed: HashSet<String>,
     files: usize,
+    /// When that was written, the bytes that were staged since, and whether anything came that it does not have.
     since: Instant,
     bytes_since: u64,
+    has_news: bool,
 }
 
 impl Staging {
@@ -158,6 +160,7 @@ impl Staging {
             files: 0,
             since: Instant::now(),
             bytes_since: 0,
+            has_news: false,
         }
     }
 
@@ -194,6 +197,11 @@ impl Staging {
         self.held.insert(file.file, file.rows.clone());
     }
 
+    /// Hears that lines were parsed, or that a file came to its end: a file may be whole now though no row follows.
+    pub(super) fn hear(&mut self) {
+        self.has_news = true;
+    }
+
     /// Adds rows.
     pub(super) async fn stage(&mut self, mut batch: EncodedBatch) -> Result<()> {
         let name = batch.resource_type.clone();
@@ -213,6 +221,7 @@ impl Staging {
             }
         };
         self.bytes_since += batch.parquet.len() as u64;
+        self.has_news = true;
         file.append(batch).await?;
         if file.size() >= self.settings.target_file_bytes {
             stage.close_open(&table).await?;
@@ -338,6 +347,7 @@ impl Staging {
     pub(super) fn merged(&mut self, name: &ResourceType) {
         let committing = std::mem::take(&mut self.of(name).committing);
         self.merged.extend(committing);
+        self.has_news = true;
     }
 
     /// Takes back what was handed over and not merged.
@@ -345,6 +355,7 @@ impl Staging {
         let stage = self.of(name);
         stage.committing.clear();
         stage.staged.extend(files);
+        self.has_news = true;
     }
 }
 

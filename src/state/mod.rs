@@ -47,6 +47,11 @@ impl StateFolder {
         Self { mirror: Some(mirror.clone()), ..Self::at(mirror.path(), None) }
     }
 
+    /// Makes the folder where it is not there, for its user only.
+    pub fn make(&self) -> Result<()> {
+        private_dir(&self.folder).map_err(|error| Error::new(ErrorKind::State, error.to_string()))
+    }
+
     /// Makes what changed durable, wherever the state is.
     fn keep(&self) -> Result<()> {
         push(self.mirror.as_ref())
@@ -97,7 +102,7 @@ impl StateFolder {
 
     /// Takes the lock, or says who holds it.
     pub fn lock(&self) -> Result<Lock> {
-        private_dir(&self.folder).map_err(|error| Error::new(ErrorKind::State, error.to_string()))?;
+        self.make()?;
         match &self.mirror {
             Some(mirror) => Ok(Lock::remote(mirror.lock(&lock::owner())?)),
             None => Lock::take(&self.folder.join("lock")),
@@ -269,7 +274,7 @@ impl StateFolder {
 
     /// Remembers when each schedule last had its run.
     pub fn set_schedule_times(&self, times: &BTreeMap<String, DateTime<Utc>>) -> Result<()> {
-        private_dir(&self.folder)?;
+        self.make()?;
         let text = serde_json::to_vec_pretty(times).context(ErrorKind::Internal, "the schedule's times")?;
         write_atomically(&self.folder.join("schedule.json"), &text)?;
         self.keep()

@@ -61,8 +61,14 @@ async fn a_receiver_gets_the_trace_of_a_run_its_metrics_and_its_logs() {
     let run = run.args(["run", "--log-format", "json", "--set", &endpoint]).arg(&file).output().unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let mut got: Vec<String> = Vec::new();
-    while let Ok(line) = heard.recv_timeout(Duration::from_secs(3)) {
-        got.push(line);
+    // What was sent may take a while to be printed; traces, metrics and logs come one after the other.
+    let kinds = ["\"spanId\"", "\"sum\"", "committed"];
+    loop {
+        let has_all = kinds.iter().all(|kind| got.iter().any(|line| line.contains(kind)));
+        match heard.recv_timeout(Duration::from_secs(if has_all { 3 } else { 60 })) {
+            Ok(line) => got.push(line),
+            Err(_) => break,
+        }
     }
     let json: Vec<Value> = got.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let spans: Vec<&Value> =

@@ -110,10 +110,15 @@ async fn nothing_of_a_patient_is_told() {
             break line[at..].split_whitespace().next().unwrap().trim_end_matches('/').to_owned();
         }
     };
-    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let began = std::time::Instant::now();
     let mut seen = String::new();
-    for path in ["/", "/status.json", "/metrics", "/health", "/health/test"] {
-        seen.push_str(&reqwest::get(format!("{address}{path}")).await.unwrap().text().await.unwrap());
+    // Until the tables were read.
+    while !seen.contains("Observation") && began.elapsed() < std::time::Duration::from_secs(60) {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        seen.clear();
+        for path in ["/", "/status.json", "/metrics", "/health", "/health/test"] {
+            seen.push_str(&reqwest::get(format!("{address}{path}")).await.unwrap().text().await.unwrap());
+        }
     }
     serve.kill().unwrap();
     serve.wait().unwrap();

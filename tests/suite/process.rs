@@ -131,7 +131,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
             .spawn()
             .unwrap();
         // What the server says of a kick-off is lost to a process that is killed before it hears it.
-        for _ in 0..500 {
+        for _ in 0..6000 {
             if lake.state().join("exports.json").exists() {
                 break;
             }
@@ -165,7 +165,10 @@ async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    // It hears signals before it asks for anything.
+    while server.seen().kickoffs.is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
     let output = tokio::task::block_in_place(|| child.wait_with_output().unwrap());

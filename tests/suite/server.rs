@@ -234,11 +234,15 @@ async fn a_full_refresh_loses_no_deletions() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_runs_of_one_pipeline_exclude_each_other() {
     let (server, lake) = (server(10).await, lake());
-    server.set_faults(Faults { slow: Some(Duration::from_millis(300)), ..Default::default() });
+    server.set_faults(Faults { polls: 1_000_000, ..Default::default() });
     let source = source(&server);
     let (first, second) = tokio::join!(lake.run(&source, ""), async {
-        tokio::time::sleep(Duration::from_millis(150)).await;
-        lake.run(&source, "").await
+        while server.seen().kickoffs.is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let second = lake.run(&source, "").await;
+        server.finish_polls();
+        second
     });
     assert!(first.unwrap().succeeded);
     assert_eq!(second.unwrap_err().kind(), ErrorKind::Locked);

@@ -179,8 +179,11 @@ async fn state(kind: &str) {
     let run = |arguments: &[&str]| tokio::task::block_in_place(|| command(arguments).output().unwrap());
     let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     server.set_faults(Faults { slow: Some(Duration::from_millis(250)), ..Faults::default() });
-    for after in [1200, 2000] {
+    for after in [200, 900] {
         let mut killed = command(&["run", &file]).stderr(Stdio::null()).spawn().unwrap();
+        while !said(&run(&["status", &file])).contains("running: process") {
+            assert!(killed.try_wait().unwrap().is_none(), "{kind}: the run ended by itself");
+        }
         tokio::time::sleep(Duration::from_millis(after)).await;
         killed.kill().unwrap();
         killed.wait().unwrap();

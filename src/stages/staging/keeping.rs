@@ -27,7 +27,7 @@ impl Staging {
     /// Whether it is time to write down what is staged.
     pub(in super::super) fn is_due(&self) -> bool {
         let due = |keep: &Keep| self.bytes_since >= keep.bytes || self.since.elapsed() >= keep.every;
-        self.bytes_since > 0 && self.settings.keep.as_ref().is_some_and(due)
+        self.has_news && self.settings.keep.as_ref().is_some_and(due)
     }
 
     /// Closes what is open and writes down what is staged. Types whose files cannot be closed have lost rows: they come back,
@@ -41,6 +41,8 @@ impl Staging {
     async fn write(&mut self, ledger: &Ledger, last: bool) -> (WrittenDown, Vec<(ResourceType, Error)>) {
         let Some(keep) = self.settings.keep.clone() else { return (WrittenDown::Nothing, Vec::new()) };
         (self.since, self.bytes_since) = (Instant::now(), 0);
+        // What encode still gathers would otherwise wait for rows that follow, and none may.
+        self.has_news = !ledger.behind().is_empty();
         let mut failed = Vec::new();
         for (name, stage) in &mut self.types {
             if let Some(table) = self.opened.get(name)
