@@ -65,7 +65,7 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                 let time = aside.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("{}, refused at {time}, is asked for by itself: {}", aside.resource_type, aside.why))?;
             }
-            if let Some(refused) = &exports.all_refused {
+            if let Some(refused) = exports.all_refused.as_ref().filter(|refused| refused.holds(chrono::Utc::now())) {
                 let time = refused.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 let types = refused.types.join(", ");
                 output.line(&format!(

@@ -317,7 +317,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     if file.memory.0 < 64 << 20 {
         add("memory", "less than 64MiB", Some("edges and open batches need some room"));
     }
-    if file.stages.parse.max_line.0 > 256 << 20 {
+    if file.stages.parse.max_line.is_some_and(|most| most.0 > 256 << 20) {
         add("stages.parse.max_line", "more than 256MiB", None);
     }
     if file.stages.download.chunk.0 < 4096 || file.stages.download.chunk.0 > 64 << 20 {

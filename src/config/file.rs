@@ -109,8 +109,9 @@ pub struct ParseSection {
     /// How many bad lines a type may have before it fails: a number, or a share such as `1%`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bad_lines: Option<MaxBad>,
-    /// Longest line; a longer one is a bad line. The default is an eighth of memory where that is less.
-    pub max_line: ByteSize,
+    /// Longest line; a longer one is a bad line. Without it: 64MiB, or an eighth of `memory` where that is less.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_line: Option<ByteSize>,
 }
 
 /// What a line that cannot be read leads to.
@@ -311,7 +312,7 @@ impl Default for DownloadSection {
 
 impl Default for ParseSection {
     fn default() -> Self {
-        Self { workers: 0, on_bad_line: Bad::Quarantine, max_bad_lines: None, max_line: ByteSize(64 << 20) }
+        Self { workers: 0, on_bad_line: Bad::Quarantine, max_bad_lines: None, max_line: None }
     }
 }
 

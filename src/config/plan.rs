@@ -202,7 +202,7 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// The default of `stages.parse.max_line`.
+/// The default of `stages.parse.max_line`, where memory is no reason for less.
 const USUAL_MAX_LINE: usize = 64 << 20;
 
 impl Plan {
@@ -343,11 +343,8 @@ impl Plan {
             max_file: stages.download.max_file.0,
             fail_short_files: stages.download.on_short_file == ShortFile::Fail,
             parse_workers: workers(stages.parse.workers),
-            max_line: match bytes(stages.parse.max_line) {
-                // Several of the usual most would be more than a small memory has; who asks for another has counted.
-                USUAL_MAX_LINE => USUAL_MAX_LINE.min(bytes(file.memory) / 8),
-                asked => asked,
-            },
+            // Several of the usual most would be more than a small memory has; who asks for another has counted.
+            max_line: stages.parse.max_line.map_or(USUAL_MAX_LINE.min(bytes(file.memory) / 8), bytes),
             max_bad_lines,
             encode_workers,
             attachments: stages.attachments.clone(),
@@ -407,5 +404,22 @@ fn export_options(source: &SourceSection) -> ExportOptions {
         repeats: source.lists == ListStyle::Repeat,
         lenient: source.lenient,
         separate_export_status: source.separate_export_status,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::read_pipeline;
+    use super::*;
+
+    #[test]
+    fn memory_bounds_a_line_that_nobody_asked_for() {
+        let max_line = |rest: &str| {
+            let yaml = format!("version: 1\nname: x\nsource: {{ url: \"http://127.0.0.1/fhir\" }}\ntables: t\n{rest}");
+            Plan::resolve(&read_pipeline(&yaml, &[]).unwrap()).unwrap().max_line >> 20
+        };
+        assert_eq!(max_line("memory: 128MiB\n"), 16);
+        assert_eq!(max_line("memory: 4GiB\n"), 64);
+        assert_eq!(max_line("memory: 128MiB\nstages: { parse: { max_line: 64MiB } }\n"), 64);
     }
 }

@@ -23,9 +23,6 @@ const MAX_FAILURES: u32 = 3;
 /// How long a server is told that an export is merged.
 const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(30);
 
-/// How often types are asked for one by one of a server that refuses all of them.
-const PARTED_AGAIN_AFTER: TimeDelta = TimeDelta::days(1);
-
 /// How long a server that refuses without saying how long is left alone.
 const USUAL_WAIT: TimeDelta = TimeDelta::hours(1);
 
@@ -115,7 +112,7 @@ pub(super) fn resume(
 
 /// Types that the server refused one by one lately: whether it gives some of them is not asked again so soon.
 pub(super) fn refused_lately(exports: &Exports, scope: &str, now: DateTime<Utc>) -> HashSet<String> {
-    let lately = |refused: &&AllRefused| refused.scope == scope && (now - refused.time).abs() < PARTED_AGAIN_AFTER;
+    let lately = |refused: &&AllRefused| refused.scope == scope && refused.holds(now);
     exports.all_refused.iter().filter(lately).flat_map(|refused| refused.types.iter().cloned()).collect()
 }
 

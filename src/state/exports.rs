@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
@@ -86,6 +86,13 @@ pub struct AllRefused {
     pub scope: String,
     /// The types.
     pub types: Vec<String>,
+}
+
+impl AllRefused {
+    /// Whether that is less than a day ago: its types are not asked for one by one again so soon.
+    pub fn holds(&self, now: DateTime<Utc>) -> bool {
+        (now - self.time).abs() < TimeDelta::days(1)
+    }
 }
 
 /// What is remembered.

@@ -65,6 +65,7 @@ fn the_full_pipeline_names_every_key_at_its_default() {
         "schedule",
         "telemetry",
         "stages/parse/max_bad_lines",
+        "stages/parse/max_line",
         "vacuum/retention",
     ] {
         let pointer = format!("/{path}");
