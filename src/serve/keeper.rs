@@ -107,7 +107,7 @@ impl Keeper {
         let stamp = stamp(&file);
         let plan = scheduled(source()?)?;
         let live = Live {
-            state: pipeline::state_of(&plan)?,
+            state: state_of(&plan)?,
             plan,
             running: None,
             next: None,
@@ -340,7 +340,7 @@ impl Keeper {
             let what = format!("the pipeline's name was {name} and is {} now", plan.name);
             return Err(Error::new(ErrorKind::Config, what).with_hint("start `fhirlake serve` anew, or give it its name back"));
         }
-        let state = pipeline::state_of(&plan)?;
+        let state = state_of(&plan)?;
         Ok((plan, state))
     }
 
@@ -450,6 +450,14 @@ impl Keeper {
 
 /// Reports that are shown.
 const REPORTS: usize = 40;
+
+/// The state of `plan`, with its folder: whoever asks at once finds a new pipeline that never ran, not a state that is gone.
+/// Where it cannot be made that is told when something is due, and tried again.
+fn state_of(plan: &Plan) -> Result<StateFolder> {
+    let state = pipeline::state_of(plan)?;
+    let _ = state.make();
+    Ok(state)
+}
 
 /// A plan, or an error where it has no schedule: there would be nothing to do.
 fn scheduled(plan: Plan) -> Result<Plan> {

@@ -76,11 +76,6 @@ pub async fn serve(
     if !address.ip().is_loopback() && settings.token.is_none() {
         tracing::warn!(%address, "anybody who reaches the address can see how the pipelines stand: set --token-file");
     }
-    for keeper in &keepers {
-        // Whoever asks at once finds a new pipeline that never ran, not a state that is gone. Where it cannot be made the
-        // keeper tells, and tries again.
-        let _ = keeper.state().make();
-    }
     listening(address);
     let watched = keepers.clone();
     telemetry.observe(Arc::new(move || metrics::samples(watched.iter().map(|keeper| &**keeper))));

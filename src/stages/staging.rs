@@ -133,10 +133,12 @@ pub struct Staging {
     /// Parquet files that the list on disk names.
     listed: HashSet<String>,
     files: usize,
-    /// When that was written, the bytes that were staged since, and whether anything came that it does not have.
+    /// Whether anything came that this list does not have, since when, and the bytes of it.
+    has_news: bool,
     since: Instant,
     bytes_since: u64,
-    has_news: bool,
+    /// What encode still gathered when it was last written.
+    behind: Vec<(ResourceType, u64)>,
 }
 
 impl Staging {
@@ -158,9 +160,10 @@ impl Staging {
             saved: listed.clone(),
             listed,
             files: 0,
+            has_news: false,
             since: Instant::now(),
             bytes_since: 0,
-            has_news: false,
+            behind: Vec::new(),
         }
     }
 
@@ -197,15 +200,18 @@ impl Staging {
         self.held.insert(file.file, file.rows.clone());
     }
 
-    /// Hears that lines were parsed, or that a file came to its end: a file may be whole now though no row follows.
+    /// Something came that is not written down: rows, or the end of a file that no row follows.
     pub(super) fn hear(&mut self) {
-        self.has_news = true;
+        if !self.has_news {
+            (self.has_news, self.since) = (true, Instant::now());
+        }
     }
 
     /// Adds rows.
     pub(super) async fn stage(&mut self, mut batch: EncodedBatch) -> Result<()> {
         let name = batch.resource_type.clone();
         let table = self.table(&name).await?;
+        self.hear();
         let stage = self.types.entry(name.clone()).or_default();
         stage.count(&name, batch.keys.len() as u64, batch.json_bytes, batch.losses.clone());
         if stage.open.as_ref().is_some_and(|file| !file.takes(&batch.filled)) {
@@ -221,7 +227,6 @@ impl Staging {
             }
         };
         self.bytes_since += batch.parquet.len() as u64;
-        self.has_news = true;
         file.append(batch).await?;
         if file.size() >= self.settings.target_file_bytes {
             stage.close_open(&table).await?;
@@ -347,7 +352,7 @@ impl Staging {
     pub(super) fn merged(&mut self, name: &ResourceType) {
         let committing = std::mem::take(&mut self.of(name).committing);
         self.merged.extend(committing);
-        self.has_news = true;
+        self.hear();
     }
 
     /// Takes back what was handed over and not merged.
@@ -355,7 +360,7 @@ impl Staging {
         let stage = self.of(name);
         stage.committing.clear();
         stage.staged.extend(files);
-        self.has_news = true;
+        self.hear();
     }
 }
 

@@ -13,7 +13,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use fhirlake::error::ErrorKind;
 
-use super::support::{Lake, lake};
+use super::support::{Lake, lake, strings};
 
 type Answer = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
@@ -302,6 +302,37 @@ async fn links_of_attachments_are_not_told() {
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(said.contains("the attachment: the server answered 503"), "{said}");
     assert!(!said.contains("Zebediah"), "{}", said.lines().find(|line| line.contains("Zebediah")).unwrap());
+}
+
+// Breaks if a part of an attachment, or nothing at all, is taken for it: its link must stay, and the resource with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_an_attachment_is_not_taken_for_it() {
+    type Answers = fn() -> Response;
+    let part = || (StatusCode::PARTIAL_CONTENT, [(header::CONTENT_RANGE, "bytes 0-4/100")], "hello").into_response();
+    let whole = || (StatusCode::PARTIAL_CONTENT, [(header::CONTENT_RANGE, "bytes 0-4/5")], "hello").into_response();
+    let answers: [(Answers, &str); 5] = [
+        (part, "failed"),
+        (|| (StatusCode::PARTIAL_CONTENT, "hello").into_response(), "failed"),
+        (|| StatusCode::NO_CONTENT.into_response(), "failed"),
+        (|| StatusCode::RESET_CONTENT.into_response(), "failed"),
+        (whole, "inline"),
+    ];
+    for (answer, becomes) in answers {
+        let server = mock(move |request| match request.uri().path() {
+            "/patient" => r#"{"resourceType":"Patient","id":"p","photo":[{"url":"Binary/1"}]}"#.into_response(),
+            "/status" => manifest(&format!(r#"{{"type":"Patient","url":"/patient"}},{CONDITION}"#)),
+            "/condition" => condition(request).unwrap(),
+            _ => answer(),
+        })
+        .await;
+        let lake = lake();
+        let report = lake.run(&source(&server, ""), "stages: { attachments: { inline_up_to: 1KiB } }\n").await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        assert_eq!(report.attachments, [(becomes.to_owned(), 1)].into(), "{report:#?}");
+        let photo = lake.sql("SELECT p['url'] AS url FROM (SELECT unnest(photo) AS p FROM Patient)").await;
+        let url = photo.iter().flat_map(|batch| strings(batch, "url")).next().unwrap();
+        assert_eq!(url.is_some(), becomes == "failed", "{url:?}");
+    }
 }
 
 // Breaks if three thousand missing files wait for each other.

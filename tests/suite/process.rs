@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fhirlake::demo::{DemoServer, Faults, Population};
 
-use super::support::{assert_is, lake};
+use super::support::{assert_is, lake, until};
 
 fn fhirlake(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(arguments).env_remove("FHIRLAKE_LOG").output().unwrap()
@@ -131,12 +131,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
             .spawn()
             .unwrap();
         // What the server says of a kick-off is lost to a process that is killed before it hears it.
-        for _ in 0..6000 {
-            if lake.state().join("exports.json").exists() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        until("an export", || !lake.state_folder().exports().unwrap().in_flight.is_empty()).await;
         tokio::time::sleep(Duration::from_millis(after)).await;
         child.kill().unwrap();
         child.wait().unwrap();
@@ -157,7 +152,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
 async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
     let (server, lake) = (DemoServer::start(Population::new(9, 60), 0, 5).await.unwrap(), lake());
     server.set_faults(Faults { polls: 1000, ..Default::default() });
-    let child = Command::new(env!("CARGO_BIN_EXE_fhirlake"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_fhirlake"))
         .args(["sync", "--fhir-endpoint", server.base(), "--delta-path"])
         .arg(lake.tables())
         .arg("--state-file")
@@ -166,9 +161,7 @@ async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
         .spawn()
         .unwrap();
     // It hears signals before it asks for anything.
-    while server.seen().kickoffs.is_empty() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    until("a kick-off", || !server.seen().kickoffs.is_empty() || child.try_wait().unwrap().is_some()).await;
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
     let output = tokio::task::block_in_place(|| child.wait_with_output().unwrap());

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fhirlake::demo::{DemoServer, Faults, Population};
 use fhirlake::flow::Stop;
@@ -90,7 +90,18 @@ async fn what_is_staged_is_not_downloaded_again_after_a_kill() {
     let (server, lake) = (server(Faults { hanging_files: vec!["Claim.3".into()], ..Faults::default() }).await, lake());
     let file = pipeline(&lake, &server, OFTEN);
     // The last file to be whole is not followed by anything: that must not keep it from being written down.
-    killed(&file, || staged(&lake).is_some_and(|work| !work.listed.is_empty() && work.held() + 1 == work.listed.len())).await;
+    // And then there is nothing more to write down.
+    let list = lake.state().join("staged/index.json");
+    let mut written = (None, Instant::now());
+    killed(&file, || {
+        let last = std::fs::metadata(&list).and_then(|list| list.modified()).ok();
+        if last != written.0 {
+            written = (last, Instant::now());
+        }
+        let all_but_one = |work: StagedWork| !work.listed.is_empty() && work.held() + 1 == work.listed.len();
+        written.1.elapsed() > Duration::from_secs(1) && staged(&lake).is_some_and(all_but_one)
+    })
+    .await;
     assert_eq!(claims_held(&lake), 3);
     // Half of the fourth file may be staged as well: it comes again.
     let before = asked(&server);

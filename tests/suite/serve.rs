@@ -16,7 +16,7 @@ use fhirlake::telemetry::{METRICS, Telemetry};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::support::{Lake, assert_is, lake};
+use super::support::{Lake, assert_is, lake, until};
 
 const TYPES: [&str; 2] = ["Patient", "Claim"];
 
@@ -97,7 +97,7 @@ async fn what_is_due_is_run_and_can_be_watched() {
     assert_eq!(service.get("/ready").await.0, 200);
     let status = service.until(|status| runs(status) >= 2).await;
     let pipeline = &status["pipelines"][0];
-    assert_eq!((&pipeline["health"]["status"], pipeline["missed"].is_null()), (&Value::from("healthy"), true));
+    assert_eq!(pipeline["health"]["status"], "healthy");
     assert!(pipeline["runs"].as_array().unwrap().iter().all(|run| run["succeeded"] == true), "{pipeline:#}");
     assert_eq!(pipeline["tables"][0]["name"], "Claim");
     assert!(pipeline["tables"][1]["rows"].as_u64().unwrap() >= 30 && pipeline["tables"][1]["lag_seconds"].as_i64().unwrap() < 60);
@@ -143,16 +143,16 @@ async fn what_is_due_is_run_and_can_be_watched() {
 async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     let (server, lake) = (demo().await, lake());
     // Seldom enough that none is due while the test runs.
-    let daily = "schedule: [{ cron: \"30 2 * * *\" }, { cron: \"30 3 * * 0\", full_refresh: true, time_zone: Europe/Berlin }]\n";
+    let yearly = "schedule: [{ cron: \"0 0 1 1 *\" }, { cron: \"0 0 2 1 *\", full_refresh: true, time_zone: Europe/Berlin }]\n";
     let state = StateFolder::at(&lake.state(), None);
-    let long_ago = Utc::now() - TimeDelta::days(50);
-    let names: Vec<String> = plan(&lake, &server, daily).schedules.into_iter().map(|schedule| schedule.name).collect();
+    let long_ago = Utc::now() - TimeDelta::days(3000);
+    let names: Vec<String> = plan(&lake, &server, yearly).schedules.into_iter().map(|schedule| schedule.name).collect();
     state.set_schedule_times(&names.iter().map(|name| (name.clone(), long_ago)).collect()).unwrap();
-    let service = start(vec![plan(&lake, &server, daily)], None).await;
+    let service = start(vec![plan(&lake, &server, yearly)], None).await;
     let status = service.until(|status| runs(status) >= 1 && status["pipelines"][0]["running"].is_null()).await;
     assert_eq!(status["pipelines"][0]["runs"][0]["full"], true, "one run for both, that asks for everything");
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    assert_eq!(runs(&service.status().await), 1, "fifty were missed, and one is made");
+    assert_eq!(runs(&service.status().await), 1, "eight years of them were missed, and one is made");
     assert!(service.get("/metrics").await.1.contains("fhirlake_runs_missed_total{pipeline=\"test\"} 1"));
     let times: BTreeMap<_, _> = state.schedule_times().unwrap();
     assert!(times.len() == 2 && times.values().all(|time| *time > long_ago));
@@ -289,14 +289,20 @@ async fn while_it_stops_it_is_not_ready_and_can_be_watched() {
         Ok(plan.clone())
     });
     let service = start_with(vec![Keeper::new("/nowhere".into(), source).unwrap()], None).await;
-    while begun.load(Ordering::Relaxed) < 2 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    /// Lets the run go on, however the test ends.
+    struct Release(Arc<AtomicBool>);
+    impl Drop for Release {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
     }
+    let release = Release(released);
+    until("a run", || begun.load(Ordering::Relaxed) >= 2).await;
     assert_eq!(service.get("/ready").await.0, 200);
     service.stop.pull();
     assert_eq!(service.get("/ready").await, (503, "{\"status\":\"stopping\"}".to_owned()));
     assert!(service.get("/metrics").await.1.contains("fhirlake_runs_total"));
-    released.store(true, Ordering::Relaxed);
+    drop(release);
     service.end().await;
 }
 

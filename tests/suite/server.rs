@@ -9,7 +9,7 @@ use fhirlake::flow::Stop;
 use fhirlake::pipeline::{RunOptions, Watch, run};
 use fhirlake::staged::StagedFolder;
 
-use super::support::{assert_is, lake, model};
+use super::support::{assert_is, lake, model, until};
 
 const TYPES: [&str; 4] = ["Patient", "Observation", "Immunization", "ExplanationOfBenefit"];
 
@@ -237,9 +237,7 @@ async fn two_runs_of_one_pipeline_exclude_each_other() {
     server.set_faults(Faults { polls: 1_000_000, ..Default::default() });
     let source = source(&server);
     let (first, second) = tokio::join!(lake.run(&source, ""), async {
-        while server.seen().kickoffs.is_empty() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        until("a kick-off", || !server.seen().kickoffs.is_empty()).await;
         let second = lake.run(&source, "").await;
         server.finish_polls();
         second

@@ -181,7 +181,9 @@ async fn state(kind: &str) {
     server.set_faults(Faults { slow: Some(Duration::from_millis(250)), ..Faults::default() });
     for after in [200, 900] {
         let mut killed = command(&["run", &file]).stderr(Stdio::null()).spawn().unwrap();
-        while !said(&run(&["status", &file])).contains("running: process") {
+        // Before its export is written down a kill would lose it.
+        let is_under_way = |status: &str| status.contains("running: process") && status.contains("in flight");
+        while !is_under_way(&said(&run(&["status", &file]))) {
             assert!(killed.try_wait().unwrap().is_none(), "{kind}: the run ended by itself");
         }
         tokio::time::sleep(Duration::from_millis(after)).await;

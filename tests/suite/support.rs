@@ -144,6 +144,15 @@ pub async fn sql(tables: &Path, question: &str) -> Vec<RecordBatch> {
     session.sql(question).await.unwrap().collect().await.unwrap()
 }
 
+/// Waits until it is so; not for ever.
+pub async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = std::time::Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < std::time::Duration::from_secs(120), "{what} is waited for in vain");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
 pub fn strings(batch: &RecordBatch, column: &str) -> Vec<Option<String>> {
     let column = batch.column_by_name(column).unwrap();
     let column = arrow::compute::cast(column, &arrow::datatypes::DataType::Utf8).unwrap();

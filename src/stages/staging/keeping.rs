@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
-use std::time::Instant;
 
 use super::super::ledger::Ledger;
 use super::super::outcome::TypeOutcome;
@@ -40,9 +39,12 @@ impl Staging {
     /// read again.
     async fn write(&mut self, ledger: &Ledger, last: bool) -> (WrittenDown, Vec<(ResourceType, Error)>) {
         let Some(keep) = self.settings.keep.clone() else { return (WrittenDown::Nothing, Vec::new()) };
-        (self.since, self.bytes_since) = (Instant::now(), 0);
-        // What encode still gathers would otherwise wait for rows that follow, and none may.
-        self.has_news = !ledger.behind().is_empty();
+        (self.has_news, self.bytes_since) = (false, 0);
+        // What encode still gathers would otherwise wait for rows that follow, and none may. Once: it may not come for long.
+        let behind = std::mem::replace(&mut self.behind, ledger.behind());
+        if !self.behind.is_empty() && self.behind != behind {
+            self.hear();
+        }
         let mut failed = Vec::new();
         for (name, stage) in &mut self.types {
             if let Some(table) = self.opened.get(name)
@@ -57,6 +59,7 @@ impl Staging {
         };
         let outcome = written.await.unwrap_or_else(|error| {
             tracing::warn!(%error, "what is staged could not be written down; what was written before stands");
+            self.hear();
             WrittenDown::Failed
         });
         (outcome, failed)
