@@ -133,9 +133,8 @@ pub struct Staging {
     /// Parquet files that the list on disk names.
     listed: HashSet<String>,
     files: usize,
-    /// Whether anything came that this list does not have, since when, and the bytes of it.
-    has_news: bool,
-    since: Instant,
+    /// Since when there is something that this list does not have, and the bytes of it.
+    news_since: Option<Instant>,
     bytes_since: u64,
     /// What encode still gathered when it was last written.
     behind: Vec<(ResourceType, u64)>,
@@ -160,8 +159,7 @@ impl Staging {
             saved: listed.clone(),
             listed,
             files: 0,
-            has_news: false,
-            since: Instant::now(),
+            news_since: None,
             bytes_since: 0,
             behind: Vec::new(),
         }
@@ -202,9 +200,7 @@ impl Staging {
 
     /// Something came that is not written down: rows, or the end of a file that no row follows.
     pub(super) fn hear(&mut self) {
-        if !self.has_news {
-            (self.has_news, self.since) = (true, Instant::now());
-        }
+        self.news_since.get_or_insert_with(Instant::now);
     }
 
     /// Adds rows.

@@ -10,7 +10,7 @@ use fhirlake::flow::Stop;
 use fhirlake::pipeline::{RunOptions, RunReport, VacuumOptions, vacuum};
 use fhirlake::staged::{StagedFolder, StagedParquet, StagedWork};
 
-use super::support::{Lake, assert_is, lake, model};
+use super::support::{Lake, assert_is, lake, model, until};
 
 const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
 
@@ -46,14 +46,12 @@ async fn killed(file: &Path, mut enough: impl FnMut() -> bool) {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    for _ in 0..12_000 {
-        if enough() {
-            break;
-        }
-        assert!(child.try_wait().unwrap().is_none(), "the run ended by itself");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert!(enough(), "it took too long");
+    until("the moment to kill it", || {
+        let is_time = enough();
+        assert!(is_time || child.try_wait().unwrap().is_none(), "the run ended by itself");
+        is_time
+    })
+    .await;
     child.kill().unwrap();
     child.wait().unwrap();
 }

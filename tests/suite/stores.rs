@@ -11,6 +11,8 @@ use std::time::Duration;
 use fhirlake::demo::{DEMO_TYPES, DemoServer, Faults, Population};
 use futures::TryStreamExt;
 
+use super::support::until;
+
 /// A store, and how the binary reaches it: by its environment, as on the clouds.
 struct Store {
     process: Child,
@@ -183,9 +185,11 @@ async fn state(kind: &str) {
         let mut killed = command(&["run", &file]).stderr(Stdio::null()).spawn().unwrap();
         // Before its export is written down a kill would lose it.
         let is_under_way = |status: &str| status.contains("running: process") && status.contains("in flight");
-        while !is_under_way(&said(&run(&["status", &file]))) {
+        until("a run that is under way", || {
             assert!(killed.try_wait().unwrap().is_none(), "{kind}: the run ended by itself");
-        }
+            is_under_way(&said(&run(&["status", &file])))
+        })
+        .await;
         tokio::time::sleep(Duration::from_millis(after)).await;
         killed.kill().unwrap();
         killed.wait().unwrap();

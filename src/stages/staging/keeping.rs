@@ -25,8 +25,8 @@ enum WrittenDown {
 impl Staging {
     /// Whether it is time to write down what is staged.
     pub(in super::super) fn is_due(&self) -> bool {
-        let due = |keep: &Keep| self.bytes_since >= keep.bytes || self.since.elapsed() >= keep.every;
-        self.has_news && self.settings.keep.as_ref().is_some_and(due)
+        let (Some(since), Some(keep)) = (self.news_since, &self.settings.keep) else { return false };
+        self.bytes_since >= keep.bytes || since.elapsed() >= keep.every
     }
 
     /// Closes what is open and writes down what is staged. Types whose files cannot be closed have lost rows: they come back,
@@ -39,7 +39,7 @@ impl Staging {
     /// read again.
     async fn write(&mut self, ledger: &Ledger, last: bool) -> (WrittenDown, Vec<(ResourceType, Error)>) {
         let Some(keep) = self.settings.keep.clone() else { return (WrittenDown::Nothing, Vec::new()) };
-        (self.has_news, self.bytes_since) = (false, 0);
+        (self.news_since, self.bytes_since) = (None, 0);
         // What encode still gathers would otherwise wait for rows that follow, and none may. Once: it may not come for long.
         let behind = std::mem::replace(&mut self.behind, ledger.behind());
         if !self.behind.is_empty() && self.behind != behind {
