@@ -7,18 +7,40 @@ use super::table::{Table, storage};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Features that ask nothing of our commits, or nothing as long as no setting or column uses them: those are looked at
-/// by themselves.
-const KNOWN: [&str; 9] = [
+/// by themselves ([`unsupported_setting`], [`unsupported_column`]).
+const KNOWN: [&str; 26] = [
+    "allowColumnDefaults",
     "appendOnly",
-    "invariants",
-    "checkConstraints",
     "changeDataFeed",
-    "generatedColumns",
+    "checkConstraints",
+    "checkpointProtection",
+    "collations",
+    "collations-preview",
     "columnMapping",
+    "coordinatedCommits-preview",
     "deletionVectors",
+    "domainMetadata",
+    "generatedColumns",
+    "icebergCompatV1",
+    "icebergCompatV2",
+    "identityColumns",
+    "inCommitTimestamp",
+    "inCommitTimestamp-preview",
+    "invariants",
+    "materializePartitionColumns",
     "timestampNtz",
+    "typeWidening",
+    "typeWidening-preview",
     "v2Checkpoint",
+    "vacuumProtocolCheck",
+    "variantType",
+    "variantType-preview",
 ];
+
+/// Features that ask something of every commit of a table that lists them, used or not (Delta protocol, "Row Tracking":
+/// every add action gets a base row id), unless this setting takes that back.
+const SUSPENDED: [(&str, &str); 2] =
+    [("rowTracking", "delta.rowTrackingSuspended"), ("rowTracking-preview", "delta.rowTrackingSuspended")];
 
 /// Features that a writer version without a list of features stands for (Delta protocol, "Supported Features").
 const BY_VERSION: [(i32, &str); 7] = [
@@ -97,7 +119,13 @@ fn features(protocol: &Protocol) -> Vec<String> {
 }
 
 fn unsupported(protocol: &Protocol, metadata: &Metadata) -> Option<String> {
-    if let Some(feature) = features(protocol).into_iter().find(|feature| !KNOWN.contains(&feature.as_str())) {
+    let settings = metadata.configuration();
+    let is_on = |key: &str| settings.get(key).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let is_known = |feature: &String| {
+        let suspended = SUSPENDED.iter().find(|(name, _)| name == feature);
+        KNOWN.contains(&feature.as_str()) || suspended.is_some_and(|(_, setting)| is_on(setting))
+    };
+    if let Some(feature) = features(protocol).into_iter().find(|feature| !is_known(feature)) {
         return Some(format!("the feature {feature}"));
     }
     if protocol.writer_features().is_none() && protocol.min_writer_version() > 6 {
@@ -106,16 +134,26 @@ fn unsupported(protocol: &Protocol, metadata: &Metadata) -> Option<String> {
     if !metadata.partition_columns().is_empty() {
         return Some("partition columns".into());
     }
-    let used = |key: &str, value: &str| match key {
-        "delta.appendOnly" | "delta.enableChangeDataFeed" | "delta.enableRowTracking" | "delta.enableInCommitTimestamps" => {
-            value.eq_ignore_ascii_case("true")
-        }
+    let mut used: Vec<_> = settings.iter().filter(|(key, value)| unsupported_setting(key, value)).collect();
+    used.sort();
+    used.first().map(|(key, value)| format!("the setting {key}={value}"))
+}
+
+/// Whether a setting turns on what asks something of a commit that we do not do.
+fn unsupported_setting(key: &str, value: &str) -> bool {
+    match key {
+        "delta.appendOnly"
+        | "delta.enableChangeDataFeed"
+        | "delta.enableRowTracking"
+        | "delta.enableInCommitTimestamps"
+        | "delta.enableIcebergCompatV1"
+        | "delta.enableIcebergCompatV2"
+        | "delta.enableIcebergCompatV3" => value.eq_ignore_ascii_case("true"),
         "delta.columnMapping.mode" => !value.eq_ignore_ascii_case("none"),
-        key => key.starts_with("delta.constraints."),
-    };
-    let mut settings: Vec<_> = metadata.configuration().iter().filter(|(key, value)| used(key, value)).collect();
-    settings.sort();
-    settings.first().map(|(key, value)| format!("the setting {key}={value}"))
+        // Commits before this version keep their checkpoints; 0 asks for nothing.
+        "delta.requireCheckpointProtectionBeforeVersion" => value.trim() != "0",
+        key => key.starts_with("delta.constraints.") || key.starts_with("delta.coordinatedCommits."),
+    }
 }
 
 /// What a column, or one within it, asks that we do not do.
@@ -125,13 +163,23 @@ fn unsupported_column(field: &StructField, within: &str) -> Option<String> {
         match data_type {
             DataType::Struct(fields) => fields.fields().find_map(|field| unsupported_column(field, path)),
             DataType::Array(items) => inner(items.element_type(), path),
-            DataType::Map(entries) => inner(entries.value_type(), path),
-            _ => None,
+            DataType::Map(entries) => inner(entries.key_type(), path).or_else(|| inner(entries.value_type(), path)),
+            DataType::Variant(_) => Some(format!("the column {path} of type variant")),
+            DataType::Primitive(_) => None,
         }
     }
     let path = if within.is_empty() { field.name().clone() } else { format!("{within}.{}", field.name()) };
     let asks = |key: &str| {
-        let asks = ["delta.generationExpression", "delta.invariants", "delta.identity.", "delta.columnMapping."];
+        // What lists a type change has files of a narrower type; a default is for columns that a writer leaves out.
+        let asks = [
+            "delta.generationExpression",
+            "delta.invariants",
+            "delta.identity.",
+            "delta.columnMapping.",
+            "delta.typeChanges",
+            "CURRENT_DEFAULT",
+            "__COLLATIONS",
+        ];
         asks.iter().any(|prefix| key.starts_with(prefix))
     };
     let mut keys: Vec<&String> = field.metadata().keys().filter(|key| asks(key)).collect();
