@@ -64,28 +64,91 @@ impl ExportOptions {
     /// does.
     pub fn scope(&self) -> String {
         let mut scope = String::new();
-        let lists = [
-            ("elements", &self.elements),
-            ("filters", &self.type_filters),
-            ("patients", &self.patients),
-            ("with", &self.include_associated_data),
-        ];
-        for (name, list) in lists.iter().filter(|(_, list)| !list.is_empty()) {
-            let mut list = (*list).clone();
-            list.sort();
-            scope.push_str(&format!("|{name}={}", list.join("\u{1f}")));
+        for parameter in &PARAMETERS {
+            let mut values = (parameter.values)(self);
+            if let Some(name) = parameter.scope.filter(|_| !values.is_empty()) {
+                values.sort();
+                scope.push_str(&format!("|{name}={}", values.join("\u{1f}")));
+            }
         }
         for (name, value) in &self.parameters {
             scope.push_str(&format!("|{name}={value}"));
         }
         scope
     }
-
-    /// Whether resources are left out of the answer, or parts of them.
-    pub fn narrows(&self) -> bool {
-        self.until.is_some() || !(self.elements.is_empty() && self.type_filters.is_empty() && self.patients.is_empty())
-    }
 }
+
+/// A parameter of the kick-off that [`ExportOptions`] sets. The request, the scope of watermarks, `explain` and the export log
+/// all read this list.
+struct OptionParameter {
+    name: &'static str,
+    kind: &'static str,
+    /// Whether values may be joined by commas: a search may hold some.
+    joins: bool,
+    /// The name that it has in a watermark's scope, where it narrows the answer. Tables keep it: it must not change.
+    scope: Option<&'static str>,
+    values: fn(&ExportOptions) -> Vec<String>,
+}
+
+const PARAMETERS: [OptionParameter; 8] = [
+    OptionParameter {
+        name: "_until",
+        kind: "valueInstant",
+        joins: false,
+        scope: None,
+        values: |options| options.until.iter().cloned().collect(),
+    },
+    OptionParameter {
+        name: "_elements",
+        kind: "valueString",
+        joins: true,
+        scope: Some("elements"),
+        values: |options| options.elements.clone(),
+    },
+    OptionParameter {
+        name: "_typeFilter",
+        kind: "valueString",
+        // K15, K7: a search may have commas of its own, so each is a parameter.
+        joins: false,
+        scope: Some("filters"),
+        values: |options| options.type_filters.clone(),
+    },
+    OptionParameter {
+        name: "patient",
+        kind: "valueReference",
+        joins: true,
+        scope: Some("patients"),
+        values: |options| options.patients.clone(),
+    },
+    OptionParameter {
+        name: "includeAssociatedData",
+        kind: "valueCode",
+        joins: true,
+        scope: Some("with"),
+        values: |options| options.include_associated_data.clone(),
+    },
+    OptionParameter {
+        name: "organizeOutputBy",
+        kind: "valueString",
+        joins: false,
+        scope: None,
+        values: |options| options.organize_output_by.iter().cloned().collect(),
+    },
+    OptionParameter {
+        name: "allowPartialManifests",
+        kind: "valueBoolean",
+        joins: false,
+        scope: None,
+        values: |options| if options.allow_partial_manifests { vec!["true".to_owned()] } else { Vec::new() },
+    },
+    OptionParameter {
+        name: "_outputFormat",
+        kind: "valueString",
+        joins: false,
+        scope: None,
+        values: |options| options.output_format.iter().cloned().collect(),
+    },
+];
 
 /// What is asked of the server.
 #[derive(Debug, Clone)]
@@ -144,27 +207,43 @@ impl ExportRequest {
                 .ok_or_else(|| Error::new(ErrorKind::Config, "since is out of range"))?;
             add("_since", vec![time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true)], "valueInstant", false);
         }
-        add("_until", options.until.iter().cloned().collect(), "valueInstant", false);
-        add("_elements", options.elements.clone(), "valueString", true);
-        // K15, K7: a search may have commas of its own, so each is a parameter.
-        // Of the types that this export is asked for: others may have one of their own.
-        let asked = |filter: &&String| {
-            let name = filter.split('?').next().unwrap_or_default();
-            self.types.is_empty() || self.types.iter().any(|asked| asked == name)
-        };
-        add("_typeFilter", options.type_filters.iter().filter(asked).cloned().collect(), "valueString", false);
-        let reference = |id: &String| if id.contains('/') { id.clone() } else { format!("Patient/{id}") };
-        add("patient", options.patients.iter().map(reference).collect(), "valueReference", true);
-        add("includeAssociatedData", options.include_associated_data.clone(), "valueCode", true);
-        add("organizeOutputBy", options.organize_output_by.iter().cloned().collect(), "valueString", false);
-        if options.allow_partial_manifests {
-            add("allowPartialManifests", vec!["true".to_owned()], "valueBoolean", false);
+        for parameter in &PARAMETERS {
+            let mut values = (parameter.values)(options);
+            match parameter.name {
+                // Of the types that this export is asked for: others may have one of their own.
+                "_typeFilter" if !self.types.is_empty() => values.retain(|filter| {
+                    let name = filter.split('?').next().unwrap_or_default();
+                    self.types.iter().any(|asked| asked == name)
+                }),
+                "patient" => values.iter_mut().filter(|id| !id.contains('/')).for_each(|id| *id = format!("Patient/{id}")),
+                _ => {}
+            }
+            add(parameter.name, values, parameter.kind, parameter.joins);
         }
-        add("_outputFormat", options.output_format.iter().cloned().collect(), "valueString", false);
         for (name, value) in &options.parameters {
             add(name, vec![value.clone()], "valueString", false);
         }
         Ok(found)
+    }
+
+    /// The kick-off's parameters as the export log has them: values that may be joined as one text, others as a list.
+    pub fn logged(&self) -> Result<Value> {
+        let mut logged = serde_json::Map::new();
+        for Parameter { name, mut values, joins, .. } in self.parameters()? {
+            if let (Some(Value::Array(known)), false) = (logged.get_mut(name), joins) {
+                known.extend(values.into_iter().map(Value::from));
+                continue;
+            }
+            let value = match (values.len(), joins) {
+                (1, _) if name != "_typeFilter" && !self.options.parameters.iter().any(|(other, _)| other == name) => {
+                    Value::from(values.remove(0))
+                }
+                (_, true) => Value::from(values.join(",")),
+                (_, false) => Value::from(values),
+            };
+            logged.insert(name.to_owned(), value);
+        }
+        Ok(logged.into())
     }
 
     /// Whether the kick-off is a POST: where that is asked for, or for patients, whom a GET cannot name (K13).
@@ -287,11 +366,45 @@ mod tests {
         assert!(list.contains(&json!({"name": "_since", "valueInstant": "2026-01-02T03:04:05Z"})));
     }
 
+    // Breaks if a parameter is sent and the export log does not have it.
+    #[test]
+    fn the_export_log_has_every_parameter() {
+        let options = ExportOptions {
+            until: Some("2026-02-01T00:00:00Z".into()),
+            elements: vec!["id".into(), "name".into()],
+            type_filters: vec!["Patient?x=1".into()],
+            patients: vec!["7".into()],
+            include_associated_data: vec!["X".into()],
+            organize_output_by: Some("Patient".into()),
+            allow_partial_manifests: true,
+            output_format: Some("ndjson".into()),
+            parameters: vec![("_x".into(), "1".into()), ("_x".into(), "2".into())],
+            ..ExportOptions::default()
+        };
+        let request = request(options);
+        let logged = request.logged().unwrap();
+        for parameter in request.parameters().unwrap() {
+            assert!(!logged[parameter.name].is_null(), "{}", parameter.name);
+        }
+        assert_eq!(logged["_type"], "Patient,Condition");
+        assert_eq!((&logged["patient"], &logged["_elements"]), (&json!("Patient/7"), &json!("id,name")));
+        assert_eq!((&logged["_typeFilter"], &logged["_x"]), (&json!(["Patient?x=1"]), &json!(["1", "2"])));
+    }
+
     #[test]
     fn a_scope_is_what_narrows_and_not_how_it_is_written() {
         let options = ExportOptions { type_filters: vec!["B?x".into(), "A?y".into()], ..ExportOptions::default() };
         let turned = ExportOptions { type_filters: vec!["A?y".into(), "B?x".into()], ..ExportOptions::default() };
         assert_eq!(options.scope(), turned.scope());
-        assert!(ExportOptions::default().scope().is_empty() && options.narrows());
+        assert!(ExportOptions::default().scope().is_empty());
+        // Tables keep the hash of it: written otherwise, every watermark would be lost.
+        let all = ExportOptions {
+            elements: vec!["id".into()],
+            patients: vec!["7".into()],
+            include_associated_data: vec!["X".into()],
+            parameters: vec![("_x".into(), "1".into())],
+            ..options
+        };
+        assert_eq!(all.scope(), "|elements=id|filters=A?y\u{1f}B?x|patients=7|with=X|_x=1");
     }
 }

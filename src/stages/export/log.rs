@@ -21,12 +21,7 @@ impl ServerExport {
                 "softwareName": "fhirlake",
                 "softwareVersion": env!("CARGO_PKG_VERSION"),
                 "fhirVersion": "4.0.1",
-                "requestParameters": {
-                    "_type": request.types.join(","),
-                    "_since": request.since.map(instant_text),
-                    "_typeFilter": request.options.type_filters,
-                    "_elements": request.options.elements.join(","),
-                },
+                "requestParameters": request.logged().unwrap_or_default(),
                 "errorCode": code,
                 "errorBody": body,
                 "responseHeaders": {},
