@@ -30,7 +30,9 @@ use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use deltalake::datafusion::prelude::{SessionContext, col};
 use fhirlake::config::{Plan, Problem, read_pipeline};
-use fhirlake::delta::{Absent, Commit, Deletions, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt};
+use fhirlake::delta::{
+    Absent, Commit, Deletions, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt,
+};
 use fhirlake::flow::Stop;
 use fhirlake::messages::{Arrival, Chunk, EncodedBatch, RowKey, key_of};
 use fhirlake::pipeline::{OptimizeOptions, optimize};
@@ -144,7 +146,7 @@ fn upsert(files: Vec<fhirlake::delta::StagedFile>, scratch: &Path, vectors: bool
         schema: Arc::new(arrow_schema(&layout)),
         add_columns: false,
         watermark: None,
-        full_refresh: false,
+        order: OrderRules::default(),
         absent: Absent::Stay,
         scratch: Scratch { folder: scratch.to_path_buf(), memory: 30 << 20 },
         settings: TableSettings { deletion_vectors: vectors, upgrade: false },
@@ -182,7 +184,7 @@ async fn commit(tables: &Path, batches: impl Iterator<Item = (RecordBatch, Vec<R
         files.push(file.close(&table).await.unwrap());
     }
     match upsert(files, &scratch, vectors).commit(&mut table).await.unwrap() {
-        Commit::Done(merged) => merged.bytes_written,
+        Commit::Done(merged, _) => merged.bytes_written,
         other => panic!("{other:?}"),
     }
 }

@@ -11,7 +11,7 @@ use url::Url;
 use crate::delta::{PageEncoder, read_vector};
 use crate::error::Result;
 use crate::fhir::{Manifest, parse_retry_after, unsigned};
-use crate::messages::{BadLine, BadLines, Chunk, ExportFile, FileKind, FilePlace, ResourceType};
+use crate::messages::{BadLine, BadLines, Chunk, Deletion, ExportFile, FileKind, FilePlace, ResourceType};
 use crate::schema::{Columns, Encoder, Filled, Layout, LayoutOptions, Model};
 use crate::stages::parse::ChunkParser;
 use crate::state::StateFolder;
@@ -38,7 +38,10 @@ impl BadLines for Passed {
         assert!(bad.reason.len() < 400 && !bad.reason.chars().any(char::is_control), "{:?}", bad.reason);
         Ok(())
     }
-    fn deleted(&self, _: &[(ResourceType, Box<str>)]) -> Result<()> {
+    fn message(&self, _: &ExportFile, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+    fn deleted(&self, _: &[Deletion]) -> Result<()> {
         Ok(())
     }
     fn sync(&self) -> Result<()> {

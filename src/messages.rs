@@ -34,6 +34,8 @@ pub enum AtMost {
     Number(u64),
     /// That share of them.
     Share(f64),
+    /// So many, or that share of them where it is more.
+    NumberOrShare(u64, f64),
 }
 
 impl AtMost {
@@ -42,12 +44,13 @@ impl AtMost {
         match self {
             AtMost::Number(number) => number,
             AtMost::Share(share) => (all as f64 * share) as u64,
+            AtMost::NumberOrShare(number, share) => number.max((all as f64 * share) as u64),
         }
     }
 }
 
 /// What a file of an export holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileKind {
     /// Resources, one a line.
@@ -235,13 +238,25 @@ pub struct EncodedBatch {
     pub losses: BTreeMap<String, u64>,
 }
 
+/// A resource that the server says is gone.
+#[derive(Debug, Clone)]
+pub struct Deletion {
+    /// Its type.
+    pub resource_type: ResourceType,
+    /// Its logical id.
+    pub id: Box<str>,
+    /// Which version of the resource says so, where the server marks the resource itself as deleted. An entry of a `deleted`
+    /// file has none: a resource that is in the output too is kept.
+    pub version: Option<RowKey>,
+}
+
 /// What merge receives.
 #[derive(Debug)]
 pub enum MergeInput {
     /// Rows to stage.
     Batch(Box<EncodedBatch>),
     /// Ids that are gone.
-    Deletions(Vec<(ResourceType, Box<str>)>),
+    Deletions(Vec<Deletion>),
     /// A fact for the books.
     Fact(Fact),
 }
@@ -253,7 +268,7 @@ impl Weighed for MergeInput {
                 batch.parquet.len() + batch.metadata.memory_size() + batch.keys.len() * size_of::<RowKey>()
             }
             MergeInput::Deletions(ids) => {
-                ids.len() * size_of::<(ResourceType, Box<str>)>() + ids.iter().map(|(_, id)| id.len()).sum::<usize>()
+                ids.len() * size_of::<Deletion>() + ids.iter().map(|deletion| deletion.id.len()).sum::<usize>()
             }
             MergeInput::Fact(_) => size_of::<Fact>(),
         }
@@ -322,10 +337,21 @@ pub struct ParsedChunk {
     pub headers: u64,
     /// Of those, lines of types that the layout excludes.
     pub excluded: Vec<(ResourceType, u64)>,
-    /// Issues of severity fatal, in a file of OperationOutcomes.
-    pub fatal: u64,
-    /// Issues of severity fatal or error.
+    /// Of the headers, lines that are no resources, which no manifest counts: `Parameters` headers and the server's messages.
+    #[serde(default)]
+    pub asides: u64,
+    /// Of the headers, resources that the server marks as deleted.
+    #[serde(default)]
+    pub deleted: u64,
+    /// Issues of severity fatal or error, and error objects.
     pub errors: u64,
+    /// Of those, the ones that are not ignored, by the type that each concerns; `None` for all types of the export.
+    #[serde(default)]
+    pub server_errors: Vec<(Option<ResourceType>, u64)>,
+    /// Number of the last line that is nothing that a server writes before its last one: text that is no resource, or the
+    /// beginning of one. 0 for none.
+    #[serde(default)]
+    pub last_foreign: u64,
     /// Lines out of quarantine that could be read, and the type of each.
     #[serde(skip)]
     pub replayed: Vec<(LineId, ResourceType)>,
@@ -449,8 +475,10 @@ pub type KeptLines = Box<dyn Iterator<Item = crate::error::Result<KeptLine>> + S
 pub trait BadLines: Send + Sync {
     /// Keeps a line.
     fn keep(&self, bad: &BadLine<'_>) -> crate::error::Result<()>;
+    /// Keeps what the server says of its own export: it may name patients, so it is never logged.
+    fn message(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> crate::error::Result<()>;
     /// Hears which ids the server says are gone: what lines in quarantine say of them is over.
-    fn deleted(&self, ids: &[(ResourceType, Box<str>)]) -> crate::error::Result<()>;
+    fn deleted(&self, ids: &[Deletion]) -> crate::error::Result<()>;
     /// Makes what was kept durable: before the books hear of it, so before its type can commit.
     fn sync(&self) -> crate::error::Result<()>;
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fhirlake::demo::{DEMO_TYPES, Population};
-use fhirlake::messages::{BadLine, BadLines, ExportFile, FileKind, ResourceType};
+use fhirlake::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, ResourceType};
 use fhirlake::schema::{EXCLUDED_TYPES, Model};
 
 /// A file as an export lists it.
@@ -132,7 +132,10 @@ impl BadLines for NoBadLines {
     fn keep(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
         panic!("{} line {}: {}", bad.file.name, bad.line, bad.reason);
     }
-    fn deleted(&self, _: &[(ResourceType, Box<str>)]) -> fhirlake::error::Result<()> {
+    fn message(&self, _: &ExportFile, _: u64, _: &[u8]) -> fhirlake::error::Result<()> {
+        Ok(())
+    }
+    fn deleted(&self, _: &[Deletion]) -> fhirlake::error::Result<()> {
         Ok(())
     }
     fn sync(&self) -> fhirlake::error::Result<()> {

@@ -67,6 +67,15 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
     if !outcome.succeeded {
         let failed: Vec<&str> =
             outcome.types.iter().filter(|(_, kept)| kept.error.is_some()).map(|(name, _)| name.as_str()).collect();
+        if failed.is_empty() {
+            let held = outcome.types.iter().filter(|(_, kept)| kept.watermark_hold.is_some()).map(|(name, _)| name.as_str());
+            let held: Vec<&str> = held.collect();
+            let names = if held.is_empty() { "the export".to_owned() } else { held.join(", ") };
+            let why = format!("the server did not give all of its export; watermark not advanced for {names}");
+            let hint = "what came is merged, and the next run asks from the same time again; for errors that the server always \
+                        reports: source.ignored_issue_codes, or source.export_errors: ignore";
+            return Err(Error::new(ErrorKind::Partial, why).with_hint(hint));
+        }
         return Err(Error::new(ErrorKind::Partial, format!("failed: {}", failed.join(", "))));
     }
     Ok(outcome)

@@ -56,7 +56,7 @@ pub(super) async fn optimize(args: OptimizeArgs, output: &Output) -> Result<()> 
     let options = OptimizeOptions {
         types: if args.types.is_empty() { plan.optimize.types.clone() } else { args.types },
         cluster: args.cluster || plan.optimize.cluster,
-        min_deleted: if args.purge { MaxBad::Lines(1) } else { plan.optimize.min_deleted.clone() },
+        min_deleted: if args.purge { MaxBad::Lines(1) } else { plan.optimize.min_deleted },
     };
     let done = pipeline::optimize(&plan, &options, &Stop::default()).await?;
     let rows = done.iter().filter_map(|(name, done)| {

@@ -1,5 +1,6 @@
 //! What a person or a script sees: results on stdout, progress and errors on stderr. The only place that prints.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 
@@ -223,6 +224,13 @@ pub(super) fn report(report: &RunReport) -> String {
     for (name, outcome) in report.types.iter().filter_map(|(name, outcome)| Some((name, outcome.error.as_ref()?))) {
         text.push_str(&format!("\n{name} failed, its table is as it was: {outcome}"));
     }
+    for (name, outcome) in report.types.iter().filter(|(_, outcome)| outcome.undated > 0) {
+        text.push_str(&format!(
+            "\n{name}: {} resources without the meta.lastUpdated that the table's rows have were skipped, since a folder does \
+             not say that they are newer; --full-refresh merges them",
+            outcome.undated
+        ));
+    }
     let excluded: Vec<String> = report.excluded.iter().map(|(name, lines)| format!("{name}: {lines}")).collect();
     if !excluded.is_empty() {
         text.push_str(&format!("\nlines of types that have no table: {}", excluded.join(", ")));
@@ -244,16 +252,42 @@ pub(super) fn report(report: &RunReport) -> String {
     if report.replayed > 0 {
         text.push_str(&format!("\nlines out of quarantine that could be read now: {}", report.replayed));
     }
-    if report.watermark_held {
-        text.push_str("\nthe server reports fatal errors of its export, or its error files could not be read: the watermark stays where it was");
+    let held = report.types.iter().filter_map(|(name, outcome)| Some((outcome.watermark_hold.as_ref()?, name.as_str())));
+    let mut by_reason: BTreeMap<&String, Vec<&str>> = BTreeMap::new();
+    held.for_each(|(why, name)| by_reason.entry(why).or_default().push(name));
+    for (why, names) in by_reason {
+        // A folder has no watermark.
+        let what = match report.transaction_time {
+            Some(_) => "watermark not advanced for",
+            None => "not complete:",
+        };
+        text.push_str(&format!("\n{what} {}: {why}", names.join(", ")));
+    }
+    for (why, names) in &report.passed_over {
+        let shown: Vec<&str> = names.iter().take(4).map(String::as_str).collect();
+        let more = if names.len() > 4 { format!(" and {} more", names.len() - 4) } else { String::new() };
+        text.push_str(&format!("\npassed over, {why}: {}{more}", shown.join(", ")));
+    }
+    if let Some(place) = &report.server_messages {
+        text.push_str(&format!("\nthe server's messages about its export: {place}"));
+    }
+    for (name, outcome) in report.types.iter().filter(|(_, outcome)| !outcome.copies.is_empty()) {
+        let copies: u64 = outcome.copies.values().sum();
+        let files: Vec<&str> = outcome.copies.keys().take(4).map(String::as_str).collect();
+        let more = if outcome.copies.len() > 4 { format!(" and {} more", outcome.copies.len() - 4) } else { String::new() };
+        text.push_str(&format!(
+            "\n{name}: {copies} of {} resources are copies of others of this export, in {}{more}",
+            outcome.resources,
+            files.join(", ")
+        ));
     }
     if !report.outcome_issues.is_empty() {
         let issues: Vec<String> = report.outcome_issues.iter().map(|(severity, count)| format!("{count} {severity}")).collect();
-        text.push_str(&format!("\nthe server's own remarks on its export: {}", issues.join(", ")));
+        text.push_str(&format!("\nissues that the server reports of its export: {}", issues.join(", ")));
     }
     if !report.server_deviations.is_empty() {
         let met: Vec<String> = report.server_deviations.iter().map(|(what, count)| format!("{what} ({count})")).collect();
-        text.push_str(&format!("\nthe server's ways that differ from the guide: {}", met.join("; ")));
+        text.push_str(&format!("\nspec deviations of the server: {}", met.join("; ")));
     }
     if !report.attachments.is_empty() {
         let counts: Vec<String> = report.attachments.iter().map(|(what, count)| format!("{count} {what}")).collect();

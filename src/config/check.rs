@@ -295,7 +295,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     ];
     for (path, most) in shares {
         if let Some(MaxBad::Share(share)) = most
-            && share.trim_end_matches('%').parse::<f64>().is_ok_and(|percent| percent > 100.0)
+            && share.0 > 100.0
         {
             add(path, "more than 100%", None);
         }

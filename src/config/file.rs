@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::schedule::{HealthSection, Schedule};
 use super::source::SourceSection;
 use super::values::{ByteSize, Span, Text, resource_types_schema};
+use crate::messages::AtMost;
 
 /// A pipeline: one FHIR server (or folder of NDJSON), one folder of Delta tables.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -106,7 +107,8 @@ pub struct ParseSection {
     pub workers: usize,
     /// What a line that cannot be read leads to.
     pub on_bad_line: Bad,
-    /// How many bad lines a type may have before it fails: a number, or a share such as `1%`.
+    /// How many bad lines a type may have before it fails: a number, or a share such as `1%`; `100%` allows any number. Without
+    /// it a type fails that has more than 100 and more than 1 % of its lines.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bad_lines: Option<MaxBad>,
     /// Longest line; a longer one is a bad line. Without it: 64MiB, or an eighth of `memory` where that is less.
@@ -126,13 +128,55 @@ pub enum Bad {
 }
 
 /// A number of lines or rows, or a share of them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum MaxBad {
     /// So many.
     Lines(u64),
     /// A share, such as `0.5%`.
-    Share(#[schemars(pattern(r"^\d+(\.\d+)?%$"))] String),
+    Share(Percent),
+}
+
+impl MaxBad {
+    /// The limit that it stands for.
+    pub fn limit(self) -> AtMost {
+        match self {
+            MaxBad::Lines(number) => AtMost::Number(number),
+            MaxBad::Share(Percent(percent)) => AtMost::Share(percent / 100.0),
+        }
+    }
+}
+
+/// A share, from 0 to 100: `0.5%`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Percent(pub f64);
+
+impl TryFrom<String> for Percent {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let number = text.strip_suffix('%').and_then(|number| number.parse::<f64>().ok());
+        let number = number.filter(|number| number.is_finite() && *number >= 0.0);
+        number.map(Self).ok_or_else(|| "not a share; write it as 1% or 0.5%".to_owned())
+    }
+}
+
+impl From<Percent> for String {
+    fn from(percent: Percent) -> Self {
+        format!("{}%", percent.0)
+    }
+}
+
+impl JsonSchema for Percent {
+    fn inline_schema() -> bool {
+        true
+    }
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Percent".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string", "pattern": r"^\d+(\.\d+)?%$" })
+    }
 }
 
 /// Attachments that resources link to: fetched, and kept as files in `attachments` beside the tables, or in the resource.
@@ -258,7 +302,7 @@ pub struct VacuumSection {
 impl Default for OptimizeSection {
     fn default() -> Self {
         // Five in a hundred is Spark's own.
-        Self { after: 0, types: Vec::new(), cluster: false, min_deleted: MaxBad::Share("5%".to_owned()) }
+        Self { after: 0, types: Vec::new(), cluster: false, min_deleted: MaxBad::Share(Percent(5.0)) }
     }
 }
 
@@ -349,7 +393,7 @@ impl Default for MergeSection {
         Self {
             tables_at_once: 2,
             mode: Mode::Merge,
-            max_deleted: MaxBad::Share("10%".to_owned()),
+            max_deleted: MaxBad::Share(Percent(10.0)),
             target_file: ByteSize(128 << 20),
             checkpoint: Span(std::time::Duration::from_secs(300)),
             checkpoint_size: ByteSize(1 << 30),

@@ -15,12 +15,13 @@ mod vault;
 pub use check::{Problem, Read, read_pipeline};
 pub use file::{
     AttachmentsSection, Bad, DownloadSection, EncodeSection, FileColumns, MaxBad, MergeSection, Mode, OptimizeSection,
-    ParseSection, PipelineFile, SchemaEvolution, ShortFile, Stages, TelemetrySection, VacuumSection, pipeline_json_schema,
+    ParseSection, Percent, PipelineFile, SchemaEvolution, ShortFile, Stages, TelemetrySection, VacuumSection,
+    pipeline_json_schema,
 };
 pub use plan::{MemorySplit, Plan, Since, SourcePlan, default_state_folder};
 pub use profiles::PROFILES;
 pub use schedule::{HealthSection, Schedule, SchedulePlan};
 pub use source::{
-    AuthSection, DeleteExport, LevelName, ListStyle, MethodName, OneOrMore, ProfileName, SecretPlace, SourceSection,
+    AuthSection, DeleteExport, ExportErrors, LevelName, ListStyle, MethodName, OneOrMore, ProfileName, SecretPlace, SourceSection,
 };
 pub use values::{ByteSize, Instant, Span, Text, environment, warn_if_loose};

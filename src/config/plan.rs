@@ -10,9 +10,10 @@ use super::file::{
     AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, ShortFile, VacuumSection,
 };
 use super::schedule::SchedulePlan;
-use super::source::{DeleteExport, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, is_of_server};
+use super::source::{DeleteExport, ExportErrors, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, is_of_server};
 use super::values::{Instant, Text, environment};
 use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
+use crate::messages::AtMost;
 use crate::schema::{Columns, LayoutOptions};
 
 /// Where a run's resources come from.
@@ -129,8 +130,12 @@ pub struct Plan {
     pub parse_workers: usize,
     /// Longest line.
     pub max_line: usize,
-    /// Bad lines that a type may have; `None` for any number.
-    pub max_bad_lines: Option<MaxBad>,
+    /// Bad lines that a type may have.
+    pub max_bad_lines: AtMost,
+    /// Whether watermarks move whatever the server says of its export.
+    pub ignore_export_errors: bool,
+    /// Codes of issues that hold no watermark.
+    pub ignored_issue_codes: Vec<String>,
     /// What becomes of attachments that resources link to; `None`: they stay links.
     pub attachments: Option<AttachmentsSection>,
     /// Encode threads.
@@ -144,7 +149,7 @@ pub struct Plan {
     /// What becomes of rows that the export does not name.
     pub mode: Mode,
     /// How many of them may be deleted.
-    pub max_deleted: MaxBad,
+    pub max_deleted: AtMost,
     /// Size at which a file is closed.
     pub target_file_bytes: u64,
     /// How often, and after how many bytes, what is staged is written down.
@@ -201,6 +206,9 @@ fn named_hosts(file: &super::file::PipelineFile, auth: &AuthSettings) -> Vec<Str
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
+
+/// The default of `stages.parse.max_bad_lines`: a few bad lines are a server's usual faults, many are another format.
+const USUAL_BAD_LINES: AtMost = AtMost::NumberOrShare(100, 0.01);
 
 /// The default of `stages.parse.max_line`, where memory is no reason for less.
 const USUAL_MAX_LINE: usize = 64 << 20;
@@ -322,8 +330,8 @@ impl Plan {
         let encode_workers = workers(stages.encode.workers);
         let bytes = |size: super::ByteSize| usize::try_from(size.0).unwrap_or(usize::MAX);
         let max_bad_lines = match stages.parse.on_bad_line {
-            Bad::Fail => Some(MaxBad::Lines(0)),
-            Bad::Quarantine => stages.parse.max_bad_lines.clone(),
+            Bad::Fail => AtMost::Number(0),
+            Bad::Quarantine => stages.parse.max_bad_lines.map_or(USUAL_BAD_LINES, MaxBad::limit),
         };
         Ok(Plan {
             name: file.name.clone(),
@@ -346,6 +354,8 @@ impl Plan {
             // Several of the usual most would be more than a small memory has; who asks for another has counted.
             max_line: stages.parse.max_line.map_or(USUAL_MAX_LINE.min(bytes(file.memory) / 8), bytes),
             max_bad_lines,
+            ignore_export_errors: file.source.export_errors == ExportErrors::Ignore,
+            ignored_issue_codes: file.source.ignored_issue_codes.clone(),
             encode_workers,
             attachments: stages.attachments.clone(),
             layout: LayoutOptions {
@@ -362,7 +372,7 @@ impl Plan {
             },
             tables_at_once: stages.merge.tables_at_once,
             mode: stages.merge.mode,
-            max_deleted: stages.merge.max_deleted.clone(),
+            max_deleted: stages.merge.max_deleted.limit(),
             target_file_bytes: stages.merge.target_file.0,
             checkpoint: (stages.merge.checkpoint.0, stages.merge.checkpoint_size.0),
             deletion_vectors: stages.merge.deletion_vectors,

@@ -109,6 +109,25 @@ pub struct SourceSection {
     /// When the server is told that its files are no longer needed.
     #[serde(default)]
     pub delete_export: DeleteExport,
+    /// What an error that the server reports of its own export leads to: an issue of severity `error` or `fatal` in an error
+    /// file or among the rows, an error file that cannot be read, a file that breaks off.
+    #[serde(default)]
+    pub export_errors: ExportErrors,
+    /// Codes of issues (`issue.code`, `issue.details.coding.code`) that do not hold watermarks, for servers that always report
+    /// them: `[forbidden, not-supported]`.
+    #[serde(default)]
+    pub ignored_issue_codes: Vec<String>,
+}
+
+/// What an error that the server reports of its own export leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExportErrors {
+    /// What came is merged, the watermarks of the types concerned stay, and the run ends with exit code 10.
+    #[default]
+    Hold,
+    /// It is reported, and watermarks move: what the server did not give is not asked for again.
+    Ignore,
 }
 
 /// A value, or several.

@@ -6,7 +6,6 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
 /// A number of bytes: `64KiB`, `16MiB`, `2GiB`, `500MB`.
@@ -285,11 +284,6 @@ impl Text {
             }
         }
         Ok(out)
-    }
-
-    /// The same, for a secret.
-    pub fn resolve_secret(&self) -> Result<SecretString, String> {
-        self.resolve().map(SecretString::from)
     }
 }
 

@@ -29,21 +29,26 @@ impl Deletions {
         Self { keys: Spill::new(folder, usize::MAX), ids: Some(Vec::new()) }
     }
 
-    /// Adds an id.
-    pub fn push(&mut self, id: Box<str>) -> Result<()> {
-        let key = RowKey {
+    /// Adds an id, with the version of the resource that says so where one does.
+    pub fn push(&mut self, id: Box<str>, version: Option<RowKey>) -> Result<()> {
+        let key = version.unwrap_or(RowKey {
             key: key_of(id.as_bytes()),
             last_updated: RowKey::ABSENT,
             version: RowKey::ABSENT,
             arrival: Arrival::default(),
             subsetted: false,
             replayed: false,
-        };
+        });
         self.ids = self.ids.take().filter(|ids| ids.len() < MAX_IDS);
         if let Some(ids) = &mut self.ids {
             ids.push(id);
         }
-        self.keys.push(KeyAt::new(key, 0, 0))
+        self.keys.push(KeyAt::new(key, u32::from(version.is_some()), 0))
+    }
+
+    /// The version of a resource that says that it is gone, of an entry that has one.
+    pub(super) fn version_of(entry: &KeyAt) -> Option<RowKey> {
+        (entry.file == 1).then(|| entry.row_key())
     }
 
     /// Whether there are none.

@@ -14,7 +14,7 @@ use super::content::row_hashes;
 use super::deletions::{Deletions, MAX_IDS, Scratch};
 use super::filter::Filter;
 use super::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, selection};
-use super::order::{Verdict, judge};
+use super::order::{OrderRules, Verdict, is_undated, judge};
 use super::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
 use super::staging::StagedFile;
 use super::table::Table;
@@ -58,6 +58,8 @@ pub(super) struct Marks {
     /// Live rows of the table, and those of them that the run does not bring; counted where that matters.
     live: u64,
     absent: u64,
+    /// Copies that lose within the run, by the index of the export's file that they came in.
+    pub copies: BTreeMap<u32, u64>,
     /// Winners that the table has in the same version: only their content can tell.
     equal: Vec<RoaringTreemap>,
     /// The table's rows that they are equal to.
@@ -93,8 +95,9 @@ struct Brought {
     /// A bit for each of some values of the keys' last bits: nearly all ids of the table are told apart by it alone, in
     /// the processor's nearest cache. Empty where it is not worth making.
     bits: Vec<u64>,
-    /// Ids to delete; one that is in the output too is kept.
-    deletions: ByKey<()>,
+    /// Ids to delete, with the version that says so where one does; one that is in the output too is kept, unless that
+    /// version is newer.
+    deletions: ByKey<Option<RowKey>>,
 }
 
 impl Brought {
@@ -144,8 +147,8 @@ impl Brought {
             let (new, old) = (staged.row_key(), best.row_key());
             // A line out of quarantine must show that it is newer than what the export brings.
             let newer = match (new.replayed, old.replayed) {
-                (true, false) => matches!(judge(&new, &old, false), Verdict::Newer),
-                (false, true) => !matches!(judge(&old, &new, false), Verdict::Newer),
+                (true, false) => matches!(judge(&new, &old, OrderRules::default()), Verdict::Newer),
+                (false, true) => !matches!(judge(&old, &new, OrderRules::default()), Verdict::Newer),
                 _ => new.rank() > old.rank(),
             };
             return Some(if newer { std::mem::replace(best, staged) } else { staged });
@@ -163,7 +166,7 @@ pub(super) struct Matching<'a> {
     pub targets: &'a [TargetFile],
     pub files: &'a [StagedFile],
     pub deletions: &'a Deletions,
-    pub full_refresh: bool,
+    pub order: OrderRules,
     pub absent: Absent,
     pub scratch: &'a Scratch,
 }
@@ -352,6 +355,9 @@ impl Matching<'_> {
                 if part.has(key.key)
                     && let Some(loser) = brought.add(key.of_file(file))
                 {
+                    if !loser.row_key().replayed {
+                        *marks.copies.entry(loser.arrival.file()).or_default() += 1;
+                    }
                     marks.mark_staged(&loser);
                 }
                 Ok(())
@@ -361,16 +367,22 @@ impl Matching<'_> {
             if !part.has(deleted.key) {
                 return Ok(());
             }
+            let version = Deletions::version_of(&deleted);
             // An id that is in the output too is kept; out of quarantine it is not of this export's output.
+            let is_older = |winner: &RowKey| winner.replayed || version.is_some_and(|version| winner.rank() < version.rank());
             match brought.winner(deleted.key).map(|at| brought.winners[at]) {
-                Some(winner) if winner.row_key().replayed => {
+                Some(winner) if is_older(&winner.row_key()) => {
                     marks.mark_staged(&winner);
                     brought.forget(deleted.key);
-                    brought.deletions.insert(deleted.key, ());
                 }
-                Some(_) => {}
-                None => drop(brought.deletions.insert(deleted.key, ())),
+                Some(_) => return Ok(()),
+                None => {}
             }
+            let known = brought.deletions.entry(deleted.key).or_insert(version);
+            // An entry of a `deleted` file says so whatever versions there are; of versions the newest does.
+            let newest =
+                (*known).zip(version).map(|(known, version)| if version.rank() > known.rank() { version } else { known });
+            *known = newest;
             Ok(())
         })?;
         Ok(brought)
@@ -385,8 +397,16 @@ impl Matching<'_> {
         held.sort_unstable_by_key(|held| (held.key, held.file, held.row()));
         for copies in held.chunk_by(|a, b| a.key == b.key) {
             let Some(winner) = brought.winner(copies[0].key).map(|at| brought.winners[at]) else {
-                copies.iter().for_each(|copy| marks.mark(copy));
-                marks.merged.deleted += 1;
+                let version = brought.deletions.get(&copies[0].key).copied().flatten();
+                // The table may have what came after the version that says that it is gone.
+                let goes = |copy: &KeyAt| {
+                    version.is_none_or(|version| {
+                        !matches!(judge(&version, &copy.row_key(), OrderRules::default()), Verdict::Older)
+                            || is_same(&version, &copy.row_key())
+                    })
+                };
+                let before = copies.iter().filter(|copy| goes(copy)).map(|copy| marks.mark(copy)).count();
+                marks.merged.deleted += u64::from(before == copies.len());
                 continue;
             };
             marks.merged.inserted -= 1;
@@ -394,7 +414,10 @@ impl Matching<'_> {
             let best = |a: &&KeyAt, b: &&KeyAt| (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()));
             let Some(best) = copies.iter().max_by(best) else { continue };
             copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| marks.mark(copy));
-            match judge(&winner.row_key(), &best.row_key(), self.full_refresh) {
+            let (staged, held) = (winner.row_key(), best.row_key());
+            marks.merged.undated +=
+                u64::from(self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held));
+            match judge(&staged, &held, self.order) {
                 Verdict::Newer => {
                     marks.mark(best);
                     marks.merged.updated += 1;
@@ -451,6 +474,11 @@ impl Matching<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether two copies have one version.
+fn is_same(a: &RowKey, b: &RowKey) -> bool {
+    (a.last_updated, a.version) == (b.last_updated, b.version)
 }
 
 /// Adds what some rows of a file say to `out`. `index` is the file's.

@@ -16,10 +16,11 @@ use serde_json::{Value, json};
 use super::absent::Absent;
 use super::adds::{loose_bounds, staged_add};
 use super::commit::{self, Attempt};
-use super::copies::{Copies, Place, Shape};
+use super::copies::{Copies as RowCopies, Place, Shape};
 use super::deletions::{Deletions, Scratch};
 use super::keys::DataFile;
 use super::matching::{Marks, Matching};
+use super::order::OrderRules;
 use super::staging::StagedFile;
 use super::table::{Table, TableSettings, delta_schema};
 use super::targets::{TargetFile, targets};
@@ -62,8 +63,8 @@ pub struct Upsert {
     pub add_columns: bool,
     /// Watermark to set; `None` leaves it.
     pub watermark: Option<Watermark>,
-    /// Rewrites rows of equal version whose content differs.
-    pub full_refresh: bool,
+    /// How its copies stand to the table's.
+    pub order: OrderRules,
     /// What becomes of rows that the run does not bring.
     pub absent: Absent,
     /// For keys that do not fit into memory.
@@ -91,6 +92,8 @@ pub struct Merged {
     pub absent: u64,
     /// Resources that the table has as new or newer, and copies within the run that lost.
     pub skipped: u64,
+    /// Of those, copies that were skipped since they lack the `lastUpdated` or `versionId` that the table's row has.
+    pub undated: u64,
     /// The table's version after it.
     pub version: Option<u64>,
     /// Whether it made a commit.
@@ -99,11 +102,14 @@ pub struct Merged {
     pub bytes_written: u64,
 }
 
+/// Copies of resources that lost against others of the same run, by the index of the export's file that they came in.
+pub type Copies = BTreeMap<u32, u64>;
+
 /// The outcome of a commit.
 #[derive(Debug)]
 pub enum Commit {
     /// It is in the table.
-    Done(Merged),
+    Done(Merged, Copies),
     /// The commit failed in a way that leaves open whether it was made: its files must stay.
     Unknown {
         /// What went wrong.
@@ -136,9 +142,10 @@ impl Upsert {
             // The snapshot may be another than the one that the rows were laid out for.
             self.check_fits(table)?;
             let targets = targets(table)?;
-            let marks = self.matching(table, &targets).marks().await?;
+            let mut marks = self.matching(table, &targets).marks().await?;
+            let copies = std::mem::take(&mut marks.copies);
             match self.write(table, targets, marks, (started, attempt)).await? {
-                Written::Done(merged) => return Ok(Commit::Done(merged)),
+                Written::Done(merged) => return Ok(Commit::Done(merged, copies)),
                 Written::Unknown(error) => return Ok(Commit::Unknown { error }),
                 Written::Conflict if attempt < MAX_ATTEMPTS => {
                     tracing::info!(resource_type = %table.resource_type, attempt, "another writer committed first; matching again");
@@ -170,7 +177,7 @@ impl Upsert {
             targets,
             files: &self.files,
             deletions: &self.deletions,
-            full_refresh: self.full_refresh,
+            order: self.order,
             absent: self.absent,
             scratch: &self.scratch,
         }
@@ -393,7 +400,7 @@ fn without_gone(place: &Place<'_>, schema: &SchemaRef, files: &[DataFile]) -> Re
     let adds = on_all_cores(files, |_, file| {
         handle.block_on(async {
             let shape = Shape::of(place.table, schema, &[file]).await?;
-            Copies::of(place, &shape, &[file]).await
+            RowCopies::of(place, &shape, &[file]).await
         })
     });
     Ok(adds?.into_iter().flatten().collect())

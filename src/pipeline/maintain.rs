@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chrono::Utc;
 
-use super::{at_most, clean_up, tables_of};
+use super::{clean_up, tables_of};
 use crate::config::{MaxBad, Plan};
 use crate::delta::{OptimizeSettings, Optimized, Scratch, Table, VacuumSettings, Vacuumed, commit_info};
 use crate::error::{Error, ErrorKind, Result};
@@ -63,7 +63,7 @@ async fn optimize_locked(plan: &Plan, state: &StateFolder, options: &OptimizeOpt
     journal.write(&JournalEntry::Began { run: run.clone(), types: options.types.clone() })?;
     let settings = OptimizeSettings {
         target_file_bytes: plan.target_file_bytes,
-        min_deleted: at_most(&options.min_deleted),
+        min_deleted: options.min_deleted.limit(),
         cluster: options.cluster,
         scratch: Scratch { folder: state.scratch(), memory: plan.memory.total / 2 },
         run: run.clone(),
@@ -130,7 +130,7 @@ pub(super) async fn after_run(plan: &Plan, state: &StateFolder, stop: &Stop) -> 
         let options = OptimizeOptions {
             types: plan.optimize.types.clone(),
             cluster: plan.optimize.cluster,
-            min_deleted: plan.optimize.min_deleted.clone(),
+            min_deleted: plan.optimize.min_deleted,
         };
         optimize_locked(plan, state, &options, stop).await?;
         remembered.runs_since_optimize = 0;

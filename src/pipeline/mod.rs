@@ -33,18 +33,18 @@ use url::Url;
 
 use self::leftovers::{clean_up, replay};
 use self::staged::TakenUp;
-use crate::config::{MaxBad, Mode, Plan, SourcePlan};
-use crate::delta::{Absent, TableSettings, Tables};
+use crate::config::{Mode, Plan, SourcePlan};
+use crate::delta::{Absent, OrderRules, TableSettings, Tables};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
 use crate::fhir::{Auth, Client, Links};
 use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
-use crate::messages::{AtMost, BadLineSink, Chunk, FlushRequests, MergeInput, Rows, instant_text};
+use crate::messages::{BadLineSink, Chunk, FlushRequests, MergeInput, Rows, instant_text};
 use crate::mirror::Mirror;
 use crate::stages::download::{Download, Origin};
 use crate::stages::encode::{Encode, Shared};
 use crate::stages::export::{ExportNote, ServerExport};
-use crate::stages::folder::FolderExport;
+use crate::stages::folder::{FolderExport, PassedOver};
 use crate::stages::ledger::Ledger;
 use crate::stages::merge::{Merge, MergeSettings, Staging, StagingSettings};
 use crate::stages::parse::Parse;
@@ -119,6 +119,14 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
     let store = object_store::local::LocalFileSystem::new();
     let folder = object_store::path::Path::from_absolute_path(&path).context(ErrorKind::Config, "source.url")?;
     Ok((Arc::new(store), folder))
+}
+
+/// Local folders that fhirlake writes into, should they lie in a source folder.
+fn own_folders(plan: &Plan, state: &StateFolder, tables: &Tables) -> Vec<object_store::path::Path> {
+    let state = (!plan.state.contains("://")).then(|| state.path().to_path_buf());
+    let folders = state.into_iter().chain(tables.local());
+    let absolute = |folder| std::path::absolute(folder).ok();
+    folders.filter_map(absolute).filter_map(|folder| object_store::path::Path::from_absolute_path(folder).ok()).collect()
 }
 
 /// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an earlier run
@@ -266,6 +274,7 @@ async fn once(
     let links = Links::default();
     let lost = Arc::new(AtomicBool::new(false));
     let remember = in_flight::remember(state.clone(), prepared.app_id.clone(), prepared.full_refresh, lost.clone());
+    let passed_over = PassedOver::default();
     let (origin, exports) = match (&plan.source, client.clone()) {
         _ if options.replay_only => {
             drop(files_in);
@@ -299,6 +308,8 @@ async fn once(
                 folder,
                 url: url.clone(),
                 types: plan.types.iter().map(|name| name.as_str().into()).collect(),
+                excluded: own_folders(plan, &state, &prepared.tables),
+                passed_over: passed_over.clone(),
                 all_asked: plan.mode != Mode::Merge,
                 first_index,
                 files: files_in,
@@ -331,6 +342,7 @@ async fn once(
         crew.spawn_cpu("download", move |handle| span.in_scope(|| worker.run(handle)));
     }
     let bad_lines: BadLineSink = Arc::new(state.quarantine(&run)?);
+    let ignored_codes: Arc<[String]> = plan.ignored_issue_codes.clone().into();
     for _ in 0..plan.parse_workers {
         let worker = Parse {
             chunks: chunks_out.clone(),
@@ -339,6 +351,7 @@ async fn once(
             bad_lines: bad_lines.clone(),
             max_line: plan.max_line,
             max_columns: memory.row,
+            ignored_codes: ignored_codes.clone(),
             board: watch.board.clone(),
         };
         let span = span.clone();
@@ -353,7 +366,7 @@ async fn once(
     }
     // An edge closes when its last sender is gone: ours must not outlive the workers'.
     drop((files_out, chunks_in, chunks_out, rows_in, rows_out, merge_in, shared));
-    let max_bad_lines = plan.max_bad_lines.as_ref().map(at_most);
+    let max_bad_lines = Some(plan.max_bad_lines);
     let absent = if options.replay_only { Absent::Stay } else { absent(plan) };
     let staging = StagingSettings {
         run: run.clone(),
@@ -365,21 +378,27 @@ async fn once(
         layout: plan.layout.clone(),
         keep: taken_up.keep,
     };
+    let mut ledger = Ledger::new(exports, max_bad_lines);
+    if absent != Absent::Stay {
+        ledger = ledger.wait_for_all();
+    }
+    for (name, error) in &prepared.unwritable {
+        ledger.fail(name, error.to_string());
+    }
     let merge = Merge {
         input: merge_out,
         staging: Staging::new(staging, prepared.tables.clone(), prepared.opened, taken_up.earlier),
-        ledger: match absent {
-            Absent::Stay => Ledger::new(exports, max_bad_lines),
-            _ => Ledger::new(exports, max_bad_lines).wait_for_all(),
-        }
-        .fail_short_files(plan.fail_short_files),
+        ledger: ledger.fail_short_files(plan.fail_short_files).ignore_errors(plan.ignore_export_errors),
         requests,
         settings: MergeSettings {
             pipeline: plan.name.clone(),
             run: run.clone(),
             app_id: prepared.app_id.clone(),
             tables_at_once: plan.tables_at_once,
-            full_refresh: prepared.full_refresh,
+            order: OrderRules {
+                full_refresh: prepared.full_refresh,
+                undated_is_older: matches!(plan.source, SourcePlan::Folder(_)) && !prepared.full_refresh,
+            },
             absent,
             match_memory: memory.matching / plan.tables_at_once.max(1),
             scratch: state.path().to_path_buf(),
@@ -414,6 +433,8 @@ async fn once(
         report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.as_ref().err());
     // A stage that ends early on request ends well.
     report.stopped |= ended.is_ok() && stop.is_pulled() && !report.succeeded;
+    report.passed_over = locked(&passed_over).iter().map(|(why, names)| ((*why).to_owned(), names.clone())).collect();
+    report.server_messages = state.server_messages_place(&report.run);
     state.save_report(&report.run, &serde_json::to_value(&report).context(ErrorKind::Internal, "the report")?)?;
     ended?;
     if report.stopped {
@@ -423,15 +444,16 @@ async fn once(
             format!("stopped; {done} types were committed and are whole, the next run brings the others"),
         ));
     }
-    if !report.succeeded && !options.replay_only && client.is_some() {
+    if !report.is_merged() && !options.replay_only && client.is_some() {
         in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started, files_failed)?;
         if let Some(client) = &client {
             let what = (prepared.app_id.as_str(), &prepared.tables);
             in_flight::merged_in_part(&state, what, prepared.until, client, plan.delete_export).await?;
         }
     }
-    if report.succeeded {
-        if !options.part {
+    if report.is_merged() {
+        // A run whose watermarks did not all move completes nothing, but its export has no more to give.
+        if report.succeeded && !options.part {
             remember_success(&state, &report, &prepared.app_id)?;
         }
         if let Some(client) = client.filter(|_| !options.replay_only) {
@@ -447,7 +469,7 @@ async fn once(
 }
 
 fn absent(plan: &Plan) -> Absent {
-    let most = at_most(&plan.max_deleted);
+    let most = plan.max_deleted;
     match plan.mode {
         Mode::Merge => Absent::Stay,
         Mode::Reconcile => Absent::Delete(most),
@@ -455,19 +477,10 @@ fn absent(plan: &Plan) -> Absent {
     }
 }
 
-fn at_most(most: &MaxBad) -> AtMost {
-    match most {
-        MaxBad::Lines(number) => AtMost::Number(*number),
-        MaxBad::Share(text) => AtMost::Share(text.trim_end_matches('%').parse::<f64>().unwrap_or(0.0) / 100.0),
-    }
-}
-
 fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Result<()> {
     let mut remembered = state.remembered()?;
     remembered.last_completed = Some(Utc::now());
-    if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok())
-        && !report.watermark_held
-    {
+    if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
         remembered.last_sync_time = Some(time.to_utc());
         remembered.scope = Some(app_id.to_owned());
         // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made anew.

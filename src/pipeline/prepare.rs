@@ -41,9 +41,16 @@ pub struct Prepared {
     pub(super) behind: bool,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
     pub(super) until: Option<i64>,
+    /// Types that are asked for by name and whose tables cannot be written, and why: they fail, and the others go on.
+    pub(super) unwritable: Vec<(ResourceType, Error)>,
 }
 
 impl Prepared {
+    /// Types whose tables cannot be written, and why.
+    pub fn unwritable(&self) -> &[(ResourceType, Error)] {
+        &self.unwritable
+    }
+
     /// The exports that will be asked for.
     pub fn kickoffs(&self) -> &[Kickoff] {
         &self.kickoffs
@@ -80,20 +87,30 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     };
     let mut opened = HashMap::new();
     let mut transactions = BTreeMap::new();
+    let mut unwritable = Vec::new();
     // Watermark by type; `None` asks for everything.
     let mut groups: BTreeMap<Option<i64>, Vec<ResourceType>> = BTreeMap::new();
     for name in types {
-        let table = tables.open(&name).await?;
-        if let Err(error) = check_table(&table, &plan) {
-            if !plan.types.is_empty() {
-                return Err(error);
+        let looked = async {
+            let table = tables.open(&name).await?;
+            check_table(&table, &plan)?;
+            let own = table.transaction(&app_id).await?;
+            let deletions = table.transaction(&deletions_id(&app_id)).await?;
+            Ok::<_, Error>((table, own, deletions))
+        };
+        let (table, own, deletions) = match looked.await {
+            Ok(looked) => looked,
+            Err(error) if !plan.types.is_empty() => {
+                tracing::error!(resource_type = %name, %error, hint = error.hint(), "the table cannot be written; the type is not asked for");
+                unwritable.push((name, error));
+                continue;
             }
             // Nobody asked for this type by name; should the server send it, it fails then, and alone.
-            tracing::warn!(resource_type = %name, %error, "the table cannot be written");
-            continue;
-        }
-        let own = table.transaction(&app_id).await?;
-        let deletions = table.transaction(&deletions_id(&app_id)).await?;
+            Err(error) => {
+                tracing::warn!(resource_type = %name, %error, "the table cannot be written");
+                continue;
+            }
+        };
         transactions.extend(own.map(|own| (name.clone(), own)));
         let since = match plan.since {
             _ if options.full_refresh => None,
@@ -109,6 +126,9 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         };
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
+    }
+    if opened.is_empty() && !unwritable.is_empty() {
+        return Err(unwritable.remove(0).1);
     }
     // What the server refused while it took others is asked for by itself: what was refused longest ago first, since a refusal
     // costs no slot, and where a server has one only, what is given again would never come behind the others; the rest last.
@@ -184,7 +204,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
         SourcePlan::Folder(_) => None,
     };
     let refused_lately = refused_lately(&exports, &app_id, Utc::now());
-    Ok(Prepared { plan, tables, opened, kickoffs, refused_lately, app_id, full, full_refresh, behind, until })
+    Ok(Prepared { plan, tables, opened, kickoffs, refused_lately, app_id, full, full_refresh, behind, until, unwritable })
 }
 
 /// Types whose watermarks lie at most `most` microseconds apart are asked for in one export, from the oldest of them: a server

@@ -53,8 +53,12 @@ pub struct RunReport {
     pub count_findings: Vec<(String, u64, u64)>,
     /// Bad lines that belong to no table: of deletion files, error files and types without a table.
     pub other_bad_lines: u64,
-    /// Whether the watermark stays where it was: the server reports fatal errors of its export.
+    /// Whether the watermark of a type stays where it was, since the server reports errors of its export or what it said could
+    /// not be read; each type says why.
     pub watermark_held: bool,
+    /// Where the server's own words on its export are: they may name patients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server_messages: Option<String>,
     /// Issues in the export's error files, by severity and code: `error not-found`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub outcome_issues: BTreeMap<String, u64>,
@@ -66,11 +70,23 @@ pub struct RunReport {
     pub server_deviations: BTreeMap<String, u64>,
     /// Requests that were tried again.
     pub retries: u64,
+    /// Files of a source folder that were not read, by the reason.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub passed_over: BTreeMap<String, Vec<String>>,
     /// Lines out of quarantine that could be read now.
     pub replayed: u64,
+    /// Whether every export said its last.
+    #[serde(skip)]
+    pub is_whole: bool,
 }
 
 impl RunReport {
+    /// Whether all that the server gave is in the tables: its exports are used up, whatever it says of them.
+    pub(super) fn is_merged(&self) -> bool {
+        self.succeeded
+            || (self.watermark_held && self.error.is_none() && self.is_whole && self.types.values().all(|of| of.error.is_none()))
+    }
+
     /// Says in the log how the run ended, and how long it took.
     pub(super) fn log(&self) {
         let sum = |of: fn(&TypeOutcome) -> u64| self.types.values().map(of).sum::<u64>();
@@ -84,7 +100,11 @@ impl RunReport {
             updated = sum(|kept| kept.updated),
             deleted = sum(|kept| kept.deleted),
             "{}",
-            if self.succeeded { "the run succeeded" } else { "the run ended, and some types failed" }
+            match (self.succeeded, self.is_merged()) {
+                (true, _) => "the run succeeded",
+                (false, true) => "the run merged what came; watermarks were not advanced past what the server did not give",
+                (false, false) => "the run ended, and some types failed",
+            }
         );
     }
 
@@ -150,7 +170,10 @@ pub(super) fn draw_up(
         run,
         started: time.0,
         seconds: time.1.as_secs_f64(),
-        succeeded: ended.is_none() && merged.whole && types.values().all(|outcome| outcome.error.is_none()),
+        succeeded: ended.is_none()
+            && merged.whole
+            && !merged.watermark_held
+            && types.values().all(|outcome| outcome.error.is_none()),
         stopped: ended.is_some_and(|error| error.kind() == ErrorKind::Interrupted),
         full,
         transaction_time: merged.transaction_time.map(instant_text),
@@ -161,11 +184,14 @@ pub(super) fn draw_up(
         count_findings: merged.count_findings,
         other_bad_lines: merged.other_bad,
         watermark_held: merged.watermark_held,
+        server_messages: None,
+        passed_over: BTreeMap::new(),
         outcome_issues,
         attachments,
         server_deviations,
         retries,
         replayed: merged.replayed.len() as u64,
+        is_whole: merged.whole,
     }
 }
 

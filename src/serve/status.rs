@@ -192,7 +192,10 @@ impl RunStatus {
         // That a run was stopped is no error; what failed before it was is one.
         let is_stop = |error: &&str| outcome == "stopped" && *error == STOPPED;
         let whole = report["error"].as_str().filter(|_| outcome != "stopped").map(str::to_owned);
-        let of_type = |kept: &Value| kept["error"].as_str().filter(|error| !is_stop(error)).map(str::to_owned);
+        let of_type = |kept: &Value| {
+            let held = kept["watermark_hold"].as_str().map(|why| format!("watermark not advanced: {why}"));
+            kept["error"].as_str().filter(|error| !is_stop(error)).map(str::to_owned).or(held)
+        };
         let of_types = types().filter_map(|(name, kept)| Some(format!("{name}: {}", of_type(kept)?)));
         let errors: Vec<String> = whole.into_iter().chain(of_types).collect();
         let sum = |kept: &Value| ["inserted", "updated", "deleted"].iter().filter_map(|key| kept[*key].as_u64()).sum::<u64>();

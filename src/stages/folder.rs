@@ -1,8 +1,10 @@
 //! The source, as a folder of NDJSON.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use object_store::ObjectStore;
+use futures::StreamExt;
+use object_store::{ObjectStore, ObjectStoreExt};
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -18,8 +20,12 @@ pub struct FolderExport {
     pub folder: object_store::path::Path,
     /// The folder's URL.
     pub url: Url,
-    /// Types to take; empty for all.
+    /// Types to take; empty for all. Of files whose names say no type, all lines are taken.
     pub types: Vec<ResourceType>,
+    /// Paths in the store that hold what fhirlake writes itself.
+    pub excluded: Vec<object_store::path::Path>,
+    /// Hears which files are passed over, and why.
+    pub passed_over: PassedOver,
     /// Whether a type without a file was asked for all the same: what it has is absent.
     pub all_asked: bool,
     /// Index of the first file: those before it are the quarantine's.
@@ -33,56 +39,48 @@ pub struct FolderExport {
 }
 
 impl FolderExport {
-    /// Lists the folder and sends its files on.
+    /// Lists the folder and those below it, and sends their files on.
     pub async fn run(self) -> Result<()> {
-        // One level only: what lies in folders below is none of ours, nor is it an error.
-        let listing = match self.stop.or(self.store.list_with_delimiter(Some(&self.folder))).await {
-            Some(listing) => listing.context(ErrorKind::Storage, "the source folder cannot be listed")?,
-            None => return Ok(()),
-        };
-        let mut names: Vec<(object_store::path::Path, ResourceType)> = Vec::new();
-        for object in listing.objects {
-            let Some(file_name) = object.location.filename() else { continue };
-            let Some(resource_type) = type_of_file(file_name) else {
-                if file_name.contains(".ndjson") {
-                    tracing::warn!(file = file_name, "not [Type].ndjson or [Type].[tag].ndjson of an R4 type; passed over");
-                }
-                continue;
-            };
-            if self.types.is_empty() || self.types.contains(&resource_type) {
-                names.push((object.location, resource_type));
-            }
+        let Some(found) = self.stop.or(self.list()).await else { return Ok(()) };
+        let found = found?;
+        let passed_over: BTreeMap<&str, usize> =
+            locked(&self.passed_over).iter().map(|(why, names)| (*why, names.len())).collect();
+        for (why, files) in &passed_over {
+            tracing::warn!(files, "files of the source folder are passed over: {why}");
         }
-        // The order of arrival must not hang on the store's order of listing.
-        names.sort();
-        if names.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Storage,
-                "the source folder has no file [Type].ndjson or [Type].[tag].ndjson (plain, .gz or .zst) of the wanted types",
-            ));
+        if found.is_empty() {
+            let others: Vec<String> = passed_over.iter().map(|(why, files)| format!("{files} {why}")).collect();
+            let others = if others.is_empty() { String::new() } else { format!("; passed over: {}", others.join(", ")) };
+            let of = if self.types.is_empty() { String::new() } else { format!(" of {}", self.types.join(", ")) };
+            let why = format!("source.url: {} has no NDJSON file{of} (*.ndjson, *.jsonl, also .gz or .zst){others}", self.url);
+            return Err(
+                Error::new(ErrorKind::Config, why).with_hint("put the files there, or correct source.url or source.types")
+            );
         }
-        let mut files = Vec::with_capacity(names.len());
-        for (index, (location, resource_type)) in names.into_iter().enumerate() {
-            let name = location.filename().unwrap_or("file").to_owned();
+        let mut files = Vec::with_capacity(found.len());
+        for (index, Found { location, kind, declared }) in found.into_iter().enumerate() {
+            let name = self.name_of(&location);
             files.push(Arc::new(ExportFile {
                 index: self.first_index + index as u32,
                 export: 0,
                 name,
                 url: self.url.clone(),
                 location: Some(location),
-                kind: FileKind::Output,
-                declared: Some(resource_type),
+                kind,
+                declared,
                 count: None,
                 requires_access_token: false,
                 replayed: false,
-                place: FilePlace { page: 0, kind: FileKind::Output, at: index },
+                place: FilePlace { page: 0, kind, at: index },
             }));
         }
-        let mut asked: Vec<ResourceType> = files.iter().filter_map(|file| file.declared.clone()).collect();
-        for name in self.types.iter().filter(|name| !files.iter().any(|file| file.declared.as_ref() == Some(*name))) {
+        let outputs = || files.iter().filter(|file| file.kind == FileKind::Output);
+        let mut asked: Vec<ResourceType> = outputs().filter_map(|file| file.declared.clone()).collect();
+        let any_may_hold = outputs().any(|file| file.declared.is_none());
+        for name in self.types.iter().filter(|name| !any_may_hold && !asked.contains(name)).cloned().collect::<Vec<_>>() {
             tracing::warn!(resource_type = %name, "the source folder has no file of the type");
             if self.all_asked {
-                asked.push(name.clone());
+                asked.push(name);
             }
         }
         asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
@@ -91,7 +89,7 @@ impl FolderExport {
         let end = ExportEnd {
             export: 0,
             asked,
-            all_types: false,
+            all_types: self.types.is_empty(),
             known: Vec::new(),
             transaction_time: None,
             full: true,
@@ -109,12 +107,113 @@ impl FolderExport {
     }
 }
 
-/// The type of `[Type].ndjson` or `[Type].[tag].ndjson`, with `.gz` or `.zst` behind it or not.
-fn type_of_file(name: &str) -> Option<ResourceType> {
-    let stem = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name);
-    let stem = stem.strip_suffix(".ndjson")?;
-    let resource_type = stem.split_once('.').map_or(stem, |(name, _)| name);
-    Model::r4().is_resource_type(resource_type).then(|| resource_type.into())
+/// A file to be read.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Found {
+    location: object_store::path::Path,
+    /// Whether it holds resources; what a Bulk Data client puts into the folders `deleted` and `error` does not.
+    kind: FileKind,
+    declared: Option<ResourceType>,
+}
+
+/// Files that are passed over, by the reason.
+pub type PassedOver = Arc<Mutex<BTreeMap<&'static str, Vec<String>>>>;
+
+/// Bytes of a file whose name says no type in which a resource must begin.
+const PEEK: u64 = 64 << 10;
+
+impl FolderExport {
+    /// The files to be read, in the order of their paths: the order of arrival must not hang on the store's order of listing.
+    async fn list(&self) -> Result<Vec<Found>> {
+        let failed = "the source folder cannot be listed";
+        let mut listing = self.store.list(Some(&self.folder));
+        let mut found = Vec::new();
+        while let Some(object) = listing.next().await {
+            let object = object.context(ErrorKind::Storage, failed)?;
+            if self.excluded.iter().any(|excluded| object.location.prefix_matches(excluded)) {
+                continue;
+            }
+            match self.judge(&object).await? {
+                Ok(file) => found.push(file),
+                Err(None) => {}
+                Err(Some(why)) => {
+                    let name = self.name_of(&object.location);
+                    locked(&self.passed_over).entry(why).or_default().push(name);
+                }
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// A file's path from the folder on.
+    fn name_of(&self, location: &object_store::path::Path) -> String {
+        let parts = location.prefix_match(&self.folder);
+        parts.map_or_else(
+            || location.to_string(),
+            |parts| parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"),
+        )
+    }
+
+    /// Whether a file is to be read; else why it is passed over, where it looks like one.
+    async fn judge(&self, object: &object_store::ObjectMeta) -> Result<std::result::Result<Found, Option<&'static str>>> {
+        let name = self.name_of(&object.location);
+        let mut parts: Vec<&str> = name.split('/').collect();
+        let Some(file) = parts.pop() else { return Ok(Err(None)) };
+        let lower = file.to_ascii_lowercase();
+        let Some(ending) = [".ndjson", ".jsonl"].iter().filter_map(|ending| Some(lower.rfind(ending)? + ending.len())).max()
+        else {
+            return Ok(Err(None));
+        };
+        if parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_'])) {
+            return Ok(Err(Some("hidden files")));
+        }
+        if !matches!(&lower[ending..], "" | ".gz" | ".gzip" | ".zst" | ".zstd")
+            && !lower[ending..].trim_start_matches('.').chars().all(|digit| digit.is_ascii_digit())
+        {
+            return Ok(Err(Some("not NDJSON by the end of the name")));
+        }
+        if file == "log.ndjson" {
+            return Ok(Err(Some("the log of a Bulk Data client")));
+        }
+        let declared = type_named(&file[..ending]).or_else(|| parts.last().and_then(|folder| type_named(folder)));
+        let of_client = |folder: &str, name: &str| parts.last() == Some(&folder) && declared.as_deref() == Some(name);
+        let kind = match () {
+            () if of_client("deleted", "Bundle") => FileKind::Deleted,
+            () if of_client("error", "OperationOutcome") => FileKind::Outcome,
+            () => FileKind::Output,
+        };
+        let is_wanted = |name: &ResourceType| self.types.is_empty() || self.types.contains(name);
+        match &declared {
+            Some(name) if kind == FileKind::Output && !is_wanted(name) => return Ok(Err(Some("types that are not asked for"))),
+            None if lower.len() == ending && !self.has_resource(object).await? => {
+                return Ok(Err(Some("no resourceType in the first 64 KiB")));
+            }
+            _ => {}
+        }
+        Ok(Ok(Found { location: object.location.clone(), kind, declared }))
+    }
+
+    /// Whether a file begins like one of resources, or is packed.
+    async fn has_resource(&self, object: &object_store::ObjectMeta) -> Result<bool> {
+        if object.size == 0 {
+            return Ok(false);
+        }
+        let read = self.store.get_range(&object.location, 0..object.size.min(PEEK)).await;
+        let head = read.context(ErrorKind::Storage, format!("{} cannot be read", self.name_of(&object.location)))?;
+        let is_packed = head.starts_with(&[0x1f, 0x8b]) || head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
+        Ok(is_packed || memchr::memmem::find(&head, b"\"resourceType\"").is_some())
+    }
+}
+
+/// The first type that a name holds as a word of its own: `1.Patient.ndjson`, `Patient-001.ndjson`.
+fn type_named(name: &str) -> Option<ResourceType> {
+    let mut words = name.split(|letter: char| !letter.is_ascii_alphanumeric());
+    words.find(|word| Model::r4().is_resource_type(word)).map(Into::into)
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -124,15 +223,17 @@ mod tests {
     #[test]
     fn names_of_files() {
         for (name, expected) in [
-            ("Patient.ndjson", Some("Patient")),
-            ("Patient.000.ndjson", Some("Patient")),
-            ("Observation.a.b.ndjson.gz", Some("Observation")),
-            ("Condition.ndjson.zst", Some("Condition")),
-            ("patient.ndjson", None),
-            ("Patient.json", None),
-            ("log.ndjson", None),
+            ("Patient", Some("Patient")),
+            ("Patient.000", Some("Patient")),
+            ("1.Patient", Some("Patient")),
+            ("Observation.a.b", Some("Observation")),
+            ("Condition-001", Some("Condition")),
+            ("MedicationRequest_2024_01", Some("MedicationRequest")),
+            ("patient", None),
+            ("PatientList", None),
+            ("log", None),
         ] {
-            assert_eq!(type_of_file(name).as_deref(), expected, "{name}");
+            assert_eq!(type_named(name).as_deref(), expected, "{name}");
         }
     }
 }

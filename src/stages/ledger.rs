@@ -32,6 +32,8 @@ pub struct Ledger {
     waits_for_all: bool,
     /// Whether a file with fewer resources than the manifest promises fails.
     fails_short_files: bool,
+    /// Whether watermarks move whatever the server says of its export.
+    ignores_errors: bool,
 }
 
 /// How a type stands.
@@ -63,7 +65,14 @@ impl Ledger {
             merged: HashSet::new(),
             waits_for_all: false,
             fails_short_files: false,
+            ignores_errors: false,
         }
+    }
+
+    /// Lets watermarks move whatever the server says of its export.
+    pub fn ignore_errors(mut self, ignore: bool) -> Self {
+        self.ignores_errors = ignore;
+        self
     }
 
     /// Lets files fail that have fewer resources than the manifest promises.
@@ -158,8 +167,13 @@ impl Ledger {
         book.parsed.foreign += chunk.foreign;
         book.parsed.blank += chunk.blank;
         book.parsed.headers += chunk.headers;
-        book.parsed.fatal += chunk.fatal;
+        book.parsed.asides += chunk.asides;
+        book.parsed.deleted += chunk.deleted;
         book.parsed.errors += chunk.errors;
+        book.parsed.last_foreign = book.parsed.last_foreign.max(chunk.last_foreign);
+        for (concerned, count) in chunk.server_errors {
+            merge_count(&mut book.parsed.server_errors, concerned, count);
+        }
         book.parsed.replayed.extend(chunk.replayed);
         for (name, rows) in chunk.rows {
             let stray = declared.as_ref().is_some_and(|declared| *declared != name);
@@ -435,9 +449,10 @@ mod tests {
             books.enter(end());
             books.standing(&patient())
         };
-        assert!(matches!(of(9, 9, &[]), Standing::Failed(why) if why.contains("something else")));
-        assert!(matches!(of(0, 1, &[("OperationOutcome", 1)]), Standing::Failed(why) if why.contains("something else")));
-        assert!(!matches!(of(9, 8, &[]), Standing::Failed(_)), "a resource that is broken is a bad line");
+        assert!(matches!(of(9, 9, &[]), Standing::Failed(why) if why.contains("not an export file")));
+        assert!(matches!(of(0, 1, &[("OperationOutcome", 1)]), Standing::Failed(why) if why.contains("not an export file")));
+        assert!(matches!(of(9, 8, &[]), Standing::Failed(_)), "nothing of it could be read");
+        assert!(!matches!(of(9, 8, &[("Patient", 1)]), Standing::Failed(_)), "a resource that is broken is a bad line");
         assert!(!matches!(of(9, 9, &[("Patient", 1)]), Standing::Failed(_)));
         assert!(!matches!(of(0, 0, &[("Condition", 1)]), Standing::Failed(_)), "types that are mixed are no finding");
     }

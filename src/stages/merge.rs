@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 use super::ledger::{Ledger, Standing};
 pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
 pub use super::staging::{Earlier, Keep, Staging, StagingSettings, columns_of};
-use crate::delta::{Absent, Commit, Deletions, Merged, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info};
+use crate::delta::{
+    Absent, Commit, Copies, Deletions, Merged, OrderRules, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Receiver, Stop, compute};
 use crate::messages::{ExportEnd, Fact, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
@@ -34,8 +36,8 @@ pub struct MergeSettings {
     pub app_id: String,
     /// How many tables are matched and committed at the same time.
     pub tables_at_once: usize,
-    /// Rows of equal version are compared and rewritten where they differ.
-    pub full_refresh: bool,
+    /// How copies stand to those of the tables.
+    pub order: OrderRules,
     /// What becomes of rows that the run does not bring.
     pub absent: Absent,
     /// Bytes of memory that matching one table may take.
@@ -258,7 +260,8 @@ impl Merge {
             (self.mixed)(name)?;
         }
         let end = self.ledger.end_of(name);
-        let watermark = end.filter(|end| !self.ledger.holds_watermark(end.export)).and_then(|end| {
+        let hold = self.ledger.watermark_hold(name).filter(|_| end.is_some_and(|end| end.transaction_time.is_some()));
+        let watermark = end.filter(|_| hold.is_none()).and_then(|end| {
             let knows_deletions = !end.full || self.settings.absent != Absent::Stay;
             let app_id = self.settings.app_id.clone();
             Some(Watermark { app_id, transaction_time: end.transaction_time?, knows_deletions })
@@ -278,7 +281,7 @@ impl Merge {
         let asked = end.is_some_and(|end| end.asked.contains(name));
         if table.version().is_none() && files.is_empty() && !asked {
             let name = name.clone();
-            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default())), None, 0.0) }));
+            return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default(), Copies::new())), None, 0.0) }));
         }
         let upsert = Upsert {
             files,
@@ -286,7 +289,7 @@ impl Merge {
             schema: Arc::new(arrow_schema(&layout)),
             add_columns: self.settings.layout.add_columns,
             watermark,
-            full_refresh: self.settings.full_refresh,
+            order: self.settings.order,
             absent,
             scratch: Scratch { folder: self.settings.scratch.clone(), memory: self.settings.match_memory },
             settings: self.settings.table.clone(),
@@ -300,7 +303,7 @@ impl Merge {
             let started = Instant::now();
             let done = compute(span, async move {
                 let result = upsert.commit(&mut table).await;
-                let is_open = !matches!(result, Ok(Commit::Done(_) | Commit::Unknown { .. }));
+                let is_open = !matches!(result, Ok(Commit::Done(..) | Commit::Unknown { .. }));
                 (result, is_open.then_some(upsert.files))
             });
             let (result, left) = done.await.unwrap_or_else(|error| (Err(error), None));
@@ -329,7 +332,7 @@ impl Merge {
         stage.outcome.merge_seconds += seconds;
         stage.outcome.seconds = began.elapsed().as_secs_f64();
         match (&result, left) {
-            (Ok(Commit::Done(_)), _) => self.staging.merged(name),
+            (Ok(Commit::Done(..)), _) => self.staging.merged(name),
             (_, Some(left)) => self.staging.put_back(name, left),
             // Its files may be in the table: they stay where they are.
             (_, None) => {}
@@ -338,7 +341,8 @@ impl Merge {
             self.staging.spoilt(name, error);
         }
         match result {
-            Ok(Commit::Done(merged)) => {
+            Ok(Commit::Done(merged, copies)) => {
+                self.count_copies(name, &copies);
                 let rows = merged.inserted + merged.updated + merged.skipped;
                 self.board.add(telemetry::COMMITTED, name, rows);
                 let outcome = &mut self.staging.of(name).outcome;
@@ -346,6 +350,7 @@ impl Merge {
                 outcome.updated += merged.updated;
                 outcome.deleted += merged.deleted;
                 outcome.skipped += merged.skipped;
+                outcome.undated += merged.undated;
                 outcome.bytes_written += merged.bytes_written;
                 outcome.committed |= merged.committed;
                 outcome.version = merged.version.or(outcome.version);
@@ -370,6 +375,15 @@ impl Merge {
                 self.failed(name, &error);
             }
             Err(error) => self.failed(name, &error),
+        }
+    }
+
+    /// Reports resources that came more than once, where they are many: a server may write the same rows into several files.
+    fn count_copies(&mut self, name: &ResourceType, copies: &Copies) {
+        let of = &mut self.staging.of(name).outcome.copies;
+        for (file, count) in copies {
+            let file = self.ledger.file_name(*file).unwrap_or("a file").to_owned();
+            *of.entry(file).or_default() += count;
         }
     }
 
@@ -407,11 +421,16 @@ impl Merge {
             outcome.files = self.ledger.files_of(&name);
             outcome.quarantined = self.ledger.bad(&name);
             outcome.answered_for = self.ledger.is_answered_for(&name);
+            outcome.watermark_hold = self.ledger.watermark_hold(&name).filter(|_| outcome.error.is_none());
+            report_copies(&self.board, &name, &mut outcome);
             (name.to_string(), outcome)
         });
-        let watermark_held = (0..self.ledger.exports()).any(|export| self.ledger.holds_watermark(export));
+        let types: BTreeMap<String, TypeOutcome> = types.collect();
+        let holds = |outcome: &TypeOutcome| outcome.watermark_hold.is_some();
+        let held = self.ledger.types().iter().any(|name| self.ledger.watermark_hold(name).is_some());
+        let watermark_held = held || types.values().any(holds);
         MergeReport {
-            types: types.collect(),
+            types,
             exports: self.ledger.exports(),
             count_findings: self.ledger.count_findings(),
             files_failed: self.ledger.files_failed(),
@@ -423,6 +442,25 @@ impl Merge {
         }
     }
 }
+
+/// Says of a type that many of its resources came more than once; of few, nothing: an export is no snapshot.
+fn report_copies(board: &Board, name: &ResourceType, outcome: &mut TypeOutcome) {
+    let copies: u64 = outcome.copies.values().sum();
+    if copies < LEAST_COPIES || copies * 10 < outcome.resources {
+        outcome.copies.clear();
+        return;
+    }
+    let files: Vec<&str> = outcome.copies.keys().take(SHOWN_FILES).map(String::as_str).collect();
+    tracing::warn!(
+        resource_type = %name, copies, resources = outcome.resources, files = files.join(", "), of_files = outcome.copies.len(),
+        "the server sent the same resources more than once"
+    );
+    board.add(telemetry::DEVIATIONS, &"the same resources came more than once".into(), copies);
+}
+
+/// Copies of resources within a run below which nothing is said, and files that are named in a log.
+const LEAST_COPIES: u64 = 10;
+const SHOWN_FILES: usize = 8;
 
 /// Counts what a file's lines were.
 fn count_lines(board: &Board, declared: &ResourceType, lines: &ParsedChunk) {

@@ -24,6 +24,10 @@ pub struct TypeOutcome {
     pub deleted: u64,
     /// Resources that the table has as new or newer.
     pub skipped: u64,
+    /// Of those, resources of a folder without the `meta.lastUpdated` (or any order) that the table's row has: nothing says that
+    /// they are newer.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub undated: u64,
     /// Bad lines.
     pub quarantined: u64,
     /// The table's version after the run.
@@ -42,9 +46,20 @@ pub struct TypeOutcome {
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why its watermark was not advanced, though what came of it was merged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub watermark_hold: Option<String>,
+    /// Resources that came more than once, by the file of each copy that lost; empty where they are few.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub copies: BTreeMap<String, u64>,
     /// What the layout could not hold, by path.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub not_held: BTreeMap<String, u64>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl TypeOutcome {
@@ -60,6 +75,7 @@ impl TypeOutcome {
             updated: self.updated + after.updated,
             deleted: self.deleted + after.deleted,
             skipped: self.skipped + after.skipped,
+            undated: self.undated + after.undated,
             quarantined: self.quarantined + after.quarantined,
             version: after.version.or(self.version),
             committed: self.committed || after.committed,
@@ -68,6 +84,8 @@ impl TypeOutcome {
             merge_seconds: self.merge_seconds + after.merge_seconds,
             seconds: self.seconds + after.seconds,
             error: after.error,
+            watermark_hold: after.watermark_hold,
+            copies: self.copies.into_iter().chain(after.copies).collect(),
             not_held,
         }
     }

@@ -1,17 +1,22 @@
 //! Chunks of whole lines → tapes, each resource routed by its own `resourceType`.
 
+mod deletions;
+mod server_errors;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
+use self::deletions::{NOT_DELETIONS, deletions, is_soft_deleted};
+use self::server_errors::Said;
 use crate::error::Result;
 use crate::flow::{Board, Receiver, Sender};
 use crate::messages::{
-    Arrival, BadLine, BadLineSink, Chunk, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow, ResourceType, RowKey, Rows,
-    key_of,
+    Arrival, BadLine, BadLineSink, Chunk, Deletion, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow, ResourceType,
+    RowKey, Rows, key_of,
 };
-use crate::schema::{EXCLUDED_TYPES, ISSUE_TYPES, Model, parse_instant};
+use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
 use crate::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
 use crate::telemetry;
 
@@ -34,6 +39,8 @@ pub struct Parse {
     pub max_line: usize,
     /// Bytes that the columns of one resource may take.
     pub max_columns: usize,
+    /// Codes of issues that hold no watermark.
+    pub ignored_codes: Arc<[String]>,
     /// Counters.
     pub board: Board,
 }
@@ -41,8 +48,15 @@ pub struct Parse {
 /// What one line is.
 enum Line {
     Row(ResourceType, RowKey),
+    /// A resource that the server marks as deleted.
+    SoftDeleted(ResourceType, RowKey),
     Excluded(ResourceType),
+    /// No resource, and nothing that a manifest counts: a `Parameters` header.
     Header,
+    /// The server's words on its export.
+    ServerMessage,
+    /// A Bundle of deletions.
+    Deletions,
 }
 
 /// A resource type's shared name: the model's own, so that a hostile server cannot fill memory with names.
@@ -65,13 +79,18 @@ impl Names {
 impl Parse {
     /// Parses until the edge closes.
     pub fn run(self, handle: &Handle) -> Result<()> {
-        let parser = ChunkParser::new(self.max_line, self.bad_lines.clone()).with_columns(self.max_columns);
+        let parser = ChunkParser::new(self.max_line, self.bad_lines.clone())
+            .with_columns(self.max_columns)
+            .with_ignored_codes(self.ignored_codes.clone());
         while let Some(parcel) = handle.block_on(self.chunks.recv()) {
             let chunk: &Chunk = &parcel;
-            let Parsed { rows, tally, deletions, outcomes } = parser.parse(chunk)?;
+            let Parsed { rows, tally, deletions, outcomes, not_deletions, is_kept } = parser.parse(chunk)?;
             self.bad_lines.deleted(&deletions)?;
-            if !tally.bad.is_empty() || !deletions.is_empty() {
+            if is_kept || !deletions.is_empty() {
                 self.bad_lines.sync()?;
+            }
+            if not_deletions > 0 {
+                self.board.add(telemetry::DEVIATIONS, &NOT_DELETIONS.into(), not_deletions);
             }
             for (severity, count) in outcomes {
                 self.board.add(telemetry::OUTCOME_ISSUES, &severity, count);
@@ -103,9 +122,13 @@ pub struct Parsed {
     /// What became of its lines.
     pub tally: ParsedChunk,
     /// Ids that are gone.
-    pub deletions: Vec<(ResourceType, Box<str>)>,
+    pub deletions: Vec<Deletion>,
     /// Issues of OperationOutcomes, by severity and code.
     pub outcomes: Vec<(Arc<str>, u64)>,
+    /// Entries of deletion Bundles that are not a DELETE.
+    pub not_deletions: u64,
+    /// Whether a line was kept: in quarantine, or among the server's messages.
+    pub is_kept: bool,
 }
 
 /// Reads chunks: bytes in, tapes out, and nothing else.
@@ -113,13 +136,20 @@ pub struct ChunkParser {
     names: Names,
     max_line: usize,
     max_columns: usize,
+    ignored_codes: Arc<[String]>,
     bad_lines: BadLineSink,
 }
 
 impl ChunkParser {
     /// A parser that reads lines of at most `max_line` bytes and hands what it cannot read to `bad_lines`.
     pub fn new(max_line: usize, bad_lines: BadLineSink) -> Self {
-        Self { names: Names::new(), max_line, max_columns: usize::MAX, bad_lines }
+        Self { names: Names::new(), max_line, max_columns: usize::MAX, ignored_codes: Arc::default(), bad_lines }
+    }
+
+    /// Lets issues of these codes hold no watermark.
+    pub fn with_ignored_codes(mut self, codes: Arc<[String]>) -> Self {
+        self.ignored_codes = codes;
+        self
     }
 
     /// Takes a line for bad whose columns would take more than so many bytes.
@@ -136,19 +166,23 @@ impl ChunkParser {
             max_line: self.max_line,
             max_columns: self.max_columns,
             bad_lines: &self.bad_lines,
+            said: Said { names: &self.names, ignored_codes: &self.ignored_codes, issues: Vec::new() },
             tape: Tape::default(),
             by_type: Vec::new(),
             tally: ParsedChunk { file: chunk.file.index, bytes: chunk.bytes.len() as u64, ..ParsedChunk::default() },
             deletions: Vec::new(),
-            outcomes: Vec::new(),
+            not_deletions: 0,
+            is_kept: false,
         };
         work.chunk()?;
-        let Work { tape, by_type, tally, deletions, outcomes, .. } = work;
+        let Work { said, tape, by_type, tally, deletions, not_deletions, is_kept, .. } = work;
         Ok(Parsed {
             rows: Rows { file: chunk.file.clone(), bytes: chunk.bytes.clone(), tape, by_type },
             tally,
             deletions,
-            outcomes,
+            outcomes: said.issues,
+            not_deletions,
+            is_kept,
         })
     }
 }
@@ -160,18 +194,28 @@ struct Work<'a> {
     max_line: usize,
     max_columns: usize,
     bad_lines: &'a BadLineSink,
+    said: Said<'a>,
     tape: Tape,
     by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
     tally: ParsedChunk,
-    deletions: Vec<(ResourceType, Box<str>)>,
-    outcomes: Vec<(Arc<str>, u64)>,
+    deletions: Vec<Deletion>,
+    not_deletions: u64,
+    is_kept: bool,
 }
 
 fn add<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K) {
+    add_many(counts, key, 1);
+}
+
+fn add_many<K: PartialEq>(counts: &mut Vec<(K, u64)>, key: K, by: u64) {
     match counts.iter_mut().find(|(known, _)| *known == key) {
-        Some((_, count)) => *count += 1,
-        None => counts.push((key, 1)),
+        Some((_, count)) => *count += by,
+        None => counts.push((key, by)),
     }
+}
+
+fn type_of(value: Value<'_>) -> Option<&str> {
+    value.get(b"resourceType").and_then(|name| name.as_str())
 }
 
 impl Work<'_> {
@@ -215,27 +259,40 @@ impl Work<'_> {
                     _ => of_server,
                 };
                 self.tally.foreign += u64::from(is_foreign);
+                // The server may have written it in place of what was to come: where nothing comes behind it, it did.
+                let is_cut = line.end == bytes.len() && bytes[line.start] == b'{';
+                if is_foreign || is_cut {
+                    self.breaks_off();
+                }
                 return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64);
             }
         };
         let nodes = self.tape.len() - before;
         let document = self.tape.over(bytes);
         let value = document.value(root);
-        let meant = match self.chunk.file.kind {
-            FileKind::Output => output(self.names, value),
-            FileKind::Deleted => deletions(self.names, value, &mut self.deletions).map(|()| Line::Header),
-            FileKind::Outcome => {
-                let (fatal, errors) = outcome_issues(value, &mut self.outcomes);
-                self.tally.fatal += fatal;
-                self.tally.errors += errors;
-                Ok(Line::Header)
-            }
-        };
         let declared = self.chunk.file.declared.as_deref();
-        // Nearly every line is of its file's own type, and need not be looked at again.
-        let is_own = matches!(&meant, Ok(Line::Row(name, _)) if Some(&**name) == declared);
-        let is_word = !is_own && self.chunk.file.kind == FileKind::Output && is_word_on_something_else(value, declared);
-        self.tally.foreign += u64::from(is_word && meant.is_ok());
+        let meant = match self.chunk.file.kind {
+            FileKind::Output => match output(self.names, value) {
+                // Nearly every line is of its file's own type, and need not be looked at again.
+                Ok(Line::Row(name, key)) if Some(&*name) == declared => Ok(Line::Row(name, key)),
+                // K18: the header of a block, in files that are organised by instances.
+                Ok(Line::Excluded(name)) if &*name == "Parameters" && declared != Some("Parameters") => Ok(Line::Header),
+                meant => self.said.message(&self.chunk.file, value, &mut self.tally).map_or(meant, Ok),
+            },
+            FileKind::Deleted => {
+                deletions(self.names, value, &mut self.deletions, &mut self.not_deletions).map(|()| Line::Deletions)
+            }
+            FileKind::Outcome if type_of(value) == Some("OperationOutcome") => {
+                self.said.outcome(&self.chunk.file, value, &mut self.tally);
+                Ok(Line::ServerMessage)
+            }
+            FileKind::Outcome => Err("not an OperationOutcome, in a file of errors"),
+        };
+        // A Bundle in place of resources of another type is the server's word instead of them.
+        let is_page = self.chunk.file.kind == FileKind::Output
+            && type_of(value) == Some("Bundle")
+            && declared.is_some_and(|declared| declared != "Bundle");
+        self.tally.foreign += u64::from(is_page && meant.is_ok());
         // Few are large enough to be looked at.
         let spreads = || spread_at_most(nodes) > self.max_columns && spread(value) > self.max_columns;
         match meant {
@@ -254,20 +311,51 @@ impl Work<'_> {
                 add(&mut self.tally.rows, resource_type);
                 Ok(())
             }
+            Ok(Line::SoftDeleted(resource_type, key)) => {
+                self.tally.headers += 1;
+                self.tally.deleted += 1;
+                let arrival = Arrival::new(self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
+                let id = value.get(b"id").and_then(|id| id.as_str()).unwrap_or_default().into();
+                self.deletions.push(Deletion { resource_type, id, version: Some(RowKey { arrival, ..key }) });
+                Ok(())
+            }
             Ok(Line::Excluded(resource_type)) => {
                 self.tally.headers += 1;
                 add(&mut self.tally.excluded, resource_type);
                 Ok(())
             }
-            Ok(Line::Header) => {
+            Ok(Line::Deletions) => {
                 self.tally.headers += 1;
                 Ok(())
             }
+            Ok(Line::Header) => {
+                self.tally.headers += 1;
+                self.tally.asides += 1;
+                Ok(())
+            }
+            Ok(Line::ServerMessage) => {
+                self.tally.headers += 1;
+                self.tally.asides += 1;
+                self.is_kept = true;
+                let number = self.chunk.first_line + self.tally.lines - 1;
+                self.bad_lines.message(&self.chunk.file, number, &bytes[line])
+            }
             Err(reason) => {
-                let has_type = value.get(b"resourceType").is_some();
-                self.tally.foreign += u64::from(value.kind() != Kind::Object || !has_type || is_word);
+                let is_foreign = value.kind() != Kind::Object || type_of(value).is_none() || is_page;
+                self.tally.foreign += u64::from(is_foreign);
+                if is_foreign {
+                    self.breaks_off();
+                }
                 self.bad(line.clone(), reason.into(), line.len() as u64)
             }
+        }
+    }
+
+    /// Notes that the line is nothing that a server writes before its last one.
+    fn breaks_off(&mut self) {
+        let file = &self.chunk.file;
+        if file.kind == FileKind::Output && file.location.is_none() && !file.replayed {
+            self.tally.last_foreign = self.chunk.first_line + self.tally.lines - 1;
         }
     }
 
@@ -287,6 +375,7 @@ impl Work<'_> {
             full_length,
         };
         self.bad_lines.keep(&bad)?;
+        self.is_kept = true;
         // Held against the type that the file declares, where that is one with a table.
         let declared = self.chunk.file.declared.clone().filter(|_| self.chunk.file.kind == FileKind::Output);
         add(&mut self.tally.bad, declared.filter(|name| !EXCLUDED_TYPES.contains(&&**name)));
@@ -342,6 +431,9 @@ fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
     };
     if let Some(meta) = meta {
         rank(meta, &mut key);
+        if is_soft_deleted(meta) {
+            return Ok(Line::SoftDeleted(resource_type, key));
+        }
     }
     Ok(Line::Row(resource_type, key))
 }
@@ -364,76 +456,4 @@ fn rank(meta: Value<'_>, key: &mut RowKey) {
             _ => {}
         }
     }
-}
-
-/// A line of a `deleted` file: a transaction Bundle with one or more DELETE entries (Bulk Data 2.0,
-/// "Deleted Output"); entries with other methods are none of ours.
-fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<(ResourceType, Box<str>)>) -> Result<(), &'static str> {
-    if value.get(b"resourceType").and_then(|name| name.str_bytes()) != Some(b"Bundle") {
-        return Err("not a Bundle, in a file of deletions");
-    }
-    // A line of which some entries cannot be read goes to quarantine, and what can be read of it is applied: deletions are
-    // not tried again.
-    let (mut wrong, mut others) = (Ok(()), 0u64);
-    for entry in value.get(b"entry").iter().flat_map(Value::items) {
-        let Some(request) = entry.get(b"request") else { continue };
-        if request.get(b"method").and_then(|method| method.str_bytes()) != Some(b"DELETE") {
-            others += 1;
-            continue;
-        }
-        match deletion(names, request) {
-            Ok(found) => out.push(found),
-            Err(why) => wrong = wrong.and(Err(why)),
-        }
-    }
-    if others > 0 {
-        tracing::debug!(entries = others, "entries of a deletion bundle that are no DELETE are passed over");
-    }
-    wrong
-}
-
-/// Whether a line of a file that was declared for another type is the server's word instead of it: an outcome that tells of an
-/// error, or a Bundle.
-fn is_word_on_something_else(value: Value<'_>, declared: Option<&str>) -> bool {
-    let named = value.get(b"resourceType").and_then(|name| name.as_str());
-    match named.filter(|name| declared.is_some_and(|declared| declared != *name)) {
-        Some("OperationOutcome") => {
-            let (_, errors) = outcome_issues(value, &mut Vec::new());
-            errors > 0
-        }
-        Some("Bundle") => true,
-        _ => false,
-    }
-}
-
-/// What a DELETE entry takes away: `Type/id`, behind a base or not, with a version behind it or not.
-fn deletion(names: &Names, request: Value<'_>) -> Result<(ResourceType, Box<str>), &'static str> {
-    let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
-    let url = url.split_once("/_history/").map_or(url, |(resource, _)| resource);
-    let mut parts = url.rsplit('/');
-    let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
-    let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
-    if id.is_empty() {
-        return Err("a DELETE without an id");
-    }
-    Ok((resource_type.clone(), id.into()))
-}
-
-/// Counts the issues of an OperationOutcome by severity and code; how many were fatal, and how many fatal or errors.
-fn outcome_issues(value: Value<'_>, out: &mut Vec<(Arc<str>, u64)>) -> (u64, u64) {
-    let (mut fatal, mut errors) = (0, 0);
-    for issue in value.get(b"issue").iter().flat_map(Value::items) {
-        let severity = match issue.get(b"severity").and_then(|severity| severity.str_bytes()) {
-            Some(b"fatal") => "fatal",
-            Some(b"error") => "error",
-            Some(b"warning") => "warning",
-            _ => "information",
-        };
-        fatal += u64::from(severity == "fatal");
-        errors += u64::from(matches!(severity, "fatal" | "error"));
-        // A code of FHIR's (IssueType), or none: what else stands there might be anything, and any number of things.
-        let code = issue.get(b"code").and_then(|code| code.as_str()).unwrap_or_default();
-        add(out, if ISSUE_TYPES.contains(&code) { format!("{severity} {code}") } else { severity.to_owned() }.into());
-    }
-    (fatal, errors)
 }

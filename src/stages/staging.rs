@@ -15,7 +15,7 @@ use super::outcome::TypeOutcome;
 use crate::delta::{Deletions, StagedFile, StagingFile, Table, Tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::compute;
-use crate::messages::{EncodedBatch, ParsedChunk, ResourceType};
+use crate::messages::{Deletion, EncodedBatch, ParsedChunk, ResourceType};
 use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
 use crate::staged::{StagedFolder, StagedParquet, StagedWork};
 
@@ -185,10 +185,10 @@ impl Staging {
     }
 
     /// Adds ids that are gone.
-    pub(super) async fn delete(&mut self, ids: Vec<(ResourceType, Box<str>)>) -> Result<()> {
-        for (name, id) in ids {
-            let deletions = &mut self.types.entry(name).or_default().deletions;
-            deletions.get_or_insert_with(|| Deletions::new(&self.settings.scratch)).push(id)?;
+    pub(super) async fn delete(&mut self, ids: Vec<Deletion>) -> Result<()> {
+        for Deletion { resource_type, id, version } in ids {
+            let deletions = &mut self.types.entry(resource_type).or_default().deletions;
+            deletions.get_or_insert_with(|| Deletions::new(&self.settings.scratch)).push(id, version)?;
         }
         self.keep_to_memory().await
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::quarantine::{QuarantinedLine, lines, remove};
 use crate::error::{Context, ErrorKind, Result};
-use crate::messages::{LineId, ResourceType};
+use crate::messages::{Deletion, LineId};
 use crate::private::{private_append, private_dir, write_atomically};
 
 /// An entry of the list.
@@ -50,8 +50,8 @@ fn put(list: &mut File, run: &str, entries: impl Iterator<Item = What>) -> Resul
 }
 
 /// Adds what a run deletes.
-pub(super) fn append(list: &mut File, run: &str, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
-    put(list, run, ids.iter().map(|(name, id)| What::Deleted(name.to_string(), id.to_string())))
+pub(super) fn append(list: &mut File, run: &str, ids: &[Deletion]) -> Result<()> {
+    put(list, run, ids.iter().map(|gone| What::Deleted(gone.resource_type.to_string(), gone.id.to_string())))
 }
 
 /// Adds that a line came again: deletions before this run do not concern it.

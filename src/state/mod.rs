@@ -6,6 +6,7 @@ mod exports;
 mod journal;
 mod lock;
 mod quarantine;
+mod server_messages;
 mod watermark;
 
 pub use exports::{AllRefused, Exports, InFlight, NotBefore, SetAside, Unanswered};
@@ -162,7 +163,14 @@ impl StateFolder {
 
     /// Where the run's bad lines go.
     pub fn quarantine(&self, run: &str) -> Result<Quarantine> {
-        Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")), self.mirror.clone())
+        let messages = numbered(&self.folder.join("server-messages"), run);
+        Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")), messages, self.mirror.clone())
+    }
+
+    /// Where the words are that the server said of its own export in a run, for messages; `None` where it said none.
+    pub fn server_messages_place(&self, run: &str) -> Option<String> {
+        let path = self.folder.join("server-messages").join(format!("{run}.ndjson"));
+        path.exists().then(|| self.place(&path))
     }
 
     /// All lines in quarantine, with the run that each came in.
@@ -211,15 +219,7 @@ impl StateFolder {
 
     /// Where the export log of a run goes; the newest hundred stay.
     pub fn export_log(&self, run: &str) -> PathBuf {
-        let folder = self.folder.join("export-logs");
-        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        let mut logs: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|ext| ext == "ndjson")).collect();
-        logs.sort();
-        for old in logs.iter().rev().skip(99) {
-            // One that cannot be removed is only clutter.
-            let _ = std::fs::remove_file(old);
-        }
-        folder.join(format!("{run}.ndjson"))
+        numbered(&self.folder.join("export-logs"), run)
     }
 
     fn quarantine_folder(&self) -> PathBuf {
@@ -279,6 +279,18 @@ impl StateFolder {
         write_atomically(&self.folder.join("schedule.json"), &text)?;
         self.keep()
     }
+}
+
+/// A run's file of lines in a folder of which the newest hundred stay.
+fn numbered(folder: &Path, run: &str) -> PathBuf {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|ext| ext == "ndjson")).collect();
+    files.sort();
+    for old in files.iter().rev().skip(99) {
+        // One that cannot be removed is only clutter.
+        let _ = std::fs::remove_file(old);
+    }
+    folder.join(format!("{run}.ndjson"))
 }
 
 fn reports(folder: &Path) -> Vec<PathBuf> {

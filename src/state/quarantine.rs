@@ -14,9 +14,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
 use super::deleted;
+use super::server_messages::ServerMessages;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fault_points::reached;
-use crate::messages::{BadLine, BadLines, FileKind, KeptLine, KeptLines, LineId, ResourceType};
+use crate::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, KeptLine, KeptLines, LineId, ResourceType};
 use crate::mirror::{Mirror, push};
 use crate::private::{private_append, private_dir, write_atomically};
 
@@ -76,6 +77,7 @@ pub struct Quarantine {
     path: PathBuf,
     kept: AtomicU64,
     mirror: Option<Arc<Mirror>>,
+    messages: ServerMessages,
     inner: Mutex<Inner>,
 }
 
@@ -94,14 +96,15 @@ struct Inner {
 const LOGGED: u64 = 20;
 
 impl Quarantine {
-    /// The quarantine of a run whose file is `path`, beside the files of earlier runs.
-    pub(super) fn of_run(path: PathBuf, mirror: Option<Arc<Mirror>>) -> Result<Self> {
+    /// The quarantine of a run whose file is `path`, beside the files of earlier runs; the server's messages go to `messages`.
+    pub(super) fn of_run(path: PathBuf, messages: PathBuf, mirror: Option<Arc<Mirror>>) -> Result<Self> {
         let mut known = HashSet::new();
         for line in path.parent().into_iter().flat_map(lines) {
             known.insert(line?.1.id());
         }
         let inner = Inner { file: None, earlier: !known.is_empty(), known, deleted: None };
-        Ok(Self { path, kept: AtomicU64::new(0), mirror, inner: Mutex::new(inner) })
+        let messages = ServerMessages::at(messages);
+        Ok(Self { path, kept: AtomicU64::new(0), mirror, messages, inner: Mutex::new(inner) })
     }
 
     /// Where it is.
@@ -281,7 +284,11 @@ impl BadLines for Quarantine {
         Ok(())
     }
 
-    fn deleted(&self, ids: &[(ResourceType, Box<str>)]) -> Result<()> {
+    fn message(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> Result<()> {
+        self.messages.add(file, line, bytes)
+    }
+
+    fn deleted(&self, ids: &[Deletion]) -> Result<()> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if ids.is_empty() {
             return Ok(());
@@ -297,6 +304,7 @@ impl BadLines for Quarantine {
         reached("before the quarantine is synced");
         let mut files = inner.file.iter().chain(&inner.deleted);
         files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))?;
+        self.messages.sync()?;
         push(self.mirror.as_ref())
     }
 }

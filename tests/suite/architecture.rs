@@ -61,7 +61,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "unpack",
         ],
     ),
-    ("config", &["config", "delta", "error", "fhir", "schema"]),
+    ("config", &["config", "delta", "error", "fhir", "messages", "schema"]),
     ("telemetry", &[]),
     ("demo", &["demo", "error", "flow"]),
 ];

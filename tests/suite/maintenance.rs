@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use fhirlake::config::{MaxBad, Plan};
+use fhirlake::config::{MaxBad, Percent, Plan};
 use fhirlake::flow::Stop;
 use fhirlake::pipeline::{OptimizeOptions, VacuumOptions, optimize, vacuum};
 
@@ -162,7 +162,7 @@ async fn optimize_leaves_alone_what_is_well() {
     // Few marked rows are no reason either.
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..1, 2))]);
     lake.run(&source, "").await.unwrap();
-    let few = OptimizeOptions { min_deleted: MaxBad::Share("50%".into()), ..options(false) };
+    let few = OptimizeOptions { min_deleted: MaxBad::Share(Percent(50.0)), ..options(false) };
     let mut plan = plan;
     plan.target_file_bytes = 10;
     let done = optimize(&plan, &few, &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();

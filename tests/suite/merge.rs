@@ -53,6 +53,14 @@ fn merge(table: &mut BTreeMap<u8, Copy>, run: &[Copy], full_refresh: bool) {
     for (id, staged) in winners {
         let replaced = match table.get(&id) {
             None => true,
+            // From a folder, what says nothing of its age is not newer, and what does is judged by it.
+            Some(held) if !full_refresh && staged.updated.is_none() && held.updated.is_some() => false,
+            Some(held) if !full_refresh && held.updated.is_some() && staged.updated != held.updated => {
+                staged.updated > held.updated
+            }
+            Some(held) if !full_refresh && staged.updated.is_none() && staged.version.is_none() && held.version.is_some() => {
+                false
+            }
             Some(held) if staged.updated.is_none() && held.updated.is_some() => true,
             Some(held) if staged.version.is_none() && held.version.is_some() => true,
             Some(held) if staged.order() != held.order() => staged.order() > held.order(),

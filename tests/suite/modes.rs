@@ -150,7 +150,8 @@ async fn rows_in_another_types_file_are_not_absent() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_in_quarantine_do_not_stand_for_the_export() {
     let lake = twenty().await;
-    let (_data, source) = folder(&[("Patient.ndjson", r#"{"resourceType":"Patient","id":"q",!}"#)]);
+    let text = patients(0..1, 2) + "\n" + r#"{"resourceType":"Patient","id":"q",!}"#;
+    let (_data, source) = folder(&[("Patient.ndjson", &text)]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     for entry in std::fs::read_dir(lake.state().join("quarantine")).unwrap().flatten() {
         let text = std::fs::read_to_string(entry.path()).unwrap();

@@ -256,7 +256,7 @@ async fn k18_files_that_are_organised_by_patients() {
         let runs = std::fs::read_dir(lake.state().join("runs")).unwrap().flatten().next().unwrap();
         serde_json::from_slice(&std::fs::read(runs.path()).unwrap()).unwrap()
     };
-    assert_eq!(report["excluded"]["Parameters"], 24 + 3, "headers are counted, and are no rows");
+    assert!(report["excluded"].is_null() && report["count_findings"].is_null(), "headers are no resources: {report:#}");
 }
 
 // F4, F5, and bodies that break off: gone on with by Range where the server can, read again where not.

@@ -53,6 +53,7 @@ async fn what_is_superseded_leaves_quarantine_and_changes_nothing() {
         patient("new", 5, ",!"),
         r#"{"resourceType":"Patient","id":"unordered","language":"x",!}"#.to_owned(),
         r#"{"resourceType":"Patient","id":"unordered-and-new","language":"x",!}"#.to_owned(),
+        patient("good", 1, ""),
     ];
     let (_data, source) = folder(&[("Patient.ndjson", &lines.join("\n"))]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
@@ -88,7 +89,9 @@ async fn what_was_deleted_since_does_not_come_back() {
     let served = format!("{{ url: \"{}\", types: [Immunization] }}", server.base());
     assert!(lake.run(&served, "").await.unwrap().succeeded);
     let ids = lake.ids("Immunization").await;
-    let lines: Vec<String> = ids.iter().map(|id| patient(id, 99, ",!").replace("Patient", "Immunization")).collect();
+    let mut lines: Vec<String> = ids.iter().map(|id| patient(id, 99, ",!").replace("Patient", "Immunization")).collect();
+    // A file of which nothing can be read is none.
+    lines.push(patient(&ids[0], 0, "").replace("Patient", "Immunization"));
     let (_data, source) = folder(&[("Immunization.ndjson", &lines.join("\n"))]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     assert_eq!(kept(&lake), ids.len());
@@ -112,10 +115,11 @@ async fn what_was_deleted_since_does_not_come_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_line_stays_until_its_type_has_committed() {
     let lake = lake();
-    let (_data, source) = folder(&[("Patient.ndjson", &patient("a", 1, ",!"))]);
+    let (_data, source) = folder(&[("Patient.ndjson", &[patient("a", 1, ",!"), patient("z", 1, "")].join("\n"))]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     mend(&lake, ",!", "");
-    let (_data, source) = folder(&[("Condition.ndjson", ""), ("Patient.ndjson", "?")]);
+    let (_data, source) =
+        folder(&[("Condition.ndjson", ""), ("Patient.ndjson", &["?".to_owned(), patient("z", 1, "")].join("\n"))]);
     let only = source.replace("}", ", types: [Condition] }");
     assert!(lake.run(&only, "").await.unwrap().succeeded);
     assert_eq!(kept(&lake), 1);
@@ -130,7 +134,8 @@ async fn a_line_stays_until_its_type_has_committed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_are_named_and_dismissed() {
     let lake = lake();
-    let (_data, source) = folder(&[("Patient.ndjson", "secret one\nsecret two\nsecret three")]);
+    let text = ["secret one", "secret two", "secret three", &patient("a", 1, "")].join("\n");
+    let (_data, source) = folder(&[("Patient.ndjson", &text)]);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     let yaml = lake.pipeline_file(&source);
     let run = |arguments: &[&str]| {

@@ -18,6 +18,17 @@ const LONG: usize = 4 << 20;
 /// A line that is so many times too long has no end.
 const NO_END: u64 = 16;
 
+/// How the lines of a file end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LineEnds {
+    /// No line has ended yet.
+    Unknown,
+    /// LF, or CR and LF.
+    Lf,
+    /// CR alone, or mixed with others.
+    Cr,
+}
+
 /// A hash of bytes that come in pieces of any size.
 #[derive(Debug, Default)]
 struct RunningHash {
@@ -53,6 +64,10 @@ pub(super) struct Lines<'a> {
     buffer: Vec<u8>,
     /// How much of the buffer is known to have no line end: a line of 200 MB is not to be searched at every piece of it.
     searched: usize,
+    /// How lines end; where that is CR, each becomes LF in the buffer.
+    ends: LineEnds,
+    /// How much of the buffer was looked at for it.
+    looked: usize,
     /// Lines sent.
     pub lines: u64,
     /// Bytes before the buffer.
@@ -78,6 +93,8 @@ impl<'a> Lines<'a> {
             file,
             buffer: Vec::new(),
             searched: 0,
+            ends: LineEnds::Unknown,
+            looked: 0,
             lines: 0,
             offset: 0,
             passed: RunningHash::default(),
@@ -147,6 +164,7 @@ impl<'a> Lines<'a> {
                     self.offset = 3;
                 }
             }
+            self.unify_line_ends();
             if self.buffer.len() >= chunk_bytes {
                 let end = memchr::memrchr(b'\n', &self.buffer[self.searched..]).map(|at| self.searched + at + 1);
                 self.searched = self.buffer.len() - end.unwrap_or(0);
@@ -160,10 +178,47 @@ impl<'a> Lines<'a> {
         Ok(())
     }
 
+    /// Finds out how the file's lines end, and makes each CR of one that ends them so an LF. A CR between two values of a line
+    /// that ends with LF is white space.
+    fn unify_line_ends(&mut self) {
+        while self.ends == LineEnds::Unknown {
+            let Some(at) = memchr::memchr2(b'\r', b'\n', &self.buffer[self.looked..]).map(|at| self.looked + at) else {
+                self.looked = self.buffer.len();
+                return;
+            };
+            let (before, behind) = (self.buffer[..at].trim_ascii_end(), self.buffer[at + 1..].trim_ascii_start());
+            if self.buffer[at] == b'\n' {
+                if before.is_empty() {
+                    self.looked = at + 1;
+                } else {
+                    self.ends = LineEnds::Lf;
+                }
+            } else if behind.is_empty() {
+                // What follows is still to come.
+                self.looked = at;
+                return;
+            } else if self.buffer[at + 1] == b'\n' || !before.ends_with(b"}") || !behind.starts_with(b"{") {
+                self.looked = at + 1;
+            } else {
+                self.ends = LineEnds::Cr;
+                self.looked = 0;
+            }
+        }
+        if self.ends == LineEnds::Cr {
+            for byte in &mut self.buffer[self.looked..] {
+                if *byte == b'\r' {
+                    *byte = b'\n';
+                }
+            }
+            self.looked = self.buffer.len();
+        }
+    }
+
     /// Sends the first `end` bytes of the buffer: whole lines. A line within them may be too long by itself.
     fn send(&mut self, end: usize) -> Result<(), Broken> {
         let rest = self.buffer.split_off(end);
         let mut chunk = std::mem::replace(&mut self.buffer, rest);
+        self.looked = self.looked.saturating_sub(end);
         self.buffer.reserve(self.stage.chunk_bytes.saturating_sub(self.buffer.len()));
         if chunk.is_empty() {
             return Ok(());
@@ -191,14 +246,17 @@ impl<'a> Lines<'a> {
     /// The buffer is the beginning of a line that is too long: its beginning is kept, the rest passed over.
     fn begin_oversized(&mut self) {
         self.oversized = Some(self.buffer.len() as u64);
-        self.searched = 0;
+        (self.searched, self.looked) = (0, 0);
         self.long = None;
         self.buffer.truncate(KEPT_OF_OVERSIZED);
         self.buffer.shrink_to_fit();
     }
 
     fn skip<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], Broken> {
-        let end = memchr::memchr(b'\n', bytes);
+        let end = match self.ends {
+            LineEnds::Lf => memchr::memchr(b'\n', bytes),
+            LineEnds::Cr | LineEnds::Unknown => memchr::memchr2(b'\r', b'\n', bytes),
+        };
         let length = self.oversized.unwrap_or(0) + end.unwrap_or(bytes.len()) as u64;
         let Some(end) = end else {
             if length > (self.stage.max_line as u64).saturating_mul(NO_END) {
@@ -210,6 +268,7 @@ impl<'a> Lines<'a> {
         };
         self.oversized = None;
         let kept = std::mem::take(&mut self.buffer);
+        self.looked = 0;
         self.send_oversized(&kept, length)?;
         self.offset += length + 1;
         Ok(&bytes[end + 1..])

@@ -23,27 +23,45 @@ impl FileBook {
     pub fn bad(&self) -> u64 {
         self.parsed.bad.iter().map(|bad| bad.1).sum()
     }
+    /// Resources that came, read or not, as a manifest counts them.
+    pub fn came(&self) -> u64 {
+        self.rows() + self.bad() + self.parsed.headers - self.parsed.asides
+    }
     /// What is wrong with a file that has come to its end; whether it may be too short is the pipeline's to say.
     pub fn fault(&self, fails_short: bool) -> Option<String> {
-        if self.is_something_else() {
-            return Some("none of its lines is a resource: the server sent something else than NDJSON".to_owned());
+        if self.is_not_an_export_file() {
+            let what = match self.file.kind {
+                FileKind::Deleted => "deletion Bundles",
+                _ => "NDJSON resources",
+            };
+            let lines = self.parsed.lines - self.parsed.blank;
+            return Some(format!("not an export file: none of its {lines} lines could be read as {what}"));
         }
-        let came = self.rows() + self.bad() + self.parsed.headers;
-        let promised = self.file.count.unwrap_or(0);
+        let (came, promised) = (self.came(), self.file.count.unwrap_or(0));
         let is_short = fails_short && self.lines.is_some() && self.settled() && came < promised;
         is_short.then(|| format!("{}: the manifest promised {promised} resources, {came} came", self.file.name))
     }
-    /// Whether a file of resources was read to its end, has none of its type, and every line of it is something else: a page, an
-    /// array, an outcome. A resource that is broken is a bad line, however few others there are.
-    fn is_something_else(&self) -> bool {
-        let lines = self.parsed.lines - self.parsed.blank;
-        let has_own = self.parsed.rows.iter().any(|(name, _)| Some(name) == self.file.declared.as_ref());
-        self.file.kind == FileKind::Output
-            && !self.file.replayed
-            && self.lines == Some(self.parsed.lines)
-            && lines > 0
-            && self.parsed.foreign == lines
-            && !has_own
+    /// Whether a file was read to its end, is not empty, and has nothing that its kind of file holds: no line of it could be
+    /// read, or each is something else than a resource of its type, such as a page, an array or an outcome.
+    fn is_not_an_export_file(&self) -> bool {
+        let (parsed, lines) = (&self.parsed, self.parsed.lines - self.parsed.blank);
+        if self.file.replayed || self.lines != Some(parsed.lines) || lines == 0 {
+            return false;
+        }
+        match self.file.kind {
+            FileKind::Output => {
+                let has_own = parsed.rows.iter().any(|(name, _)| Some(name) == self.file.declared.as_ref());
+                // A file of warnings only, or of headers, is no fault.
+                let is_readable = self.rows() + parsed.headers > 0 && (parsed.errors == 0 || self.rows() + parsed.deleted > 0);
+                !is_readable || (parsed.foreign == lines && !has_own)
+            }
+            FileKind::Deleted => parsed.headers == 0,
+            FileKind::Outcome => false,
+        }
+    }
+    /// Whether the file's last line is nothing that a server writes before the end of what it has.
+    pub fn is_broken_off(&self) -> bool {
+        self.parsed.last_foreign > 0 && self.lines == Some(self.parsed.last_foreign)
     }
     pub fn settled(&self) -> bool {
         self.failed.is_some() || self.lines == Some(self.parsed.lines)

@@ -5,18 +5,55 @@ use std::sync::Arc;
 
 use super::books::FileBook;
 use super::{Ledger, Standing};
-use crate::messages::{ExportFile, FileKind, LineId, ParsedChunk, ResourceType};
+use crate::messages::{ExportEnd, ExportFile, FileKind, LineId, ParsedChunk, ResourceType};
 
 impl Ledger {
-    /// Whether the export's own error files keep its watermark where it is: they tell of fatal issues, or could not be
-    /// read.
-    pub fn holds_watermark(&self, export: usize) -> bool {
-        self.outcomes(export).any(|book| book.parsed.fatal > 0 || book.unread())
+    /// Why the watermark of a type must stay where it is, though what came of it is merged: the server says that it did not
+    /// give all (an issue of severity error or fatal, in an error file or among the rows), or it cannot be known whether it did.
+    pub fn watermark_hold(&self, resource_type: &ResourceType) -> Option<String> {
+        if self.ignores_errors {
+            return None;
+        }
+        let end = self.end_of(resource_type)?;
+        let files = self.files.values().filter(|book| book.file.export == end.export && !book.file.replayed);
+        let reasons = files.filter_map(|book| {
+            let name = &book.file.name;
+            match book.file.kind {
+                FileKind::Outcome if book.unread() => return Some(format!("the error file {name} could not be read")),
+                // What is deleted is said once, and a line in quarantine that says so is not tried again.
+                FileKind::Deleted if book.bad() > 0 => {
+                    return Some(format!("{} lines of the deletion file {name} could not be read", book.bad()));
+                }
+                FileKind::Output if book.is_broken_off() && self.concerns(book.file.declared.as_ref(), resource_type, end) => {
+                    return Some(format!("file {name} ends with line {}, which is not a resource", book.parsed.last_foreign));
+                }
+                _ => {}
+            }
+            let errors = book.parsed.server_errors.iter();
+            let ours = errors.filter(|(concerned, _)| self.concerns(concerned.as_ref(), resource_type, end));
+            let count: u64 = ours.map(|(_, count)| count).sum();
+            (count > 0).then(|| format!("the server reports {count} errors of its export in {name}"))
+        });
+        reasons.into_iter().next()
     }
 
-    /// Whether the export's own error files tell of errors, or could not be read.
+    /// Whether an error that concerns one type, or all, keeps the watermark of `resource_type`. One of a type that the export
+    /// does not answer for, and that has no table whose watermark could stay, keeps all.
+    fn concerns(&self, concerned: Option<&ResourceType>, resource_type: &ResourceType, end: &ExportEnd) -> bool {
+        let Some(concerned) = concerned else { return true };
+        let answers = |name: &ResourceType| {
+            end.asked.contains(name)
+                || end.merged.contains(name)
+                || (end.all_types && (end.known.contains(name) || self.types.get(name).is_some_and(|book| book.parsed > 0)))
+        };
+        concerned == resource_type || !answers(concerned)
+    }
+
+    /// Whether the server tells of errors of the export, or its error files could not be read.
     pub fn has_errors(&self, export: usize) -> bool {
-        self.outcomes(export).any(|book| book.parsed.errors > 0 || book.unread())
+        let of_export = self.files.values().filter(|book| book.file.export == export && !book.file.replayed);
+        of_export.into_iter().any(|book| book.parsed.errors > 0 || book.is_broken_off())
+            || self.outcomes(export).any(FileBook::unread)
     }
 
     fn outcomes(&self, export: usize) -> impl Iterator<Item = &FileBook> {
@@ -32,10 +69,17 @@ impl Ledger {
     /// What the manifest promised and what came, where they differ: file, promised, came.
     pub fn count_findings(&self) -> Vec<(String, u64, u64)> {
         let differing = self.files.values().filter_map(|book| {
-            let (promised, came) = (book.file.count?, book.rows() + book.bad() + book.parsed.headers);
-            (book.failed.is_none() && book.lines.is_some() && promised != came).then(|| (book.file.name.clone(), promised, came))
+            let (promised, came) = (book.file.count?, book.came());
+            // Some servers count headers too.
+            let is_other = promised != came && promised != came + book.parsed.asides;
+            (book.failed.is_none() && book.lines.is_some() && is_other).then(|| (book.file.name.clone(), promised, came))
         });
         differing.collect()
+    }
+
+    /// The name of a file, for messages.
+    pub fn file_name(&self, index: u32) -> Option<&str> {
+        self.files.get(&index).map(|book| book.file.name.as_str())
     }
 
     /// Files that could not be read to their end, or were too short.
@@ -64,7 +108,8 @@ impl Ledger {
     pub fn listed(&self) -> impl Iterator<Item = (&ExportFile, &Arc<str>, Option<&ParsedChunk>)> {
         self.files.values().filter_map(|book| {
             let status = self.statuses.get(&book.file.export)?;
-            let whole = book.failed.is_none() && book.settled() && book.balances();
+            // What the server marks as deleted is not among the rows that are staged: such a file is read again.
+            let whole = book.failed.is_none() && book.settled() && book.balances() && book.parsed.deleted == 0;
             Some((&*book.file, status, Some(&book.parsed).filter(|_| whole && book.file.kind == FileKind::Output)))
         })
     }
