@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fhirlake::demo::{DEMO_TYPES, Population};
-use fhirlake::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, ResourceType};
+use fhirlake::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind};
 use fhirlake::schema::{EXCLUDED_TYPES, Model};
 
 /// A file as an export lists it.
