@@ -18,10 +18,10 @@ use super::support::{Lake, lake, strings};
 type Answer = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
 /// A server that accepts an export, and answers everything else as it is told.
-struct Mock {
-    address: SocketAddr,
-    asked: Arc<AtomicUsize>,
-    deleted: Arc<AtomicUsize>,
+pub struct Mock {
+    pub address: SocketAddr,
+    pub asked: Arc<AtomicUsize>,
+    pub deleted: Arc<AtomicUsize>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -63,7 +63,7 @@ async fn mock_at(address: &str, answer: impl Fn(&Request) -> Response + Send + S
     Mock { address, asked, deleted, task }
 }
 
-async fn mock(answer: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Mock {
+pub async fn mock(answer: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Mock {
     mock_at("127.0.0.1", answer).await
 }
 
@@ -73,7 +73,7 @@ fn manifest(output: &str) -> Response {
 }
 
 /// `count` resources whose ids begin with `prefix`.
-fn lines(resource_type: &str, prefix: &str, count: usize) -> String {
+pub fn lines(resource_type: &str, prefix: &str, count: usize) -> String {
     (0..count).map(|id| format!("{{\"resourceType\":\"{resource_type}\",\"id\":\"{prefix}{id}\"}}\n")).collect()
 }
 

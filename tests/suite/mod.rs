@@ -14,6 +14,7 @@ mod machine;
 mod maintenance;
 mod merge;
 mod modes;
+mod not_given;
 mod otlp;
 mod privacy;
 mod process;
