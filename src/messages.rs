@@ -368,10 +368,15 @@ pub enum Fact {
     FileDone(FileDone),
     /// An earlier run read the file to its end and staged all of its rows; what its lines were.
     FileHeld(ParsedChunk),
-    /// A file could not be read; its types fail.
-    FileFailed(u32, String),
-    /// A kick-off was refused and taken apart: in the place of this export there are two more.
-    ExportParted(usize),
+    /// A file could not be read; its types fail. With the status of the server's answer, where it refused it.
+    FileFailed(u32, String, Option<u16>),
+    /// A kick-off was refused and taken apart: in the place of this export there are others.
+    ExportParted {
+        /// Which export.
+        export: usize,
+        /// How many others.
+        parts: usize,
+    },
     /// An export failed: its types fail.
     ExportFailed {
         /// Which export.

@@ -12,12 +12,15 @@ pub enum Unpack {
     Gzip(Box<flate2::write::MultiGzDecoder<Vec<u8>>>),
     /// zlib, which HTTP calls deflate.
     Deflate(Box<flate2::write::ZlibDecoder<Vec<u8>>>),
+    /// Deflate without zlib's frame, which some servers send under that name.
+    RawDeflate(Box<flate2::write::DeflateDecoder<Vec<u8>>>),
     /// Zstandard.
     Zstd(Box<Zstd>),
 }
 
 impl Unpack {
-    /// What the first bytes of a file ask for, and `Content-Encoding` where they say nothing.
+    /// What the first bytes of a file ask for, and `Content-Encoding` where they say nothing. A coding that nobody knows, such as
+    /// `UTF-8` or the `aws-chunked` that stores keep by mistake, says nothing of bytes that can be read as they are.
     pub fn of(encoding: &str, first: &[u8]) -> Result<Self> {
         if first.starts_with(&[0x1f, 0x8b]) {
             return Ok(Unpack::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))));
@@ -27,13 +30,27 @@ impl Unpack {
                 .map(|decoder| Unpack::Zstd(Box::new(decoder)))
                 .map_err(|error| Error::new(ErrorKind::Internal, format!("zstd cannot be set up: {error}")));
         }
-        match encoding {
-            "" | "identity" | "gzip" | "x-gzip" => Ok(Unpack::Plain),
-            "deflate" => Ok(Unpack::Deflate(Box::new(flate2::write::ZlibDecoder::new(Vec::new())))),
-            other => {
-                Err(Error::new(ErrorKind::Server, format!("the file has Content-Encoding {other}, which was not asked for")))
-            }
+        let names = |coding: &str| codings(encoding).any(|named| named == coding);
+        let is_text =
+            first.is_empty() || first.starts_with(b"\xef\xbb\xbf") || first[0] == b'{' || first[0].is_ascii_whitespace();
+        let is_zlib = first.len() >= 2 && first[0] & 0x0f == 8 && (u16::from(first[0]) << 8 | u16::from(first[1])) % 31 == 0;
+        match () {
+            () if names("deflate") && is_zlib => Ok(Unpack::Deflate(Box::new(flate2::write::ZlibDecoder::new(Vec::new())))),
+            () if is_text => Ok(Unpack::Plain),
+            () if names("deflate") => Ok(Unpack::RawDeflate(Box::new(flate2::write::DeflateDecoder::new(Vec::new())))),
+            // Told apart from other bytes by their name only.
+            () => match codings(encoding).find(|coding| UNREADABLE.contains(coding)) {
+                Some(coding) => {
+                    Err(Error::new(ErrorKind::Server, format!("the file has Content-Encoding {coding}, which was not asked for")))
+                }
+                None => Ok(Unpack::Plain),
+            },
         }
+    }
+
+    /// Whether a `Content-Encoding` names a coding that HTTP does not have.
+    pub fn is_unknown(encoding: &str) -> bool {
+        codings(encoding).any(|coding| !KNOWN.contains(&coding) && !UNREADABLE.contains(&coding))
     }
 
     /// Unpacks more bytes into `sink`; `broken` says what it means that they cannot be.
@@ -52,6 +69,7 @@ impl Unpack {
                 Unpack::Plain => {}
                 Unpack::Gzip(decoder) => decoder.write_all(piece).map_err(&broken)?,
                 Unpack::Deflate(decoder) => decoder.write_all(piece).map_err(&broken)?,
+                Unpack::RawDeflate(decoder) => decoder.write_all(piece).map_err(&broken)?,
                 Unpack::Zstd(decoder) => {
                     decoder.push(piece, &mut sink, &broken)?;
                     continue;
@@ -67,6 +85,7 @@ impl Unpack {
             Unpack::Plain => return Ok(()),
             Unpack::Gzip(decoder) => decoder.get_mut(),
             Unpack::Deflate(decoder) => decoder.get_mut(),
+            Unpack::RawDeflate(decoder) => decoder.get_mut(),
             Unpack::Zstd(_) => return Ok(()),
         };
         sink(out)?;
@@ -81,10 +100,42 @@ impl Unpack {
             Unpack::Plain => {}
             Unpack::Gzip(decoder) => decoder.try_finish().map_err(cut)?,
             Unpack::Deflate(decoder) => decoder.try_finish().map_err(cut)?,
+            Unpack::RawDeflate(decoder) => decoder.try_finish().map_err(cut)?,
             Unpack::Zstd(decoder) => decoder.end().map_err(cut)?,
         }
         self.drain(&mut sink)
     }
+}
+
+/// The codings of a `Content-Encoding`, in lower case as it is.
+fn codings(encoding: &str) -> impl Iterator<Item = &str> {
+    encoding.split(',').map(str::trim).filter(|coding| !coding.is_empty())
+}
+
+/// Codings that can be undone.
+const KNOWN: [&str; 5] = ["identity", "gzip", "x-gzip", "deflate", "zstd"];
+
+/// Codings that HTTP has and that cannot be.
+const UNREADABLE: [&str; 4] = ["br", "compress", "x-compress", "dcb"];
+
+/// Unpacks an answer that is in memory, to at most `most` bytes.
+pub fn unpacked(encoding: &str, bytes: Vec<u8>, most: usize) -> Result<Vec<u8>> {
+    let mut unpack = Unpack::of(encoding, &bytes)?;
+    if let Unpack::Plain = unpack {
+        return Ok(bytes);
+    }
+    let mut out = Vec::new();
+    let mut sink = |bytes: &[u8]| {
+        out.extend_from_slice(bytes);
+        match out.len() > most {
+            true => Err(Error::new(ErrorKind::Server, format!("response exceeds the {} MiB limit when unpacked", most >> 20))),
+            false => Ok(()),
+        }
+    };
+    let broken = |error: std::io::Error| Error::new(ErrorKind::Server, format!("the response cannot be unpacked: {error}"));
+    unpack.push(&bytes, &mut sink, broken)?;
+    unpack.end(&mut sink, broken)?;
+    Ok(out)
 }
 
 /// Window of 8 MiB at most, as for HTTP (RFC 9659): what unpacks holds it.
@@ -147,7 +198,7 @@ impl Zstd {
 mod tests {
     use super::*;
 
-    fn unpacked(packed: &[u8], step: usize) -> Result<(usize, usize), String> {
+    fn in_steps(packed: &[u8], step: usize) -> Result<(usize, usize), String> {
         let mut unpack = Unpack::of("", packed).unwrap();
         let (mut most, mut all) = (0, 0);
         let mut sink = |bytes: &[u8]| {
@@ -172,10 +223,10 @@ mod tests {
                 if step == 1 && length > 200_000 {
                     continue;
                 }
-                assert_eq!(unpacked(&packed, step).unwrap().0, length, "{length} by {step}");
-                assert_eq!(unpacked(&twice, step).unwrap().0, 2 * length, "{length} twice by {step}");
+                assert_eq!(in_steps(&packed, step).unwrap().0, length, "{length} by {step}");
+                assert_eq!(in_steps(&twice, step).unwrap().0, 2 * length, "{length} twice by {step}");
             }
-            unpacked(&packed[..packed.len() - 1], 7).unwrap_err();
+            in_steps(&packed[..packed.len() - 1], 7).unwrap_err();
         }
     }
 
@@ -184,13 +235,48 @@ mod tests {
     fn a_few_bytes_that_stand_for_many() {
         let packed = zstd::encode_all(std::io::Cursor::new(vec![b' '; 256 << 20]), 3).unwrap();
         assert!(packed.len() < 64 << 10);
-        let (all, most) = unpacked(&packed, usize::MAX).unwrap();
+        let (all, most) = in_steps(&packed, usize::MAX).unwrap();
         assert!(all == 256 << 20 && most <= 128 << 10, "{most} at once");
         let mut wide = zstd::Encoder::new(Vec::new(), 3).unwrap();
         wide.window_log(27).unwrap();
         wide.long_distance_matching(true).unwrap();
         std::io::Write::write_all(&mut wide, &vec![b'x'; 1 << 20]).unwrap();
-        let error = unpacked(&wide.finish().unwrap(), usize::MAX).unwrap_err();
+        let error = in_steps(&wide.finish().unwrap(), usize::MAX).unwrap_err();
         assert!(error.contains("8 MiB"), "{error}");
+    }
+
+    // Breaks if a coding that nobody knows keeps a plain file out, or a packed one is taken for plain.
+    #[test]
+    fn the_bytes_tell_how_they_are_packed() {
+        let text = b"{\"resourceType\":\"Patient\"}\n".as_slice();
+        let gzip = {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(text).unwrap();
+            gzip.finish().unwrap()
+        };
+        let zlib = {
+            let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+            zlib.write_all(text).unwrap();
+            zlib.finish().unwrap()
+        };
+        let raw = {
+            let mut raw = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+            raw.write_all(text).unwrap();
+            raw.finish().unwrap()
+        };
+        for encoding in
+            ["", "identity", "aws-chunked", "utf-8", "gzip", "deflate", "br", "none, aws-chunked", "deflate, identity"]
+        {
+            assert_eq!(unpacked(encoding, text.to_vec(), 1000).unwrap(), text, "{encoding}");
+            assert_eq!(unpacked(encoding, gzip.clone(), 1000).unwrap(), text, "{encoding}");
+        }
+        for encoding in ["deflate", "aws-chunked, deflate"] {
+            assert_eq!(unpacked(encoding, zlib.clone(), 1000).unwrap(), text);
+            assert_eq!(unpacked(encoding, raw.clone(), 1000).unwrap(), text);
+        }
+        assert!(unpacked("br", vec![0x1b, 0x20, 0x00], 1000).unwrap_err().to_string().contains("br"));
+        assert!(unpacked("gzip", gzip, 3).unwrap_err().to_string().contains("limit"));
+        assert!(Unpack::is_unknown("utf-8") && Unpack::is_unknown("gzip, aws-chunked"));
+        assert!(!Unpack::is_unknown("gzip, br") && !Unpack::is_unknown(""));
     }
 }

@@ -243,7 +243,13 @@ pub(super) fn report(report: &RunReport) -> String {
         let more = if lost.len() > 8 { format!(", and {} more paths in the report", lost.len() - 8) } else { String::new() };
         text.push_str(&format!("\nvalues that the table's schema cannot hold: {}{more}", shown.join(", ")));
     }
-    for (file, promised, came) in &report.count_findings {
+    if report.count_findings.len() > SHOWN_FINDINGS {
+        let more = report.count_findings.len() - SHOWN_FINDINGS;
+        text.push_str(&format!(
+            "\nthe manifest's count differs from what came in {more} more files than these; the report has all"
+        ));
+    }
+    for (file, promised, came) in report.count_findings.iter().take(SHOWN_FINDINGS) {
         text.push_str(&format!("\n{file}: the manifest promised {promised} resources, {came} came"));
     }
     if report.other_bad_lines > 0 {
@@ -295,6 +301,9 @@ pub(super) fn report(report: &RunReport) -> String {
     }
     text
 }
+
+/// Files whose count is shown.
+const SHOWN_FINDINGS: usize = 4;
 
 #[cfg(test)]
 mod tests {

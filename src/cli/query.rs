@@ -25,7 +25,8 @@ enum Format {
 
 #[derive(Debug, Args)]
 pub(super) struct QueryArgs {
-    /// The question, such as `SELECT gender, count(*) FROM Patient GROUP BY gender`.
+    /// The question, such as `SELECT gender, count(*) FROM Patient GROUP BY gender`. A member is written `name[1]['family']`
+    /// and not `name[1].family`.
     sql: String,
     /// A pipeline file whose tables are asked.
     #[arg(value_name = "PIPELINE", required_unless_present = "tables", conflicts_with = "tables")]
@@ -102,8 +103,19 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
     };
     asked.await.map_err(|error| {
         let known: Vec<&str> = existing.iter().map(|name| &**name).collect();
-        Error::new(ErrorKind::Config, format!("{}\ntables here: {}", error.strip_backtrace(), known.join(", ")))
+        let error = Error::new(ErrorKind::Config, format!("{}\ntables here: {}", error.strip_backtrace(), known.join(", ")));
+        match has_path(sql) {
+            true => error.with_hint("a member of a list's item or of a struct is written name[1]['family'], not name[1].family"),
+            false => error,
+        }
     })
+}
+
+/// Whether a question has a path as FHIR writes it: `name[1].family`, `name.family`.
+fn has_path(sql: &str) -> bool {
+    let bytes = sql.as_bytes();
+    let dots = bytes.windows(3).filter(|window| window[1] == b'.');
+    dots.into_iter().any(|window| matches!(window[0], b']' | b'a'..=b'z') && window[2].is_ascii_lowercase())
 }
 
 /// Columns that CSV cannot hold become JSON texts.

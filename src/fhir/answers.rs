@@ -8,6 +8,7 @@ use reqwest::{Response, StatusCode};
 use super::http::shown;
 use crate::error::{Error, ErrorKind};
 use crate::schema::ISSUE_TYPES;
+use crate::unpack::unpacked;
 
 /// How much of an error's body is read.
 const ERROR_BODY: usize = 4096;
@@ -84,6 +85,8 @@ pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<
 }
 
 async fn first_bytes(mut response: Response) -> Vec<u8> {
+    let encoding = response.headers().get(CONTENT_ENCODING).and_then(|encoding| encoding.to_str().ok());
+    let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
     let mut body = Vec::new();
     let read = async {
         while body.len() < ERROR_BODY
@@ -95,7 +98,8 @@ async fn first_bytes(mut response: Response) -> Vec<u8> {
     // Words that do not come are not waited for; what came of them is kept.
     let _ = tokio::time::timeout(ERROR_PATIENCE, read).await;
     body.truncate(ERROR_BODY);
-    body
+    // What is cut cannot be unpacked; its words are lost then, and its status is not.
+    unpacked(&encoding, body, ERROR_BODY * 16).unwrap_or_default()
 }
 
 /// What an error's body says: an OperationOutcome's diagnostics, or the beginning of its text.

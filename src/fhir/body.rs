@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use reqwest::Response;
+use reqwest::header::CONTENT_ENCODING;
 
 use super::http::network;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::Stop;
+use crate::unpack::unpacked;
 
 /// How much of a body is read, and for how long.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +29,8 @@ pub(super) const MANIFEST: Bounds = Bounds { bytes: 64 << 20, time: Duration::fr
 /// The body, or an error where it is more, slower, or broke off.
 pub(super) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, what: &str) -> Result<Vec<u8>> {
     let most = bounds.bytes;
+    let encoding = response.headers().get(CONTENT_ENCODING).and_then(|encoding| encoding.to_str().ok());
+    let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
     if response.content_length().is_some_and(|length| length > most as u64) {
         return Err(too_long(what, most));
     }
@@ -43,7 +47,7 @@ pub(super) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, w
         Ok(body)
     };
     match stop.or(tokio::time::timeout(bounds.time, read)).await {
-        Some(Ok(body)) => body,
+        Some(Ok(body)) => unpacked(&encoding, body?, most).map_err(|error| error.at(what.to_owned())),
         Some(Err(_)) => {
             Err(Error::new(ErrorKind::Network, format!("{what}: the answer did not end within {} s", bounds.time.as_secs())))
         }

@@ -120,6 +120,10 @@ impl Client {
         if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
             return Ok(KickOff::Later { wait, why: error.to_string() });
         }
+        // A server whose slots are taken answers with any status; they are free again long before the usual wait is over.
+        if is_busy(&body) {
+            return Ok(KickOff::Later { wait: Some(wait.unwrap_or(BUSY_WAIT)), why: error.to_string() });
+        }
         if code == StatusCode::NOT_FOUND {
             return Err(error.with_hint(
                 "check source.url, which is what stands before /Patient, and the group: nothing can be exported there",
@@ -239,9 +243,61 @@ impl Client {
     }
 }
 
+/// How long a server that is busy, and does not say for how long, is left alone.
+const BUSY_WAIT: Duration = Duration::from_secs(120);
+
+/// Whether a kick-off's refusal says that it may be taken later, whatever its status: by the code of an issue, or in words.
+fn is_busy(body: &[u8]) -> bool {
+    const CODES: [&str; 5] = ["throttled", "too-costly", "transient", "lock-error", "timeout"];
+    const WORDS: [&str; 14] = [
+        "too many concurrent",
+        "too many export",
+        "too many request",
+        "too many active",
+        "too many running",
+        "maximum number of",
+        "concurrent export",
+        "already in progress",
+        "already running",
+        "try again later",
+        "retry later",
+        "rate limit",
+        "server is busy",
+        "no free slot",
+    ];
+    let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+    let issues = json.as_ref().and_then(|json| json.get("issue")?.as_array());
+    let mut codes = issues.into_iter().flatten().filter_map(|issue| issue.get("code")?.as_str());
+    let words = String::from_utf8_lossy(body).to_lowercase();
+    codes.any(|code| CODES.contains(&code)) || WORDS.iter().any(|word| words.contains(word))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // Breaks if a server whose slots are taken is thought to refuse types.
+    #[test]
+    fn a_busy_server_is_no_refusal() {
+        for body in [
+            r#"{"resourceType":"OperationOutcome","issue":[{"severity":"error","code":"invalid","diagnostics":"too many concurrent exports for this tenant (max 4)"}]}"#,
+            r#"{"issue":[{"code":"processing"},{"code":"throttled"}]}"#,
+            r#"{"issue":[{"code":"too-costly"}]}"#,
+            r#"{"issue":[{"code":"lock-error"}]}"#,
+            "Export already in progress",
+            "<html>The server is busy. Please try again later.</html>",
+        ] {
+            assert!(is_busy(body.as_bytes()), "{body}");
+        }
+        for body in [
+            r#"{"issue":[{"code":"not-supported","diagnostics":"unknown type Claim"}]}"#,
+            "",
+            "not for this client",
+            "too many types",
+        ] {
+            assert!(!is_busy(body.as_bytes()), "{body}");
+        }
+    }
 
     #[test]
     fn s7_an_outcome_tells_a_failed_poll_from_a_failed_export() {

@@ -198,6 +198,8 @@ impl Client {
         let http = reqwest::Client::builder()
             .dns_resolver(reach.clone())
             .user_agent(concat!("fhirlake/", env!("CARGO_PKG_VERSION")))
+            // All answers are unpacked; a file that goes on at a byte asks for it as it is.
+            .default_headers(HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate"))]))
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(Duration::from_secs(30))
             .read_timeout(settings.stall)
@@ -257,7 +259,7 @@ impl Client {
                 // The bytes that were counted were not packed.
                 ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
             }
-            None => drop(ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))),
+            None => {}
         }
         let mut response = self.send(&ask).await?;
         let status = response.status();

@@ -8,6 +8,7 @@ use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use url::Url;
 
+use super::answers::{one_line, server_words};
 use crate::error::{Error, ErrorKind, Result};
 use crate::schema::{instant_text, parse_instant};
 
@@ -166,15 +167,24 @@ impl Manifest {
     /// Reads a manifest that came from `status`: relative URLs are taken from there.
     pub fn read(body: &[u8], status: &Url) -> Result<Manifest> {
         let bad = |why: &str| Error::new(ErrorKind::Server, format!("the manifest cannot be used: {why}"));
+        // It is an answer about the job: the server's own words say best what it is instead.
+        let said = || match server_words(body) {
+            words if words.is_empty() => "; the answer is empty".to_owned(),
+            words => format!("; the server says: {words}"),
+        };
         let json: Written = serde_json::from_slice(body).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => bad("not a JSON object"),
-            _ => bad(&format!("not JSON ({error})")),
+            serde_json::error::Category::Data => bad(&format!("not a JSON object{}", said())),
+            _ => bad(&format!("not JSON ({error}){}", said())),
         })?;
         let mut findings = Vec::new();
         let mut unusable = Vec::new();
         // Only the server's own clock can be a watermark: with any other, rows could be passed over for ever.
-        let time = text(&json.transaction_time).ok_or_else(|| bad("no transactionTime"))?;
-        let transaction_time = parse_instant(time.as_bytes()).ok_or_else(|| bad("transactionTime is not an instant"))?;
+        let time = text(&json.transaction_time).ok_or_else(|| match &json.transaction_time {
+            None => bad(&format!("no transactionTime{}", said())),
+            Some(value) => bad(&format!("transactionTime is not an instant: {}", one_line(&value.to_string(), 100))),
+        })?;
+        let transaction_time = parse_instant(time.as_bytes())
+            .ok_or_else(|| bad(&format!("transactionTime is not an instant: {}", one_line(time, 100))))?;
         let requires_access_token = json.requires_access_token.and_then(|value| value.as_bool()).unwrap_or_else(|| {
             findings.push("requiresAccessToken is missing; taken as true".to_owned());
             true

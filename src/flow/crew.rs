@@ -118,7 +118,7 @@ impl Crew {
         }
     }
 
-    /// Waits for every worker. After the stop was pulled, `waiting` hears every five seconds who is
+    /// Waits for every worker. After the stop was pulled by the user, `waiting` hears every five seconds who is
     /// still at work. `Err` is the first error that a worker had, or its panic.
     pub async fn join(mut self, waiting: impl Fn(&[&'static str])) -> Result<()> {
         let mut tick = tokio::time::interval(Duration::from_secs(5));
@@ -134,7 +134,8 @@ impl Crew {
                         note(&self.first, &self.stop, error);
                     }
                 },
-                _ = tick.tick(), if self.stop.is_pulled() => {
+                // What failed says so itself: that others wait for its end is no news.
+                _ = tick.tick(), if self.stop.is_pulled() && locked(&self.first).is_none() => {
                     let mut names = locked(&self.at_work).clone();
                     names.sort_unstable();
                     names.dedup();

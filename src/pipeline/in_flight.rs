@@ -205,6 +205,17 @@ fn is_covered(export: &InFlight, scope: &str, kickoffs: &[Kickoff]) -> bool {
     export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(asked))
 }
 
+/// What the server did not give of a run's exports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OfServer {
+    /// It gave all.
+    Nothing,
+    /// It did not give some files; it may the next time.
+    FilesFailed,
+    /// It says of each file that it did not give that it is gone for good.
+    FilesGone,
+}
+
 /// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not give some
 /// file of it does that count against an export: what fails here is made good from the same one, however often.
 pub(super) fn failed(
@@ -212,7 +223,7 @@ pub(super) fn failed(
     scope: &str,
     kickoffs: &[Kickoff],
     began: DateTime<Utc>,
-    of_server: bool,
+    of_server: OfServer,
 ) -> Result<()> {
     let used = |export: &InFlight| {
         let goes_on = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
@@ -223,7 +234,12 @@ pub(super) fn failed(
             |export: &&mut InFlight| export.scope == scope && !export.merged && used(export) && export.transaction_time.is_some();
         for export in exports.in_flight.iter_mut().filter(done) {
             export.behind = true;
-            export.failures += u32::from(of_server);
+            export.failures = match of_server {
+                OfServer::Nothing => export.failures,
+                OfServer::FilesFailed => export.failures + 1,
+                // It will not give them the next time either: the next run starts a new export.
+                OfServer::FilesGone => MAX_FAILURES,
+            };
         }
     })
 }

@@ -31,6 +31,7 @@ use chrono::{DateTime, Utc};
 use tracing::Instrument;
 use url::Url;
 
+use self::in_flight::OfServer;
 use self::leftovers::{clean_up, replay};
 use self::staged::TakenUp;
 use crate::config::{Mode, Plan, SourcePlan};
@@ -421,7 +422,11 @@ async fn once(
     }
     let merged = merged.unwrap_or_default();
     report::log_exports(&log, merged.exports, &watch.board, began.elapsed());
-    let files_failed = merged.files_failed > 0;
+    let of_server = match (merged.files_failed > 0, merged.files_gone) {
+        (false, _) => OfServer::Nothing,
+        (true, false) => OfServer::FilesFailed,
+        (true, true) => OfServer::FilesGone,
+    };
     // What is in a table now, or is there in a newer version, need not be kept any longer.
     state.remove_quarantined(&merged.replayed.iter().copied().collect())?;
     if absent != Absent::Stay {
@@ -445,7 +450,7 @@ async fn once(
         ));
     }
     if !report.is_merged() && !options.replay_only && client.is_some() {
-        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started, files_failed)?;
+        in_flight::failed(&state, &prepared.app_id, &prepared.kickoffs, started, of_server)?;
         if let Some(client) = &client {
             let what = (prepared.app_id.as_str(), &prepared.tables);
             in_flight::merged_in_part(&state, what, prepared.until, client, plan.delete_export).await?;

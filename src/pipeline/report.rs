@@ -152,8 +152,15 @@ pub(super) fn draw_up(
             _ => {}
         }
     }
-    for (file, promised, came) in &merged.count_findings {
-        tracing::warn!(file, promised, came, "the manifest's count differs from what came");
+    if let Some((file, promised, came)) = merged.count_findings.first() {
+        let files = merged.count_findings.len();
+        tracing::warn!(
+            files,
+            first = file,
+            promised,
+            came,
+            "the manifest's count differs from what came; the report has each file"
+        );
     }
     if !merged.count_findings.is_empty() {
         let (deviation, count) = ("count of a file differs from its resources", merged.count_findings.len() as u64);

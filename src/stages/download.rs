@@ -116,7 +116,7 @@ impl Download {
                         &|url| json!({ "fileUrl": url, "code": error.status(), "message": error.to_string(), "body": null }),
                     );
                     tracing::error!(%error, "the file could not be read; its type is left as it was");
-                    Fact::FileFailed(file.index, error.to_string())
+                    Fact::FileFailed(file.index, error.to_string(), error.status())
                 }
             };
             if handle.block_on(self.merge.send(MergeInput::Fact(fact))).is_err() {
@@ -282,6 +282,9 @@ impl Download {
                 }
                 let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
                 let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
+                if Unpack::is_unknown(&encoding) {
+                    self.board.add(telemetry::DEVIATIONS, &"a file has an unknown Content-Encoding".into(), 1);
+                }
                 let goes_on = resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response));
                 let validator = (!goes_on).then(|| Resume::validator(&response));
                 let body = response.bytes_stream().map(|bytes| {

@@ -128,11 +128,17 @@ impl ServerExport {
 
     async fn refused(&self, asking: Asking, error: Error, parting: &mut Parting) -> Result<(), Ended> {
         let (export, types, words) = (asking.export, asking.kickoff.asked.len(), error.to_string());
-        if !parting.refused(asking, error) {
+        let parts = parting.refused(asking, error);
+        if parts == 0 {
             return Ok(());
         }
-        tracing::info!(types, error = words, "the kick-off was refused; its types are asked for by halves");
-        self.tell(Fact::ExportParted(export)).await
+        tracing::info!(types, parts, error = words, "the server rejected the kick-off; bisecting its types");
+        self.tell(Fact::ExportParted { export, parts }).await?;
+        // A server that has just refused is not asked again at once.
+        if self.stop.or(tokio::time::sleep(self.client.settings().min_pause)).await.is_none() {
+            return Err(Error::new(ErrorKind::Interrupted, "stopped between two kick-offs").into());
+        }
+        Ok(())
     }
 
     async fn exports_failed(&self, failed: Vec<(usize, Kickoff)>, error: &Error) -> Result<(), Ended> {
@@ -256,6 +262,7 @@ impl ServerExport {
         let mut pause = settings.min_pause;
         let mut troubled: Option<tokio::time::Instant> = None;
         let mut unasked = false;
+        let mut early = true;
         // Answers in a row that say that there is no such export, or that it failed; since when.
         let (mut missing, mut absences) = (None, 0);
         loop {
@@ -324,7 +331,11 @@ impl ServerExport {
                         tracing::warn!(%error, "the failed export could not be given back to the server");
                     }
                     (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
-                    let hint = "the server gave the export up; run again: it is asked for anew";
+                    // It would fail for the same reason each time.
+                    let hint = match names_a_filter(&error, &kickoff.request.options.type_filters) {
+                        true => "the server's words name a search parameter: correct or remove that query of source.type_filters",
+                        false => "the server gave the export up; run again: a new export is started",
+                    };
                     return Err(error.with_hint(hint).into());
                 }
                 Poll::Gone { error, surely } => {
@@ -342,6 +353,9 @@ impl ServerExport {
             // "At once" is not meant: it would be a busy loop.
             let asked = wait.filter(|wait| *wait >= settings.min_pause);
             let wait = asked.unwrap_or(pause).max(least).min(settings.max_pause);
+            // Servers ask for two minutes of an export that takes two seconds: once, it is looked sooner.
+            let sooner = least.is_zero() && page == 0 && missing.is_none() && troubled.is_none();
+            let wait = if std::mem::take(&mut early) && sooner { wait.min(EARLY_POLL) } else { wait };
             pause = (pause * 2).min(settings.max_pause).min(OUR_LONGEST_PAUSE);
             if let Some(timeout) = self.timeout
                 && began.elapsed() + wait > timeout
@@ -393,15 +407,13 @@ impl ServerExport {
         // A page that came again may list more, in any place; what it listed before has the place that it had then.
         let fresh = self.links.page(export, page, url, accepted.separate, manifest).await;
         let (mut files, mut held) = (Vec::new(), Vec::new());
+        let mut unknown_types = 0;
         for (list, at, listed) in fresh {
             let kind = [FileKind::Output, FileKind::Deleted, FileKind::Outcome][list];
             let place = FilePlace { page, kind, at };
             passed.files += 1;
             if listed.resource_type.as_deref().is_some_and(|name| !Model::r4().is_resource_type(name)) {
-                tracing::warn!(
-                    file = *index - FIRST_INDEX,
-                    "the manifest gives a file a type that FHIR R4 does not have; its lines go by their own"
-                );
+                unknown_types += 1;
                 self.board.add(telemetry::DEVIATIONS, &"a file's type is not one of FHIR R4".into(), 1);
             }
             let file = export_file(*index, export, listed, manifest.requires_access_token, place);
@@ -421,6 +433,12 @@ impl ServerExport {
             held.extend(known.and_then(|known| known.held.clone()));
             files.push(Arc::new(file));
         }
+        if unknown_types > 0 {
+            tracing::warn!(
+                files = unknown_types,
+                "the manifest gives files a type that FHIR R4 does not have; their lines go by their own"
+            );
+        }
         // The books must know a file before its first line comes.
         let status = Some(accepted.status.as_str().into());
         self.tell(Fact::Page(ManifestPage { export, status, files: files.clone() })).await?;
@@ -436,12 +454,23 @@ impl ServerExport {
     }
 }
 
+/// Whether the server's words on an export that failed name a parameter of one of its `_typeFilter` queries.
+fn names_a_filter(error: &Error, filters: &[String]) -> bool {
+    let words = error.to_string();
+    let parameters = filters.iter().filter_map(|filter| filter.split_once('?')).flat_map(|(_, query)| query.split('&'));
+    let mut names = parameters.filter_map(|parameter| parameter.split(['=', ':', '.']).next());
+    names.any(|name| !name.is_empty() && words.contains(name))
+}
+
 /// Index of the first file that a manifest lists: those below are lines out of quarantine, a file for each type. It is always
 /// the same, so that a file's rows keep their order of arrival from run to run.
 pub const FIRST_INDEX: u32 = 256;
 
 /// Longest pause between polls that a server did not ask for itself.
 const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// When an export is asked for the second time, at the latest.
+const EARLY_POLL: Duration = Duration::from_secs(5);
 
 /// Polls in a row to which the server says that it has no such export, or that it failed, before that is believed.
 const ABSENCES: usize = 3;

@@ -106,8 +106,7 @@ impl Ledger {
                     {
                         self.types.entry(declared.clone()).or_default();
                     }
-                    let parsed = ParsedChunk { file: file.index, ..ParsedChunk::default() };
-                    self.files.insert(file.index, FileBook { file, lines: None, parsed, failed: None });
+                    self.files.insert(file.index, FileBook::of(file));
                 }
             }
             Fact::ExportEnd(end) => {
@@ -135,13 +134,14 @@ impl Ledger {
                     self.parsed(held);
                 }
             }
-            Fact::FileFailed(index, why) => {
+            Fact::FileFailed(index, why, status) => {
                 if let Some(book) = self.files.get_mut(&index) {
                     book.failed = Some(why);
+                    book.is_gone = status == Some(410);
                 }
             }
-            Fact::ExportParted(export) => {
-                self.exports += 2;
+            Fact::ExportParted { export, parts } => {
+                self.exports += parts;
                 self.failed_exports.insert(export);
             }
             Fact::ExportFailed { export, asked, why } => {
@@ -497,7 +497,7 @@ mod tests {
         books.enter(Fact::ExportEnd(ExportEnd { asked: vec!["Condition".into()], merged: vec![patient()], ..end }));
         books.enter(parsed(0, 1, &[("Patient", 1)], 0));
         books.enter(Fact::FileDone(FileDone { file: 0, lines: 1 }));
-        books.enter(Fact::ExportParted(1));
+        books.enter(Fact::ExportParted { export: 1, parts: 2 });
         books.enter(Fact::ExportFailed { export: 2, asked: vec!["Claim".into()], why: "403".into() });
         assert_eq!(books.standing(&patient()), Standing::Open, "an export has not said its last");
         books.enter(Fact::ExportFailed { export: 3, asked: vec!["Device".into()], why: "403".into() });
@@ -512,7 +512,7 @@ mod tests {
         let files = vec![file(0, Some("Patient")), file(1, Some("Condition"))];
         books.enter(Fact::Page(ManifestPage { export: 0, status: None, files }));
         books.enter(end());
-        books.enter(Fact::FileFailed(0, "404".into()));
+        books.enter(Fact::FileFailed(0, "404".into(), Some(404)));
         books.enter(Fact::FileDone(FileDone { file: 1, lines: 0 }));
         assert!(matches!(books.standing(&patient()), Standing::Failed(_)));
         assert_eq!(books.standing(&"Condition".into()), Standing::Complete);

@@ -434,6 +434,7 @@ impl Merge {
             exports: self.ledger.exports(),
             count_findings: self.ledger.count_findings(),
             files_failed: self.ledger.files_failed(),
+            files_gone: self.ledger.all_failed_are_gone(),
             whole: self.ledger.all_ended(),
             other_bad: self.ledger.other_bad(),
             replayed: self.ledger.replayed(),

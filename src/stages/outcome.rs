@@ -106,6 +106,8 @@ pub struct MergeReport {
     pub other_bad: u64,
     /// Files that could not be read to their end.
     pub files_failed: u64,
+    /// Whether the server says of each of those that it is gone for good.
+    pub files_gone: bool,
     /// Lines out of quarantine that are in a table now, or that it has newer.
     pub replayed: Vec<LineId>,
     /// Whether a watermark was held back by the server's own word on its export.

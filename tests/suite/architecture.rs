@@ -41,7 +41,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("mirror", &["error", "private"]),
     ("staged", &["error", "fault_points", "fhir", "messages", "mirror", "private"]),
     ("delta", &["delta", "error", "fault_points", "flow", "messages", "private", "schema", "staged"]),
-    ("fhir", &["error", "fault_points", "fhir", "flow", "schema", "telemetry"]),
+    ("fhir", &["error", "fault_points", "fhir", "flow", "schema", "telemetry", "unpack"]),
     ("state", &["error", "fault_points", "messages", "mirror", "private", "staged", "state"]),
     (
         "stages",

@@ -25,6 +25,14 @@ pub struct Kickoff {
 }
 
 impl Kickoff {
+    /// A kick-off of some of the types, by their places.
+    pub(super) fn only(&self, places: &[usize]) -> Self {
+        let mut some = self.clone();
+        some.asked = places.iter().filter_map(|at| self.asked.get(*at).cloned()).collect();
+        some.request.types.retain(|name| some.asked.iter().any(|asked| **asked == **name));
+        some
+    }
+
     /// Gives the second half of the types away, as a kick-off of their own.
     pub(super) fn take_half(&mut self) -> Self {
         let mut second = self.clone();

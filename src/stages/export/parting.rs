@@ -1,6 +1,6 @@
 //! Kick-offs of several types of which the server takes some and refuses others: asked for by halves, until it is known which.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 
 use super::Kickoff;
 use crate::error::{Error, ErrorKind};
@@ -15,6 +15,8 @@ pub(super) struct Parting {
     first: Option<Error>,
     /// Whether the server accepted a kick-off of the run.
     accepted: bool,
+    /// Whether a type by itself was answered otherwise than what it was refused with, so that it is a matter of types.
+    is_proven: bool,
     /// How many exports of ours it has: what it refuses then may be for want of a slot.
     held: usize,
     /// Whether an export failed that was not refused.
@@ -31,6 +33,8 @@ pub(super) struct Asking {
     pub kickoff: Kickoff,
     /// The status by which was refused what it is a part of.
     part_of: Option<u16>,
+    /// Whether it is asked for only where one of the types asked for before it was answered otherwise.
+    needs_proof: bool,
 }
 
 /// A kick-off that was refused and is not taken apart any further: its number among the run's exports, and why.
@@ -38,13 +42,15 @@ pub(super) type Refused = (usize, Kickoff, Error);
 
 impl Parting {
     pub fn of(kickoffs: &[Kickoff], known: HashSet<String>) -> Self {
-        let asking = |(export, kickoff): (usize, &Kickoff)| Asking { export, kickoff: kickoff.clone(), part_of: None };
+        let asking =
+            |(export, kickoff): (usize, &Kickoff)| Asking { export, kickoff: kickoff.clone(), part_of: None, needs_proof: false };
         Self {
             waiting: kickoffs.iter().enumerate().map(asking).collect(),
             exports: kickoffs.len(),
             known,
             first: None,
             accepted: false,
+            is_proven: false,
             held: 0,
             failed: false,
             refused: Vec::new(),
@@ -53,7 +59,15 @@ impl Parting {
     }
 
     pub fn next(&mut self) -> Option<Asking> {
-        self.waiting.pop_front()
+        let asking = self.waiting.pop_front()?;
+        if !asking.needs_proof || self.is_proven {
+            return Some(asking);
+        }
+        // Each type that was asked for by itself was refused like all of them: it is not the types.
+        let why = self.first.as_ref().map_or_else(String::new, ToString::to_string);
+        self.found.extend(asking.kickoff.asked.iter().map(|name| (name.to_string(), why.clone())));
+        self.refused.push((asking.export, asking.kickoff, Error::new(ErrorKind::Server, why)));
+        self.next()
     }
 
     /// Whether there is one export only.
@@ -73,7 +87,7 @@ impl Parting {
 
     pub fn accepted(&mut self) {
         self.held += 1;
-        self.accepted = true;
+        (self.accepted, self.is_proven) = (true, true);
     }
 
     pub fn failed(&mut self) {
@@ -85,29 +99,51 @@ impl Parting {
         self.held > 0
     }
 
-    /// Takes what was refused apart, where that can tell anything: whether it did. Both halves come next, each with a number of
-    /// its own.
-    pub fn refused(&mut self, asking: Asking, error: Error) -> bool {
-        let Asking { export, mut kickoff, part_of } = asking;
+    /// Takes what was refused apart, where that can tell anything: into how many parts, 0 where not. They come next, each with
+    /// a number of its own. Where the server names a type, or it is known that it is a matter of types, these are halves. Else
+    /// a few types by themselves come first, and the rest only where one of them is answered otherwise: a server that refuses
+    /// for another reason is not asked for each type.
+    pub fn refused(&mut self, asking: Asking, error: Error) -> usize {
+        let Asking { export, mut kickoff, part_of, .. } = asking;
         // What was refused when the server had no export of ours was so for a type, and so are its parts, refused like it.
         let for_a_type = part_of.map_or(!self.holds(), |status| error.status() == Some(status));
+        self.is_proven |= part_of.is_some() && !for_a_type;
         let is_known = kickoff.asked.iter().all(|name| self.known.contains(&**name));
         if for_a_type && kickoff.asked.len() > 1 && !is_known {
             // An export that is gone is not to be asked for again.
             kickoff.in_flight = None;
-            let second = kickoff.take_half();
-            for (number, kickoff) in [(1, second), (0, kickoff)] {
-                self.waiting.push_front(Asking { export: self.exports + number, kickoff, part_of: error.status() });
+            self.is_proven |= names_a_type(&error, &kickoff);
+            let parts = match self.is_proven {
+                true => {
+                    let second = kickoff.take_half();
+                    vec![(kickoff, false), (second, false)]
+                }
+                false => {
+                    let last = kickoff.asked.len() - 1;
+                    let probes: BTreeSet<usize> = [0, last / 2, last].into();
+                    let rest = |at: &usize| !probes.contains(at);
+                    let rest: Vec<usize> = (0..=last).filter(rest).collect();
+                    let mut parts: Vec<_> = probes.iter().map(|at| (kickoff.only(&[*at]), false)).collect();
+                    if !rest.is_empty() {
+                        parts.push((kickoff.only(&rest), true));
+                    }
+                    parts
+                }
+            };
+            let count = parts.len();
+            for (number, (kickoff, needs_proof)) in parts.into_iter().enumerate().rev() {
+                let export = self.exports + number;
+                self.waiting.push_front(Asking { export, kickoff, part_of: error.status(), needs_proof });
             }
-            self.exports += 2;
+            self.exports += count;
             self.first.get_or_insert(error);
-            return true;
+            return count;
         }
         if for_a_type && (kickoff.asked.len() == 1 || is_known) {
             self.found.extend(kickoff.asked.iter().map(|name| (name.to_string(), error.to_string())));
         }
         self.refused.push((export, kickoff, error));
-        false
+        0
     }
 
     /// Types that were refused by themselves, and why, once it is known that others are not; each once.
@@ -142,6 +178,15 @@ impl Parting {
     }
 }
 
+/// Whether a refusal names a type of the kick-off, as a word of its own.
+fn names_a_type(error: &Error, kickoff: &Kickoff) -> bool {
+    let words = error.to_string();
+    // What comes before the server's own words is the URL, which may have types in it.
+    let words = words.split_once("the server answered").map_or("", |(_, words)| words);
+    let mut words = words.split(|letter: char| !letter.is_ascii_alphanumeric());
+    words.any(|word| kickoff.asked.iter().any(|name| **name == *word))
+}
+
 /// Whether a kick-off may have been refused for one of its types: not for who asks, nor for when.
 pub(super) fn may_be_for_a_type(error: &Error) -> bool {
     // Bad request, forbidden, unprocessable, not implemented: others are for the group, the place, the length or the time.
@@ -150,8 +195,6 @@ pub(super) fn may_be_for_a_type(error: &Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
     use crate::fhir::{ExportRequest, Level};
 
@@ -209,7 +252,7 @@ mod tests {
     fn a_refusal_that_is_for_no_type_is_the_runs_end() {
         let names = ["A", "B", "C"];
         let mut parting = Parting::of(&[kickoff(&names)], HashSet::new());
-        assert_eq!(play(&mut parting, &names), (vec![], 5));
+        assert_eq!(play(&mut parting, &names), (vec![], 4));
         assert!(parting.set_aside().is_empty());
         let refused: HashSet<String> = parting.in_vain().unwrap().into_iter().collect();
         assert_eq!(refused.len(), 3);
@@ -220,8 +263,28 @@ mod tests {
         assert!(parting.in_vain().is_none() && parting.end(1).is_err());
         // Another is asked for with them: it comes, and they are set aside without being asked for one by one.
         let mut parting = Parting::of(&[kickoff(&["A", "B", "D"])], refused);
-        assert_eq!(play(&mut parting, &names), (vec!["D".to_owned()], 3));
+        assert_eq!(play(&mut parting, &names), (vec!["D".to_owned()], 4));
         assert_eq!(aside(&mut parting), ["A", "B"]);
+    }
+
+    // Breaks if a server that refuses for another reason is asked for each type, or if one that names a type is for others.
+    #[test]
+    fn a_few_types_tell_whether_it_is_a_matter_of_types() {
+        let all: Vec<String> = (0..40).map(|number| format!("T{number:02}")).collect();
+        let names: Vec<&str> = all.iter().map(String::as_str).collect();
+        let mut parting = Parting::of(&[kickoff(&names)], HashSet::new());
+        let mut asked = 0;
+        while let Some(asking) = parting.next() {
+            asked += 1;
+            parting.refused(asking, refusal(400));
+        }
+        assert_eq!((asked, parting.in_vain().map(|types| types.len())), (4, Some(40)));
+        assert!(parting.end(1).is_err());
+        // By the server's words.
+        let mut parting = Parting::of(&[kickoff(&names)], HashSet::new());
+        let whole = parting.next().unwrap();
+        let error = Error::new(ErrorKind::Server, "the kick-off: the server answered 400: no T07 here").with_status(400);
+        assert_eq!(parting.refused(whole, error), 2);
     }
 
     // Breaks if a server with one slot that does not say so has its types taken for refused.
@@ -238,9 +301,9 @@ mod tests {
     fn halves_that_fail_otherwise_say_nothing_of_their_types() {
         let mut parting = Parting::of(&[kickoff(&["A", "B"])], HashSet::new());
         let whole = parting.next().unwrap();
-        assert!(parting.refused(whole, refusal(403)));
+        assert_eq!(parting.refused(whole, refusal(403)), 2);
         let first = parting.next().unwrap();
-        assert!(!parting.refused(first, refusal(400)));
+        assert_eq!(parting.refused(first, refusal(400)), 0);
         assert_eq!(parting.rest().len(), 1);
         parting.failed();
         assert!(parting.set_aside().is_empty() && parting.in_vain().is_none());

@@ -31,7 +31,7 @@ impl ServerExport {
             tracing::error!(file = name, why = unusable.why, "a file that the manifest lists cannot be asked for");
             let status = Some(accepted.status.as_str().into());
             self.tell(Fact::Page(ManifestPage { export, status, files: vec![Arc::new(file)] })).await?;
-            self.tell(Fact::FileFailed(number, unusable.why.clone())).await?;
+            self.tell(Fact::FileFailed(number, unusable.why.clone(), None)).await?;
         }
         Ok(())
     }

@@ -11,9 +11,15 @@ pub(super) struct FileBook {
     pub lines: Option<u64>,
     pub parsed: ParsedChunk,
     pub failed: Option<String>,
+    /// Whether the server says that it is there no more, and will not be.
+    pub is_gone: bool,
 }
 
 impl FileBook {
+    pub fn of(file: Arc<ExportFile>) -> Self {
+        let parsed = ParsedChunk { file: file.index, ..ParsedChunk::default() };
+        Self { file, lines: None, parsed, failed: None, is_gone: false }
+    }
     pub fn rows(&self) -> u64 {
         self.parsed.rows.iter().map(|row| row.1).sum()
     }

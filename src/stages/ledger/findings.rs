@@ -87,6 +87,12 @@ impl Ledger {
         self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).count() as u64
     }
 
+    /// Whether there are files that could not be read, and the server says of each of them that it is gone for good.
+    pub fn all_failed_are_gone(&self) -> bool {
+        let mut failed = self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).peekable();
+        failed.peek().is_some() && failed.all(|book| book.is_gone)
+    }
+
     /// Output files by declared type.
     pub fn files_of(&self, resource_type: &ResourceType) -> u64 {
         let files = self.files.values().filter(|book| book.file.kind == FileKind::Output && !book.file.replayed);
