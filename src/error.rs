@@ -101,12 +101,14 @@ pub struct Error {
     hint: Option<&'static str>,
     /// The status of the HTTP answer that it is about.
     status: Option<u16>,
+    /// Whether it stays until somebody changes something, though its kind may pass.
+    is_lasting: bool,
 }
 
 impl Error {
     /// An error of `kind`; `message` says what happened.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), places: Vec::new(), hint: None, status: None }
+        Self { kind, message: message.into(), places: Vec::new(), hint: None, status: None, is_lasting: false }
     }
     /// Names the place where it happened; call from the inside out. A place that was just named is not named again.
     pub fn at(mut self, place: impl Into<String>) -> Self {
@@ -125,6 +127,15 @@ impl Error {
     pub fn with_status(mut self, status: u16) -> Self {
         self.status = Some(status);
         self
+    }
+    /// Notes that it stays until somebody changes something: it is not tried again.
+    pub fn lasting(mut self) -> Self {
+        self.is_lasting = true;
+        self
+    }
+    /// Whether the same may succeed a little later, by itself.
+    pub fn passes(&self) -> bool {
+        self.kind == ErrorKind::Network && !self.is_lasting
     }
     /// The status of the HTTP answer that it is about.
     pub fn status(&self) -> Option<u16> {

@@ -203,6 +203,9 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             (false, false, _) => add("source.auth", "auth is empty", Some("client_id and private_key, or bearer_token")),
         }
     }
+    if source.tls.as_ref().is_some_and(|tls| tls.client_key.is_some() && tls.client_certificate.is_none()) {
+        add("source.tls.client_key", "a key without its certificate", Some("set source.tls.client_certificate too"));
+    }
     if !source.patients.is_empty() && source.level == LevelName::System {
         add("source.patients", "patients at level system", Some("set source.level: patient, or group"));
     }

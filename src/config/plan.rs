@@ -10,9 +10,11 @@ use super::file::{
     AttachmentsSection, Bad, FileColumns, MaxBad, Mode, OptimizeSection, SchemaEvolution, ShortFile, VacuumSection,
 };
 use super::schedule::SchedulePlan;
-use super::source::{DeleteExport, ExportErrors, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, is_of_server};
-use super::values::{Instant, Text, environment};
-use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof};
+use super::source::{
+    DeleteExport, ExportErrors, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, TlsSection, is_of_server,
+};
+use super::values::{Instant, Text, environment, warn_if_loose};
+use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof, TlsSettings};
 use crate::messages::AtMost;
 use crate::schema::{Columns, LayoutOptions};
 
@@ -203,6 +205,13 @@ fn named_hosts(file: &super::file::PipelineFile, auth: &AuthSettings) -> Vec<Str
     named
 }
 
+/// Whether the environment says that no host is asked by a proxy. The HTTP library takes `*` for all names and not for
+/// addresses.
+fn no_proxy() -> bool {
+    let all = |name: &str| environment(name).is_some_and(|hosts| hosts.split(',').any(|host| host.trim() == "*"));
+    all("NO_PROXY") || all("no_proxy")
+}
+
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
@@ -285,6 +294,7 @@ impl Plan {
         }
         // Read when the process begins; what is wrong with it is said here.
         file.telemetry.iter().for_each(|telemetry| drop(text("telemetry.otlp", &telemetry.otlp)));
+        let tls = source.tls.as_ref().map_or_else(TlsSettings::default, |tls| tls_settings(tls, read, &mut problems));
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -319,6 +329,8 @@ impl Plan {
                 retry_status: file.source.retry_status.clone(),
                 token_origins: file.source.token_origins.iter().filter_map(|url| Some(Url::parse(url).ok()?.origin())).collect(),
                 downloads: file.stages.download.concurrency,
+                tls,
+                no_proxy: no_proxy(),
                 named_hosts: named_hosts(&read.file, &auth),
                 ..HttpSettings::default()
             };
@@ -389,6 +401,38 @@ impl Plan {
             max_age: file.health.max_age.0,
         })
     }
+}
+
+/// The certificates of `source.tls`, read; what is wrong with them becomes problems.
+fn tls_settings(section: &TlsSection, read: &Read, problems: &mut Vec<Problem>) -> TlsSettings {
+    let mut settings = TlsSettings::default();
+    let mut pem = |key: &str, value: &Option<Text>, is_secret: bool| {
+        let value = value.as_ref()?;
+        let content = value.resolve().and_then(|text| match text.contains("-----BEGIN") {
+            true => Ok(text),
+            false => {
+                if is_secret {
+                    warn_if_loose(&text);
+                }
+                std::fs::read_to_string(&text).map_err(|error| format!("{text} cannot be read: {error}"))
+            }
+        });
+        content.map_err(|what| problems.push(Problem { passing: true, ..read.problem(key, what, None) })).ok()
+    };
+    let ca = pem("source.tls.ca_file", &section.ca_file, false);
+    let certificate = pem("source.tls.client_certificate", &section.client_certificate, false);
+    let client_key = pem("source.tls.client_key", &section.client_key, true);
+    if let Some(Err(what)) = ca.map(|pem| settings.trust(&pem)) {
+        problems.push(read.problem("source.tls.ca_file", what, None));
+    }
+    // Where one of them could not be read, that has been said.
+    let has_key = section.client_key.is_some() == client_key.is_some();
+    if let Some(certificate) = certificate.filter(|_| has_key)
+        && let Err(what) = settings.identify(&format!("{certificate}\n{}", client_key.unwrap_or_default()))
+    {
+        problems.push(read.problem("source.tls.client_certificate", what, None));
+    }
+    settings
 }
 
 /// What is asked beside types and time.

@@ -84,6 +84,9 @@ pub struct SourceSection {
     /// Who we are to the server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auth: Option<AuthSection>,
+    /// Certificates: the CA that the server's is of, and ours where it asks for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsSection>,
     /// Origins beside the server's own that may get the token for files that require it: `https://files.example.org`.
     #[serde(default)]
     pub token_origins: Vec<String>,
@@ -172,6 +175,22 @@ pub enum ProfileName {
     Medplum,
     /// Azure Health Data Services.
     Azure,
+}
+
+/// Certificates of a server, and ours. Each is the path of a PEM file, or the PEM itself by a reference: `${env:NAME}`,
+/// `${file:/path}`. They are read when a run begins.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSection {
+    /// Certificates of CAs that are trusted beside the system's: the hospital's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<Text>,
+    /// Our certificate, with its chain, for a server or gateway that asks for one (mutual TLS).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_certificate: Option<Text>,
+    /// The private key of `client_certificate`, unencrypted, where that file does not have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_key: Option<Text>,
 }
 
 /// Whose data is exported.

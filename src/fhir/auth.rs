@@ -311,9 +311,9 @@ impl TokenClient {
             }
             (Proof::Key(..), None) => return Err(Error::new(ErrorKind::Internal, "a key that was not read")),
         }
-        let response = request.form(&form).send().await.map_err(|error| {
-            Error::new(ErrorKind::Network, format!("the token endpoint cannot be reached: {}", error.without_url()))
-        })?;
+        let response = request.form(&form).send().await;
+        let response =
+            response.map_err(|error| super::http::network(&error, "the token endpoint cannot be reached").at(shown(endpoint)))?;
         let status = response.status();
         let theirs = clock_skew(response.headers());
         let body = whole(response, SMALL, &web.stop, "the token endpoint").await?;

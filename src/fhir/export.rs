@@ -175,7 +175,7 @@ impl Client {
                 let date = response.headers().get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
                 let body = match self.whole(response, MANIFEST, "the manifest").await {
                     Ok(body) => body,
-                    Err(error) if error.kind() != ErrorKind::Network => return Err(error),
+                    Err(error) if !error.passes() => return Err(error),
                     Err(error) => return Ok(Poll::Troubled { error, wait: None, throttled: false }),
                 };
                 let manifest = Manifest::read(&body, status)?;

@@ -17,6 +17,7 @@ use super::body::{Bounds, METADATA, whole};
 use super::capabilities::Capabilities;
 use super::pace::Pace;
 use super::reach::Reach;
+use super::tls::{self, TlsSettings};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::flow::{Board, Stop, chance};
 use crate::telemetry;
@@ -51,6 +52,10 @@ pub struct HttpSettings {
     pub retry_status: Vec<u16>,
     /// Files at the same time.
     pub downloads: usize,
+    /// Whether no host is asked by a proxy, whatever the environment names.
+    pub no_proxy: bool,
+    /// Certificates beside the system's.
+    pub tls: TlsSettings,
     /// Hosts that the pipeline file or the environment names, wherever they are.
     pub named_hosts: Vec<String>,
 }
@@ -67,6 +72,8 @@ impl Default for HttpSettings {
             token_origins: Vec::new(),
             retry_status: Vec::new(),
             downloads: 10,
+            no_proxy: false,
+            tls: TlsSettings::default(),
             named_hosts: Vec::new(),
         }
     }
@@ -177,12 +184,10 @@ pub fn shown(url: &Url) -> String {
 const LONGEST_SHOWN: usize = 300;
 
 pub(super) fn network(error: &reqwest::Error, what: &str) -> Error {
-    // reqwest's own text repeats the URL, query string and all.
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
+    if let Some(fault) = tls::fault(error, what) {
+        return fault;
     }
-    let why = if error.is_timeout() { "timed out".to_owned() } else { cause.to_string() };
+    let why = if error.is_timeout() { "timed out".to_owned() } else { tls::root(error).to_string() };
     Error::new(ErrorKind::Network, format!("{what}: {why}"))
 }
 
@@ -195,7 +200,11 @@ impl Client {
             base.set_path(&path);
         }
         let reach = Reach::new(&base, settings.named_hosts.iter().cloned());
-        let http = reqwest::Client::builder()
+        let builder = reqwest::Client::builder();
+        let builder = if settings.no_proxy { builder.no_proxy() } else { builder };
+        let http = settings
+            .tls
+            .set_up(builder)
             .dns_resolver(reach.clone())
             .user_agent(concat!("fhirlake/", env!("CARGO_PKG_VERSION")))
             // All answers are unpacked; a file that goes on at a byte asks for it as it is.
@@ -204,7 +213,12 @@ impl Client {
             .connect_timeout(Duration::from_secs(30))
             .read_timeout(settings.stall)
             .build()
-            .context(ErrorKind::Internal, "the HTTP client cannot be set up")?;
+            .map_err(|error| {
+                let why = format!("the HTTP client cannot be set up: {}", tls::root(&error));
+                let hint =
+                    "the system's CA certificates are read from SSL_CERT_FILE, SSL_CERT_DIR or the package ca-certificates";
+                Error::new(ErrorKind::Config, why).with_hint(hint)
+            })?;
         let pace = Pace::new(settings.downloads);
         Ok(Self { web: Web { http, base, reach, stop }, auth, settings, board, pace })
     }
@@ -251,15 +265,12 @@ impl Client {
     pub async fn open_file(&self, url: &Url, with_token: bool, resume: Option<&Resume>) -> Result<Response> {
         let accept = "application/fhir+ndjson, application/ndjson;q=0.9, */*;q=0.1";
         let mut ask = Ask { with_token, is_file: true, ..Ask::get(url, accept, "the download") };
-        match resume {
-            Some(resume) => {
-                let range = HeaderValue::from_str(&format!("bytes={}-", resume.from));
-                ask.headers.insert(RANGE, range.context(ErrorKind::Internal, "a range")?);
-                ask.headers.insert(IF_RANGE, resume.validator.clone());
-                // The bytes that were counted were not packed.
-                ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-            }
-            None => {}
+        if let Some(resume) = resume {
+            let range = HeaderValue::from_str(&format!("bytes={}-", resume.from));
+            ask.headers.insert(RANGE, range.context(ErrorKind::Internal, "a range")?);
+            ask.headers.insert(IF_RANGE, resume.validator.clone());
+            // The bytes that were counted were not packed.
+            ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
         let mut response = self.send(&ask).await?;
         let status = response.status();
@@ -362,7 +373,7 @@ impl Client {
                     }
                     (asked, ask.refused(response).await)
                 }
-                Err(error) if error.kind() == ErrorKind::Network && ask.judges != Judges::Once => (None, error),
+                Err(error) if error.passes() && ask.judges != Judges::Once => (None, error),
                 Err(error) => return Err(error),
             };
             let wait = wait.unwrap_or_else(|| jitter(pause));

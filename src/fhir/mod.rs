@@ -13,6 +13,7 @@ mod pace;
 mod reach;
 mod request;
 mod smart;
+mod tls;
 
 pub(crate) use answers::server_words;
 pub use answers::{Resume, is_whole, parse_retry_after};
@@ -26,3 +27,4 @@ pub use manifest::{Manifest, ManifestFile};
 pub use pace::{Pace, Place};
 pub use request::{ExportOptions, ExportRequest, Level, Method};
 pub use smart::{Access, SmartConfiguration};
+pub use tls::TlsSettings;
