@@ -12,6 +12,7 @@ mod features;
 mod filter;
 mod kept;
 mod keys;
+mod log_store;
 mod matching;
 mod new_file;
 mod nulls;

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::datatypes::Schema;
+use deltalake::DeltaTable;
 use deltalake::kernel::StructType;
 use deltalake::kernel::engine::arrow_conversion::{TryIntoArrow, TryIntoKernel};
 use deltalake::logstore::LogStoreRef;
-use deltalake::{DeltaTable, DeltaTableBuilder};
 use object_store::ObjectStore;
 use url::Url;
 
-use super::vectors;
+use super::{log_store, vectors};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fault_points::reached;
 use crate::schema::{EXCLUDED_TYPES, Model};
@@ -48,6 +48,10 @@ pub struct Table {
     /// Its type.
     pub resource_type: Arc<str>,
     pub(super) log_store: LogStoreRef,
+    /// The table's place, as others name it.
+    pub(super) root: Url,
+    /// Whether its checkpoints cannot be read: the next commit writes a good one.
+    wants_checkpoint: bool,
     /// The newest snapshot that was read; `None` where the table does not exist.
     pub(super) delta: Option<DeltaTable>,
     pub(super) guard: Guard,
@@ -100,21 +104,14 @@ impl Tables {
         self.root.to_file_path().ok()
     }
 
-    fn url(&self, resource_type: &str) -> Result<Url> {
-        self.root
-            .join(&format!("{resource_type}.parquet/"))
-            .context(ErrorKind::Config, format!("no table can be at {resource_type}.parquet"))
-    }
-
     /// Opens the table of `resource_type`, or the place where it will be.
     pub async fn open(&self, resource_type: &Arc<str>) -> Result<Table> {
-        let url = self.url(resource_type)?;
-        let builder = DeltaTableBuilder::from_url(url)
-            .map_err(|error| storage(error, "the table's place cannot be used").at(resource_type.to_string()))?;
-        let log_store = builder
-            .build_storage()
-            .map_err(|error| storage(error, "the table's store cannot be used").at(resource_type.to_string()))?;
-        let mut table = Table { resource_type: resource_type.clone(), log_store, delta: None, guard: self.guard.clone() };
+        let below = format!("{resource_type}.parquet/");
+        let root = self.root.join(&below).context(ErrorKind::Config, format!("no table can be at {below}"))?;
+        let log_store = log_store::open(&self.root, &below).map_err(|error| error.at(resource_type.to_string()))?;
+        let guard = self.guard.clone();
+        let mut table =
+            Table { resource_type: resource_type.clone(), log_store, root, wants_checkpoint: false, delta: None, guard };
         table.refresh().await?;
         Ok(table)
     }
@@ -134,11 +131,8 @@ impl Tables {
                 }
             }
         } else {
-            let store = DeltaTableBuilder::from_url(self.root.clone())
-                .and_then(|builder| builder.build_storage())
-                .map_err(|error| storage(error, "the tables' store cannot be used"))?
-                .object_store(None);
-            let listing = store.list_with_delimiter(None).await.map_err(|error| storage(error, "tables cannot be listed"))?;
+            let listing =
+                self.store()?.list_with_delimiter(None).await.map_err(|error| storage(error, "tables cannot be listed"))?;
             for prefix in listing.common_prefixes {
                 found.extend(prefix.filename().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from));
             }
@@ -153,9 +147,7 @@ impl Tables {
 impl Tables {
     /// The store that the tables are in, from their folder on.
     pub fn store(&self) -> Result<Arc<dyn ObjectStore>> {
-        let built = DeltaTableBuilder::from_url(self.root.clone()).and_then(|builder| builder.build_storage());
-        let built = built.map_err(|error| storage(error, &format!("{} cannot be written", self.display())))?;
-        Ok(built.object_store(None))
+        Ok(log_store::open(&self.root, "")?.object_store(None))
     }
 
     /// Writes a file into the tables' folder and removes it.
@@ -248,7 +240,7 @@ impl Table {
         else {
             return;
         };
-        if version == 0 || !version.is_multiple_of(interval.get()) {
+        if version == 0 || !(self.wants_checkpoint || version.is_multiple_of(interval.get())) {
             return;
         }
         let done = async {
@@ -256,6 +248,7 @@ impl Table {
             let Some(delta) = &self.delta else { return Ok(()) };
             let failed = |error| storage(error, "the checkpoint cannot be written");
             deltalake::checkpoints::create_checkpoint(delta, None).await.map_err(failed)?;
+            self.wants_checkpoint = false;
             let snapshot = delta.snapshot().map_err(failed)?;
             if snapshot.table_config().enable_expired_log_cleanup() {
                 deltalake::checkpoints::cleanup_metadata(delta, None).await.map_err(failed)?;
@@ -269,7 +262,7 @@ impl Table {
 }
 
 /// A folder of tables: the user's alone, unless the umask lets a group read.
-fn table_folder(path: &std::path::Path) -> Result<()> {
+pub(super) fn table_folder(path: &std::path::Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|error| storage(error, &format!("{} cannot be made", path.display())))
 }
 
@@ -338,14 +331,37 @@ impl Table {
     pub async fn refresh(&mut self) -> Result<()> {
         // Asked first: loading what is not there is an error that the kernel logs as one.
         let there = self.log_store.is_delta_table_location().await;
-        let failed = |error| storage(error, "the table cannot be read").at(self.resource_type.to_string());
+        let resource_type = self.resource_type.clone();
+        let failed = |error| storage(error, "the table cannot be read").at(resource_type.to_string());
         self.delta = None;
         if there.map_err(failed)? {
             let mut delta = DeltaTable::new(self.log_store.clone());
-            delta.load().await.map_err(failed)?;
+            if let Err(error) = delta.load().await {
+                delta = self.load_without_checkpoints().await?.ok_or_else(|| failed(error))?;
+            }
             self.delta = Some(delta);
         }
         Ok(())
+    }
+
+    /// Reads a log that cannot be read without its checkpoints, which are a help to readers and no more; `None` where it is not
+    /// for them that it cannot be.
+    async fn load_without_checkpoints(&mut self) -> Result<Option<DeltaTable>> {
+        let log_store = match log_store::without_checkpoints(&self.log_store).await {
+            Ok(Some(log_store)) => log_store,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(error.at(self.resource_type.to_string())),
+        };
+        let mut delta = DeltaTable::new(log_store.clone());
+        if delta.load().await.is_err() {
+            return Ok(None);
+        }
+        tracing::warn!(
+            resource_type = &*self.resource_type,
+            "a checkpoint of the table cannot be read; its log is read without, and the next commit writes a good one"
+        );
+        (self.log_store, self.wants_checkpoint) = (log_store, true);
+        Ok(Some(delta))
     }
 
     /// The table's version; `None` where it does not exist.
@@ -365,7 +381,7 @@ impl Table {
 
     /// The folder, where it is local: files are synced before they are committed.
     pub fn local(&self) -> Option<std::path::PathBuf> {
-        self.log_store.root_url().to_file_path().ok()
+        self.root.to_file_path().ok()
     }
 
     /// The table's Arrow schema; `None` where it does not exist.
