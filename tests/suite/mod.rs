@@ -1,3 +1,4 @@
+mod answers;
 mod architecture;
 mod corpus;
 #[cfg(feature = "fault-points")]
@@ -28,4 +29,5 @@ mod server;
 mod stores;
 mod support;
 mod tables;
+mod tls;
 mod writers;

@@ -365,3 +365,98 @@ async fn checkpoints_come_at_the_tables_interval_and_their_failure_is_not_the_co
     let (there, named) = lake.files("Patient").await;
     assert!(named.iter().all(|file| there.contains(file)), "a committed file is gone: {named:?} of {there:?}");
 }
+
+// Breaks if a folder is made under one name and looked for under another.
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_of_any_name() {
+    for name in ["a%20b", "a\\b", "100%", "%25", "a%2Fb", "a b", "ä", "a#b?c", "[x]*", "tab\tin", "q'\"", "..x", "~", "a:b"] {
+        let all = tempfile::tempdir().unwrap();
+        let (data, tables) = (all.path().join(name), all.path().join(format!("{name}-t")).join(name));
+        std::fs::create_dir(&data).unwrap();
+        let yaml = |text: String| serde_json::to_string(&text).unwrap();
+        let pipeline = |url: String| {
+            let text = format!(
+                "version: 1\nname: x\nsource: {{ url: {} }}\ntables: {}\n",
+                yaml(url),
+                yaml(tables.display().to_string())
+            );
+            let read = fhirlake::config::read_pipeline(&text, &[]).unwrap();
+            fhirlake::config::Plan::resolve(&read).unwrap()
+        };
+        let url = url::Url::from_directory_path(&data).unwrap().to_string();
+        for version in 1..4 {
+            std::fs::write(data.join("Patient.ndjson"), patient("a", version, "")).unwrap();
+            let (watch, stop) = (Default::default(), Default::default());
+            let run = fhirlake::pipeline::run(pipeline(url.clone()), Default::default(), &watch, &stop, |_| {}).await;
+            let report = run.unwrap_or_else(|error| panic!("{name}: {error}"));
+            let of = &report.types["Patient"];
+            assert!(report.succeeded && of.inserted + of.updated == 1, "{name}: {report:#?}");
+        }
+        assert!(tables.join("Patient.parquet/_delta_log/00000000000000000002.json").is_file(), "{name}");
+        let rows = super::support::sql(&tables, "SELECT id FROM Patient").await;
+        assert_eq!(rows.iter().map(|batch| batch.num_rows()).sum::<usize>(), 1, "{name}");
+        let names: Vec<_> = std::fs::read_dir(all.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+        assert_eq!(names.len(), 2, "{name}: {names:?}");
+    }
+}
+
+// Breaks if a checkpoint that cannot be read keeps out of a table whose commits are all there, or stays bad.
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_that_cannot_be_read_are_passed_over() {
+    type Break = fn(&std::path::Path);
+    let checkpoint = |log: &std::path::Path| {
+        let names = std::fs::read_dir(log).unwrap().flatten().map(|entry| entry.path());
+        let mut found: Vec<_> = names.filter(|path| path.to_string_lossy().ends_with(".checkpoint.parquet")).collect();
+        found.sort();
+        found.pop().unwrap()
+    };
+    let breaks: [(&str, Break); 5] = [
+        ("cut", |path| {
+            let bytes = std::fs::read(path).unwrap();
+            std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("empty", |path| std::fs::write(path, b"").unwrap()),
+        ("rubbish", |path| std::fs::write(path, b"not a checkpoint").unwrap()),
+        ("missing, and named", |path| std::fs::remove_file(path).unwrap()),
+        ("named wrongly", |path| {
+            let hint = path.with_file_name("_last_checkpoint");
+            std::fs::write(hint, r#"{"version":7,"size":3}"#).unwrap();
+        }),
+    ];
+    for (what, broken) in breaks {
+        let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+        let source = |version: u32| write(data.path(), "Patient.ndjson", &[patient("a", version, ""), patient("b", version, "")]);
+        for version in 1..=12 {
+            assert!(lake.run(&source(version), "").await.unwrap().succeeded);
+        }
+        let log = lake.tables().join("Patient.parquet/_delta_log");
+        let first = checkpoint(&log);
+        broken(&first);
+        let report = lake.run(&source(13), "").await.unwrap();
+        assert!(report.succeeded && report.types["Patient"].updated == 2, "{what}: {report:#?}");
+        assert_eq!(lake.count("Patient").await, 2, "{what}");
+        // From now on there is a good one: the log can be read from it alone.
+        if what != "named wrongly" {
+            let good = checkpoint(&log);
+            assert!(good > first || what.starts_with("missing"), "{what}: {}", good.display());
+            for version in 0..10 {
+                std::fs::remove_file(log.join(format!("{version:020}.json"))).unwrap();
+            }
+            assert!(lake.run(&source(14), "").await.unwrap().succeeded, "{what}");
+            assert_eq!(lake.count("Patient").await, 2, "{what}");
+        }
+    }
+    // Where older commits are gone, the checkpoint is what there is: its type fails, and says why.
+    let (data, lake) = (tempfile::tempdir().unwrap(), lake());
+    for version in 1..=12 {
+        let source = write(data.path(), "Patient.ndjson", &[patient("a", version, "")]);
+        assert!(lake.run(&source, "").await.unwrap().succeeded);
+    }
+    let log = lake.tables().join("Patient.parquet/_delta_log");
+    std::fs::remove_file(log.join(format!("{:020}.json", 3))).unwrap();
+    std::fs::write(checkpoint(&log), b"cut").unwrap();
+    std::fs::write(data.path().join("Device.ndjson"), r#"{"resourceType":"Device","id":"d"}"#).unwrap();
+    let report = lake.run(&format!("{{ url: \"file://{}\" }}", data.path().display()), "").await.unwrap();
+    let error = report.types["Patient"].error.as_deref().unwrap_or_default();
+    assert!(error.contains("checkpoint") && report.types["Device"].error.is_none(), "{report:#?}");
+}
