@@ -23,11 +23,12 @@ const HINT: &str = "_delta_log/_last_checkpoint";
 pub(super) fn open(root: &Url, below: &str) -> Result<LogStoreRef> {
     let failed = |error| storage(error, "the table's store cannot be used");
     if let Some(folder) = root.to_file_path().ok().filter(|folder| !survives(folder)) {
-        // The kernel would look for it under another name. From the folder on, names are ours.
+        // The kernel would look for it under another name. From the folder on, names are ours; it asks the file system for what
+        // is of the scheme `file`, so this is of another.
         table_folder(&folder)?;
         let store = object_store::local::LocalFileSystem::new_with_prefix(&folder)
             .map_err(|error| storage(error, &format!("{} cannot be used", folder.display())))?;
-        let url = Url::parse("file:///").and_then(|url| url.join(below));
+        let url = Url::parse("memory:///").and_then(|url| url.join(below));
         let url = url.map_err(|error| storage(error, "the table's place cannot be used"))?;
         return logstore_with(Arc::new(store), &url, StorageConfig::default()).map_err(failed);
     }
