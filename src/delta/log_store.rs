@@ -6,7 +6,7 @@ use std::sync::Arc;
 use deltalake::DeltaTableBuilder;
 use deltalake::logstore::{LogStoreRef, StorageConfig, logstore_with};
 use futures::stream::BoxStream;
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryFutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreScheme,
@@ -30,7 +30,9 @@ pub(super) fn open(root: &Url, below: &str) -> Result<LogStoreRef> {
             .map_err(|error| storage(error, &format!("{} cannot be used", folder.display())))?;
         let url = Url::parse("memory:///").and_then(|url| url.join(below));
         let url = url.map_err(|error| storage(error, "the table's place cannot be used"))?;
-        return logstore_with(Arc::new(store), &url, StorageConfig::default()).map_err(failed);
+        // It also takes listings of other schemes for sorted, which those of a file system are not.
+        let sorted = Shown { inner: Arc::new(store), hidden: Arc::default() };
+        return logstore_with(Arc::new(sorted), &url, StorageConfig::default()).map_err(failed);
     }
     let url = root.join(below).map_err(|error| storage(error, "the table's place cannot be used"))?;
     DeltaTableBuilder::from_url(url).and_then(|builder| builder.build_storage()).map_err(failed)
@@ -56,7 +58,7 @@ pub(super) async fn without_checkpoints(log_store: &LogStoreRef) -> Result<Optio
     let names: Vec<Path> = root.list(Some(&log)).map_ok(|object| object.location).try_collect().await.map_err(failed)?;
     let is_checkpoint =
         |path: &&Path| path.filename().is_some_and(|name| name.contains(".checkpoint") || name == "_last_checkpoint");
-    let hidden: HashSet<Path> = names.iter().filter(is_checkpoint).cloned().collect();
+    let mut hidden: HashSet<Path> = names.iter().filter(is_checkpoint).cloned().collect();
     if hidden.is_empty() {
         return Ok(None);
     }
@@ -69,27 +71,27 @@ pub(super) async fn without_checkpoints(log_store: &LogStoreRef) -> Result<Optio
             "restore `_delta_log` from a backup, or let another engine repair the table; to load it anew, move its folder away and run with --full-refresh",
         ));
     }
-    let store = Hiding { inner: root, hidden: Arc::new(hidden), hint: prefix.parts().chain(Path::from(HINT).parts()).collect() };
+    hidden.insert(prefix.parts().chain(Path::from(HINT).parts()).collect());
+    let store = Shown { inner: root, hidden: Arc::new(hidden) };
     let config = log_store.config().options().clone();
     let opened = logstore_with(Arc::new(store), log_store.root_url(), config);
     opened.map(Some).map_err(|error| storage(error, "the table's store cannot be used"))
 }
 
-/// A store in which some files are not to be seen. What is written is.
+/// A store that lists what comes after a name in order, without the files that are hidden.
 #[derive(Debug, Clone)]
-struct Hiding {
+struct Shown {
     inner: Arc<dyn ObjectStore>,
     hidden: Arc<HashSet<Path>>,
-    hint: Path,
 }
 
-impl std::fmt::Display for Hiding {
+impl std::fmt::Display for Shown {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "{} without its checkpoints", self.inner)
+        write!(formatter, "{} without {} files", self.inner, self.hidden.len())
     }
 }
 
-impl Hiding {
+impl Shown {
     fn seen(
         &self,
         listed: BoxStream<'static, object_store::Result<ObjectMeta>>,
@@ -104,7 +106,7 @@ impl Hiding {
 }
 
 #[async_trait::async_trait]
-impl ObjectStore for Hiding {
+impl ObjectStore for Shown {
     async fn put_opts(&self, to: &Path, payload: PutPayload, options: PutOptions) -> object_store::Result<PutResult> {
         self.inner.put_opts(to, payload, options).await
     }
@@ -118,7 +120,7 @@ impl ObjectStore for Hiding {
     }
 
     async fn get_opts(&self, from: &Path, options: GetOptions) -> object_store::Result<GetResult> {
-        if *from == self.hint || self.hidden.contains(from) {
+        if self.hidden.contains(from) {
             return Err(object_store::Error::NotFound {
                 path: from.to_string(),
                 source: "a checkpoint that is passed over".into(),
@@ -139,7 +141,12 @@ impl ObjectStore for Hiding {
     }
 
     fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
-        self.seen(self.inner.list_with_offset(prefix, offset))
+        let listed = self.seen(self.inner.list_with_offset(prefix, offset)).try_collect::<Vec<_>>();
+        let sorted = listed.map_ok(|mut objects| {
+            objects.sort_unstable_by(|one, other| one.location.cmp(&other.location));
+            futures::stream::iter(objects.into_iter().map(Ok))
+        });
+        sorted.try_flatten_stream().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {

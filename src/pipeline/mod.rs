@@ -117,17 +117,19 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
     if !path.is_dir() {
         return Err(Error::new(ErrorKind::Config, format!("source.url: {} is not a folder", path.display())));
     }
-    let store = object_store::local::LocalFileSystem::new();
-    let folder = object_store::path::Path::from_absolute_path(&path).context(ErrorKind::Config, "source.url")?;
-    Ok((Arc::new(store), folder))
+    // Not from the root: names on the way need not be such as objects may have.
+    let store = object_store::local::LocalFileSystem::new_with_prefix(&path).context(ErrorKind::Config, "source.url")?;
+    Ok((Arc::new(store), object_store::path::Path::default()))
 }
 
-/// Local folders that fhirlake writes into, should they lie in a source folder.
-fn own_folders(plan: &Plan, state: &StateFolder, tables: &Tables) -> Vec<object_store::path::Path> {
+/// Local folders that fhirlake writes into and that lie in the source folder, as seen from there.
+fn own_folders(plan: &Plan, source: &Url, state: &StateFolder, tables: &Tables) -> Vec<object_store::path::Path> {
     let state = (!plan.state.contains("://")).then(|| state.path().to_path_buf());
-    let folders = state.into_iter().chain(tables.local());
-    let absolute = |folder| std::path::absolute(folder).ok();
-    folders.filter_map(absolute).filter_map(|folder| object_store::path::Path::from_absolute_path(folder).ok()).collect()
+    let Some(source) = source.to_file_path().ok().and_then(|source| source.canonicalize().ok()) else { return Vec::new() };
+    let canonical = |folder: std::path::PathBuf| folder.canonicalize().or_else(|_| std::path::absolute(&folder)).ok();
+    let folders = state.into_iter().chain(tables.local()).filter_map(canonical);
+    let below = folders.filter_map(|folder| folder.strip_prefix(&source).ok()?.to_str().map(object_store::path::Path::parse));
+    below.filter_map(std::result::Result::ok).filter(|folder| folder.parts().next().is_some()).collect()
 }
 
 /// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an earlier run
@@ -309,7 +311,7 @@ async fn once(
                 folder,
                 url: url.clone(),
                 types: plan.types.iter().map(|name| name.as_str().into()).collect(),
-                excluded: own_folders(plan, &state, &prepared.tables),
+                excluded: own_folders(plan, url, &state, &prepared.tables),
                 passed_over: passed_over.clone(),
                 all_asked: plan.mode != Mode::Merge,
                 first_index,
