@@ -170,10 +170,8 @@ async fn commit(tables: &Path, batches: impl Iterator<Item = (RecordBatch, Vec<R
                 StagingFile::create(&table, path.into(), rows.filled.clone(), &scratch).await.unwrap()
             }
         };
-        let (filled, losses) = (rows.filled.clone(), Default::default());
-        file.append(EncodedBatch { resource_type: TYPE.into(), filled, parquet, metadata, keys, json_bytes: 0, losses })
-            .await
-            .unwrap();
+        let (filled, by_file) = (rows.filled.clone(), Default::default());
+        file.append(EncodedBatch { resource_type: TYPE.into(), filled, parquet, metadata, keys, by_file }).await.unwrap();
         if file.size() >= TARGET {
             files.push(file.close(&table).await.unwrap());
         } else {

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use url::Url;
 
 use crate::flow::Weighed;
-use crate::schema::{Filled, Layout};
+use crate::schema::{Filled, Layout, MAX_LOSS_PATHS};
 use crate::tape::Tape;
 
 /// A FHIR resource type, `Patient`.
@@ -232,10 +232,35 @@ pub struct EncodedBatch {
     pub metadata: ParquetMetaData,
     /// The rows' keys, in row order.
     pub keys: Vec<RowKey>,
-    /// Bytes of NDJSON that it stands for.
+    /// What its rows came from, by the index of the export's file.
+    pub by_file: BTreeMap<u32, FileRows>,
+}
+
+/// Rows of one file of an export, and what came with them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct FileRows {
+    /// Rows.
+    pub rows: u64,
+    /// Bytes of NDJSON.
     pub json_bytes: u64,
-    /// What could not be held, by path.
-    pub losses: BTreeMap<String, u64>,
+    /// Values that the layout could not hold, by path.
+    pub not_held: BTreeMap<String, u64>,
+}
+
+impl FileRows {
+    /// Adds more of the same type.
+    pub fn add(&mut self, more: &FileRows) {
+        self.rows += more.rows;
+        self.json_bytes += more.json_bytes;
+        more.not_held.iter().for_each(|(path, count)| count_not_held(&mut self.not_held, path, *count));
+    }
+}
+
+/// Counts values that a layout could not hold. A server that invents members must not fill memory or a report with them.
+pub fn count_not_held(counts: &mut BTreeMap<String, u64>, path: &str, more: u64) {
+    let is_full = counts.len() >= MAX_LOSS_PATHS && !counts.contains_key(path);
+    let other = || format!("{}.?", path.split('.').next().unwrap_or_default());
+    *counts.entry(if is_full { other() } else { path.to_owned() }).or_default() += more;
 }
 
 /// A resource that the server says is gone.

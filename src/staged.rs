@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, ErrorKind, Result};
 use crate::fault_points::reached;
 use crate::fhir::unsigned;
-use crate::messages::{ExportFile, ParsedChunk, ResourceType};
+use crate::messages::{ExportFile, FileRows, ParsedChunk, ResourceType};
 use crate::mirror::{Mirror, push};
 use crate::private::{private_dir, write_atomically};
 
@@ -42,18 +42,15 @@ pub struct StagedParquet {
     pub size: u64,
     /// Rows, those included that do not count.
     pub rows: u64,
-    /// Rows by the index of the export's file that they are from.
-    pub rows_of: BTreeMap<u32, u64>,
+    /// What its rows came from, by the index of the export's file.
+    #[serde(default)]
+    pub by_file: BTreeMap<u32, FileRows>,
     /// Least and greatest `lastUpdated`.
     pub updated: Option<(i64, i64)>,
     /// Least and greatest `id`, where the file's statistics know.
     pub id_range: Option<(String, String)>,
     /// What the table's columns were: the rows fit no other.
     pub columns: String,
-    /// Bytes of NDJSON that it stands for.
-    pub json_bytes: u64,
-    /// What the layout could not hold, by path.
-    pub not_held: BTreeMap<String, u64>,
 }
 
 /// All of it.
@@ -69,8 +66,8 @@ pub struct StagedWork {
     pub in_tables: Vec<StagedParquet>,
 }
 
-/// What this program writes into [`StagedWork::created_by`].
-const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"));
+/// What this program writes into [`StagedWork::created_by`]: its version, and that of this file's own shape.
+const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"), ", 2");
 
 impl StagedWork {
     /// Nothing, staged by this program.
@@ -94,7 +91,7 @@ impl StagedWork {
             file.held = None;
         }
         for file in self.files.iter_mut().chain(&mut self.in_tables) {
-            file.rows_of.retain(|index, _| !gone.contains(index));
+            file.by_file.retain(|index, _| !gone.contains(index));
         }
     }
 
@@ -105,11 +102,11 @@ impl StagedWork {
         let mut taken = StagedWork { created_by: self.created_by.clone(), listed: ours, ..StagedWork::default() };
         self.listed = others;
         let indexes: HashSet<u32> = taken.listed.iter().map(|file| file.index).collect();
-        let is_ours = |file: &StagedParquet| file.rows_of.keys().any(|index| indexes.contains(index));
+        let is_ours = |file: &StagedParquet| file.by_file.keys().any(|index| indexes.contains(index));
         (taken.files, self.files) = std::mem::take(&mut self.files).into_iter().partition(is_ours);
         (taken.in_tables, self.in_tables) = std::mem::take(&mut self.in_tables).into_iter().partition(is_ours);
         // A file that has rows of both goes with ours: theirs come again.
-        let both = taken.files.iter().flat_map(|file| file.rows_of.keys()).filter(|index| !indexes.contains(index));
+        let both = taken.files.iter().flat_map(|file| file.by_file.keys()).filter(|index| !indexes.contains(index));
         self.release(&both.copied().collect());
         taken
     }

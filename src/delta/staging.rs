@@ -14,7 +14,7 @@ use super::table::{Table, storage};
 use super::vacuum::data_path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault_points::reached;
-use crate::messages::EncodedBatch;
+use crate::messages::{EncodedBatch, FileRows};
 use crate::schema::Filled;
 use crate::staged::StagedParquet;
 
@@ -25,18 +25,7 @@ pub struct StagingFile {
     keys: Spill<KeyAt>,
     /// Least and greatest `lastUpdated`.
     updated: Option<(i64, i64)>,
-    brought: Brought,
-}
-
-/// What a staged file's rows came from.
-#[derive(Debug, Clone, Default)]
-pub struct Brought {
-    /// Rows by the index of the export's file.
-    pub rows_of: BTreeMap<u32, u64>,
-    /// Bytes of NDJSON.
-    pub json_bytes: u64,
-    /// What the layout could not hold, by path.
-    pub not_held: BTreeMap<String, u64>,
+    by_file: BTreeMap<u32, FileRows>,
 }
 
 /// A file that is whole and not committed.
@@ -56,8 +45,8 @@ pub struct StagedFile {
     pub id_range: Option<(String, String)>,
     /// Rows that do not count: they come again.
     pub(super) void: RoaringTreemap,
-    /// What its rows came from.
-    pub brought: Brought,
+    /// What its rows that count came from, by the index of the export's file.
+    pub by_file: BTreeMap<u32, FileRows>,
     /// What an earlier run wrote down of it, where that staged it.
     noted: Option<StagedParquet>,
 }
@@ -106,7 +95,7 @@ impl StagingFile {
     pub async fn create(table: &Table, path: Path, filled: Filled, scratch: &std::path::Path) -> Result<Self> {
         let file = NewFile::create(table, path).await?;
         let keys = Spill::new(scratch, usize::MAX);
-        Ok(Self { file, filled, keys, updated: None, brought: Brought::default() })
+        Ok(Self { file, filled, keys, updated: None, by_file: BTreeMap::new() })
     }
 
     /// Whether row groups with the columns of `filled` fit into the file: all of a file's have the same.
@@ -132,12 +121,8 @@ impl StagingFile {
     /// Appends a batch's row group.
     pub async fn append(&mut self, batch: EncodedBatch) -> Result<()> {
         self.file.append(&batch.parquet, &batch.metadata).await?;
-        self.brought.json_bytes += batch.json_bytes;
-        for (path, count) in batch.losses {
-            *self.brought.not_held.entry(path).or_default() += count;
-        }
-        for keys in batch.keys.chunk_by(|a, b| a.arrival.file() == b.arrival.file()) {
-            *self.brought.rows_of.entry(keys[0].arrival.file()).or_default() += keys.len() as u64;
+        for (index, more) in &batch.by_file {
+            self.by_file.entry(*index).or_default().add(more);
         }
         for key in batch.keys {
             let (first, last) = self.updated.unwrap_or((key.last_updated, key.last_updated));
@@ -162,7 +147,7 @@ impl StagingFile {
             updated: self.updated,
             id_range: file.id_range,
             void: RoaringTreemap::new(),
-            brought: self.brought,
+            by_file: self.by_file,
             noted: None,
         })
     }
@@ -179,26 +164,15 @@ impl StagedFile {
     pub fn again(staged: StagedParquet, keys: &std::path::Path, held: &HashSet<u32>) -> Result<Self> {
         let mut kept = KeptKeys::open(keys)?;
         let mut void = RoaringTreemap::new();
-        let held: HashSet<u32> = staged.rows_of.keys().copied().filter(|index| held.contains(index)).collect();
-        let counted: u64 = staged.rows_of.iter().filter(|(index, _)| held.contains(index)).map(|(_, rows)| rows).sum();
+        let mut by_file = staged.by_file.clone();
+        by_file.retain(|index, _| held.contains(index));
+        let counted: u64 = by_file.values().map(|of| of.rows).sum();
         if counted != staged.rows {
-            kept.count_only(held.clone(), |key| void.extend([key.row()]))?;
+            kept.count_only(by_file.keys().copied().collect(), |key| void.extend([key.row()]))?;
         }
         if kept.rows() != counted || kept.rows() + void.len() != staged.rows {
             return Err(Error::new(ErrorKind::Data, format!("{} does not have the keys of its file", keys.display())));
         }
-        // What the rows that come again brought is told again; which part that was is not known, so a share.
-        let share = |count: u64| (u128::from(count) * u128::from(counted)).div_ceil(u128::from(staged.rows.max(1))) as u64;
-        let brought = Brought {
-            rows_of: staged
-                .rows_of
-                .iter()
-                .filter(|(index, _)| held.contains(index))
-                .map(|(index, rows)| (*index, *rows))
-                .collect(),
-            json_bytes: share(staged.json_bytes),
-            not_held: staged.not_held.iter().map(|(path, count)| (path.clone(), share(*count))).collect(),
-        };
         Ok(Self {
             path: Path::from(staged.path.as_str()),
             size: staged.size,
@@ -207,7 +181,7 @@ impl StagedFile {
             updated: staged.updated,
             id_range: staged.id_range.clone(),
             void,
-            brought,
+            by_file,
             noted: Some(staged),
         })
     }
@@ -215,19 +189,17 @@ impl StagedFile {
     /// What is to be known of it to read it [again](Self::again). `columns` says what the table's were.
     pub fn note(&self, table: &Table, columns: &str) -> StagedParquet {
         if let Some(noted) = &self.noted {
-            return StagedParquet { rows_of: self.brought.rows_of.clone(), ..noted.clone() };
+            return StagedParquet { by_file: self.by_file.clone(), ..noted.clone() };
         }
         StagedParquet {
             resource_type: table.resource_type.clone(),
             path: self.path.to_string(),
             size: self.size,
             rows: self.rows,
-            rows_of: self.brought.rows_of.clone(),
+            by_file: self.by_file.clone(),
             updated: self.updated,
             id_range: self.id_range.clone(),
             columns: columns.to_owned(),
-            json_bytes: self.brought.json_bytes,
-            not_held: self.brought.not_held.clone(),
         }
     }
 

@@ -96,12 +96,12 @@ async fn look_through(folder: &StagedFolder, work: &mut StagedWork, merged: &Has
             }
         }
     }
-    work.release(&lost.iter().flat_map(|file| file.rows_of.keys().copied()).collect());
+    work.release(&lost.iter().flat_map(|file| file.by_file.keys().copied()).collect());
     let held: HashSet<u32> = work.listed.iter().filter(|file| file.held.is_some()).map(|file| file.index).collect();
     for file in work.files.iter_mut().chain(&mut work.in_tables) {
-        file.rows_of.retain(|index, _| held.contains(index));
+        file.by_file.retain(|index, _| held.contains(index));
     }
-    let (files, empty): (Vec<_>, Vec<_>) = std::mem::take(&mut work.files).into_iter().partition(|file| !file.rows_of.is_empty());
+    let (files, empty): (Vec<_>, Vec<_>) = std::mem::take(&mut work.files).into_iter().partition(|file| !file.by_file.is_empty());
     work.files = files;
     useless.extend(empty);
     discard(useless, prepared).await;

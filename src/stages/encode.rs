@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 use crate::delta::PageEncoder;
 use crate::error::Result;
 use crate::flow::{Receiver, Sender};
-use crate::messages::{EncodedBatch, Fact, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
+use crate::messages::{EncodedBatch, Fact, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
 use crate::schema::{Columns, Encoder, Filled};
 
 /// Columns of a batch, and their levels, may take so many times the bytes of JSON at which it is closed, in tenths. Usual
@@ -23,6 +23,29 @@ const COLUMNS_TO_JSON: usize = 25;
 struct OpenBatch {
     encoder: Encoder,
     keys: Vec<RowKey>,
+    by_file: BTreeMap<u32, FileRows>,
+    /// Rows and bytes of JSON that `by_file` has.
+    counted: (u64, u64),
+}
+
+impl OpenBatch {
+    fn new(encoder: Encoder, rows: usize) -> Self {
+        Self { encoder, keys: Vec::with_capacity(rows), by_file: BTreeMap::new(), counted: (0, 0) }
+    }
+
+    /// Enters that the rows since the last call are of this file.
+    fn came_from(&mut self, file: u32) {
+        let (rows, json_bytes) = (self.keys.len() as u64, self.encoder.json_bytes() as u64);
+        let more = FileRows {
+            rows: rows - self.counted.0,
+            json_bytes: json_bytes - self.counted.1,
+            not_held: self.encoder.take_losses(),
+        };
+        if more.rows > 0 {
+            self.by_file.entry(file).or_default().add(&more);
+            self.counted = (rows, json_bytes);
+        }
+    }
 }
 
 /// Open batches of all types.
@@ -69,12 +92,12 @@ impl Shared {
         }
         drop(bench);
         let layout = (self.layouts)(resource_type)?;
-        Ok(OpenBatch { encoder: Encoder::new(layout), keys: Vec::new() })
+        Ok(OpenBatch::new(Encoder::new(layout), 0))
     }
 
     /// An empty batch like `batch`.
     fn fresh(&self, batch: &OpenBatch) -> OpenBatch {
-        OpenBatch { encoder: Encoder::new(batch.encoder.layout().clone()), keys: Vec::new() }
+        OpenBatch::new(Encoder::new(batch.encoder.layout().clone()), 0)
     }
 
     /// Puts a batch back that saw `rows` new rows; what has to be closed now.
@@ -132,22 +155,28 @@ impl Shared {
         if batch.encoder.rows() == 0 {
             return Ok(None);
         }
-        let json_bytes = batch.encoder.json_bytes() as u64;
-        let losses: BTreeMap<String, u64> = batch.encoder.take_losses();
+        let json_bytes = batch.encoder.json_bytes();
         let mut known = self.bench().known.get(&resource_type).cloned().unwrap_or_default();
         let encoded = batch.encoder.finish(&mut known, self.columns)?;
         let mut bench = self.bench();
         bench.known.entry(resource_type.clone()).or_default().merge(&known);
-        if json_bytes as usize >= self.batch_bytes {
+        if json_bytes >= self.batch_bytes {
             // More of the type is likely: the encoder knows how large its columns become.
-            let next = OpenBatch { encoder: batch.encoder, keys: Vec::with_capacity(batch.keys.len()) };
+            let next = OpenBatch::new(batch.encoder, batch.keys.len());
             bench.idle.entry(resource_type.clone()).or_default().push(next);
         }
         drop(bench);
         let (parquet, metadata) = PageEncoder
             .encode(&encoded.batch, &encoded.schema, &encoded.filtered)
             .map_err(|error| error.at(resource_type.to_string()))?;
-        Ok(Some(EncodedBatch { resource_type, filled: encoded.filled, parquet, metadata, keys: batch.keys, json_bytes, losses }))
+        Ok(Some(EncodedBatch {
+            resource_type,
+            filled: encoded.filled,
+            parquet,
+            metadata,
+            keys: batch.keys,
+            by_file: batch.by_file,
+        }))
     }
 }
 
@@ -196,6 +225,7 @@ impl Encode {
                         };
                         for row in parsed {
                             if batch.encoder.column_bytes() > (self.shared.batch_bytes / 10).saturating_mul(COLUMNS_TO_JSON) {
+                                batch.came_from(rows.file.index);
                                 let fresh = self.shared.fresh(&batch);
                                 let full = std::mem::replace(&mut batch, fresh);
                                 if !self.close_all(handle, vec![(resource_type.clone(), full)])? {
@@ -206,6 +236,7 @@ impl Encode {
                             batch.encoder.weigh(row.added);
                             batch.keys.push(row.key);
                         }
+                        batch.came_from(rows.file.index);
                         let due = self.shared.put_back(resource_type, batch, parsed.len() as u64);
                         if !self.close_all(handle, due)? {
                             return Ok(());

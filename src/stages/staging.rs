@@ -15,8 +15,8 @@ use super::outcome::TypeOutcome;
 use crate::delta::{Deletions, StagedFile, StagingFile, Table, Tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::compute;
-use crate::messages::{Deletion, EncodedBatch, ParsedChunk, ResourceType};
-use crate::schema::{LayoutOptions, MAX_LOSS_PATHS, arrow_schema, layout_for};
+use crate::messages::{Deletion, EncodedBatch, FileRows, ParsedChunk, ResourceType, count_not_held};
+use crate::schema::{LayoutOptions, arrow_schema, layout_for};
 use crate::staged::{StagedFolder, StagedParquet, StagedWork};
 
 /// A type's staged rows.
@@ -58,14 +58,11 @@ impl TypeStage {
     }
 
     /// Counts what rows bring with them.
-    fn count(&mut self, name: &ResourceType, rows: u64, json_bytes: u64, losses: BTreeMap<String, u64>) {
-        self.outcome.resources += rows;
-        self.outcome.bytes += json_bytes;
-        for (path, count) in losses {
-            let not_held = &mut self.outcome.not_held;
-            // Batches bring paths of their own: a server that invents members must not fill the report with them.
-            let path = if not_held.len() < MAX_LOSS_PATHS || not_held.contains_key(&path) { path } else { format!("{name}.?") };
-            *not_held.entry(path).or_default() += count;
+    fn count(&mut self, by_file: &BTreeMap<u32, FileRows>) {
+        for of in by_file.values() {
+            self.outcome.resources += of.rows;
+            self.outcome.bytes += of.json_bytes;
+            of.not_held.iter().for_each(|(path, count)| count_not_held(&mut self.outcome.not_held, path, *count));
         }
     }
 }
@@ -209,7 +206,7 @@ impl Staging {
         let table = self.table(&name).await?;
         self.hear();
         let stage = self.types.entry(name.clone()).or_default();
-        stage.count(&name, batch.keys.len() as u64, batch.json_bytes, batch.losses.clone());
+        stage.count(&batch.by_file);
         if stage.open.as_ref().is_some_and(|file| !file.takes(&batch.filled)) {
             stage.close_open(&table).await?;
         }
@@ -275,8 +272,8 @@ impl Staging {
         let (ours, others) = std::mem::take(&mut self.again.files).into_iter().partition(|file| file.resource_type == *name);
         self.again.files = others;
         self.read_again(name, ours, &table, ledger).await?;
-        let earlier = self.again.in_tables.iter().filter(|file| file.resource_type == *name).flat_map(|file| &file.rows_of);
-        let in_table: u64 = earlier.filter(|(index, _)| self.held.contains_key(index)).map(|(_, rows)| rows).sum();
+        let earlier = self.again.in_tables.iter().filter(|file| file.resource_type == *name).flat_map(|file| &file.by_file);
+        let in_table: u64 = earlier.filter(|(index, _)| self.held.contains_key(index)).map(|(_, of)| of.rows).sum();
         let stage = self.types.entry(name.clone()).or_default();
         let handed = self.handed.entry(name.clone()).or_default();
         *handed += stage.staged.iter().map(StagedFile::rows_brought).sum::<u64>();
@@ -302,9 +299,9 @@ impl Staging {
         let mut files = files.into_iter();
         while let Some(file) = files.next() {
             // What an export brought that said nothing to this run is used up with the file.
-            let gone = file.rows_of.keys().filter(|index| !known.contains(index) && !held.contains(index));
+            let gone = file.by_file.keys().filter(|index| !known.contains(index) && !held.contains(index));
             self.lost.extend(gone);
-            if !file.rows_of.keys().any(|index| held.contains(index)) {
+            if !file.by_file.keys().any(|index| held.contains(index)) {
                 table.discard_staged([file.path.as_str()]).await;
                 continue;
             }
@@ -313,7 +310,7 @@ impl Staging {
             match read.await? {
                 Ok(file) => {
                     let stage = self.types.entry(name.clone()).or_default();
-                    stage.count(name, file.rows_brought(), file.brought.json_bytes, file.brought.not_held.clone());
+                    stage.count(&file.by_file);
                     stage.staged.push(file);
                 }
                 Err(error) => {

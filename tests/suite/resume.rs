@@ -306,9 +306,43 @@ async fn rows_that_come_again_do_not_count_in_any_mode() {
     }
 }
 
+// Breaks if a run that goes on counts bytes, or values that the schema cannot hold, otherwise than one that was not disturbed.
+#[tokio::test(flavor = "multi_thread")]
+async fn counts_are_exact_where_a_run_goes_on() {
+    // Lines before the first of each file; of the file that hangs, half of them.
+    let odd = |at: usize| {
+        let member = ["", ",\"x\":1", ",\"x\":1,\"y\":2"][at % 3];
+        format!("{{\"resourceType\":\"Claim\",\"id\":\"odd-{at}\"{member}}}\n")
+    };
+    let lines: String = (0..3000).map(odd).collect();
+    let junk: std::collections::HashMap<_, _> = [("Claim".to_owned(), lines.into_bytes())].into();
+    let hanging = Faults { hanging_files: vec!["Claim.3".into()], junk: junk.clone(), ..Faults::default() };
+    let (server, lake) = (server(hanging).await, lake());
+    let rest = "stages: { merge: { checkpoint: 20ms }, encode: { row_group: 64KiB }, download: { chunk: 4KiB } }\n";
+    let file = pipeline(&lake, &server, rest);
+    killed(&file, || {
+        let mixed = |work: StagedWork| work.files.iter().any(|file| file.rows.gt(&held_rows(&work, file)));
+        claims_held(&lake) == 3 && staged(&lake).is_some_and(mixed)
+    })
+    .await;
+    server.set_faults(Faults { junk, ..Faults::default() });
+    let resumed = lake.run(&source(&server), rest).await.unwrap();
+    let whole = super::support::lake().run(&source(&server), rest).await.unwrap();
+    assert!(resumed.succeeded && whole.succeeded, "{resumed:#?} {whole:#?}");
+    let files = whole.types["Claim"].files;
+    let counts = ["Claim.x", "Claim.y"].map(|path| whole.types["Claim"].not_held.get(path).copied());
+    assert_eq!(counts, [Some(2000 * files), Some(1000 * files)], "{whole:#?}");
+    // The run that was killed may have committed the others.
+    assert!(resumed.types.contains_key("Claim"), "{resumed:#?}");
+    for (name, again) in &resumed.types {
+        let of = &whole.types[name];
+        assert_eq!((&of.not_held, of.bytes, of.resources), (&again.not_held, again.bytes, again.resources), "{name}");
+    }
+}
+
 fn held_rows(work: &StagedWork, file: &StagedParquet) -> u64 {
     let held = |index: &u32| work.listed.iter().any(|listed| listed.index == *index && listed.held.is_some());
-    file.rows_of.iter().filter(|(index, _)| held(index)).map(|(_, rows)| rows).sum()
+    file.by_file.iter().filter(|(index, _)| held(index)).map(|(_, of)| of.rows).sum()
 }
 
 // Breaks if a type that was merged without a watermark, since the server reports fatal errors, cannot be gone on with.

@@ -104,7 +104,7 @@ impl Staging {
         for file in &self.again.files {
             let mut file = file.clone();
             // Those that come again are in other files now.
-            file.rows_of.retain(|index, _| !known.contains(index) || self.held.contains_key(index));
+            file.by_file.retain(|index, _| !known.contains(index) || self.held.contains_key(index));
             files.push(file);
         }
         let in_tables: Vec<StagedParquet> = self.again.in_tables.iter().chain(&self.merged).cloned().collect();
@@ -112,7 +112,7 @@ impl Staging {
         if last {
             let held: HashSet<u32> = listed.iter().filter(|file| file.held.is_some()).map(|file| file.index).collect();
             let (useful, useless): (Vec<_>, Vec<_>) =
-                files.into_iter().partition(|file| file.rows_of.keys().any(|index| held.contains(index)));
+                files.into_iter().partition(|file| file.by_file.keys().any(|index| held.contains(index)));
             files = useful;
             // What a commit may have named must stay.
             let uncertain: HashSet<String> =
@@ -157,8 +157,8 @@ impl Staging {
     /// The export's files, and which of them are held by the Parquet files that are written down and the tables.
     fn list<'a>(&self, ledger: &Ledger, files: impl Iterator<Item = &'a StagedParquet>, last: bool) -> Vec<ListedFile> {
         let mut rows: HashMap<u32, u64> = HashMap::new();
-        for (index, count) in files.flat_map(|file| &file.rows_of) {
-            *rows.entry(*index).or_default() += count;
+        for (index, of) in files.flat_map(|file| &file.by_file) {
+            *rows.entry(*index).or_default() += of.rows;
         }
         let failed: HashSet<ResourceType> = match last {
             true => ledger.types().into_iter().filter(|name| ledger.has_failed(name)).collect(),
