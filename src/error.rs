@@ -123,6 +123,10 @@ impl Error {
         self.hint = Some(hint);
         self
     }
+    /// The same, unless it has a hint of its own already.
+    pub fn or_hint(self, hint: &'static str) -> Self {
+        if self.hint.is_some() { self } else { self.with_hint(hint) }
+    }
     /// Notes the status of the HTTP answer that it is about.
     pub fn with_status(mut self, status: u16) -> Self {
         self.status = Some(status);

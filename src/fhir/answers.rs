@@ -6,6 +6,7 @@ use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, ETAG, HeaderValue};
 use reqwest::{Response, StatusCode};
 
 use super::http::shown;
+use super::tls::WANTS_CERTIFICATE;
 use crate::error::{Error, ErrorKind};
 use crate::schema::ISSUE_TYPES;
 use crate::unpack::unpacked;
@@ -81,7 +82,17 @@ pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<
     let place = shown(&url);
     let words = if words.is_empty() { String::new() } else { format!(": {words}") };
     let error = Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place);
-    (error.with_status(status.as_u16()), body)
+    let error = error.with_status(status.as_u16());
+    match wants_certificate(&body) {
+        true => (error.with_hint(WANTS_CERTIFICATE), body),
+        false => (error, body),
+    }
+}
+
+/// Whether a gateway says that it wants a client certificate: nginx and IIS say so by HTTP, after the handshake.
+fn wants_certificate(body: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(body).to_ascii_lowercase();
+    ["required ssl certificate", "client certificate"].iter().any(|words| text.contains(words))
 }
 
 async fn first_bytes(mut response: Response) -> Vec<u8> {

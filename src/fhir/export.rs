@@ -130,7 +130,7 @@ impl Client {
             ));
         }
         if code == StatusCode::BAD_REQUEST || code == StatusCode::UNPROCESSABLE_ENTITY {
-            return Err(error.with_hint(
+            return Err(error.or_hint(
                 "the server's words name what it does not support: leave that key out of `source`, or set source.lenient: true",
             ));
         }

@@ -276,8 +276,9 @@ impl Client {
         let status = response.status();
         if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
-            tracing::warn!(%status, "a file of another host refused the token; asking without it");
-            self.deviates("a file is said to need the token, and its host refuses it");
+            if self.deviates("a file is said to need the token, and its host refuses it") {
+                tracing::warn!(%status, "a file of another host refused the token; files there are asked for again without it");
+            }
             ask.with_token = false;
             response = self.send(&ask).await?;
         }
@@ -333,8 +334,12 @@ impl Client {
                     return Err(ask.refused(response).await.with_hint(hint));
                 }
                 Ok((response, None)) if response.status() == StatusCode::UNAUTHORIZED && ask.with_token => {
-                    let hint =
-                        "the token goes to the server's own origin only; source.token_origins names others that may have it";
+                    let hint = match self.is_plain_link(response.url()) {
+                        true => PLAIN_LINK,
+                        false => {
+                            "the token goes to the server's own origin only; source.token_origins names others that may have it"
+                        }
+                    };
                     return Err(ask.refused(response).await.with_hint(hint));
                 }
                 Ok((response, _))
@@ -398,20 +403,18 @@ impl Client {
         let by_date = httpdate::parse_http_date(text.trim()).is_ok();
         let wait = parse_retry_after(text, date.filter(|_| by_date).unwrap_or_else(SystemTime::now));
         match (wait, text.trim().parse::<f64>()) {
-            (None, _) => {
-                tracing::warn!(retry_after = text, "Retry-After is neither seconds nor a date; it is passed over");
-                self.deviates("Retry-After is neither seconds nor a date");
-            }
+            (None, _) => self.deviates("Retry-After is neither seconds nor a date"),
             (_, Ok(number)) if number > LONGEST_WAIT => self.deviates("Retry-After is a time since the epoch"),
             (_, Ok(number)) if number < 0.0 => self.deviates("Retry-After is negative"),
-            _ => {}
-        }
+            _ => false,
+        };
         wait
     }
 
-    /// Counts a way in which the server differs from what the guide asks.
-    pub(super) fn deviates(&self, how: &str) {
-        self.board.add(telemetry::DEVIATIONS, &how.into(), 1);
+    /// Counts a way in which the server differs from what the guide asks. Returns whether this is the first time in the run:
+    /// the log gets one line, and the report the number.
+    pub(super) fn deviates(&self, how: &str) -> bool {
+        self.board.add(telemetry::DEVIATIONS, &how.into(), 1) == 0
     }
 
     /// Whether an answer of this status may be another one soon.
@@ -424,6 +427,11 @@ impl Client {
     fn token_goes_to(&self, ask: &Ask<'_>, url: &Url) -> bool {
         let origin = url.origin();
         ask.with_token && (origin == self.web.base.origin() || self.settings.token_origins.contains(&origin))
+    }
+
+    /// Whether the server, which is asked by https, leads to itself by http: it does not know what stands before it.
+    fn is_plain_link(&self, url: &Url) -> bool {
+        url.scheme() == "http" && self.web.base.scheme() == "https" && url.host_str() == self.web.base.host_str()
     }
 
     /// One try, redirects followed by hand: the answer, and the token that went with the last request.
@@ -458,7 +466,8 @@ impl Client {
                 if let Some(lost) = ask.lost.filter(|_| !error.is_connect()) {
                     lost.store(true, Ordering::Relaxed);
                 }
-                network(&error, ask.what).at(ask.shown(&url))
+                let failed = network(&error, ask.what).at(ask.shown(&url));
+                if self.is_plain_link(&url) { failed.with_hint(PLAIN_LINK) } else { failed }
             })?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, token));
@@ -490,6 +499,9 @@ impl Client {
         Err(Error::new(ErrorKind::Server, format!("{}: more than {MAX_REDIRECTS} redirects", ask.what)))
     }
 }
+
+const PLAIN_LINK: &str = "the server is asked by https and gives links by http: the proxy before it has to tell it so \
+    (X-Forwarded-Proto), or its own base URL has to be set; the token does not go by http";
 
 fn now_and(wait: Duration) -> tokio::time::Instant {
     tokio::time::Instant::now() + wait

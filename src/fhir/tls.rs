@@ -7,6 +7,9 @@ use rustls::{AlertDescription, CertificateError, InvalidMessage};
 
 use crate::error::{Error, ErrorKind, Result};
 
+pub(super) const WANTS_CERTIFICATE: &str =
+    "set source.tls.client_certificate and source.tls.client_key to those that the server knows, or renew them";
+
 /// Certificates beside those of the system.
 #[derive(Clone, Default)]
 pub struct TlsSettings {
@@ -131,10 +134,9 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
             | AlertDescription::AccessDenied
-            | AlertDescription::HandshakeFailure => (
-                format!("the server wants a client certificate that it accepts (TLS alert {alert:?})"),
-                "set source.tls.client_certificate and source.tls.client_key to those that the server knows, or renew them",
-            ),
+            | AlertDescription::HandshakeFailure => {
+                (format!("the server wants a client certificate that it accepts (TLS alert {alert:?})"), WANTS_CERTIFICATE)
+            }
             AlertDescription::ProtocolVersion | AlertDescription::InsufficientSecurity => (
                 format!("the server refuses how we encrypt (TLS alert {alert:?})"),
                 "the server has to offer TLS 1.2 or 1.3 with a usual cipher",

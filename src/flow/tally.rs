@@ -16,9 +16,9 @@ pub struct Board {
 pub type Counts = BTreeMap<Key, u64>;
 
 impl Board {
-    /// Adds `by` to the counter `name` of `label`.
-    pub fn add(&self, name: &'static str, label: &Arc<str>, by: u64) {
-        self.counter(name, label).fetch_add(by, Ordering::Relaxed);
+    /// Adds `by` to the counter `name` of `label`, and returns what it was before.
+    pub fn add(&self, name: &'static str, label: &Arc<str>, by: u64) -> u64 {
+        self.counter(name, label).fetch_add(by, Ordering::Relaxed)
     }
 
     /// The counter itself, for a loop that moves it often.

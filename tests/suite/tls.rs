@@ -25,6 +25,9 @@ fn key(name: &str) -> PathBuf {
 /// What a server answers to a request of `path`, by itself on `port`.
 fn answer(path: &str, port: u16) -> String {
     let (status, headers, body) = match path {
+        path if path.starts_with("/plain/$export") => {
+            ("202 Accepted", format!("Content-Location: http://localhost:{port}/status\r\n"), String::new())
+        }
         path if path.starts_with("/fhir/$export") => {
             ("202 Accepted", format!("Content-Location: https://localhost:{port}/status\r\n"), String::new())
         }
@@ -206,4 +209,17 @@ fn certificates_are_read_before_anything_is_asked() {
         assert_eq!(code, Some(expected), "{tls}: {said}");
         assert!(said.contains(words), "`{words}` is not in: {said}");
     }
+}
+
+// Breaks if a server that does not know of the TLS before it leads us to a port that speaks no HTTP, and nothing says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_links_of_a_tls_server_are_named() {
+    let port = server("server.pem", false, &[&version::TLS13]).await;
+    let tls = ca();
+    let source = format!(
+        "{{ url: \"https://localhost:{port}/plain\", types: [Patient], retry_for: 1s, max_poll_interval: 1s, tls: {{ {tls} }} }}"
+    );
+    let error = lake().run(&source, "").await.unwrap_err();
+    assert!(error.to_string().contains(&format!("http://localhost:{port}/status")), "{error}");
+    assert!(error.hint().contains("X-Forwarded-Proto"), "{}", error.hint());
 }
