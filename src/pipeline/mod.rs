@@ -345,6 +345,10 @@ async fn once(
         crew.spawn_cpu("download", move |handle| span.in_scope(|| worker.run(handle)));
     }
     let bad_lines: BadLineSink = Arc::new(state.quarantine(&run)?);
+    let elements: Arc<[String]> = match &plan.source {
+        SourcePlan::Server { options, .. } => options.elements.clone().into(),
+        SourcePlan::Folder(_) => Arc::default(),
+    };
     let ignored_codes: Arc<[String]> = plan.ignored_issue_codes.clone().into();
     for _ in 0..plan.parse_workers {
         let worker = Parse {
@@ -355,6 +359,7 @@ async fn once(
             max_line: plan.max_line,
             max_columns: memory.row,
             ignored_codes: ignored_codes.clone(),
+            elements: elements.clone(),
             board: watch.board.clone(),
         };
         let span = span.clone();

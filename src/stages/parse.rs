@@ -13,8 +13,8 @@ use self::server_errors::Said;
 use crate::error::Result;
 use crate::flow::{Board, Receiver, Sender};
 use crate::messages::{
-    Arrival, BadLine, BadLineSink, Chunk, Deletion, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow, ResourceType,
-    RowKey, Rows, key_of,
+    Arrival, BadLine, BadLineSink, Chunk, Deletion, ExportFile, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow,
+    ResourceType, RowKey, Rows, key_of,
 };
 use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
 use crate::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
@@ -41,6 +41,8 @@ pub struct Parse {
     pub max_columns: usize,
     /// Codes of issues that hold no watermark.
     pub ignored_codes: Arc<[String]>,
+    /// Elements that resources are asked to be cut down to: `id`, or `Patient.id`.
+    pub elements: Arc<[String]>,
     /// Counters.
     pub board: Board,
 }
@@ -76,7 +78,20 @@ impl Names {
     }
 }
 
+/// Rows without the tag, of types that are cut down: HAPI sends whole resources. Others cut down and do not say so.
+const NOT_CUT_DOWN: &str = "resources without SUBSETTED though source.elements is set: the server ignores it, or does not say so";
+
 impl Parse {
+    /// Rows of a server's file that are not marked as cut down, though that was asked for (K12).
+    fn came_whole(&self, file: &ExportFile, rows: &Rows) -> u64 {
+        let is_cut = |name: &str| self.elements.iter().any(|element| element.split_once('.').is_none_or(|(of, _)| of == name));
+        if self.elements.is_empty() || file.replayed {
+            return 0;
+        }
+        let cut = rows.by_type.iter().filter(|(name, _)| is_cut(name)).flat_map(|(_, rows)| rows);
+        cut.filter(|row| !row.key.subsetted).count() as u64
+    }
+
     /// Parses until the edge closes.
     pub fn run(self, handle: &Handle) -> Result<()> {
         let parser = ChunkParser::new(self.max_line, self.bad_lines.clone())
@@ -91,6 +106,10 @@ impl Parse {
             }
             if not_deletions > 0 {
                 self.board.add(telemetry::DEVIATIONS, &NOT_DELETIONS.into(), not_deletions);
+            }
+            let whole = self.came_whole(&chunk.file, &rows);
+            if whole > 0 {
+                self.board.add(telemetry::DEVIATIONS, &NOT_CUT_DOWN.into(), whole);
             }
             for (severity, count) in outcomes {
                 self.board.add(telemetry::OUTCOME_ISSUES, &severity, count);

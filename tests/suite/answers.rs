@@ -286,3 +286,38 @@ async fn the_first_poll_comes_early() {
     let done = tokio::time::timeout(std::time::Duration::from_secs(60), lake().run(&source, "")).await;
     assert!(done.expect("it waited for all of Retry-After").unwrap().succeeded);
 }
+
+// Breaks if nobody learns that a server sends whole resources where it was asked for some elements, or if those of types that
+// no element is of are taken for it.
+#[tokio::test]
+async fn elements_that_a_server_ignores_are_reported() {
+    let cut = r#"{"resourceType":"Patient","id":"b","meta":{"tag":[{"system":"http://terminology.hl7.org/CodeSystem/v3-ObservationValue","code":"SUBSETTED"}]}}"#;
+    for (elements, whole) in [("[id]", 3), ("[Patient.id]", 2), ("[Observation.id, Observation.status]", 1)] {
+        let server = server(move |asked, _| match asked {
+            "GET /status" => manifest(&["Patient", "Observation"]).into_response(),
+            "GET /Patient" => format!("{}{cut}\n", lines("Patient", "p", 2)).into_response(),
+            "GET /Observation" => lines("Observation", "o", 1).into_response(),
+            _ => accepted(),
+        })
+        .await;
+        let report = lake().run(&server.source(&format!(", elements: {elements}")), "").await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        let said: Vec<_> = report.server_deviations.iter().filter(|(name, _)| name.contains("source.elements")).collect();
+        assert_eq!(said.len(), 1, "{elements}: {:?}", report.server_deviations);
+        assert_eq!(*said[0].1, whole, "{elements}");
+    }
+}
+
+// Breaks if a gateway that asks for a client certificate by HTTP, after the handshake, gets an answer that does not name the key.
+#[tokio::test]
+async fn gateways_that_want_a_certificate_by_http() {
+    let nginx = "<html>\r\n<head><title>400 No required SSL certificate was sent</title></head>\r\n<body>\r\n</body></html>\r\n";
+    let iis = "<h2>403 - Forbidden: Access is denied.</h2>\r\n<h3>Client Certificate required.</h3>";
+    for (status, words) in [(StatusCode::BAD_REQUEST, nginx), (StatusCode::FORBIDDEN, iis)] {
+        for types in ["[Patient]", "[Patient, Observation]"] {
+            let server = server(move |_, _| (status, words).into_response()).await;
+            let error = lake().run(&server.source(&format!(", types: {types}")), "").await.unwrap_err();
+            assert!(error.hint().contains("source.tls.client_certificate"), "{types}: {error}: {}", error.hint());
+        }
+    }
+}
