@@ -17,6 +17,7 @@ mod merge;
 mod modes;
 mod not_given;
 mod otlp;
+mod pathling;
 mod privacy;
 mod process;
 mod protocol;

@@ -25,7 +25,7 @@ fn python() -> Option<std::ffi::OsString> {
 }
 
 /// Writes what the population holds now, a file a type.
-fn expect(population: &Population, types: &[&str]) -> tempfile::TempDir {
+pub fn expect(population: &Population, types: &[&str]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in types {
         let kind = DEMO_TYPES.iter().position(|known| known == name).unwrap();
