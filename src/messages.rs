@@ -256,7 +256,7 @@ impl FileRows {
     }
 }
 
-/// Counts values that a layout could not hold. A server that invents members must not fill memory or a report with them.
+/// Counts values that a layout could not hold, at most [`MAX_LOSS_PATHS`] paths of them.
 pub fn count_not_held(counts: &mut BTreeMap<String, u64>, path: &str, more: u64) {
     let is_full = counts.len() >= MAX_LOSS_PATHS && !counts.contains_key(path);
     let other = || format!("{}.?", path.split('.').next().unwrap_or_default());
@@ -352,29 +352,33 @@ pub struct ParsedChunk {
     pub rows: Vec<(ResourceType, u64)>,
     /// Lines that could not be read, by the type that they are held against.
     pub bad: Vec<(Option<ResourceType>, u64)>,
-    /// Lines, bad or not, that are no resources of the file's type, nor broken ones, but something else: of a page, an array, an
-    /// outcome, a Bundle.
+    /// Lines, bad or not, that are no resources of the file's type, nor broken ones: of a page, an array, an outcome, a Bundle.
     #[serde(default)]
     pub foreign: u64,
     /// Blank lines.
     pub blank: u64,
-    /// Lines that are no rows of a table: `Parameters` headers, deletion bundles, excluded types.
+    /// Lines that are no rows of a table: headers, deletion bundles, excluded types.
     pub headers: u64,
     /// Of those, lines of types that the layout excludes.
     pub excluded: Vec<(ResourceType, u64)>,
     /// Of the headers, lines that are no resources, which no manifest counts: `Parameters` headers and the server's messages.
     #[serde(default)]
     pub asides: u64,
-    /// Of the headers, resources that the server marks as deleted.
+    /// What the server says is gone, by type: of the headers, resources that it marks so; entries of a deletion file.
     #[serde(default)]
-    pub deleted: u64,
+    pub deleted: Vec<(ResourceType, u64)>,
+    /// Of the bad lines, resources of types that FHIR R4 does not have.
+    #[serde(default)]
+    pub unknown: u64,
     /// Issues of severity fatal or error, and error objects.
     pub errors: u64,
     /// Of those, the ones that are not ignored, by the type that each concerns; `None` for all types of the export.
     #[serde(default)]
     pub server_errors: Vec<(Option<ResourceType>, u64)>,
-    /// Number of the last line that is nothing that a server writes before its last one: text that is no resource, or the
-    /// beginning of one. 0 for none.
+    /// Number of the last line that is not blank.
+    #[serde(default)]
+    pub last: u64,
+    /// Number of the last line that no server writes before its last: text that is no resource, or a part of one. 0 for none.
     #[serde(default)]
     pub last_foreign: u64,
     /// Lines out of quarantine that could be read, and the type of each.
@@ -392,7 +396,7 @@ pub enum Fact {
     /// A file was read to its end.
     FileDone(FileDone),
     /// An earlier run read the file to its end and staged all of its rows; what its lines were.
-    FileHeld(ParsedChunk),
+    FileHeld(Box<ParsedChunk>),
     /// A file could not be read; its types fail. With the status of the server's answer, where it refused it.
     FileFailed(u32, String, Option<u16>),
     /// A kick-off was refused and taken apart: in the place of this export there are others.
@@ -414,7 +418,7 @@ pub enum Fact {
     /// A type cannot be written.
     TypeFailed(ResourceType, String),
     /// A chunk was parsed.
-    Parsed(ParsedChunk),
+    Parsed(Box<ParsedChunk>),
 }
 
 /// Merge's request that encode hands over what it still gathers of a type, once it has seen so many of the

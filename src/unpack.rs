@@ -43,6 +43,12 @@ impl Unpack {
                 Some(coding) => {
                     Err(Error::new(ErrorKind::Server, format!("the file has Content-Encoding {coding}, which was not asked for")))
                 }
+                // As of `aws-chunked`: to read what lies between the frames would lose the lines that they cut.
+                None if Self::is_unknown(encoding) => {
+                    let why = format!("the file has Content-Encoding {encoding}, and does not begin as NDJSON does");
+                    Err(Error::new(ErrorKind::Server, why)
+                        .with_hint("the server, or the store that it links to, has to send the file without that coding"))
+                }
                 None => Ok(Unpack::Plain),
             },
         }

@@ -60,7 +60,12 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
         for (name, kept) in report["types"].as_object().into_iter().flatten() {
             if let Some(error) = kept["error"].as_str() {
                 output.line(&format!("            {name}: {error}"))?;
+            } else if let Some(why) = kept["watermark_hold"].as_str() {
+                output.line(&format!("            {name}: watermark not advanced: {why}"))?;
             }
+        }
+        if let Some(place) = report["server_messages"].as_str() {
+            output.line(&format!("            the server's messages about its export: {place}"))?;
         }
     }
     let kept = state.quarantined().count();

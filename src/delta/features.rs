@@ -8,7 +8,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Features that ask nothing of our commits, or nothing as long as no setting or column uses them: those are looked at
 /// by themselves ([`unsupported_setting`], [`unsupported_column`]).
-const KNOWN: [&str; 26] = [
+const KNOWN: [&str; 29] = [
     "allowColumnDefaults",
     "appendOnly",
     "changeDataFeed",
@@ -23,6 +23,7 @@ const KNOWN: [&str; 26] = [
     "generatedColumns",
     "icebergCompatV1",
     "icebergCompatV2",
+    "icebergCompatV3",
     "identityColumns",
     "inCommitTimestamp",
     "inCommitTimestamp-preview",
@@ -33,6 +34,8 @@ const KNOWN: [&str; 26] = [
     "typeWidening-preview",
     "v2Checkpoint",
     "vacuumProtocolCheck",
+    "variantShredding",
+    "variantShredding-preview",
     "variantType",
     "variantType-preview",
 ];

@@ -47,7 +47,12 @@ fn survives(path: &std::path::Path) -> bool {
 
 /// A log whose checkpoints of now are passed over, where there are any and all commits are there as JSON; the protocol says
 /// of checkpoints that they may be (Delta protocol, "Checkpoints": a reader may ignore them). `None` where there are none.
-pub(super) async fn without_checkpoints(log_store: &LogStoreRef) -> Result<Option<LogStoreRef>> {
+///
+/// Where commits are missing, what the log failed to be read for tells whether it was a checkpoint; if not, `None` too.
+pub(super) async fn without_checkpoints(
+    log_store: &LogStoreRef,
+    failure: &deltalake::DeltaTableError,
+) -> Result<Option<LogStoreRef>> {
     let failed = |error: object_store::Error| storage(error, "the table's log cannot be listed");
     let root = log_store.root_object_store(None);
     let url = log_store.root_url();
@@ -66,7 +71,11 @@ pub(super) async fn without_checkpoints(log_store: &LogStoreRef) -> Result<Optio
     let mut versions: Vec<u64> = names.iter().filter_map(version).collect();
     versions.sort_unstable();
     if versions.is_empty() || versions.iter().enumerate().any(|(at, version)| *version != at as u64) {
-        let why = "its checkpoint cannot be read, and without it the log is not whole: older commits are no longer there as JSON";
+        let words = failure.to_string();
+        if !words.contains("checkpoint") && !words.contains("arquet") {
+            return Ok(None);
+        }
+        let why = format!("its checkpoint cannot be read, and older commits are no longer there as JSON: {words}");
         return Err(Error::new(ErrorKind::Table, why).with_hint(
             "restore `_delta_log` from a backup, or let another engine repair the table; to load it anew, move its folder away and run with --full-refresh",
         ));

@@ -337,7 +337,7 @@ impl Table {
         if there.map_err(failed)? {
             let mut delta = DeltaTable::new(self.log_store.clone());
             if let Err(error) = delta.load().await {
-                delta = self.load_without_checkpoints().await?.ok_or_else(|| failed(error))?;
+                delta = self.load_without_checkpoints(&error).await?.ok_or_else(|| failed(error))?;
             }
             self.delta = Some(delta);
         }
@@ -346,8 +346,8 @@ impl Table {
 
     /// Reads a log that cannot be read without its checkpoints, which are a help to readers and no more; `None` where it is not
     /// for them that it cannot be.
-    async fn load_without_checkpoints(&mut self) -> Result<Option<DeltaTable>> {
-        let log_store = match log_store::without_checkpoints(&self.log_store).await {
+    async fn load_without_checkpoints(&mut self, failed: &deltalake::DeltaTableError) -> Result<Option<DeltaTable>> {
+        let log_store = match log_store::without_checkpoints(&self.log_store, failed).await {
             Ok(Some(log_store)) => log_store,
             Ok(None) => return Ok(None),
             Err(error) => return Err(error.at(self.resource_type.to_string())),

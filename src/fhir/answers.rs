@@ -113,6 +113,21 @@ async fn first_bytes(mut response: Response) -> Vec<u8> {
     unpacked(&encoding, body, ERROR_BODY * 16).unwrap_or_default()
 }
 
+/// What an answer about an export says, where it is not a manifest: an outcome's words, or those of a page. Of other JSON only
+/// what it is: it may be resources.
+pub(crate) fn job_words(body: &[u8]) -> String {
+    let start = body.trim_ascii_start();
+    let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+    let is = |key: &str| json.as_ref().and_then(|json| json.get(key));
+    let name = is("resourceType").and_then(|name| name.as_str()).filter(|name| name.bytes().all(|b| b.is_ascii_alphabetic()));
+    match name {
+        Some("OperationOutcome") => server_words(body),
+        Some(name) => format!("a {} of {} bytes", name.get(..40).unwrap_or(name), body.len()),
+        None if is("issue").is_some() || !start.starts_with(b"{") && !start.starts_with(b"[") => server_words(body),
+        None => format!("JSON of {} bytes without a resourceType", body.len()),
+    }
+}
+
 /// What an error's body says: an OperationOutcome's diagnostics, or the beginning of its text.
 pub(crate) fn server_words(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);

@@ -83,7 +83,28 @@ fn is_transient(body: &[u8]) -> Option<bool> {
 impl Client {
     /// Asks for an export (K1 to K21). Sets `lost` where an answer may have been one that did not reach us: the server may
     /// have made an export then, whatever a later try says.
+    ///
+    /// A server that says that it is busy is asked again as it says, within `max_kick_off_wait`.
     pub async fn kick_off(&self, request: &ExportRequest, lost: &AtomicBool) -> Result<KickOff> {
+        let mut left = self.settings().max_kick_off_wait;
+        loop {
+            let (wait, why) = match self.try_kick_off(request, lost).await? {
+                Tried::Answered(answer) => return Ok(answer),
+                Tried::Busy { wait, why } => (wait, why),
+            };
+            let pause = wait.unwrap_or(BUSY_PAUSE).max(Duration::from_secs(1));
+            if pause > left {
+                return Ok(KickOff::Later { wait: Some(wait.unwrap_or(BUSY_WAIT)), why });
+            }
+            left -= pause;
+            tracing::warn!(why, wait_seconds = pause.as_secs(), "the server is busy; the kick-off is sent again");
+            if self.stop().or(tokio::time::sleep(pause)).await.is_none() {
+                return Err(Error::new(ErrorKind::Interrupted, "the kick-off: stopped while waiting"));
+            }
+        }
+    }
+
+    async fn try_kick_off(&self, request: &ExportRequest, lost: &AtomicBool) -> Result<Tried> {
         let post = request.is_post();
         let response = self.send_kick_off(request, post, lost).await?;
         let may_post = request.options.method == KickOffMethod::Auto && !post;
@@ -111,18 +132,18 @@ impl Client {
                 lost.store(true, Ordering::Relaxed);
                 return Err(Error::new(ErrorKind::Server, "the kick-off was accepted without a usable Content-Location to poll"));
             };
-            return Ok(KickOff::Accepted { status, separate });
+            return Ok(Tried::Answered(KickOff::Accepted { status, separate }));
         }
         let (code, wait) = (response.status(), self.retry_after(response.headers()));
         let (error, body) = refused_with(response, "the kick-off").await;
         // Epic's words for one export a client and group in a day.
         let too_soon = String::from_utf8_lossy(&body).to_lowercase().contains("too recently");
         if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
-            return Ok(KickOff::Later { wait, why: error.to_string() });
+            return Ok(Tried::Answered(KickOff::Later { wait, why: error.to_string() }));
         }
         // A server whose slots are taken answers with any status; they are free again long before the usual wait is over.
         if is_busy(&body) {
-            return Ok(KickOff::Later { wait: Some(wait.unwrap_or(BUSY_WAIT)), why: error.to_string() });
+            return Ok(Tried::Busy { wait, why: error.to_string() });
         }
         if code == StatusCode::NOT_FOUND {
             return Err(error.with_hint(
@@ -243,19 +264,30 @@ impl Client {
     }
 }
 
-/// How long a server that is busy, and does not say for how long, is left alone.
+/// What one kick-off comes to.
+enum Tried {
+    Answered(KickOff),
+    Busy { wait: Option<Duration>, why: String },
+}
+
+/// After how long a server that is busy, and does not say for how long, is asked again in the same run.
+const BUSY_PAUSE: Duration = Duration::from_secs(15);
+
+/// And by the next run.
 const BUSY_WAIT: Duration = Duration::from_secs(120);
 
 /// Whether a kick-off's refusal says that it may be taken later, whatever its status: by the code of an issue, or in words.
 fn is_busy(body: &[u8]) -> bool {
     const CODES: [&str; 5] = ["throttled", "too-costly", "transient", "lock-error", "timeout"];
-    const WORDS: [&str; 14] = [
+    const WORDS: [&str; 16] = [
         "too many concurrent",
         "too many export",
         "too many request",
         "too many active",
         "too many running",
-        "maximum number of",
+        "maximum number of export",
+        "maximum number of concurrent",
+        "maximum number of job",
         "concurrent export",
         "already in progress",
         "already running",
@@ -294,6 +326,7 @@ mod tests {
             "",
             "not for this client",
             "too many types",
+            "the maximum number of resource types is 5",
         ] {
             assert!(!is_busy(body.as_bytes()), "{body}");
         }

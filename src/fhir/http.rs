@@ -411,6 +411,10 @@ impl Client {
         wait
     }
 
+    pub(super) fn stop(&self) -> &Stop {
+        &self.web.stop
+    }
+
     /// Counts a way in which the server differs from what the guide asks. Returns whether this is the first time in the run:
     /// the log gets one line, and the report the number.
     pub(super) fn deviates(&self, how: &str) -> bool {

@@ -10,6 +10,9 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) const WANTS_CERTIFICATE: &str =
     "set source.tls.client_certificate and source.tls.client_key to those that the server knows, or renew them";
 
+const SELF_SIGNED_CA: &str = "the server needs a certificate that is not a CA's: signed by one, or self-signed with \
+    `basicConstraints=CA:FALSE` (openssl req -x509 -addext basicConstraints=critical,CA:FALSE …); source.tls.ca_file then names its PEM";
+
 /// Certificates beside those of the system.
 #[derive(Clone, Default)]
 pub struct TlsSettings {
@@ -116,10 +119,17 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
                 Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
                     "write source.url with a name that the server's certificate is for, or let its administrator add this one"
                 }
+                Bad::BadSignature => {
+                    "a CA of that name is known, and another key signed the certificate: set source.tls.ca_file to the CA's certificate of now"
+                }
                 _ => "the server's administrator has to replace its certificate; source.tls.ca_file names a CA that signed it",
             };
+            let is_ca = bad.to_string().contains("CaUsedAsEndEntity");
+            let hint = if is_ca { SELF_SIGNED_CA } else { hint };
             let why = match bad {
                 Bad::UnknownIssuer => "it is of a CA that is not trusted here (unknown issuer)".to_owned(),
+                Bad::BadSignature => "its signature is not that of the CA that it names (bad signature)".to_owned(),
+                _ if is_ca => "it is a CA's own, as self-signed ones often are (CaUsedAsEndEntity)".to_owned(),
                 Bad::Other(other) => other.to_string(),
                 other => other.to_string(),
             };

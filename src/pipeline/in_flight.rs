@@ -15,7 +15,7 @@ use crate::fhir::{Client, ExportRequest};
 use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, watermark_of};
 use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
-use crate::state::{AllRefused, Exports, InFlight, NotBefore, SetAside, StateFolder, Unanswered};
+use crate::state::{AllRefused, Exports, Floor, InFlight, NotBefore, SetAside, StateFolder, Unanswered};
 
 /// Runs in which the server may fail to give all of an export before another is asked for: it may never give the rest.
 const MAX_FAILURES: u32 = 3;
@@ -295,6 +295,35 @@ async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, dele
         let of = |export: &InFlight| done.iter().any(|done| done.status == export.status);
         exports.in_flight.retain(|export| !of(export) || unheard.contains(&export.status.as_str()));
         exports.in_flight.iter_mut().filter(|export| of(export)).for_each(|export| export.merged = true);
+    })
+}
+
+/// Notes that the types `held` did not come whole: the server may have said so after their commit. Forgets those that did, out of an
+/// export that asked for them from early enough.
+pub(super) fn note_floors(
+    state: &StateFolder,
+    scope: &str,
+    kickoffs: &[Kickoff],
+    held: &[ResourceType],
+    is_whole: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let since = |name: &str| {
+        let of_type = kickoffs.iter().filter(|kickoff| kickoff.asked.is_empty() || kickoff.asked.iter().any(|of| **of == *name));
+        of_type.map(|kickoff| kickoff.request.since).min().unwrap_or(None)
+    };
+    state.change_exports(|exports| {
+        let came =
+            |floor: &Floor| floor.scope == scope && is_whole(&floor.resource_type) && since(&floor.resource_type) <= floor.since;
+        exports.floors.retain(|floor| !came(floor));
+        for name in held {
+            let known = exports.floors.iter_mut().find(|floor| floor.scope == scope && *floor.resource_type == **name);
+            match known {
+                Some(floor) => floor.since = floor.since.min(since(name)),
+                None => {
+                    exports.floors.push(Floor { resource_type: name.to_string(), scope: scope.to_owned(), since: since(name) })
+                }
+            }
+        }
     })
 }
 

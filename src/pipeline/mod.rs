@@ -441,6 +441,13 @@ async fn once(
         let whole = |name: &str| merged.types.get(name).is_some_and(|outcome| outcome.error.is_none());
         state.remove_quarantined_of(&run, whole)?;
     }
+    if client.is_some() && !options.replay_only {
+        let is_whole = |name: &str| {
+            let of = merged.types.get(name);
+            of.is_some_and(|of| of.answered_for && of.error.is_none() && of.watermark_hold.is_none())
+        };
+        in_flight::note_floors(&state, &prepared.app_id, &prepared.kickoffs, &merged.held, is_whole)?;
+    }
     let mut report =
         report::draw_up(plan, run, (started, began.elapsed()), prepared.full, &watch.board, merged, ended.as_ref().err());
     // A stage that ends early on request ends well.

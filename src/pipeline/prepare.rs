@@ -79,6 +79,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let state = super::state_of(&plan)?;
     let tables = super::tables_of(&plan, &state)?;
     let remembered = state.remembered()?;
+    let exports = state.exports()?;
     let app_id = app_id(&plan);
     let types: Vec<ResourceType> = if plan.types.is_empty() {
         tables.existing().await?
@@ -93,21 +94,23 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     for name in types {
         let looked = async {
             let table = tables.open(&name).await?;
-            check_table(&table, &plan)?;
             let own = table.transaction(&app_id).await?;
             let deletions = table.transaction(&deletions_id(&app_id)).await?;
             Ok::<_, Error>((table, own, deletions))
         };
-        let (table, own, deletions) = match looked.await {
-            Ok(looked) => looked,
-            Err(error) if !plan.types.is_empty() => {
-                tracing::error!(resource_type = %name, %error, hint = error.hint(), "the table cannot be written; the type is not asked for");
-                unwritable.push((name, error));
+        let looked = looked.await;
+        let checked = looked.as_ref().map_or(Ok(()), |(table, ..)| check_table(table, &plan));
+        let (table, own, deletions) = match (looked, checked) {
+            (Ok(looked), Ok(())) => looked,
+            // Nobody asked for this type by name; should the server send it, it fails then, and alone.
+            (Ok(_), Err(error)) if plan.types.is_empty() => {
+                tracing::warn!(resource_type = %name, %error, "the table cannot be written");
                 continue;
             }
-            // Nobody asked for this type by name; should the server send it, it fails then, and alone.
-            Err(error) => {
-                tracing::warn!(resource_type = %name, %error, "the table cannot be written");
+            // One that cannot be read now, and can in a moment, must not get a later watermark: nothing was asked from its own.
+            (Ok(_), Err(error)) | (Err(error), _) => {
+                tracing::error!(resource_type = %name, %error, hint = error.hint(), "the table cannot be used; the type fails");
+                unwritable.push((name, error));
                 continue;
             }
         };
@@ -124,15 +127,17 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
                 .or_else(|| from_state(&remembered, &app_id, &name))
                 .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0)),
         };
+        let mut floors = exports.floors.iter().filter(|floor| floor.scope == app_id && *floor.resource_type == *name);
+        // `None`, everything, is the least.
+        let since = floors.next().map_or(since, |floor| since.min(floor.since));
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
     }
-    if opened.is_empty() && !unwritable.is_empty() {
+    if opened.is_empty() && !unwritable.is_empty() && !plan.types.is_empty() {
         return Err(unwritable.remove(0).1);
     }
     // What the server refused while it took others is asked for by itself: what was refused longest ago first, since a refusal
     // costs no slot, and where a server has one only, what is given again would never come behind the others; the rest last.
-    let exports = state.exports()?;
     let refused = |name: &ResourceType| {
         let mut aside = exports.set_aside.iter().filter(|aside| aside.scope == app_id && *aside.resource_type == **name);
         aside.next().map(|aside| aside.time)

@@ -179,7 +179,7 @@ pub(super) fn draw_up(
         seconds: time.1.as_secs_f64(),
         succeeded: ended.is_none()
             && merged.whole
-            && !merged.watermark_held
+            && merged.held.is_empty()
             && types.values().all(|outcome| outcome.error.is_none()),
         stopped: ended.is_some_and(|error| error.kind() == ErrorKind::Interrupted),
         full,
@@ -190,7 +190,7 @@ pub(super) fn draw_up(
         excluded,
         count_findings: merged.count_findings,
         other_bad_lines: merged.other_bad,
-        watermark_held: merged.watermark_held,
+        watermark_held: !merged.held.is_empty(),
         server_messages: None,
         passed_over: BTreeMap::new(),
         outcome_issues,

@@ -181,7 +181,7 @@ impl ServerExport {
             KickOff::Later { wait, why } => {
                 (self.remember)(&ExportNote::Later { wait, why: &why })?;
                 let asks = match wait {
-                    Some(wait) => format!("it asks to wait for {} s", wait.as_secs()),
+                    Some(wait) => format!("it is asked again after {} s", wait.as_secs()),
                     None => "it does not say for how long, so for an hour".to_owned(),
                 };
                 let lost = if lost { ". The answer to an earlier try was lost, so it may be working on that one" } else { "" };
@@ -417,6 +417,9 @@ impl ServerExport {
                 self.board.add(telemetry::DEVIATIONS, &"a file's type is not one of FHIR R4".into(), 1);
             }
             let file = export_file(*index, export, listed, manifest.requires_access_token, place);
+            if file.kind != kind {
+                self.board.add(telemetry::DEVIATIONS, &"OperationOutcomes are listed as output".into(), 1);
+            }
             // The same file keeps its index, which its rows are known by.
             let known = accepted.staged.get(&said_of(&file)).filter(|known| passed.known.insert(known.index));
             let file = match known {
@@ -448,7 +451,7 @@ impl ServerExport {
             files.retain(|file| !indexes.contains(&file.index));
         }
         for held in held {
-            self.tell(Fact::FileHeld(held)).await?;
+            self.tell(Fact::FileHeld(held.into())).await?;
         }
         self.files.send_all(files).await.map_err(|_| Ended::Unheard)
     }
@@ -505,7 +508,8 @@ fn export_file(index: u32, export: usize, listed: &ManifestFile, requires_access
         name: format!("{}#{}:{last}", declared.unwrap_or("-"), index - FIRST_INDEX),
         url: listed.url.clone(),
         location: None,
-        kind: place.kind,
+        // The server's messages, wherever it lists them.
+        kind: if declared == Some("OperationOutcome") { FileKind::Outcome } else { place.kind },
         declared: declared.map(Into::into),
         count: listed.count,
         requires_access_token,

@@ -83,6 +83,10 @@ impl FolderExport {
                 asked.push(name);
             }
         }
+        // Such a file may hold each of them, and is read to its end before one of them commits.
+        if any_may_hold && self.all_asked {
+            asked.extend(self.types.iter().cloned());
+        }
         asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
         asked.sort();
         asked.dedup();
@@ -163,7 +167,11 @@ impl FolderExport {
         let lower = file.to_ascii_lowercase();
         let Some(ending) = [".ndjson", ".jsonl"].iter().filter_map(|ending| Some(lower.rfind(ending)? + ending.len())).max()
         else {
-            return Ok(Err(None));
+            // What may be data under a name that is not one of NDJSON's is told; other files lie in folders too.
+            let is_data = [".json", ".gz", ".zst", ".zip"].iter().any(|ending| lower.ends_with(ending));
+            let is_hidden = parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_']));
+            let is_told = !is_hidden && (is_data || type_named(file).is_some());
+            return Ok(Err(is_told.then_some("not NDJSON by their names")));
         };
         if parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_'])) {
             return Ok(Err(Some("hidden files")));
@@ -171,7 +179,7 @@ impl FolderExport {
         if !matches!(&lower[ending..], "" | ".gz" | ".gzip" | ".zst" | ".zstd")
             && !lower[ending..].trim_start_matches('.').chars().all(|digit| digit.is_ascii_digit())
         {
-            return Ok(Err(Some("not NDJSON by the end of the name")));
+            return Ok(Err(Some("not NDJSON by their names")));
         }
         if file == "log.ndjson" {
             return Ok(Err(Some("the log of a Bulk Data client")));
@@ -179,7 +187,8 @@ impl FolderExport {
         let declared = type_named(&file[..ending]).or_else(|| parts.last().and_then(|folder| type_named(folder)));
         let of_client = |folder: &str, name: &str| parts.last() == Some(&folder) && declared.as_deref() == Some(name);
         let kind = match () {
-            () if of_client("deleted", "Bundle") => FileKind::Deleted,
+            // Nothing says whether the resource came back since, or in another folder of these.
+            () if of_client("deleted", "Bundle") => return Ok(Err(Some("deletions: a folder does not say what is newer"))),
             () if of_client("error", "OperationOutcome") => FileKind::Outcome,
             () => FileKind::Output,
         };

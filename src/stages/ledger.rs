@@ -84,7 +84,7 @@ impl Ledger {
     /// Looks whether a file that has come to its end is one at all, and whether it is too short.
     fn judge(&mut self, index: u32) {
         if let Some(book) = self.files.get_mut(&index).filter(|book| book.failed.is_none()) {
-            book.failed = book.fault(self.fails_short_files);
+            book.failed = book.fault(self.fails_short_files, self.ignores_errors);
         }
     }
 
@@ -131,7 +131,7 @@ impl Ledger {
                         book.staged += rows;
                         book.held += rows;
                     }
-                    self.parsed(held);
+                    self.parsed(*held);
                 }
             }
             Fact::FileFailed(index, why, status) => {
@@ -153,7 +153,7 @@ impl Ledger {
             Fact::TypeFailed(name, why) => self.fail(&name, why),
             Fact::Parsed(chunk) => {
                 let file = chunk.file;
-                self.parsed(chunk);
+                self.parsed(*chunk);
                 self.judge(file);
             }
         }
@@ -168,13 +168,23 @@ impl Ledger {
         book.parsed.blank += chunk.blank;
         book.parsed.headers += chunk.headers;
         book.parsed.asides += chunk.asides;
-        book.parsed.deleted += chunk.deleted;
+        book.parsed.unknown += chunk.unknown;
+        book.parsed.last = book.parsed.last.max(chunk.last);
+        let is_output = book.file.kind == FileKind::Output;
         book.parsed.errors += chunk.errors;
         book.parsed.last_foreign = book.parsed.last_foreign.max(chunk.last_foreign);
         for (concerned, count) in chunk.server_errors {
             merge_count(&mut book.parsed.server_errors, concerned, count);
         }
         book.parsed.replayed.extend(chunk.replayed);
+        for (name, count) in chunk.deleted {
+            let of_type = self.types.get_mut(&name).filter(|_| is_output && declared.as_ref() != Some(&name));
+            // As rows that stray: it waits for every file, and commits again where it did.
+            if let Some(of_type) = of_type {
+                (of_type.stray, of_type.done) = (true, false);
+            }
+            merge_count(&mut book.parsed.deleted, name, count);
+        }
         for (name, rows) in chunk.rows {
             let stray = declared.as_ref().is_some_and(|declared| *declared != name);
             let book_of_type = self.types.entry(name.clone()).or_default();
@@ -251,16 +261,6 @@ impl Ledger {
         self.files.get(&file)?.file.declared.clone()
     }
 
-    /// Whether the type failed.
-    pub fn has_failed(&self, resource_type: &ResourceType) -> bool {
-        matches!(self.standing(resource_type), Standing::Failed(_))
-    }
-
-    /// Bad lines of the type.
-    pub fn bad(&self, resource_type: &ResourceType) -> u64 {
-        self.types.get(resource_type).map_or(0, |book| book.bad)
-    }
-
     /// How a type stands now.
     pub fn standing(&self, resource_type: &ResourceType) -> Standing {
         let Some(book) = self.types.get(resource_type) else { return Standing::Open };
@@ -307,7 +307,7 @@ impl Ledger {
             let of_no_type = file.file.kind == FileKind::Deleted || file.file.declared.is_none();
             if let Some(most) = self.max_bad_lines
                 && of_no_type
-                && file.bad() > most.of(file.parsed.lines)
+                && file.bad() - file.parsed.unknown > most.of(file.parsed.lines)
             {
                 return Standing::Failed(format!(
                     "file {}: {} bad lines, more than on_bad_line and max_bad_lines allow",
@@ -361,13 +361,13 @@ mod tests {
         })
     }
     fn parsed(file: u32, lines: u64, rows: &[(&str, u64)], bad: u64) -> Fact {
-        Fact::Parsed(ParsedChunk {
+        Fact::Parsed(Box::new(ParsedChunk {
             file,
             lines,
             rows: rows.iter().map(|(name, rows)| ((*name).into(), *rows)).collect(),
             bad: if bad > 0 { vec![(Some("Patient".into()), bad)] } else { vec![] },
             ..Default::default()
-        })
+        }))
     }
     fn patient() -> ResourceType {
         "Patient".into()
@@ -444,7 +444,7 @@ mod tests {
             books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
             let lines = bad + rows.iter().map(|row| row.1).sum::<u64>();
             let Fact::Parsed(chunk) = parsed(0, lines, rows, bad) else { unreachable!() };
-            books.enter(Fact::Parsed(ParsedChunk { foreign, ..chunk }));
+            books.enter(Fact::Parsed(ParsedChunk { foreign, ..*chunk }.into()));
             books.enter(Fact::FileDone(FileDone { file: 0, lines }));
             books.enter(end());
             books.standing(&patient())

@@ -426,9 +426,8 @@ impl Merge {
             (name.to_string(), outcome)
         });
         let types: BTreeMap<String, TypeOutcome> = types.collect();
-        let holds = |outcome: &TypeOutcome| outcome.watermark_hold.is_some();
-        let held = self.ledger.types().iter().any(|name| self.ledger.watermark_hold(name).is_some());
-        let watermark_held = held || types.values().any(holds);
+        let mut held = self.ledger.types();
+        held.retain(|name| self.ledger.watermark_hold(name).is_some());
         MergeReport {
             types,
             exports: self.ledger.exports(),
@@ -438,7 +437,7 @@ impl Merge {
             whole: self.ledger.all_ended(),
             other_bad: self.ledger.other_bad(),
             replayed: self.ledger.replayed(),
-            watermark_held,
+            held,
             transaction_time,
         }
     }

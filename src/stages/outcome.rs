@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::messages::LineId;
+use crate::messages::{LineId, ResourceType};
 
 /// Why a type is not whole whose run was stopped.
 pub const STOPPED: &str = "stopped before all of it came";
@@ -110,8 +110,8 @@ pub struct MergeReport {
     pub files_gone: bool,
     /// Lines out of quarantine that are in a table now, or that it has newer.
     pub replayed: Vec<LineId>,
-    /// Whether a watermark was held back by the server's own word on its export.
-    pub watermark_held: bool,
+    /// Types whose watermark is held back by the server's own word on its export.
+    pub held: Vec<ResourceType>,
     /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
     pub transaction_time: Option<i64>,
 }

@@ -22,6 +22,8 @@ use crate::telemetry;
 
 const TOO_LONG: &str = "the line is longer than max_line";
 
+const UNKNOWN_TYPE: &str = "resourceType is not one of FHIR R4";
+
 const SPREADS: &str =
     "its lists would take more than an eighth of memory as columns: one item fills what many others leave empty";
 
@@ -125,7 +127,7 @@ impl Parse {
             if !deletions.is_empty() && handle.block_on(self.merge.send(MergeInput::Deletions(deletions))).is_err() {
                 return Ok(());
             }
-            if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Parsed(tally)))).is_err() {
+            if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Parsed(tally.into())))).is_err() {
                 return Ok(());
             }
         }
@@ -241,7 +243,8 @@ impl Work<'_> {
     fn chunk(&mut self) -> Result<()> {
         let bytes: Bytes = self.chunk.bytes.clone();
         if let Some(length) = self.chunk.oversized {
-            self.tally.lines = 1;
+            (self.tally.lines, self.tally.last) = (1, self.chunk.first_line);
+            self.breaks_off();
             return self.bad(0..bytes.len(), TOO_LONG.into(), length);
         }
         // Most chunks are UTF-8 as a whole; the lines of one that is not are looked at one by one.
@@ -253,9 +256,15 @@ impl Work<'_> {
             let line = trim(&bytes, start..end);
             if line.is_empty() {
                 self.tally.blank += 1;
-            } else if line.len() > self.max_line {
+                start = end + 1;
+                continue;
+            }
+            self.tally.last = self.number();
+            if line.len() > self.max_line {
+                self.breaks_off();
                 self.bad(line.clone(), TOO_LONG.into(), line.len() as u64)?;
             } else if !all_utf8 && simdutf8::basic::from_utf8(&bytes[line.clone()]).is_err() {
+                self.breaks_off();
                 self.bad(line.clone(), "not UTF-8".into(), line.len() as u64)?;
             } else {
                 self.line(&bytes, line)?;
@@ -279,10 +288,7 @@ impl Work<'_> {
                 };
                 self.tally.foreign += u64::from(is_foreign);
                 // The server may have written it in place of what was to come: where nothing comes behind it, it did.
-                let is_cut = line.end == bytes.len() && bytes[line.start] == b'{';
-                if is_foreign || is_cut {
-                    self.breaks_off();
-                }
+                self.breaks_off();
                 return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64);
             }
         };
@@ -299,7 +305,10 @@ impl Work<'_> {
                 meant => self.said.message(&self.chunk.file, value, &mut self.tally).map_or(meant, Ok),
             },
             FileKind::Deleted => {
-                deletions(self.names, value, &mut self.deletions, &mut self.not_deletions).map(|()| Line::Deletions)
+                let before = self.deletions.len();
+                let meant = deletions(self.names, value, &mut self.deletions, &mut self.not_deletions);
+                self.deletions[before..].iter().for_each(|gone| add(&mut self.tally.deleted, gone.resource_type.clone()));
+                meant.map(|()| Line::Deletions)
             }
             FileKind::Outcome if type_of(value) == Some("OperationOutcome") => {
                 self.said.outcome(&self.chunk.file, value, &mut self.tally);
@@ -317,7 +326,7 @@ impl Work<'_> {
         match meant {
             Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
             Ok(Line::Row(resource_type, key)) => {
-                let arrival = Arrival::new(self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
+                let arrival = Arrival::new(self.chunk.file.index, self.number());
                 let replayed = self.chunk.file.replayed;
                 if replayed {
                     self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
@@ -332,8 +341,8 @@ impl Work<'_> {
             }
             Ok(Line::SoftDeleted(resource_type, key)) => {
                 self.tally.headers += 1;
-                self.tally.deleted += 1;
-                let arrival = Arrival::new(self.chunk.file.index, self.chunk.first_line + self.tally.lines - 1);
+                add(&mut self.tally.deleted, resource_type.clone());
+                let arrival = Arrival::new(self.chunk.file.index, self.number());
                 let id = value.get(b"id").and_then(|id| id.as_str()).unwrap_or_default().into();
                 self.deletions.push(Deletion { resource_type, id, version: Some(RowKey { arrival, ..key }) });
                 Ok(())
@@ -356,12 +365,12 @@ impl Work<'_> {
                 self.tally.headers += 1;
                 self.tally.asides += 1;
                 self.is_kept = true;
-                let number = self.chunk.first_line + self.tally.lines - 1;
-                self.bad_lines.message(&self.chunk.file, number, &bytes[line])
+                self.bad_lines.message(&self.chunk.file, self.number(), &bytes[line])
             }
             Err(reason) => {
                 let is_foreign = value.kind() != Kind::Object || type_of(value).is_none() || is_page;
                 self.tally.foreign += u64::from(is_foreign);
+                self.tally.unknown += u64::from(reason == UNKNOWN_TYPE);
                 if is_foreign {
                     self.breaks_off();
                 }
@@ -370,11 +379,16 @@ impl Work<'_> {
         }
     }
 
+    /// The line's number in its file.
+    fn number(&self) -> u64 {
+        self.chunk.first_line + self.tally.lines - 1
+    }
+
     /// Notes that the line is nothing that a server writes before its last one.
     fn breaks_off(&mut self) {
         let file = &self.chunk.file;
         if file.kind == FileKind::Output && file.location.is_none() && !file.replayed {
-            self.tally.last_foreign = self.chunk.first_line + self.tally.lines - 1;
+            self.tally.last_foreign = self.number();
         }
     }
 
@@ -387,7 +401,7 @@ impl Work<'_> {
         let bytes = &self.chunk.bytes[line.clone()];
         let bad = BadLine {
             file: &self.chunk.file,
-            line: self.chunk.first_line + self.tally.lines - 1,
+            line: self.number(),
             offset: self.chunk.offset + line.start as u64,
             reason,
             bytes,
@@ -432,7 +446,7 @@ fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
         }
     }
     let resource_type = resource_type.ok_or("no resourceType")?.str_bytes().ok_or("resourceType is not a string")?;
-    let resource_type = names.get(resource_type).ok_or("resourceType is not one of FHIR R4")?.clone();
+    let resource_type = names.get(resource_type).ok_or(UNKNOWN_TYPE)?.clone();
     if EXCLUDED_TYPES.contains(&&*resource_type) {
         return Ok(Line::Excluded(resource_type));
     }

@@ -77,6 +77,17 @@ pub struct SetAside {
     pub why: String,
 }
 
+/// A type of which the server told, after its commit, that not all of it came: until it does, it is asked for from this time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Floor {
+    /// The type.
+    pub resource_type: String,
+    /// Pipeline and scope.
+    pub scope: String,
+    /// `_since`, microseconds since the epoch; `None` for everything.
+    pub since: Option<i64>,
+}
+
 /// A server that refused every type, each by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AllRefused {
@@ -110,6 +121,9 @@ pub struct Exports {
     /// Types that the server refuses, while it takes others.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub set_aside: Vec<SetAside>,
+    /// Types that did not come whole, whatever the watermarks of their tables say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub floors: Vec<Floor>,
     /// When it last refused them all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub all_refused: Option<AllRefused>,

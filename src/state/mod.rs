@@ -9,7 +9,7 @@ mod quarantine;
 mod server_messages;
 mod watermark;
 
-pub use exports::{AllRefused, Exports, InFlight, NotBefore, SetAside, Unanswered};
+pub use exports::{AllRefused, Exports, Floor, InFlight, NotBefore, SetAside, Unanswered};
 pub use journal::{Journal, JournalEntry};
 pub use lock::Lock;
 pub use quarantine::{Quarantine, QuarantinedLine};

@@ -321,3 +321,90 @@ async fn gateways_that_want_a_certificate_by_http() {
         }
     }
 }
+
+// Breaks if lines that the frames of a coding cut in two are taken for bad ones, and lost.
+#[tokio::test]
+async fn a_framed_body_fails_its_type() {
+    let text = lines("Patient", "p", 240);
+    let framed: String = text
+        .as_bytes()
+        .chunks(1000)
+        .map(|frame| format!("{:x};chunk-signature=ab\r\n{}\r\n", frame.len(), String::from_utf8_lossy(frame)))
+        .collect();
+    let server = server(move |place, _| match place {
+        "GET /status" => manifest(&["Patient"]).into_response(),
+        "GET /Patient" => ([(header::CONTENT_ENCODING, "aws-chunked")], framed.clone()).into_response(),
+        _ => accepted(),
+    })
+    .await;
+    let report = lake().run(&server.source(", types: [Patient]"), "").await.unwrap();
+    assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("aws-chunked")), "{report:#?}");
+}
+
+// Breaks if a server that is busy for a second costs a run, whatever the status that it says so with.
+#[tokio::test]
+async fn a_busy_server_is_waited_for() {
+    for status in [StatusCode::BAD_REQUEST, StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS] {
+        let server = server(move |place, count| match place {
+            "GET /status" => manifest(&["Patient"]).into_response(),
+            "GET /Patient" => lines("Patient", "p", 2).into_response(),
+            place if place.starts_with("GET /fhir/$export") && count == 1 => {
+                let mut busy = outcome(status, "invalid", "too many concurrent exports for this tenant (max 4)");
+                busy.headers_mut().insert(header::RETRY_AFTER, "1".parse().unwrap());
+                busy
+            }
+            _ => accepted(),
+        })
+        .await;
+        let report = lake().run(&server.source(", types: [Patient], max_kick_off_wait: 5s"), "").await.unwrap();
+        assert!(report.succeeded && server.kick_offs().len() == 2, "{status}: {report:#?}");
+    }
+}
+
+// Breaks if an error that comes after a type's commit, and concerns it, leaves what it lacks unasked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_that_comes_late_is_asked_behind() {
+    let server = server(|place, count| match place {
+        "GET /status" => manifest(&["Patient", "Condition"]).into_response(),
+        "GET /Patient" => lines("Patient", "p", 2).into_response(),
+        "GET /Condition" if count == 1 => {
+            // Patient is committed meanwhile.
+            std::thread::sleep(std::time::Duration::from_secs(2));
+            let words = r#"{"resourceType":"OperationOutcome","issue":[{"severity":"error","diagnostics":"Patient and Condition are not complete"}]}"#;
+            format!("{}{words}\n", lines("Condition", "c", 2)).into_response()
+        }
+        "GET /Condition" => lines("Condition", "c", 3).into_response(),
+        _ => accepted(),
+    })
+    .await;
+    let (lake, source) = (lake(), server.source(", types: [Patient, Condition]"));
+    let report = lake.run(&source, "").await.unwrap();
+    let held: Vec<_> = report.types.iter().filter(|(_, of)| of.watermark_hold.is_some()).map(|(name, _)| name.as_str()).collect();
+    assert_eq!(held, ["Condition", "Patient"], "{report:#?}");
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    let since: Vec<bool> = server.kick_offs().iter().map(|asked| asked.contains("_since=")).collect();
+    assert!(!since[..since.len() - 1].contains(&true) && since[since.len() - 1], "{:?}", server.kick_offs());
+}
+
+// Breaks if resources that come in place of a manifest stand in a message.
+#[tokio::test]
+async fn resources_in_place_of_a_manifest_are_not_shown() {
+    let patient = r#"{"resourceType":"Patient","id":"a","name":[{"family":"Zebediah-Quux"}]}"#;
+    let bundle = format!(r#"{{"resourceType":"Bundle","entry":[{{"resource":{patient}}}]}}"#);
+    for (body, shown) in [
+        (bundle, "a Bundle of"),
+        (format!("{patient}\n{patient}\n"), "JSON of"),
+        (format!("[{patient}]"), "JSON of"),
+        (r#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"wrong job"}]}"#.to_owned(), "wrong job"),
+        ("<html>Sign in</html>".to_owned(), "Sign in"),
+    ] {
+        let server = server(move |place, _| match place {
+            "GET /status" => body.clone().into_response(),
+            _ => accepted(),
+        })
+        .await;
+        let error = lake().run(&server.source(", types: [Patient]"), "").await.unwrap_err().to_string();
+        assert!(error.contains(shown) && !error.contains("Zebediah"), "{error}");
+    }
+}

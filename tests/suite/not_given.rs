@@ -113,9 +113,15 @@ async fn rows_that_end_with_something_else_hold_their_type() {
         ("<html>Bad Gateway</html>", 1),
         ("upstream connect error", 1),
         (r#"{"resourceType":"Patient","id":"p3","na"#, 1),
+        ("{\"resourceType\":\"Patient\",\"id\":\"p3\",\"na\n", 1),
+        (r#"{"resourceType":"Patient","id":"p3","na{"error":"timeout"}"#, 1),
+        ("<html>Bad Gateway</html>\n\n \r\n", 1),
+        // ISO-8859-1: as bytes further down.
+        ("Acc\u{e8}s refus\u{e9}\n", 1),
     ];
     for (last, bad) in cases {
-        let patients = output("Patient", "/p", format!("{rows}{last}"));
+        let text: Vec<u8> = format!("{rows}{last}").chars().map(|letter| u8::try_from(u32::from(letter)).unwrap()).collect();
+        let patients = output("Patient", "/p", text);
         let (mock, _) = server(vec![patients, output("Condition", "/c", lines("Condition", "c", 2))]).await;
         let lake = lake();
         let report = lake.run(&source(&mock, ""), "").await.unwrap();
@@ -157,6 +163,8 @@ async fn lines_that_end_with_cr_alone() {
         ("CR, and none at the end", rows.trim_end().replace('\n', "\r")),
         ("CR, blanks first", format!("\r\r{}", rows.replace('\n', "\r"))),
         ("CRLF", crlf),
+        ("LF first, then CR", rows.replacen('\n', "\0", 1).replace('\n', "\r").replace('\0', "\n")),
+        ("CR and LF by turns", rows.replace("1\"}\n", "1\"}\r")),
         ("CR within", inner),
     ] {
         for chunk in ["4KiB", "1MiB"] {
@@ -212,7 +220,17 @@ async fn deletions_are_applied_or_hold_the_watermark() {
     let (lake, report) = deletions(&text).await;
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(lake.ids("Patient").await, ["p2"]);
-    assert_eq!(report.server_deviations["entries of deletion files that are not deletions"], 1);
+    assert_eq!(report.server_deviations["entries of deletion files that are not deletions of FHIR R4's types"], 1);
+
+    // One Bundle with all there is: a type of another FHIR takes nothing away, and is no fault.
+    let entry = |url: &str| format!(r#"{{"request":{{"method":"DELETE","url":"{url}"}}}}"#);
+    let one = |entries: &[String]| format!("{{\"resourceType\":\"Bundle\",\"entry\":[{}]}}\n", entries.join(","));
+    let (lake, report) = deletions(&one(&[entry("Citation/1"), entry("Patient/p0")])).await;
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!(lake.ids("Patient").await, ["p1", "p2"]);
+    // What cannot be read holds, and what can is applied.
+    let (lake, report) = deletions(&one(&[entry("Patient?identifier=x"), entry("Patient/p0")])).await;
+    assert_eq!((held(&report), lake.ids("Patient").await.len()), (vec!["Condition", "Patient"], 2));
 
     let (lake, report) = deletions(&(bundle("DELETE", "Patient/p0") + "rubbish\n")).await;
     assert_eq!(lake.ids("Patient").await, ["p1", "p2"]);
@@ -222,9 +240,15 @@ async fn deletions_are_applied_or_hold_the_watermark() {
 // Breaks if a resource that Azure's service marks as deleted becomes a row, stays one, or takes what is newer.
 #[tokio::test(flavor = "multi_thread")]
 async fn soft_deleted_resources_are_deletions() {
+    for value in ["valueString", "valueCode"] {
+        soft_deleted(value).await;
+    }
+}
+
+async fn soft_deleted(value: &str) {
     let marked = |id: &str, version: u32| {
         format!(
-            r#"{{"resourceType":"Patient","id":"{id}","meta":{{"versionId":"{version}","lastUpdated":"2026-01-{version:02}T00:00:00Z","extension":[{{"url":"http://azurehealthcareapis.com/data-extensions/deleted-state","valueCode":"soft-deleted"}}]}}}}"#
+            r#"{{"resourceType":"Patient","id":"{id}","meta":{{"versionId":"{version}","lastUpdated":"2026-01-{version:02}T00:00:00Z","extension":[{{"url":"http://azurehealthcareapis.com/data-extensions/deleted-state","{value}":"soft-deleted"}}]}}}}"#
         )
     };
     let row = |id: &str, version: u32| {
@@ -285,13 +309,16 @@ async fn folders_are_read_with_what_is_below_them() {
     put(".Patient.ndjson.crc", "crc");
     put("Patient.ndjson.tmp", "half");
     put("notes.txt", "no NDJSON, and not said to be");
+    put("Patient.4.txt", &row("Patient", "h"));
+    put("Patient.5.json", &row("Patient", "i"));
     let lake = lake();
     let report = lake.run(&super::support::folder_source(data.path()), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(lake.ids("Patient").await, ["a", "b", "c", "d", "e"]);
     assert_eq!(lake.ids("Device").await, ["f"]);
     let passed: Vec<&str> = report.passed_over.values().flatten().map(String::as_str).collect();
-    assert_eq!(passed.len(), 4, "{passed:?}");
+    assert_eq!(passed.len(), 7, "{passed:?}");
+    assert!(passed.contains(&"deleted/1.Bundle.ndjson"), "nothing says what is newer: {passed:?}");
     assert!(!passed.contains(&"notes.txt"), "{passed:?}");
     // The state and the tables may lie in the folder: what is kept there is none of it.
     std::fs::write(lake.folder.path().join("Patient.ndjson"), row("Patient", "g") + "{\"resourceType\":\"Patient\",!}\n")
@@ -346,4 +373,55 @@ async fn a_table_that_cannot_be_written_fails_its_type_alone() {
     let report = lake.run(&source(&mock, ""), "").await.unwrap();
     assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("rowTracking")), "{report:#?}");
     assert!(report.types["Condition"].error.is_none() && !report.succeeded, "{report:#?}");
+}
+
+// Breaks if resources of a later FHIR, which have no table, fail the types that have one.
+#[tokio::test(flavor = "multi_thread")]
+async fn types_that_r4_does_not_have_fail_no_other() {
+    let (mock, _) = server(vec![
+        output("Patient", "/p", lines("Patient", "p", 3)),
+        output("Ingredient", "/i", lines("Ingredient", "i", 200)),
+    ])
+    .await;
+    let (lake, all) = (lake(), format!("{{ url: \"http://{}/fhir\", retry_for: 1s, max_poll_interval: 1s }}", mock.address));
+    let report = lake.run(&all, "").await.unwrap();
+    assert!(report.succeeded, "{report:#?}");
+    assert_eq!((lake.ids("Patient").await.len(), report.other_bad_lines), (3, 200), "{report:#?}");
+}
+
+// Breaks if the server's errors count only where it lists them as errors.
+#[tokio::test(flavor = "multi_thread")]
+async fn outcomes_that_are_listed_as_output_are_the_servers_words() {
+    for (words, expected) in
+        [("Failed to export 2.Condition.ndjson", vec!["Condition"]), ("disk full", vec!["Condition", "Patient"])]
+    {
+        for id in ["", "\"id\":\"o1\","] {
+            let text = String::from_utf8(outcome("error", words)).unwrap().replace("\"issue\"", &format!("{id}\"issue\""));
+            let files = vec![
+                output("Patient", "/p", lines("Patient", "p", 3)),
+                output("Condition", "/c", lines("Condition", "c", 2)),
+                output("OperationOutcome", "/o", text),
+            ];
+            let (mock, _) = server(files).await;
+            let report = lake().run(&source(&mock, ""), "").await.unwrap();
+            assert_eq!(held(&report), expected, "{words} {id}: {report:#?}");
+        }
+    }
+}
+
+// Breaks if a file that holds nothing but an error cannot be let through, by those who know that their server always says it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_errors_alone_is_let_through_where_they_are_ignored() {
+    let files =
+        vec![output("Patient", "/p", outcome("error", "no access")), output("Condition", "/c", lines("Condition", "c", 2))];
+    for (more, succeeds) in [
+        ("", false),
+        (", export_errors: ignore", true),
+        (", ignored_issue_codes: [exception]", true),
+        (", ignored_issue_codes: [x]", false),
+    ] {
+        let (mock, _) = server(files.clone()).await;
+        let report = lake().run(&source(&mock, more), "").await.unwrap();
+        assert_eq!(report.succeeded, succeeds, "{more}: {report:#?}");
+    }
 }

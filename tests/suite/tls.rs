@@ -223,3 +223,14 @@ async fn plain_links_of_a_tls_server_are_named() {
     assert!(error.to_string().contains(&format!("http://localhost:{port}/status")), "{error}");
     assert!(error.hint().contains("X-Forwarded-Proto"), "{}", error.hint());
 }
+
+// Breaks if a key that is given in another form than PEM is taken for a path, and shown.
+#[test]
+fn a_key_that_is_no_pem_is_not_shown() {
+    let yaml = "version: 1\nname: x\nsource: { url: \"https://h/fhir\", tls: { client_certificate: AAAAsecretAAAA, client_key: BBBBsecretBBBB } }\ntables: /tmp/x\n";
+    let read = fhirlake::config::read_pipeline(yaml, &[]).unwrap();
+    let problems = fhirlake::config::Plan::resolve(&read).err().unwrap();
+    let text = fhirlake::config::Problem::error("x.yaml", &problems).to_string();
+    assert!(text.contains("source.tls.client_key") && text.contains("neither PEM"), "{text}");
+    assert!(!text.contains("secret"), "{text}");
+}

@@ -29,6 +29,16 @@ enum LineEnds {
     Cr,
 }
 
+/// Makes an LF of each CR between two objects: JSON has none there, so the line is two, whatever ends the others.
+fn part_at_carriage_returns(chunk: &mut [u8]) {
+    let is_between = |at: usize| {
+        let (before, behind) = (chunk[..at].trim_ascii_end(), chunk[at + 1..].trim_ascii_start());
+        chunk.get(at + 1).is_some_and(|next| *next != b'\n') && before.ends_with(b"}") && behind.starts_with(b"{")
+    };
+    let ends: Vec<usize> = memchr::memchr_iter(b'\r', chunk).filter(|at| is_between(*at)).collect();
+    ends.into_iter().for_each(|at| chunk[at] = b'\n');
+}
+
 /// A hash of bytes that come in pieces of any size.
 #[derive(Debug, Default)]
 struct RunningHash {
@@ -223,6 +233,7 @@ impl<'a> Lines<'a> {
         if chunk.is_empty() {
             return Ok(());
         }
+        part_at_carriage_returns(&mut chunk);
         let lines = memchr::memchr_iter(b'\n', &chunk).count() as u64 + u64::from(chunk.last() != Some(&b'\n'));
         let length = chunk.len() as u64;
         chunk.shrink_to_fit();

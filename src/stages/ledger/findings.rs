@@ -49,6 +49,16 @@ impl Ledger {
         concerned == resource_type || !answers(concerned)
     }
 
+    /// Whether the type failed.
+    pub fn has_failed(&self, resource_type: &ResourceType) -> bool {
+        matches!(self.standing(resource_type), Standing::Failed(_))
+    }
+
+    /// Bad lines of the type.
+    pub fn bad(&self, resource_type: &ResourceType) -> u64 {
+        self.types.get(resource_type).map_or(0, |book| book.bad)
+    }
+
     /// Whether the server tells of errors of the export, or its error files could not be read.
     pub fn has_errors(&self, export: usize) -> bool {
         let of_export = self.files.values().filter(|book| book.file.export == export && !book.file.replayed);
@@ -115,7 +125,7 @@ impl Ledger {
         self.files.values().filter_map(|book| {
             let status = self.statuses.get(&book.file.export)?;
             // What the server marks as deleted is not among the rows that are staged: such a file is read again.
-            let whole = book.failed.is_none() && book.settled() && book.balances() && book.parsed.deleted == 0;
+            let whole = book.failed.is_none() && book.settled() && book.balances() && book.parsed.deleted.is_empty();
             Some((&*book.file, status, Some(&book.parsed).filter(|_| whole && book.file.kind == FileKind::Output)))
         })
     }

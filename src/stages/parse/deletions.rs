@@ -5,16 +5,16 @@ use crate::messages::{Deletion, ResourceType};
 use crate::tape::Value;
 
 /// The deviation of deletion Bundles with entries that delete nothing.
-pub(super) const NOT_DELETIONS: &str = "entries of deletion files that are not deletions";
+pub(super) const NOT_DELETIONS: &str = "entries of deletion files that are not deletions of FHIR R4's types";
 
 /// Whether `meta` marks its resource as deleted, as Azure's FHIR service does where `_includeDeleted` or its exports ask for it:
-/// an extension, with `valueCode` `soft-deleted`.
+/// an extension, with `valueString` (its documentation says `valueCode` elsewhere) `soft-deleted`.
 pub(super) fn is_soft_deleted(meta: Value<'_>) -> bool {
     meta.get(b"extension").is_some_and(|extensions| {
         extensions.items().any(|extension| {
             let of = |key: &[u8]| extension.get(key).and_then(|value| value.as_str());
             of(b"url").is_some_and(|url| url.trim_end_matches('/').ends_with(DELETED_STATE))
-                && of(b"valueCode") == Some("soft-deleted")
+                && [b"valueString".as_slice(), b"valueCode"].iter().any(|key| of(key) == Some("soft-deleted"))
         })
     })
 }
@@ -37,7 +37,9 @@ pub(super) fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<Deletion>
         match request.filter(|_| method.is_some_and(|method| method.trim().eq_ignore_ascii_case("DELETE"))) {
             None => *others += 1,
             Some(request) => match deletion(names, request) {
-                Ok((resource_type, id)) => out.push(Deletion { resource_type, id, version: None }),
+                // Of a type that has no table, and can have none.
+                Ok((None, _)) => *others += 1,
+                Ok((Some(resource_type), id)) => out.push(Deletion { resource_type, id, version: None }),
                 Err(why) => wrong = wrong.and(Err(why)),
             },
         }
@@ -45,15 +47,18 @@ pub(super) fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<Deletion>
     wrong
 }
 
-/// What a DELETE entry takes away: `Type/id`, behind a base or not, with a version behind it or not.
-fn deletion(names: &Names, request: Value<'_>) -> Result<(ResourceType, Box<str>), &'static str> {
+/// What a DELETE entry takes away, with no type where it is not one of FHIR R4: `Type/id`, behind a base or not, with a version behind it or not.
+fn deletion(names: &Names, request: Value<'_>) -> Result<(Option<ResourceType>, Box<str>), &'static str> {
     let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
     let url = url.split_once("/_history/").map_or(url, |(resource, _)| resource);
     let mut parts = url.rsplit('/');
     let (id, name) = (parts.next().unwrap_or_default(), parts.next().ok_or("a DELETE whose url is not Type/id")?);
-    let resource_type = names.get(name.as_bytes()).ok_or("a DELETE of a type that is not one of FHIR R4")?;
     if id.is_empty() {
         return Err("a DELETE without an id");
     }
-    Ok((resource_type.clone(), id.into()))
+    let is_name = name.starts_with(|letter: char| letter.is_ascii_uppercase()) && name.bytes().all(|b| b.is_ascii_alphabetic());
+    match names.get(name.as_bytes()) {
+        None if !is_name => Err("a DELETE whose url is not Type/id"),
+        known => Ok((known.cloned(), id.into())),
+    }
 }

@@ -17,7 +17,7 @@ pub(super) struct Said<'a> {
 
 impl Said<'_> {
     /// Reads a line of an output file that is the server's word on its export, and no resource of it: an OperationOutcome, or an
-    /// error object. An outcome that the file is declared for, or that has an id and tells of no error, is a resource.
+    /// error object. An outcome that has an id and tells of no error is a resource.
     pub fn message(&mut self, file: &ExportFile, value: Value<'_>, tally: &mut ParsedChunk) -> Option<Line> {
         if file.replayed {
             return None;
@@ -28,14 +28,16 @@ impl Said<'_> {
             concern(file, Vec::new(), self.names, &mut tally.server_errors);
             return Some(Line::ServerMessage);
         }
-        if type_of(value) != Some("OperationOutcome") || file.declared.as_deref() == Some("OperationOutcome") {
+        // In a folder, those of a file of outcomes are resources: there is no server whose messages they could be.
+        let is_stored = file.location.is_some() && file.declared.as_deref() == Some("OperationOutcome");
+        if type_of(value) != Some("OperationOutcome") || is_stored {
             return None;
         }
         let issues = issues_of(self.names, value, file, self.ignored_codes);
         if issues.errors == 0 && value.get(b"id").is_some() {
             return None;
         }
-        tally.foreign += u64::from(issues.errors > 0);
+        tally.foreign += u64::from(!issues.concerns.is_empty());
         self.count(issues, tally);
         Some(Line::ServerMessage)
     }
