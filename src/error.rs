@@ -71,7 +71,7 @@ impl ErrorKind {
             Self::Throttled => (
                 12,
                 true,
-                "run again after that time; until then nothing is asked of the server (`fhirlake jobs cancel --all` forgets it)",
+                "run again after that time; until then nothing is asked of the server (`fhirlake jobs cancel PIPELINE.yaml --all` forgets it, and cancels exports in flight)",
             ),
             Self::Interrupted => (130, true, "run again: what was committed is kept, and what is staged is gone on with"),
         }

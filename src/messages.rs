@@ -236,7 +236,7 @@ pub struct EncodedBatch {
     pub by_file: BTreeMap<u32, FileRows>,
 }
 
-/// Rows of one file of an export, and what came with them.
+/// Rows of one file of an export: their number, and what came with them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct FileRows {
     /// Rows.
@@ -259,7 +259,7 @@ impl FileRows {
 /// Counts values that a layout could not hold, at most [`MAX_LOSS_PATHS`] paths of them.
 pub fn count_not_held(counts: &mut BTreeMap<String, u64>, path: &str, more: u64) {
     let is_full = counts.len() >= MAX_LOSS_PATHS && !counts.contains_key(path);
-    let other = || format!("{}.?", path.split('.').next().unwrap_or_default());
+    let other = || path.split('.').take(1).chain(["?"]).collect::<Vec<_>>().join(".");
     *counts.entry(if is_full { other() } else { path.to_owned() }).or_default() += more;
 }
 
@@ -270,8 +270,7 @@ pub struct Deletion {
     pub resource_type: ResourceType,
     /// Its logical id.
     pub id: Box<str>,
-    /// Which version of the resource says so, where the server marks the resource itself as deleted. An entry of a `deleted`
-    /// file has none: a resource that is in the output too is kept.
+    /// The version that says so, where the server marks the resource as deleted; an entry of a `deleted` file has none.
     pub version: Option<RowKey>,
 }
 
@@ -352,7 +351,7 @@ pub struct ParsedChunk {
     pub rows: Vec<(ResourceType, u64)>,
     /// Lines that could not be read, by the type that they are held against.
     pub bad: Vec<(Option<ResourceType>, u64)>,
-    /// Lines, bad or not, that are no resources of the file's type, nor broken ones: of a page, an array, an outcome, a Bundle.
+    /// Lines, bad or not, that are no resources of the file's type, nor broken ones: a page, an array, an outcome, a Bundle.
     #[serde(default)]
     pub foreign: u64,
     /// Blank lines.

@@ -37,19 +37,20 @@ pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> 
         return Ok(());
     }
     let plan = Plan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))?;
-    let mut failed: Vec<ErrorKind> = Vec::new();
+    let mut failed: Vec<(ErrorKind, &'static str)> = Vec::new();
     for dependency in check_dependencies(&plan).await {
         match dependency.outcome {
             Ok(found) => output.check(true, &format!("{}: {found}", dependency.name))?,
             Err(why) => {
-                failed.push(why.kind());
+                failed.push((why.kind(), why.hint()));
                 output.check(false, &format!("{}: {why}", dependency.name))?;
             }
         }
     }
     // The exit code that a run would have.
-    if let Some(kind) = failed.first() {
-        return Err(Error::new(*kind, format!("{} of the pipeline's dependencies would fail a run", failed.len())));
+    if let Some((kind, hint)) = failed.first() {
+        let why = format!("{} of the pipeline's dependencies would fail a run", failed.len());
+        return Err(Error::new(*kind, why).with_hint(hint));
     }
     Ok(())
 }

@@ -414,9 +414,11 @@ fn tls_settings(section: &TlsSection, read: &Read, problems: &mut Vec<Problem>) 
                 if is_secret {
                     warn_if_loose(&text);
                 }
-                // The value may be the key itself, in a form that is not PEM: it is not shown.
-                std::fs::read_to_string(&text)
-                    .map_err(|error| format!("the value is neither PEM (`-----BEGIN`) nor a file that can be read: {error}"))
+                std::fs::read_to_string(&text).map_err(|error| match key {
+                    "source.tls.ca_file" => format!("{text} cannot be read: {error}"),
+                    // It may be the key itself, in a form that is not PEM: it is not shown.
+                    _ => format!("the value is neither PEM (`-----BEGIN`) nor a file that can be read: {error}"),
+                })
             }
         });
         content.map_err(|what| problems.push(Problem { passing: true, ..read.problem(key, what, None) })).ok()

@@ -53,7 +53,8 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
     match client(plan, &Board::default(), &Stop::default()) {
         Ok(None) => {
             if let SourcePlan::Folder(url) = &plan.source {
-                add("source folder".into(), source_folder(url).map(|_| url.path().to_owned()));
+                let path = url.to_file_path().map_or_else(|()| url.path().to_owned(), |path| path.display().to_string());
+                add("source folder".into(), source_folder(url).map(|_| path));
             }
         }
         Ok(Some(client)) => {

@@ -52,7 +52,8 @@ impl FolderExport {
             let others: Vec<String> = passed_over.iter().map(|(why, files)| format!("{files} {why}")).collect();
             let others = if others.is_empty() { String::new() } else { format!("; passed over: {}", others.join(", ")) };
             let of = if self.types.is_empty() { String::new() } else { format!(" of {}", self.types.join(", ")) };
-            let why = format!("source.url: {} has no NDJSON file{of} (*.ndjson, *.jsonl, also .gz or .zst){others}", self.url);
+            let place = self.url.to_file_path().map_or_else(|()| self.url.to_string(), |path| path.display().to_string());
+            let why = format!("source.url: {place} has no NDJSON file{of} (*.ndjson, *.jsonl, also .gz or .zst){others}");
             return Err(
                 Error::new(ErrorKind::Config, why).with_hint("put the files there, or correct source.url or source.types")
             );

@@ -165,7 +165,7 @@ const COMPARTMENTS: [&str; 2] = ["Patient", "Group"];
 /// Adds the types that a text names: `Failed to export 2.Condition.ndjson`. A patient that is named, `Patient/7`, names no
 /// type: rows of any may be missing.
 fn types_in(names: &Names, text: &str, out: &mut Vec<ResourceType>) {
-    let mut at = 0;
+    let (mut at, mut first) = (0, None);
     for token in text.split(|letter: char| !letter.is_ascii_alphanumeric()) {
         let (start, end) = (at, at + token.len());
         at = end + text[end..].chars().next().map_or(0, char::len_utf8);
@@ -180,9 +180,15 @@ fn types_in(names: &Names, text: &str, out: &mut Vec<ResourceType>) {
         let names_one = COMPARTMENTS.contains(&token)
             && (after == Some('/')
                 || (after == Some(' ') && (start == 0 || text[end + 1..].starts_with(|next: char| next.is_ascii_digit()))));
+        let may_name_one = names_one && start == 0 && after == Some(' ');
+        first = first.or(may_name_one.then_some(name));
         if stands_as_name || (!names_one && !WORDS.contains(&token)) {
             out.push(name.clone());
         }
+    }
+    // `Patient and Condition …`: beside others it is one of them; `Patient x …` alone names no type.
+    if !out.is_empty() {
+        out.extend(first.cloned());
     }
 }
 
@@ -251,6 +257,8 @@ mod tests {
             ("Failed to export Patient", "Patient"),
             ("could not write MedicationRequest_001.ndjson: disk", "MedicationRequest"),
             ("Observation and Encounter are not complete", "Encounter,Observation"),
+            ("Patient and Condition are not complete", "Condition,Patient"),
+            ("Patient export failed", "all"),
             ("Location header missing", "all"),
             ("failed: Location.ndjson", "Location"),
             ("type 'List' is not available", "List"),
