@@ -36,7 +36,9 @@ def merge(pathling, folder, tables):
 def plain(value):
     """A row without what Pathling numbers anew each time: `_fid`, and the extensions that hang on it."""
     if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items() if name not in ("_fid", "_extension")}
+        members = {name: plain(inner) for name, inner in value.items() if name not in ("_fid", "_extension")}
+        # A struct of nulls, which Pathling writes for a canonical value that its decimal does not hold, says nothing.
+        return {name: inner for name, inner in members.items() if inner != {}}
     return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
