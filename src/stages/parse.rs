@@ -370,7 +370,6 @@ impl Work<'_> {
             Err(reason) => {
                 let is_foreign = value.kind() != Kind::Object || type_of(value).is_none() || is_page;
                 self.tally.foreign += u64::from(is_foreign);
-                self.tally.unknown += u64::from(reason == UNKNOWN_TYPE);
                 if is_foreign {
                     self.breaks_off();
                 }
@@ -398,6 +397,7 @@ impl Work<'_> {
             self.tally.headers += 1;
             return Ok(());
         }
+        self.tally.unknown += u64::from(reason == UNKNOWN_TYPE);
         let bytes = &self.chunk.bytes[line.clone()];
         let bad = BadLine {
             file: &self.chunk.file,

@@ -384,9 +384,12 @@ async fn types_that_r4_does_not_have_fail_no_other() {
     ])
     .await;
     let (lake, all) = (lake(), format!("{{ url: \"http://{}/fhir\", retry_for: 1s, max_poll_interval: 1s }}", mock.address));
-    let report = lake.run(&all, "").await.unwrap();
-    assert!(report.succeeded, "{report:#?}");
-    assert_eq!((lake.ids("Patient").await.len(), report.other_bad_lines), (3, 200), "{report:#?}");
+    // The second run tries the lines in quarantine again.
+    for _ in 0..2 {
+        let report = lake.run(&all, "").await.unwrap();
+        assert!(report.succeeded, "{report:#?}");
+        assert_eq!((lake.ids("Patient").await.len(), report.other_bad_lines), (3, 200), "{report:#?}");
+    }
 }
 
 // Breaks if the server's errors count only where it lists them as errors.
