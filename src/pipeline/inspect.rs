@@ -7,6 +7,7 @@ use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, instant_text};
+use crate::stages::folder::place_of;
 
 /// How a table stands.
 #[derive(Debug, Clone)]
@@ -53,8 +54,7 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
     match client(plan, &Board::default(), &Stop::default()) {
         Ok(None) => {
             if let SourcePlan::Folder(url) = &plan.source {
-                let path = url.to_file_path().map_or_else(|()| url.path().to_owned(), |path| path.display().to_string());
-                add("source folder".into(), source_folder(url).map(|_| path));
+                add("source folder".into(), source_folder(url).map(|_| place_of(url)));
             }
         }
         Ok(Some(client)) => {

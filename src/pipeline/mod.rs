@@ -108,10 +108,9 @@ pub fn client(plan: &Plan, board: &Board, stop: &Stop) -> Result<Option<Client>>
 }
 
 /// The folder of a source of NDJSON, local or in an object store.
-fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, object_store::path::Path)> {
+fn source_folder(url: &Url) -> Result<Arc<dyn object_store::ObjectStore>> {
     if url.scheme() != "file" {
-        let store = Tables::at(url.as_str())?.store().map_err(|error| error.at("source.url"))?;
-        return Ok((store, object_store::path::Path::default()));
+        return Tables::at(url.as_str())?.store().map_err(|error| error.at("source.url"));
     }
     let path = url.to_file_path().map_err(|()| Error::new(ErrorKind::Config, "source.url is no folder"))?;
     if !path.is_dir() {
@@ -119,7 +118,7 @@ fn source_folder(url: &Url) -> Result<(Arc<dyn object_store::ObjectStore>, objec
     }
     // Not from the root: names on the way need not be such as objects may have.
     let store = object_store::local::LocalFileSystem::new_with_prefix(&path).context(ErrorKind::Config, "source.url")?;
-    Ok((Arc::new(store), object_store::path::Path::default()))
+    Ok(Arc::new(store))
 }
 
 /// Local folders that fhirlake writes into and that lie in the source folder, as seen from there.
@@ -305,10 +304,9 @@ async fn once(
             (Origin::Server(Box::new(client), links), prepared.kickoffs.len())
         }
         (SourcePlan::Folder(url), _) => {
-            let (store, folder) = source_folder(url)?;
+            let store = source_folder(url)?;
             let source = FolderExport {
                 store: store.clone(),
-                folder,
                 url: url.clone(),
                 types: plan.types.iter().map(|name| name.as_str().into()).collect(),
                 excluded: own_folders(plan, url, &state, &prepared.tables),

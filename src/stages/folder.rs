@@ -14,10 +14,8 @@ use crate::schema::{EXCLUDED_TYPES, Model};
 
 /// Files of a folder or object store of NDJSON.
 pub struct FolderExport {
-    /// The store.
+    /// A store with the folder as its root.
     pub store: Arc<dyn ObjectStore>,
-    /// The folder in it.
-    pub folder: object_store::path::Path,
     /// The folder's URL.
     pub url: Url,
     /// Types to take; empty for all. Of files whose names say no type, all lines are taken.
@@ -52,15 +50,17 @@ impl FolderExport {
             let others: Vec<String> = passed_over.iter().map(|(why, files)| format!("{files} {why}")).collect();
             let others = if others.is_empty() { String::new() } else { format!("; passed over: {}", others.join(", ")) };
             let of = if self.types.is_empty() { String::new() } else { format!(" of {}", self.types.join(", ")) };
-            let place = self.url.to_file_path().map_or_else(|()| self.url.to_string(), |path| path.display().to_string());
-            let why = format!("source.url: {place} has no NDJSON file{of} (*.ndjson, *.jsonl, also .gz or .zst){others}");
+            let why = format!(
+                "source.url: {} has no NDJSON file{of} (*.ndjson, *.jsonl, also .gz or .zst){others}",
+                place_of(&self.url)
+            );
             return Err(
                 Error::new(ErrorKind::Config, why).with_hint("put the files there, or correct source.url or source.types")
             );
         }
         let mut files = Vec::with_capacity(found.len());
         for (index, Found { location, kind, declared }) in found.into_iter().enumerate() {
-            let name = self.name_of(&location);
+            let name = location.to_string();
             files.push(Arc::new(ExportFile {
                 index: self.first_index + index as u32,
                 export: 0,
@@ -131,7 +131,7 @@ impl FolderExport {
     /// The files to be read, in the order of their paths: the order of arrival must not hang on the store's order of listing.
     async fn list(&self) -> Result<Vec<Found>> {
         let failed = "the source folder cannot be listed";
-        let mut listing = self.store.list(Some(&self.folder));
+        let mut listing = self.store.list(None);
         let mut found = Vec::new();
         while let Some(object) = listing.next().await {
             let object = object.context(ErrorKind::Storage, failed)?;
@@ -142,7 +142,7 @@ impl FolderExport {
                 Ok(file) => found.push(file),
                 Err(None) => {}
                 Err(Some(why)) => {
-                    let name = self.name_of(&object.location);
+                    let name = object.location.to_string();
                     locked(&self.passed_over).entry(why).or_default().push(name);
                 }
             }
@@ -151,30 +151,21 @@ impl FolderExport {
         Ok(found)
     }
 
-    /// A file's path from the folder on.
-    fn name_of(&self, location: &object_store::path::Path) -> String {
-        let parts = location.prefix_match(&self.folder);
-        parts.map_or_else(
-            || location.to_string(),
-            |parts| parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"),
-        )
-    }
-
     /// Whether a file is to be read; else why it is passed over, where it looks like one.
     async fn judge(&self, object: &object_store::ObjectMeta) -> Result<std::result::Result<Found, Option<&'static str>>> {
-        let name = self.name_of(&object.location);
+        let name = object.location.to_string();
         let mut parts: Vec<&str> = name.split('/').collect();
         let Some(file) = parts.pop() else { return Ok(Err(None)) };
         let lower = file.to_ascii_lowercase();
+        let is_hidden = parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_']));
         let Some(ending) = [".ndjson", ".jsonl"].iter().filter_map(|ending| Some(lower.rfind(ending)? + ending.len())).max()
         else {
-            // What may be data under a name that is not one of NDJSON's is told; other files lie in folders too.
+            // Data may have other names than those of NDJSON; files that are no data lie in folders too.
             let is_data = [".json", ".gz", ".zst", ".zip"].iter().any(|ending| lower.ends_with(ending));
-            let is_hidden = parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_']));
             let is_told = !is_hidden && (is_data || type_named(file).is_some());
             return Ok(Err(is_told.then_some("not NDJSON by their names")));
         };
-        if parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_'])) {
+        if is_hidden {
             return Ok(Err(Some("hidden files")));
         }
         if !matches!(&lower[ending..], "" | ".gz" | ".gzip" | ".zst" | ".zstd")
@@ -210,10 +201,15 @@ impl FolderExport {
             return Ok(false);
         }
         let read = self.store.get_range(&object.location, 0..object.size.min(PEEK)).await;
-        let head = read.context(ErrorKind::Storage, format!("{} cannot be read", self.name_of(&object.location)))?;
+        let head = read.context(ErrorKind::Storage, format!("{} cannot be read", object.location))?;
         let is_packed = head.starts_with(&[0x1f, 0x8b]) || head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
         Ok(is_packed || memchr::memmem::find(&head, b"\"resourceType\"").is_some())
     }
+}
+
+/// The folder of a `file:` URL as a path, decoded, and any other URL as it is, for messages.
+pub fn place_of(url: &Url) -> String {
+    url.to_file_path().map_or_else(|()| url.to_string(), |path| path.display().to_string())
 }
 
 /// The first type that a name holds as a word of its own: `1.Patient.ndjson`, `Patient-001.ndjson`.
