@@ -72,8 +72,8 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
             let held: Vec<&str> = held.collect();
             let names = if held.is_empty() { "the export".to_owned() } else { held.join(", ") };
             let why = format!("the server did not give all of its export; watermark not advanced for {names}");
-            let reports_errors = outcome.types.values().filter_map(|kept| kept.watermark_hold.as_deref());
-            let hint = match reports_errors.into_iter().any(|why| why.starts_with("the server reports")) || held.is_empty() {
+            let mut reasons = outcome.types.values().filter_map(|kept| kept.watermark_hold.as_deref());
+            let hint = match held.is_empty() || reasons.any(|why| why.starts_with("the server reports")) {
                 true => {
                     "what came is merged, and the next run asks from the same time again; for errors that the server always \
                      reports: source.ignored_issue_codes, or source.export_errors: ignore"

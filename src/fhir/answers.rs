@@ -83,13 +83,10 @@ pub(super) async fn refused_with(response: Response, what: &str) -> (Error, Vec<
     let words = if words.is_empty() { String::new() } else { format!(": {words}") };
     let error = Error::new(kind, format!("{what}: the server answered {status}{words}")).at(place);
     let error = error.with_status(status.as_u16());
-    match wants_certificate(&body) {
-        true => (error.with_hint(WANTS_CERTIFICATE), body),
-        false => (error, body),
-    }
+    (if wants_certificate(&body) { error.with_hint(WANTS_CERTIFICATE) } else { error }, body)
 }
 
-/// Whether a gateway says that it wants a client certificate: nginx and IIS say so by HTTP, after the handshake.
+/// Returns true if a gateway asks for a client certificate in an HTTP response, as nginx and IIS do after the handshake.
 fn wants_certificate(body: &[u8]) -> bool {
     let text = String::from_utf8_lossy(body).to_ascii_lowercase();
     ["required ssl certificate", "client certificate"].iter().any(|words| text.contains(words))
@@ -113,18 +110,21 @@ async fn first_bytes(mut response: Response) -> Vec<u8> {
     unpacked(&encoding, body, ERROR_BODY * 16).unwrap_or_default()
 }
 
-/// What an answer about an export says, where it is not a manifest: an outcome's words, or those of a page. Of other JSON only
-/// what it is: it may be resources.
-pub(crate) fn job_words(body: &[u8]) -> String {
+/// Describes the body that came instead of a manifest: the words of an outcome or a page; of other JSON only its kind and size,
+/// since it may be resources.
+pub(crate) fn instead_of_manifest(body: &[u8]) -> String {
     let start = body.trim_ascii_start();
+    let is_json = start.starts_with(b"{") || start.starts_with(b"[");
     let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
     let is = |key: &str| json.as_ref().and_then(|json| json.get(key));
     let name = is("resourceType").and_then(|name| name.as_str()).filter(|name| name.bytes().all(|b| b.is_ascii_alphabetic()));
     match name {
-        Some("OperationOutcome") => server_words(body),
-        Some(name) => format!("a {} of {} bytes", name.get(..40).unwrap_or(name), body.len()),
-        None if is("issue").is_some() || !start.starts_with(b"{") && !start.starts_with(b"[") => server_words(body),
-        None => format!("JSON of {} bytes without a resourceType", body.len()),
+        _ if start.is_empty() => "the answer is empty".to_owned(),
+        Some(name) if name != "OperationOutcome" => {
+            format!("the answer is a {} of {} bytes", name.get(..40).unwrap_or(name), body.len())
+        }
+        None if is_json && is("issue").is_none() => format!("the answer is JSON of {} bytes without a resourceType", body.len()),
+        _ => format!("the server says: {}", server_words(body)),
     }
 }
 

@@ -264,7 +264,7 @@ impl Client {
     }
 }
 
-/// What one kick-off comes to.
+/// The result of one kick-off request.
 enum Tried {
     Answered(KickOff),
     Busy { wait: Option<Duration>, why: String },

@@ -402,12 +402,15 @@ impl Client {
         let date = headers.get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
         let by_date = httpdate::parse_http_date(text.trim()).is_ok();
         let wait = parse_retry_after(text, date.filter(|_| by_date).unwrap_or_else(SystemTime::now));
-        match (wait, text.trim().parse::<f64>()) {
-            (None, _) => self.deviates("Retry-After is neither seconds nor a date"),
-            (_, Ok(number)) if number > LONGEST_WAIT => self.deviates("Retry-After is a time since the epoch"),
-            (_, Ok(number)) if number < 0.0 => self.deviates("Retry-After is negative"),
-            _ => false,
+        let deviation = match (wait, text.trim().parse::<f64>()) {
+            (None, _) => Some("Retry-After is neither seconds nor a date"),
+            (_, Ok(number)) if number > LONGEST_WAIT => Some("Retry-After is a time since the epoch"),
+            (_, Ok(number)) if number < 0.0 => Some("Retry-After is negative"),
+            _ => None,
         };
+        if let Some(how) = deviation {
+            self.deviates(how);
+        }
         wait
     }
 
@@ -433,7 +436,7 @@ impl Client {
         ask.with_token && (origin == self.web.base.origin() || self.settings.token_origins.contains(&origin))
     }
 
-    /// Whether the server, which is asked by https, leads to itself by http: it does not know what stands before it.
+    /// Returns true if a server with an `https` base URL links to itself by `http`, as one behind a TLS proxy may.
     fn is_plain_link(&self, url: &Url) -> bool {
         url.scheme() == "http" && self.web.base.scheme() == "https" && url.host_str() == self.web.base.host_str()
     }

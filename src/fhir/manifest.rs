@@ -8,7 +8,7 @@ use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use url::Url;
 
-use super::answers::{job_words, one_line};
+use super::answers::{instead_of_manifest, one_line};
 use crate::error::{Error, ErrorKind, Result};
 use crate::schema::{instant_text, parse_instant};
 
@@ -168,10 +168,7 @@ impl Manifest {
     pub fn read(body: &[u8], status: &Url) -> Result<Manifest> {
         let bad = |why: &str| Error::new(ErrorKind::Server, format!("the manifest cannot be used: {why}"));
         // It is an answer about the job: the server's own words say best what it is instead.
-        let said = || match job_words(body) {
-            words if words.is_empty() => "; the answer is empty".to_owned(),
-            words => format!("; the server says: {words}"),
-        };
+        let said = || format!("; {}", instead_of_manifest(body));
         let json: Written = serde_json::from_slice(body).map_err(|error| match error.classify() {
             serde_json::error::Category::Data => bad(&format!("not a JSON object{}", said())),
             _ => bad(&format!("not JSON ({error}){}", said())),

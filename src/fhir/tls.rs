@@ -108,30 +108,33 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
     use CertificateError as Bad;
     Some(match error {
         rustls::Error::InvalidCertificate(bad) => {
-            let hint = match bad {
-                Bad::UnknownIssuer => {
-                    "set source.tls.ca_file to a PEM of the CA that the server's certificate is of (SSL_CERT_FILE replaces the system's)"
-                }
+            let said = bad.to_string();
+            let (why, hint) = match bad {
+                Bad::UnknownIssuer => (
+                    "it is of a CA that is not trusted here (unknown issuer)",
+                    "set source.tls.ca_file to a PEM of the CA that the server's certificate is of (SSL_CERT_FILE replaces the system's)",
+                ),
+                Bad::BadSignature => (
+                    "its signature is not that of the CA that it names (bad signature)",
+                    "a CA of that name is known, and another key signed the certificate: set source.tls.ca_file to the CA's certificate of now",
+                ),
                 Bad::Expired | Bad::ExpiredContext { .. } => {
-                    "the server's administrator has to renew its certificate; check this machine's clock too"
+                    (&*said, "the server's administrator has to renew its certificate; check this machine's clock too")
                 }
-                Bad::NotValidYet | Bad::NotValidYetContext { .. } => "check this machine's clock, and the server's certificate",
-                Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
-                    "write source.url with a name that the server's certificate is for, or let its administrator add this one"
+                Bad::NotValidYet | Bad::NotValidYetContext { .. } => {
+                    (&*said, "check this machine's clock, and the server's certificate")
                 }
-                Bad::BadSignature => {
-                    "a CA of that name is known, and another key signed the certificate: set source.tls.ca_file to the CA's certificate of now"
+                Bad::NotValidForName | Bad::NotValidForNameContext { .. } => (
+                    &*said,
+                    "write source.url with a name that the server's certificate is for, or let its administrator add this one",
+                ),
+                _ if said.contains("CaUsedAsEndEntity") => {
+                    ("it is a CA's own, as self-signed ones often are (CaUsedAsEndEntity)", SELF_SIGNED_CA)
                 }
-                _ => "the server's administrator has to replace its certificate; source.tls.ca_file names a CA that signed it",
-            };
-            let is_ca = bad.to_string().contains("CaUsedAsEndEntity");
-            let hint = if is_ca { SELF_SIGNED_CA } else { hint };
-            let why = match bad {
-                Bad::UnknownIssuer => "it is of a CA that is not trusted here (unknown issuer)".to_owned(),
-                Bad::BadSignature => "its signature is not that of the CA that it names (bad signature)".to_owned(),
-                _ if is_ca => "it is a CA's own, as self-signed ones often are (CaUsedAsEndEntity)".to_owned(),
-                Bad::Other(other) => other.to_string(),
-                other => other.to_string(),
+                _ => (
+                    &*said,
+                    "the server's administrator has to replace its certificate; source.tls.ca_file names a CA that signed it",
+                ),
             };
             (format!("the server's certificate is not accepted: {why}"), hint)
         }

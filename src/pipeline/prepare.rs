@@ -127,9 +127,9 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
                 .or_else(|| from_state(&remembered, &app_id, &name))
                 .map(|micros| micros - i64::try_from(plan.overlap.as_micros()).unwrap_or(0)),
         };
-        let mut floors = exports.floors.iter().filter(|floor| floor.scope == app_id && *floor.resource_type == *name);
+        let floor = exports.floors.iter().find(|floor| floor.scope == app_id && *floor.resource_type == *name);
         // `None`, everything, is the least.
-        let since = floors.next().map_or(since, |floor| since.min(floor.since));
+        let since = floor.map_or(since, |floor| since.min(floor.since));
         groups.entry(since).or_default().push(name.clone());
         opened.insert(name, table);
     }
