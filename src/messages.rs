@@ -232,7 +232,7 @@ pub struct EncodedBatch {
     pub metadata: ParquetMetaData,
     /// The rows' keys, in row order.
     pub keys: Vec<RowKey>,
-    /// What its rows came from, by the index of the export's file.
+    /// Its rows by export file ([`ExportFile::index`]).
     pub by_file: BTreeMap<u32, FileRows>,
 }
 
@@ -363,7 +363,7 @@ pub struct ParsedChunk {
     /// Of the headers, lines that are no resources, which no manifest counts: `Parameters` headers and the server's messages.
     #[serde(default)]
     pub asides: u64,
-    /// What the server says is gone, by type: of the headers, resources that it marks so; entries of a deletion file.
+    /// Deletions by type: soft-deleted resources, which are headers, and DELETE entries of a deletion file.
     #[serde(default)]
     pub deleted: Vec<(ResourceType, u64)>,
     /// Of the bad lines, resources of types that FHIR R4 does not have.

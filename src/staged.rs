@@ -42,7 +42,7 @@ pub struct StagedParquet {
     pub size: u64,
     /// Rows, those included that do not count.
     pub rows: u64,
-    /// What its rows came from, by the index of the export's file.
+    /// Its rows by export file ([`ListedFile::index`]).
     #[serde(default)]
     pub by_file: BTreeMap<u32, FileRows>,
     /// Least and greatest `lastUpdated`.

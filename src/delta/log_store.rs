@@ -48,7 +48,7 @@ fn survives(path: &std::path::Path) -> bool {
 /// A log whose checkpoints of now are passed over, where there are any and all commits are there as JSON; the protocol says
 /// of checkpoints that they may be (Delta protocol, "Checkpoints": a reader may ignore them). `None` where there are none.
 ///
-/// Where commits are missing, what the log failed to be read for tells whether it was a checkpoint; if not, `None` too.
+/// If commits are missing: an error if a checkpoint caused the `failure` to read the log, else `None` too.
 pub(super) async fn without_checkpoints(
     log_store: &LogStoreRef,
     failure: &deltalake::DeltaTableError,
@@ -87,7 +87,8 @@ pub(super) async fn without_checkpoints(
     opened.map(Some).map_err(|error| storage(error, "the table's store cannot be used"))
 }
 
-/// Whether it is the newest of these checkpoints that a log could not be read for, for a reason that stays.
+/// Returns true if the newest checkpoint is missing, cut short or not Parquet, so that the log cannot be read with it. `words` is
+/// the error that reading gave.
 async fn is_damaged(store: &Arc<dyn ObjectStore>, hidden: &HashSet<Path>, words: &str) -> bool {
     let Some(newest) = hidden.iter().filter(|path| path.extension() == Some("parquet")).max() else { return true };
     let size = match store.head(newest).await {

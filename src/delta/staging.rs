@@ -45,7 +45,7 @@ pub struct StagedFile {
     pub id_range: Option<(String, String)>,
     /// Rows that do not count: they come again.
     pub(super) void: RoaringTreemap,
-    /// What its rows that count came from, by the index of the export's file.
+    /// Its rows by export file, without those in `void`.
     pub by_file: BTreeMap<u32, FileRows>,
     /// What an earlier run wrote down of it, where that staged it.
     noted: Option<StagedParquet>,

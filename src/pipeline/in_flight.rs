@@ -298,8 +298,8 @@ async fn give_back(state: &StateFolder, done: &[InFlight], client: &Client, dele
     })
 }
 
-/// Notes that the types `held` did not come whole: the server may have said so after their commit. Forgets those that did, out of an
-/// export that asked for them from early enough.
+/// Records a floor for each type in `held`, whose error the server may have reported after the commit. Removes the floors of
+/// types that came whole in an export that asked from the floor or earlier.
 pub(super) fn note_floors(
     state: &StateFolder,
     scope: &str,

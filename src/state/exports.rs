@@ -77,7 +77,8 @@ pub struct SetAside {
     pub why: String,
 }
 
-/// A type of which the server told, after its commit, that not all of it came: until it does, it is asked for from this time.
+/// A type that did not come whole although its table's watermark may say so, since the server reported the error after the
+/// commit. Exports ask for it from this time until it comes whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Floor {
     /// The type.
