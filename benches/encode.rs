@@ -31,12 +31,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::datatypes::{DataType, Field, Schema};
+use bulk_data_server::DEMO_TYPES;
 use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
-use fhirlake::delta::PageEncoder;
-use fhirlake::demo::DEMO_TYPES;
+use delta_upsert::PageEncoder;
+use fhir_arrow::{Columns, EncodedRows, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
 use fhirlake::messages::Chunk;
-use fhirlake::schema::{Columns, EncodedRows, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
 use fhirlake::stages::parse::{ChunkParser, Parsed};
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};

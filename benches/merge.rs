@@ -28,16 +28,16 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray, StructArr
 use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
-use deltalake::datafusion::prelude::{SessionContext, col};
-use fhirlake::config::{Plan, Problem, read_pipeline};
-use fhirlake::delta::{
+use delta_upsert::{
     Absent, Commit, Deletions, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt,
 };
-use fhirlake::flow::Stop;
+use deltalake::datafusion::prelude::{SessionContext, col};
+use fhir_arrow::{Columns, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
+use fhirlake::config::{Plan, Problem, read_pipeline};
 use fhirlake::messages::{Arrival, Chunk, EncodedBatch, RowKey, key_of};
 use fhirlake::pipeline::{OptimizeOptions, optimize};
-use fhirlake::schema::{Columns, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
 use fhirlake::stages::parse::ChunkParser;
+use flow::Stop;
 
 const TYPE: &str = "Observation";
 /// Bytes at which a staged file is closed, as in a pipeline.
@@ -138,7 +138,7 @@ fn changes(rows: u64, changed: u64) -> Vec<u64> {
     (0..old).map(|at| at * step).chain(rows..rows + changed - old).collect()
 }
 
-fn upsert(files: Vec<fhirlake::delta::StagedFile>, scratch: &Path, vectors: bool) -> Upsert {
+fn upsert(files: Vec<delta_upsert::StagedFile>, scratch: &Path, vectors: bool) -> Upsert {
     let layout = Layout::pathling(TYPE, &LayoutOptions::default()).unwrap();
     Upsert {
         files,

@@ -10,7 +10,7 @@ use chrono::{SecondsFormat, Utc};
 use serde_json::{Value, json};
 
 use crate::error::{Context, ErrorKind, Result};
-use crate::private::{private_dir, private_new};
+use foundation::secure_fs::{private_dir, private_new};
 
 /// A log, or none. Clones write to the same.
 #[derive(Debug, Clone, Default)]

@@ -8,13 +8,13 @@ use std::sync::{Arc, LazyLock};
 use bytes::Bytes;
 use url::Url;
 
-use crate::delta::{PageEncoder, read_vector};
 use crate::error::Result;
-use crate::fhir::{Manifest, parse_retry_after, unsigned};
 use crate::messages::{BadLine, BadLines, Chunk, Deletion, ExportFile, FileKind, FilePlace, ResourceType};
-use crate::schema::{Columns, Encoder, Filled, Layout, LayoutOptions, Model};
 use crate::stages::parse::ChunkParser;
 use crate::state::StateFolder;
+use bulk_data_client::{Manifest, parse_retry_after, unsigned};
+use delta_upsert::{PageEncoder, read_vector};
+use fhir_arrow::{Columns, Encoder, Filled, Layout, LayoutOptions, Model};
 
 /// A target: its name, and what it does with bytes.
 pub type Target = (&'static str, fn(&[u8]));
@@ -166,11 +166,11 @@ pub fn answers(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let now = std::time::SystemTime::now();
     parse_retry_after(&text, now);
-    let words = crate::fhir::server_words(data);
+    let words = bulk_data_client::server_words(data);
     assert!(words.chars().count() <= 500 && !words.chars().any(char::is_control), "{words:?}");
     if let Ok(url) = Url::parse(&text) {
         unsigned(&url);
-        let shown = crate::fhir::shown(&url);
+        let shown = bulk_data_client::shown(&url);
         assert!(shown.chars().count() <= 301 && !shown.contains('?'), "{shown}");
     }
 }
@@ -226,7 +226,7 @@ pub fn deletion_vector(data: &[u8]) {
 pub fn unpack(data: &[u8]) {
     let Some((choice, packed)) = data.split_first() else { return };
     let encoding = ["", "gzip", "deflate", "identity", "br"][usize::from(*choice) % 5];
-    let Ok(mut unpack) = crate::unpack::Unpack::of(encoding, packed) else { return };
+    let Ok(mut unpack) = bulk_data_client::content_encoding::Unpack::of(encoding, packed) else { return };
     let mut left = 64usize << 20;
     let mut sink = |bytes: &[u8]| {
         assert!(bytes.len() <= 32 << 20, "{} bytes at once", bytes.len());

@@ -21,24 +21,15 @@
 
 pub mod cli;
 pub mod config;
-pub mod delta;
-pub mod demo;
 pub mod error;
 pub mod export_log;
-pub mod fault_points;
-pub mod fhir;
-pub mod flow;
 pub mod fuzzing;
 pub mod heap;
 pub mod messages;
 pub mod mirror;
 pub mod pipeline;
-pub mod private;
-pub mod schema;
 pub mod serve;
 pub mod staged;
 pub mod stages;
 pub mod state;
-pub mod tape;
 pub mod telemetry;
-mod unpack;

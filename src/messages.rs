@@ -1,17 +1,16 @@
 //! What travels on each edge, named by what has been done to the data, and the facts that travel with it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use parquet::file::metadata::ParquetMetaData;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use url::Url;
 
-use crate::flow::Weighed;
-use crate::schema::{Filled, Layout, MAX_LOSS_PATHS};
-use crate::tape::Tape;
+use fhir_arrow::tape::Tape;
+use fhir_arrow::{EXCLUDED_TYPES, Layout, Model};
+use flow::Weighed;
 
 /// A FHIR resource type, `Patient`.
 pub type ResourceType = Arc<str>;
@@ -20,33 +19,18 @@ pub type ResourceType = Arc<str>;
 /// so it is asked from computing threads only.
 pub type Layouts = Arc<dyn Fn(&ResourceType) -> crate::error::Result<Arc<Layout>> + Send + Sync>;
 
-pub use crate::schema::instant_text;
+pub use delta_upsert::{Arrival, EncodedBatch, FileRows, RowKey, count_not_held, key_of};
+pub use foundation::Limit;
+pub use foundation::instant::instant_text;
+
+/// Returns true if `name` is a resource type of R4 that has a table.
+pub fn has_table(name: &str) -> bool {
+    Model::r4().is_resource_type(name) && !EXCLUDED_TYPES.contains(&name)
+}
 
 /// The watermark that an export of this `transactionTime` gives: what changed after `_until` was not asked for.
 pub fn watermark_of(transaction_time: i64, until: Option<i64>) -> i64 {
     until.map_or(transaction_time, |until| transaction_time.min(until))
-}
-
-/// How many of a number of lines or rows something may happen to.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum AtMost {
-    /// So many.
-    Number(u64),
-    /// That share of them.
-    Share(f64),
-    /// So many, or that share of them where it is more.
-    NumberOrShare(u64, f64),
-}
-
-impl AtMost {
-    /// How many of `all`.
-    pub fn of(self, all: u64) -> u64 {
-        match self {
-            AtMost::Number(number) => number,
-            AtMost::Share(share) => (all as f64 * share) as u64,
-            AtMost::NumberOrShare(number, share) => number.max((all as f64 * share) as u64),
-        }
-    }
 }
 
 /// What a file of an export holds.
@@ -99,7 +83,7 @@ pub struct ExportFile {
     pub place: FilePlace,
 }
 
-impl Weighed for Arc<ExportFile> {
+impl Weighed for ExportFile {
     fn weight(&self) -> usize {
         size_of::<ExportFile>() + self.name.len() + self.url.as_str().len()
     }
@@ -124,66 +108,6 @@ impl Weighed for Chunk {
     fn weight(&self) -> usize {
         self.bytes.len() + size_of::<Chunk>()
     }
-}
-
-/// Order of arrival: index of the file in the manifests, then line. Packed, since there is one for each row of a
-/// run: 24 bits for the file, 40 for the line.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Arrival(u64);
-
-impl Arrival {
-    /// The place of line `line` in file `file`. Beyond 16 million files or a trillion lines, places coincide: then
-    /// copies of equal version tie, and one of them wins.
-    pub fn new(file: u32, line: u64) -> Self {
-        Self(u64::from(file.min(0xff_ffff)) << 40 | line.min((1 << 40) - 1))
-    }
-
-    /// The file, where there are no more than 16 million.
-    pub const fn file(self) -> u32 {
-        (self.0 >> 40) as u32
-    }
-
-    /// As a number that keeps the order.
-    pub const fn to_bits(self) -> u64 {
-        self.0
-    }
-
-    /// The place of such a number.
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-}
-
-/// What merging needs to know of a row: which resource it is and how it ranks among its copies.
-#[derive(Debug, Clone, Copy)]
-pub struct RowKey {
-    /// 128-bit hash of the logical id.
-    pub key: u128,
-    /// `meta.lastUpdated` in microseconds since the epoch; [`RowKey::ABSENT`] where absent.
-    pub last_updated: i64,
-    /// `meta.versionId` where it is a number; [`RowKey::ABSENT`] where absent.
-    pub version: i64,
-    /// Order of arrival.
-    pub arrival: Arrival,
-    /// Whether `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
-    pub subsetted: bool,
-    /// Whether it was quarantined by an earlier run, so that it does not come from the newest export.
-    pub replayed: bool,
-}
-
-impl RowKey {
-    /// An absent `lastUpdated` or `versionId`: ranks lowest.
-    pub const ABSENT: i64 = i64::MIN;
-
-    /// Total order of the copies of a resource that one run brings; the newest is the greatest.
-    pub fn rank(&self) -> (bool, i64, i64, Arrival) {
-        (!self.subsetted, self.last_updated, self.version, self.arrival)
-    }
-}
-
-/// The 128-bit hash of a logical id that rows are matched by.
-pub fn key_of(id: &[u8]) -> u128 {
-    twox_hash::XxHash3_128::oneshot(id)
 }
 
 /// A resource of [`Rows`].
@@ -217,50 +141,6 @@ impl Weighed for Rows {
         let rows: usize = self.by_type.iter().map(|(_, rows)| rows.capacity()).sum();
         self.bytes.len() + self.tape.heap() + rows * size_of::<ParsedRow>()
     }
-}
-
-/// Rows of one type as the bytes of a Parquet row group.
-#[derive(Debug)]
-pub struct EncodedBatch {
-    /// The type.
-    pub resource_type: ResourceType,
-    /// Which columns it has.
-    pub filled: Filled,
-    /// A Parquet file of one row group.
-    pub parquet: Bytes,
-    /// Its footer.
-    pub metadata: ParquetMetaData,
-    /// The rows' keys, in row order.
-    pub keys: Vec<RowKey>,
-    /// Its rows by export file ([`ExportFile::index`]).
-    pub by_file: BTreeMap<u32, FileRows>,
-}
-
-/// Rows of one file of an export: their number, and what came with them.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct FileRows {
-    /// Rows.
-    pub rows: u64,
-    /// Bytes of NDJSON.
-    pub json_bytes: u64,
-    /// Values that the layout could not hold, by path.
-    pub not_held: BTreeMap<String, u64>,
-}
-
-impl FileRows {
-    /// Adds more of the same type.
-    pub fn add(&mut self, more: &FileRows) {
-        self.rows += more.rows;
-        self.json_bytes += more.json_bytes;
-        more.not_held.iter().for_each(|(path, count)| count_not_held(&mut self.not_held, path, *count));
-    }
-}
-
-/// Counts values that a layout could not hold, at most [`MAX_LOSS_PATHS`] paths of them.
-pub fn count_not_held(counts: &mut BTreeMap<String, u64>, path: &str, more: u64) {
-    let is_full = counts.len() >= MAX_LOSS_PATHS && !counts.contains_key(path);
-    let other = || path.split('.').take(1).chain(["?"]).collect::<Vec<_>>().join(".");
-    *counts.entry(if is_full { other() } else { path.to_owned() }).or_default() += more;
 }
 
 /// A resource that the server says is gone.

@@ -5,18 +5,20 @@
 //! rows. A file of an export is *held* when every row of it is in a Parquet file that is closed, durable and listed here.
 //! Row groups mix files, so a Parquet file may have rows of files that are not held: those do not count, since they come again.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
-use crate::fault_points::reached;
-use crate::fhir::unsigned;
-use crate::messages::{ExportFile, FileRows, ParsedChunk, ResourceType};
+use crate::messages::{ExportFile, ParsedChunk};
 use crate::mirror::{Mirror, push};
-use crate::private::{private_dir, write_atomically};
+use bulk_data_client::unsigned;
+use foundation::fault_points::reached;
+use foundation::secure_fs::{private_dir, write_atomically};
+
+pub use delta_upsert::StagedParquet;
 
 /// A file of an export, as its manifest listed it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,28 +31,6 @@ pub struct ListedFile {
     pub index: u32,
     /// What its lines were, where it is held.
     pub held: Option<ParsedChunk>,
-}
-
-/// A Parquet file that is whole and that no table's log names.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StagedParquet {
-    /// Its type.
-    pub resource_type: ResourceType,
-    /// Path in the table's folder.
-    pub path: String,
-    /// Bytes.
-    pub size: u64,
-    /// Rows, those included that do not count.
-    pub rows: u64,
-    /// Its rows by export file ([`ListedFile::index`]).
-    #[serde(default)]
-    pub by_file: BTreeMap<u32, FileRows>,
-    /// Least and greatest `lastUpdated`.
-    pub updated: Option<(i64, i64)>,
-    /// Least and greatest `id`, where the file's statistics know.
-    pub id_range: Option<(String, String)>,
-    /// What the table's columns were: the rows fit no other.
-    pub columns: String,
 }
 
 /// All of it.

@@ -6,9 +6,9 @@ use std::hash::{Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
 
-use fhirlake::demo::{DEMO_TYPES, Population};
+use bulk_data_server::{DEMO_TYPES, Population};
+use fhir_arrow::{EXCLUDED_TYPES, Model};
 use fhirlake::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind};
-use fhirlake::schema::{EXCLUDED_TYPES, Model};
 
 /// A file as an export lists it.
 pub fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {

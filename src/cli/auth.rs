@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::PipelineArgs;
 use super::output::Output;
-use super::run::plan_of;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::{KeyAlgorithm, generate_key, shown};
-use crate::flow::{Board, Stop};
 use crate::pipeline;
-use crate::private::private_new;
+use bulk_data_client::{KeyAlgorithm, generate_key, shown};
+use flow::{Board, Stop};
+use foundation::secure_fs::private_new;
 
 #[derive(Debug, Args)]
 pub(super) struct AuthArgs {
@@ -20,25 +20,23 @@ pub(super) struct AuthArgs {
 
 #[derive(Debug, Subcommand)]
 enum AuthCommand {
-    /// Gets a token and tells what came with it: discovery, key, scopes, life. Never the token.
+    /// Request an access token and print its scopes and lifetime (never the token).
+    #[command(after_help = examples!("fhirlake auth check hospital.yaml"))]
     Check {
-        /// The pipeline file.
-        pipeline: PathBuf,
-        /// Set a key of the file.
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        sets: Vec<String>,
+        #[command(flatten)]
+        file: PipelineArgs,
     },
 }
 
 pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
-    let AuthCommand::Check { pipeline: path, sets } = args.command;
-    let plan = plan_of(&path, &sets)?;
+    let AuthCommand::Check { file } = args.command;
+    let plan = file.plan()?;
     let Some(client) = pipeline::client(&plan, &Board::default(), &Stop::default())? else {
         return output.line("a folder needs no authentication");
     };
     let Some(granted) = client.check_auth().await? else {
         let is_bearer =
-            matches!(&plan.source, crate::config::SourcePlan::Server { auth: crate::fhir::AuthSettings::Bearer(_), .. });
+            matches!(&plan.source, crate::config::SourcePlan::Server { auth: bulk_data_client::AuthSettings::Bearer(_), .. });
         return output.line(match is_bearer {
             true => "a bearer token is set, so none is asked for; whether the server takes it shows at the kick-off",
             false => "no token is asked for: source.auth is not set",
@@ -73,13 +71,13 @@ pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
 
 #[derive(Debug, Args)]
 pub(super) struct KeygenArgs {
-    /// Where the private key goes, as a JWK that only you can read. An existing file is not replaced.
+    /// File for the private key (JWK), readable by its owner only. An existing file is not replaced.
     #[arg(value_name = "FILE")]
     private: PathBuf,
-    /// The key's algorithm. Servers must take both.
+    /// Algorithm of the key. Servers must accept both.
     #[arg(long, value_enum, default_value = "es384")]
     algorithm: Algorithm,
-    /// Where the JWKS with the public key goes. Default: stdout.
+    /// File for the JWKS with the public key [default: stdout].
     #[arg(long, value_name = "FILE")]
     jwks: Option<PathBuf>,
 }

@@ -8,53 +8,53 @@ use super::drive::drive;
 use super::output::Output;
 use super::query::answer;
 use crate::config::{ByteSize, Plan, Problem, Span, read_pipeline};
-use crate::delta::Tables;
-use crate::demo::{DEMO_TYPES, DemoServer, Faults, Population, Registration};
 use crate::error::{Context, ErrorKind, Result};
 use crate::pipeline::RunOptions;
+use bulk_data_server::{DEMO_TYPES, DemoServer, Faults, Population, Registration};
+use delta_upsert::Tables;
 
 #[derive(Debug, Args)]
 pub(super) struct DemoArgs {
-    /// Patients; about 74 kB of NDJSON each.
+    /// Number of patients; each has about 74 kB of NDJSON.
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     patients: u32,
-    /// NDJSON to make, instead of a number of patients: 50MB, 2GB.
+    /// Size of the NDJSON, such as 50MB or 2GB, instead of a number of patients.
     #[arg(long, value_parser = size, conflicts_with = "patients")]
     size: Option<ByteSize>,
-    /// Seed of the population: the same seed, the same patients.
+    /// Seed of the population. The same seed gives the same patients.
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// Folder for the tables and the pipeline file; a fresh one in the system's temporary folder by default.
+    /// Folder for the tables and the pipeline file [default: a new temporary folder].
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
-    /// Port of the server; a free one by default.
+    /// Port of the server; 0 for a free one.
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// Memory for what is under way.
+    /// Memory budget of the pipeline.
     #[arg(long, value_parser = size, default_value = "512MiB")]
     memory: ByteSize,
-    /// Only write the population as NDJSON files into this folder.
+    /// Write the population as NDJSON files into this folder, and stop.
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["folder", "port", "serve"])]
     write_ndjson: Option<PathBuf>,
-    /// Only serve, until Ctrl-C: any Bulk Data client may ask.
+    /// Serve only, for any Bulk Data client, until Ctrl-C.
     #[arg(long)]
     serve: bool,
-    /// How often the served population changes, such as 30s: resources change, some are deleted, a patient arrives.
+    /// Interval at which the served population changes, such as 30s.
     #[arg(long, value_name = "SPAN", value_parser = span, requires = "serve")]
     changes_every: Option<Span>,
-    /// Patients whose resources of one type share a file: 1 makes many small files.
+    /// Patients per NDJSON file; 1 makes many small files.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     patients_per_file: Option<u32>,
-    /// What the server does wrong, as YAML (`kickoffs_throttled: 2`, `files_cut: 3`, `page_files: 5`, …).
+    /// YAML file with faults of the server, such as `kickoffs_throttled: 2` (docs/faults.yaml lists all).
     #[arg(long, value_name = "FILE")]
     faults: Option<PathBuf>,
-    /// Registers a client whose token is asked for from then on, by its JWKS file (see `fhirlake keygen`).
+    /// Register a client by its JWKS file (see `fhirlake keygen`). Requests then need its token.
     #[arg(long, value_name = "FILE")]
     register_jwks: Option<PathBuf>,
-    /// Registers a client by a secret instead.
+    /// Register a client by a secret instead.
     #[arg(long, value_name = "SECRET", conflicts_with = "register_jwks")]
     register_secret: Option<String>,
-    /// The registered client's id.
+    /// Id of the registered client.
     #[arg(long, value_name = "ID", default_value = "demo-client")]
     client_id: String,
 }

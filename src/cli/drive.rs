@@ -8,11 +8,11 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::output::{Output, report};
 use crate::config::Plan;
-use crate::error::{Context, Error, ErrorKind, Result};
-use crate::flow::Stop;
+use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::pipeline::{self, RunOptions, RunReport, Watch};
 use crate::serve::of_counts;
 use crate::telemetry::{self, Sample};
+use flow::Stop;
 
 /// Runs a plan to its end, with progress, and shows the report. A type that failed is an error.
 pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> Result<RunReport> {
@@ -109,7 +109,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         #[cfg(unix)]
         {
             use tokio::signal::unix::{SignalKind, signal};
@@ -123,7 +123,7 @@ impl Signals {
         Ok(Self {})
     }
 
-    pub async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         #[cfg(unix)]
         tokio::select! {
             _ = self.terminate.recv() => {}

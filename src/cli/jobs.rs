@@ -1,12 +1,10 @@
 //! `fhirlake jobs list | cancel`
 
-use std::path::PathBuf;
-
 use chrono::{DateTime, SecondsFormat};
 use clap::{Args, Subcommand};
 
+use super::PipelineArgs;
 use super::output::{Output, table};
-use super::run::plan_of;
 use crate::error::Result;
 use crate::pipeline;
 
@@ -18,37 +16,33 @@ pub(super) struct JobsArgs {
 
 #[derive(Debug, Subcommand)]
 enum JobsCommand {
-    /// Names the exports that are in flight, the types that the server refuses, and when it may be asked again.
+    /// List export jobs in flight, rejected types, and rate limits.
+    #[command(after_help = examples!("fhirlake jobs list hospital.yaml"))]
     List {
-        /// The pipeline file.
-        pipeline: PathBuf,
-        /// Set a key of the file.
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        sets: Vec<String>,
+        #[command(flatten)]
+        file: PipelineArgs,
     },
-    /// Tells the server that exports are not wanted any more (DELETE), and forgets them; with --all, any time to wait for and refused types too.
+    /// Cancel export jobs. With --all, also clear rate limits and rejected types.
+    #[command(after_help = examples!("fhirlake jobs cancel hospital.yaml 1", "fhirlake jobs cancel hospital.yaml --all"))]
     Cancel {
-        /// The pipeline file.
-        pipeline: PathBuf,
-        /// Numbers, as `list` shows them.
+        #[command(flatten)]
+        file: PipelineArgs,
+        /// Job numbers as `list` prints them.
         #[arg(value_name = "NUMBER", required_unless_present = "all")]
         numbers: Vec<usize>,
-        /// All of them.
+        /// Cancel all jobs.
         #[arg(long)]
         all: bool,
-        /// Do not tell the server: it may be gone for good.
+        /// Forget the jobs without a request to the server, where it is gone for good.
         #[arg(long)]
         forget: bool,
-        /// Set a key of the file.
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        sets: Vec<String>,
     },
 }
 
 pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
     match args.command {
-        JobsCommand::List { pipeline, sets } => {
-            let plan = plan_of(&pipeline, &sets)?;
+        JobsCommand::List { file } => {
+            let plan = file.plan()?;
             let state = pipeline::state_of(&plan)?;
             let (exports, staged) = (state.exports()?, state.staged().read()?.unwrap_or_default());
             if let Some(until) = exports.not_before.as_ref().filter(|until| until.time > chrono::Utc::now()) {
@@ -105,8 +99,8 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             output
                 .line(&table(&["number", "types", "since", "accepted", "manifest", "staged", "failed runs", "status URL"], &rows))
         }
-        JobsCommand::Cancel { pipeline, numbers, all, forget, sets } => {
-            let plan = plan_of(&pipeline, &sets)?;
+        JobsCommand::Cancel { file, numbers, all, forget } => {
+            let plan = file.plan()?;
             let cancelled = pipeline::cancel_exports(&plan, (!all).then_some(numbers.as_slice()), forget).await?;
             output.line(&format!("{cancelled} exports cancelled"))
         }

@@ -1,58 +1,49 @@
 //! `fhirlake optimize PIPELINE.yaml` and `fhirlake vacuum PIPELINE.yaml`.
 
-use std::path::PathBuf;
-
 use clap::Args;
 
+use super::PipelineArgs;
 use super::output::{Output, bytes, table};
-use super::run::plan_of;
 use crate::config::{MaxBad, Span};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::flow::Stop;
 use crate::pipeline::{self, ByTable, OptimizeOptions, VacuumOptions};
+use flow::Stop;
 
 #[derive(Debug, Args)]
 pub(super) struct OptimizeArgs {
-    /// The pipeline file.
-    pipeline: PathBuf,
-    /// Only these resource types.
+    #[command(flatten)]
+    file: PipelineArgs,
+    /// Resource types [default: all of the pipeline].
     #[arg(long, value_delimiter = ',', value_name = "TYPE")]
     types: Vec<String>,
-    /// Lay rows out in the order of their ids, so that later runs read less. Writes the whole table anew.
+    /// Sort rows by id, so that later runs read less. Rewrites the whole table.
     #[arg(long)]
     cluster: bool,
-    /// Write every file anew that has a deletion vector, however few rows it marks.
+    /// Rewrite each file that has a deletion vector, however few rows it deletes.
     #[arg(long)]
     purge: bool,
-    /// Set a key of the file.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct VacuumArgs {
-    /// The pipeline file.
-    pipeline: PathBuf,
-    /// Only these resource types.
+    #[command(flatten)]
+    file: PipelineArgs,
+    /// Resource types [default: all of the pipeline].
     #[arg(long, value_delimiter = ',', value_name = "TYPE")]
     types: Vec<String>,
-    /// How long files stay that older versions name, such as `7d`. Default: each table's own setting, a week where it
-    /// has none.
+    /// How long to keep files of older versions, such as `7d` [default: each table's setting, else a week].
     #[arg(long, value_name = "SPAN")]
     retention: Option<String>,
-    /// Allow a retention below a table's own: readers of older versions lose their files.
+    /// Allow a retention below the table's own. Readers of older versions lose their files.
     #[arg(long, requires = "retention")]
     force: bool,
-    /// Remove the files. Without it they are only named.
+    /// Delete the files. Without this flag they are only listed.
     #[arg(long)]
     delete: bool,
-    /// Set a key of the file.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
 }
 
 pub(super) async fn optimize(args: OptimizeArgs, output: &Output) -> Result<()> {
-    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let plan = args.file.plan()?;
     let options = OptimizeOptions {
         types: if args.types.is_empty() { plan.optimize.types.clone() } else { args.types },
         cluster: args.cluster || plan.optimize.cluster,
@@ -79,7 +70,7 @@ pub(super) async fn optimize(args: OptimizeArgs, output: &Output) -> Result<()> 
 }
 
 pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
-    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let plan = args.file.plan()?;
     let retention = match &args.retention {
         Some(text) => {
             let span: Result<Span, _> = text.clone().try_into();

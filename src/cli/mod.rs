@@ -1,5 +1,12 @@
 //! The command line. One file a command; `output` is the only place that prints.
 
+/// Builds the `Examples:` block of a command's help.
+macro_rules! examples {
+    ($($line:literal),+ $(,)?) => {
+        concat!("Examples:", $("\n  ", $line),+)
+    };
+}
+
 mod auth;
 mod completions;
 mod demo;
@@ -20,76 +27,157 @@ mod validate;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::environment;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::config::{Plan, environment};
+use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::telemetry::{self, LogFormat};
 use output::Output;
 
-/// Keeps a folder of Delta Lake tables in step with a FHIR server.
+/// Keep a folder of Delta Lake tables in step with a FHIR server.
 #[derive(Debug, Parser)]
-#[command(name = "fhirlake", version, about, after_help = exit_codes())]
+#[command(name = "fhirlake", version, about, disable_help_subcommand = true, after_help = exit_codes())]
 struct Cli {
-    #[command(flatten)]
-    global: Global,
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    global: Global,
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
 struct Global {
-    /// How logs look.
-    #[arg(long, global = true, value_enum, default_value_t)]
+    /// Log format.
+    #[arg(long, global = true, value_enum, default_value_t, hide_possible_values = true, value_name = "auto|text|json")]
     log_format: LogFormat,
-    /// What is logged, such as `info` or `warn,fhirlake=debug`. Also by FHIRLAKE_LOG.
+    /// Log filter, such as `info` or `warn,fhirlake=debug` [env: FHIRLAKE_LOG].
     #[arg(long, global = true, value_name = "FILTER")]
     log: Option<String>,
-    /// No progress, no report: errors only.
+    /// Print errors only.
     #[arg(long, short, global = true)]
     quiet: bool,
 }
 
+/// A pipeline file, and keys of it that the command line sets.
+#[derive(Debug, Args)]
+struct PipelineArgs {
+    /// Pipeline file.
+    #[arg(value_name = "PIPELINE")]
+    pipeline: PathBuf,
+    /// Set a key of the pipeline file, such as `memory=1GiB`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl PipelineArgs {
+    /// Reads and resolves the file.
+    fn plan(&self) -> Result<Plan> {
+        run::plan_of(&self.pipeline, &self.sets)
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Runs a pipeline once.
+    /// Run a pipeline once.
+    #[command(after_help = examples!(
+        "fhirlake run hospital.yaml",
+        "fhirlake run hospital.yaml --full-refresh",
+        "fhirlake run hospital.yaml --set source.types=[Patient] --json"
+    ))]
     Run(run::RunArgs),
-    /// Runs once by flags alone, as the recipe's script does.
+    /// Run once from command-line flags, without a pipeline file.
+    #[command(after_help = examples!(
+        "fhirlake sync --fhir-endpoint https://fhir.example.org/fhir --delta-path /srv/lake/fhir",
+        "fhirlake sync --fhir-endpoint https://fhir.example.org/fhir --delta-path /srv/lake/fhir --full-refresh"
+    ))]
     Sync(Box<run::SyncArgs>),
-    /// Shows the whole job on an embedded server: initial sync, changes, incremental sync, a query.
-    Demo(demo::DemoArgs),
-    /// Runs pipelines by their schedules, and shows how they stand: status page, health, metrics.
+    /// Run pipelines on their schedules, with a status page, health checks and metrics.
+    #[command(after_help = examples!(
+        "fhirlake serve hospital.yaml",
+        "fhirlake serve hospital.yaml clinic.yaml --listen 0.0.0.0:8080 --token-file /run/secrets/token"
+    ))]
     Serve(serve::ServeArgs),
-    /// Shows what a run would do: what is asked of the server, how memory is split. As `run --dry-run`.
+    /// Print what a run would do: requests, workers, memory split. Same as `run --dry-run`.
+    #[command(after_help = examples!("fhirlake explain hospital.yaml"))]
     Explain(run::RunArgs),
-    /// Checks a pipeline file, and what it depends on.
+    /// Check a pipeline file, then its server, token, tables and state.
+    #[command(after_help = examples!("fhirlake validate hospital.yaml", "fhirlake validate hospital.yaml --offline"))]
     Validate(validate::ValidateArgs),
-    /// Shows a pipeline's tables, watermarks and last run.
+    /// Show tables, watermarks, the last run and quarantine.
+    #[command(after_help = examples!("fhirlake status hospital.yaml"))]
     Status(status::StatusArgs),
-    /// Tidies a pipeline's tables: small files together, marked rows away. Changes no answer.
-    Optimize(maintain::OptimizeArgs),
-    /// Names, or removes, files that no version of a table needs any more.
-    Vacuum(maintain::VacuumArgs),
-    /// Lines that could not be read: names them, tries them again, or gives them up.
-    Quarantine(quarantine::QuarantineArgs),
-    /// Exports that the server works on or holds for a pipeline: names them, or cancels them.
+    /// List or cancel a pipeline's export jobs on the server.
+    #[command(after_help = examples!("fhirlake jobs list hospital.yaml"), disable_help_subcommand = true)]
     Jobs(jobs::JobsArgs),
-    /// Who we are to the server: checks it without a run.
-    Auth(auth::AuthArgs),
-    /// Makes a key pair for a backend service, and the JWKS to register.
-    Keygen(auth::KeygenArgs),
-    /// Shows what each `source.profile` sets, and why.
-    Profiles,
-    /// Asks the tables a question in SQL; each is named by its resource type.
+    /// Inspect, retry or discard unreadable lines.
+    #[command(after_help = examples!("fhirlake quarantine list hospital.yaml"), disable_help_subcommand = true)]
+    Quarantine(quarantine::QuarantineArgs),
+    /// Run a SQL query over the tables, each named by its resource type.
+    #[command(after_help = examples!(
+        "fhirlake query 'SELECT gender, count(*) FROM Patient GROUP BY gender' hospital.yaml",
+        "fhirlake query 'SELECT count(*) FROM Patient' --tables /srv/lake/fhir --output json"
+    ))]
     Query(query::QueryArgs),
-    /// Shows the table schema of a resource type.
+    /// Compact small files and purge deleted rows.
+    #[command(after_help = examples!(
+        "fhirlake optimize hospital.yaml",
+        "fhirlake optimize hospital.yaml --types Observation --cluster"
+    ))]
+    Optimize(maintain::OptimizeArgs),
+    /// List or delete unreferenced files (dry run unless --delete).
+    #[command(after_help = examples!("fhirlake vacuum hospital.yaml", "fhirlake vacuum hospital.yaml --delete --retention 7d"))]
+    Vacuum(maintain::VacuumArgs),
+    /// Run the whole job on an embedded FHIR server.
+    #[command(after_help = examples!("fhirlake demo", "fhirlake demo --size 1GB", "fhirlake demo --serve --port 8000"))]
+    Demo(demo::DemoArgs),
+    /// Print the table schema of a resource type.
+    #[command(after_help = examples!("fhirlake schema Patient", "fhirlake schema Observation --format delta"))]
     Schema(schema::SchemaArgs),
-    /// Writes shell completions to stdout.
+    /// List server profiles, and what each sets.
+    #[command(after_help = examples!("fhirlake profiles"))]
+    Profiles,
+    /// Test authentication against the server.
+    #[command(after_help = examples!("fhirlake auth check hospital.yaml"), disable_help_subcommand = true)]
+    Auth(auth::AuthArgs),
+    /// Generate a key pair for a backend service, and the JWKS to register.
+    #[command(after_help = examples!("fhirlake keygen /etc/fhirlake/key.jwk", "fhirlake keygen key.jwk --algorithm rs384"))]
+    Keygen(auth::KeygenArgs),
+    /// Print a shell completion script.
+    #[command(after_help = examples!("fhirlake completions bash > /etc/bash_completion.d/fhirlake"))]
     Completions(completions::CompletionsArgs),
+    /// Write the manual pages into a folder.
+    #[command(after_help = examples!("fhirlake man --folder /usr/local/share/man/man1"))]
+    Man(completions::ManArgs),
+}
+
+/// The groups in which `fhirlake --help` lists the commands.
+const GROUPS: [(&str, &[&str]); 4] = [
+    ("Run", &["run", "sync", "serve"]),
+    ("Inspect", &["explain", "validate", "status", "jobs", "quarantine", "query"]),
+    ("Maintain", &["optimize", "vacuum"]),
+    ("Tools", &["demo", "schema", "profiles", "auth", "keygen", "completions", "man"]),
+];
+
+/// The command line, with commands in groups, which clap has for arguments only.
+fn command() -> clap::Command {
+    use std::fmt::Write;
+    let command = Cli::command();
+    let header = command.get_styles().get_header();
+    let literal = command.get_styles().get_literal();
+    let mut template = "{about-with-newline}\n{usage-heading} {usage}\n".to_owned();
+    for (group, names) in GROUPS {
+        let _ = write!(template, "\n{header}{group}:{header:#}\n");
+        for name in names {
+            let about = command.find_subcommand(name).and_then(clap::Command::get_about).map(ToString::to_string);
+            let _ = writeln!(template, "  {literal}{name:<11}{literal:#} {}", about.unwrap_or_default());
+        }
+    }
+    template.push_str("\n{options}{after-help}");
+    command.help_template(template)
 }
 
 fn exit_codes() -> String {
-    let mut text = "Exit codes: 0 success".to_owned();
+    let mut text = "Exit codes:\n  0 success".to_owned();
     for kind in ErrorKind::ALL {
         text.push_str(&format!(", {} {}", kind.exit_code(), format!("{kind:?}").to_lowercase()));
     }
@@ -99,10 +187,10 @@ fn exit_codes() -> String {
 /// The whole process.
 pub fn main() -> ExitCode {
     // Before anything else is in memory.
-    if let Err(error) = crate::private::no_core_dumps() {
+    if let Err(error) = foundation::secure_fs::no_core_dumps() {
         output::warn(&format!("core dumps could not be turned off ({error}): one would hold patient data"));
     }
-    let cli = Cli::parse();
+    let cli = Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit());
     let json = match &cli.command {
         Command::Run(args) => args.json,
         Command::Sync(args) => args.json,
@@ -178,6 +266,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
         Command::Query(args) => query::query(args, output).await,
         Command::Schema(args) => schema::schema(&args, output),
         Command::Completions(args) => completions::completions(&args, output),
+        Command::Man(args) => completions::man(&args, output),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::telemetry::{OtlpSettings, Signal};
 /// What a command sends, and where; `None` where nobody asks for it.
 pub(super) fn settings(command: &Command) -> Option<OtlpSettings> {
     let (files, sets) = match command {
-        Command::Run(args) => (std::slice::from_ref(&args.pipeline), args.sets.as_slice()),
+        Command::Run(args) => (std::slice::from_ref(&args.file.pipeline), args.file.sets.as_slice()),
         Command::Serve(args) => (args.pipelines.as_slice(), args.sets.as_slice()),
         Command::Sync(_) => ([].as_slice(), [].as_slice()),
         _ => return None,

@@ -8,7 +8,7 @@ use indicatif::{MultiProgress, ProgressDrawTarget};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::config::environment;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::pipeline::RunReport;
 use crate::telemetry::Telemetry;
 
@@ -51,24 +51,24 @@ pub(super) fn colours() -> bool {
 }
 
 /// Says something on stderr before there is a log.
-pub fn warn(text: &str) {
+pub(crate) fn warn(text: &str) {
     // Nobody can be told that stderr is gone.
     let _ = writeln!(std::io::stderr(), "warning: {text}");
 }
 
 impl Output {
     /// The same, and what sends telemetry.
-    pub fn with_telemetry(self, telemetry: Telemetry) -> Self {
+    pub(crate) fn with_telemetry(self, telemetry: Telemetry) -> Self {
         Self { telemetry: Arc::new(telemetry), ..self }
     }
 
     /// What sends telemetry.
-    pub fn telemetry(&self) -> &Telemetry {
+    pub(crate) fn telemetry(&self) -> &Telemetry {
         &self.telemetry
     }
 
     /// Results for a person, or with `json` one document for a program.
-    pub fn new(quiet: bool, json: bool) -> Self {
+    pub(crate) fn new(quiet: bool, json: bool) -> Self {
         let quiet = quiet || json;
         let terminal = std::io::stderr().is_terminal();
         let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
@@ -77,32 +77,32 @@ impl Output {
     }
 
     /// Whether the result is one JSON document.
-    pub fn is_json(&self) -> bool {
+    pub(crate) fn is_json(&self) -> bool {
         self.json
     }
 
     /// Whether progress is drawn as bars.
-    pub fn shows_bars(&self) -> bool {
+    pub(crate) fn shows_bars(&self) -> bool {
         !self.bars.is_hidden()
     }
 
     /// The bars.
-    pub fn bars(&self) -> &MultiProgress {
+    pub(crate) fn bars(&self) -> &MultiProgress {
         &self.bars
     }
 
     /// Where logs go.
-    pub fn log_writer(&self) -> LogWriter {
+    pub(crate) fn log_writer(&self) -> LogWriter {
         LogWriter(self.bars.clone())
     }
 
     /// A line of a result.
-    pub fn line(&self, text: &str) -> Result<()> {
+    pub(crate) fn line(&self, text: &str) -> Result<()> {
         self.raw(format!("{text}\n").as_bytes())
     }
 
     /// A result's bytes. A reader that has gone away (`| head`) is no error.
-    pub fn raw(&self, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn raw(&self, bytes: &[u8]) -> Result<()> {
         let mut stdout = std::io::stdout().lock();
         match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
             Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -113,7 +113,7 @@ impl Output {
     }
 
     /// A remark for a person; nothing where output is quiet.
-    pub fn remark(&self, text: &str) {
+    pub(crate) fn remark(&self, text: &str) {
         if !self.quiet {
             self.bars.suspend(|| {
                 // Nobody can be told that stderr is gone.
@@ -123,17 +123,17 @@ impl Output {
     }
 
     /// Says something to who watches a terminal; elsewhere it is a line of the log.
-    pub fn tell(&self, text: &str) {
+    pub(crate) fn tell(&self, text: &str) {
         if self.shows_bars() { self.remark(text) } else { tracing::info!("{text}") }
     }
 
     /// The error that ended the command.
-    pub fn error(&self, error: &Error) {
+    pub(crate) fn error(&self, error: &Error) {
         // A run of which some types failed has shown its report.
         if self.json && error.kind() != ErrorKind::Partial {
             let kind = format!("{:?}", error.kind()).to_lowercase();
             let said = serde_json::json!({ "succeeded": false, "error": {
-                "kind": kind, "message": error.to_string(), "hint": error.hint(), "exit_code": error.kind().exit_code(),
+                "kind": kind, "message": error.to_string(), "hint": error.advice(), "exit_code": error.kind().exit_code(),
             }});
             // Nobody can be told that stdout is gone; the exit code says it too.
             let _ = self.line(&said.to_string());
@@ -142,12 +142,12 @@ impl Output {
         self.bars.suspend(|| {
             let mut stderr = std::io::stderr();
             let _ = writeln!(stderr, "{red}error{off}: {error}");
-            let _ = writeln!(stderr, "{dim}hint{off}: {}", error.hint());
+            let _ = writeln!(stderr, "{dim}hint{off}: {}", error.advice());
         });
     }
 
     /// A tick or a cross before a line of a checklist.
-    pub fn check(&self, passed: bool, text: &str) -> Result<()> {
+    pub(crate) fn check(&self, passed: bool, text: &str) -> Result<()> {
         let colour = colours() && std::io::stdout().is_terminal();
         let (green, red, off) = if colour { ("\x1b[32m", "\x1b[31m", "\x1b[0m") } else { ("", "", "") };
         self.line(&if passed { format!("{green}✓{off} {text}") } else { format!("{red}✗{off} {text}") })

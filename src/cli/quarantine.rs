@@ -1,13 +1,12 @@
 //! `fhirlake quarantine list | show | retry | dismiss PIPELINE.yaml`.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use super::PipelineArgs;
 use super::drive::drive;
 use super::output::{Output, table};
-use super::run::plan_of;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::RunOptions;
 use crate::state::StateFolder;
@@ -20,33 +19,28 @@ pub(super) struct QuarantineArgs {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Names the lines: where each came from and what is wrong with it, never what it says.
-    List(Pipeline),
-    /// Writes lines to stdout as they came. They hold patient data.
+    /// List lines: where each came from and why it is unreadable, never its content.
+    #[command(after_help = examples!("fhirlake quarantine list hospital.yaml"))]
+    List(PipelineArgs),
+    /// Print lines as they were received. They hold patient data.
+    #[command(after_help = examples!("fhirlake quarantine show hospital.yaml 3f9a1c"))]
     Show(Lines),
-    /// Tries every line again now, as each run does; asks the server for nothing.
-    Retry(Pipeline),
-    /// Gives lines up.
+    /// Retry all lines now, as each run does, without a request to the server.
+    #[command(after_help = examples!("fhirlake quarantine retry hospital.yaml"))]
+    Retry(PipelineArgs),
+    /// Discard lines.
+    #[command(after_help = examples!("fhirlake quarantine dismiss hospital.yaml 3f9a1c", "fhirlake quarantine dismiss hospital.yaml --all"))]
     Dismiss(Lines),
-}
-
-#[derive(Debug, Args)]
-struct Pipeline {
-    /// The pipeline file.
-    pipeline: PathBuf,
-    /// Set a key of the file.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
 }
 
 #[derive(Debug, Args)]
 struct Lines {
     #[command(flatten)]
-    pipeline: Pipeline,
-    /// Ids of lines, or their beginnings, as `list` has them.
+    pipeline: PipelineArgs,
+    /// Ids of lines as `list` prints them, or unique prefixes.
     #[arg(required_unless_present = "all")]
     ids: Vec<String>,
-    /// All lines.
+    /// Select all lines.
     #[arg(long, conflicts_with = "ids")]
     all: bool,
 }
@@ -107,8 +101,8 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
     }
 }
 
-fn open(args: &Pipeline) -> Result<(crate::config::Plan, StateFolder)> {
-    let plan = plan_of(&args.pipeline, &args.sets)?;
+fn open(args: &PipelineArgs) -> Result<(crate::config::Plan, StateFolder)> {
+    let plan = args.plan()?;
     let state = crate::pipeline::state_of(&plan)?;
     Ok((plan, state))
 }

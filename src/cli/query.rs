@@ -10,31 +10,31 @@ use deltalake::datafusion::prelude::{SQLOptions, SessionConfig, SessionContext};
 use super::json::{write_row, write_value};
 use super::output::Output;
 use super::run::plan_of;
-use crate::delta::Tables;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::messages::has_table;
+use delta_upsert::Tables;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// A table for people.
+    /// Aligned columns.
     Table,
     /// Comma-separated values with a header; nested values as JSON.
     Csv,
-    /// One JSON object a row.
+    /// One JSON object per row.
     Json,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct QueryArgs {
-    /// The question, such as `SELECT gender, count(*) FROM Patient GROUP BY gender`. A member is written `name[1]['family']`
-    /// and not `name[1].family`.
+    /// SQL statement. Write a nested field as `name[1]['family']`, not `name[1].family`.
     sql: String,
-    /// A pipeline file whose tables are asked.
+    /// Pipeline file whose tables are queried.
     #[arg(value_name = "PIPELINE", required_unless_present = "tables", conflicts_with = "tables")]
     pipeline: Option<PathBuf>,
-    /// Folder (or URL) of the tables.
+    /// Folder (or URL) of the tables, without a pipeline file.
     #[arg(long, value_name = "FOLDER-OR-URL")]
     tables: Option<String>,
-    /// How the answer is shown.
+    /// Format of the result.
     #[arg(long, value_enum, default_value = "table")]
     output: Format,
 }
@@ -73,7 +73,7 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
     // Spark's INT96 as nanoseconds would reach to 2262 only.
     let config = config.set_str("datafusion.execution.parquet.coerce_int96", "us");
     let session = SessionContext::new_with_config(config);
-    let existing = tables.existing().await?;
+    let existing = tables.existing(has_table).await?;
     if existing.is_empty() {
         return Err(Error::new(ErrorKind::Config, format!("there are no tables in {}", tables.display()))
             .with_hint("name the folder that holds <Type>.parquet folders, or run the pipeline first"));

@@ -4,35 +4,33 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::PipelineArgs;
 use super::drive::drive;
 use super::output::Output;
 use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SecretPlace, SourcePlan, Text, environment, read_pipeline};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::{AuthSettings, Level, Proof};
 use crate::pipeline::{self, RunOptions};
+use bulk_data_client::{AuthSettings, Level, Proof};
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// The pipeline file.
-    pub pipeline: PathBuf,
-    /// Ask for everything, and rewrite rows whose content differs.
+    #[command(flatten)]
+    pub file: PipelineArgs,
+    /// Export everything, and rewrite rows whose content differs.
     #[arg(long)]
     full_refresh: bool,
-    /// Ask for a new export, though one that an earlier run asked for is in flight (see `fhirlake jobs`).
+    /// Start a new export instead of resuming the one in flight (see `fhirlake jobs`).
     #[arg(long)]
     new_export: bool,
-    /// Set a key of the file, such as `--set memory=1GiB`.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub sets: Vec<String>,
-    /// Show what would be done; ask nothing of the server and change nothing.
+    /// Print the plan only; send no request to the server and change nothing.
     #[arg(long)]
     dry_run: bool,
-    /// The report as one JSON document on stdout, and no progress.
+    /// Print the report as one JSON document, without progress.
     #[arg(long, conflicts_with = "dry_run")]
     pub json: bool,
 }
 
-/// The recipe's arguments, with its names and defaults.
+/// Arguments of the Python sync script, with its names and defaults.
 #[derive(Debug, Args)]
 pub(super) struct SyncArgs {
     /// FHIR base URL.
@@ -41,37 +39,36 @@ pub(super) struct SyncArgs {
     /// Folder (or URL) of the Delta tables.
     #[arg(long, value_name = "FOLDER")]
     delta_path: String,
-    /// File that keeps the time of the last sync; state is kept in its folder.
+    /// State file with the time of the last sync. Its folder holds the state.
     #[arg(long, value_name = "FILE", default_value = "/var/lib/fhir-sync/state.json")]
     state_file: PathBuf,
-    /// Resource types.
+    /// Resource types to sync.
     #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "TYPE",
         default_values = ["Patient", "Condition", "Observation", "Encounter"])]
     resource_types: Vec<String>,
-    /// Export only this group of patients.
+    /// Export this group of patients only.
     #[arg(long, value_name = "ID")]
     group_id: Option<String>,
-    /// Ask for everything, and rewrite rows whose content differs.
+    /// Export everything, and rewrite rows whose content differs.
     #[arg(long)]
     full_refresh: bool,
-    /// Client id of the backend service. Also by FHIR_CLIENT_ID.
+    /// Client id of the backend service [env: FHIR_CLIENT_ID].
     #[arg(long, value_name = "ID")]
     auth_client_id: Option<String>,
-    /// Private key of the backend service: a file with a JWK, JWKS or PEM, or the JWK itself. Also by
-    /// FHIR_PRIVATE_KEY, which keeps the key out of the process list.
+    /// Private key of the backend service: a JWK, JWKS or PEM file, or the JWK itself [env: FHIR_PRIVATE_KEY].
     #[arg(long, value_name = "FILE-OR-JWK")]
     auth_private_key: Option<String>,
-    /// Azure Key Vault, by its name or host, whose secrets `fhir-client-id` and `fhir-private-key` say who we are, where
-    /// neither flags nor environment do. Also by FHIR_KEY_VAULT. In builds with `--features keyvault`.
+    /// Azure Key Vault (name or host) with the secrets `fhir-client-id` and `fhir-private-key`, read where neither flags
+    /// nor environment give them. Needs a build with `--features keyvault` [env: FHIR_KEY_VAULT].
     #[arg(long, value_name = "VAULT")]
     key_vault: Option<String>,
-    /// Set a key of the pipeline, such as `--set memory=1GiB`.
+    /// Set a key of the pipeline, such as `memory=1GiB`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Show what would be done; ask nothing of the server and change nothing.
+    /// Print the plan only; send no request to the server and change nothing.
     #[arg(long)]
     dry_run: bool,
-    /// The report as one JSON document on stdout, and no progress.
+    /// Print the report as one JSON document, without progress.
     #[arg(long, conflicts_with = "dry_run")]
     pub json: bool,
 }
@@ -85,7 +82,7 @@ pub(super) fn plan_of(path: &PathBuf, sets: &[String]) -> Result<Plan> {
 }
 
 pub(super) async fn run(args: RunArgs, output: &Output) -> Result<()> {
-    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let plan = args.file.plan()?;
     let options = RunOptions { full_refresh: args.full_refresh, new_export: args.new_export, ..RunOptions::default() };
     start(plan, options, args.dry_run, output).await
 }
@@ -224,7 +221,7 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     for kickoff in prepared.kickoffs() {
         if let Some(accepted) = &kickoff.in_flight {
             let types = if kickoff.asked.is_empty() { "all types".to_owned() } else { kickoff.asked.join(", ") };
-            output.line(&format!("export    goes on with {} ({types})", crate::fhir::shown(&accepted.status)))?;
+            output.line(&format!("export    goes on with {} ({types})", bulk_data_client::shown(&accepted.status)))?;
         } else if let Some(base) = &base {
             let mut base = base.clone();
             if !base.path().ends_with('/') {

@@ -4,33 +4,33 @@ use clap::{Args, ValueEnum};
 
 use super::output::Output;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::schema::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, arrow_schema};
+use fhir_arrow::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, arrow_schema};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// An indented tree of columns and types.
+    /// Indented tree of columns and types.
     Tree,
-    /// Arrow's own notation.
+    /// Arrow's notation.
     Arrow,
-    /// The table's schema as Delta's log has it.
+    /// JSON of the Delta log.
     Delta,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct SchemaArgs {
-    /// A FHIR resource type.
+    /// FHIR resource type, such as `Patient`.
     #[arg(value_name = "TYPE")]
     resource_type: String,
-    /// How it is shown.
+    /// Format of the schema.
     #[arg(long, value_enum, default_value = "tree")]
     format: Format,
-    /// Without `_fid` and `_extension`.
+    /// Leave out `_fid` and `_extension`.
     #[arg(long)]
     no_extensions: bool,
-    /// How deep a type may nest in itself.
+    /// Depth to which a type may nest in itself.
     #[arg(long, default_value_t = LayoutOptions::default().max_nesting_level)]
     max_nesting_level: usize,
-    /// Types that an open `value[x]` may have.
+    /// Types that an open `value[x]` may have [default: Pathling's].
     #[arg(long, value_delimiter = ',', value_name = "TYPE")]
     open_types: Option<Vec<String>>,
 }
@@ -65,7 +65,7 @@ pub(super) fn schema(args: &SchemaArgs, output: &Output) -> Result<()> {
             output.line(&lines.join("\n"))
         }
         Format::Delta => {
-            let schema = crate::delta::delta_schema(&arrow_schema(&layout))?;
+            let schema = delta_upsert::delta_schema(&arrow_schema(&layout))?;
             let json = serde_json::to_string_pretty(&schema).context(ErrorKind::Internal, "the schema")?;
             output.line(&json)
         }

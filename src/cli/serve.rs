@@ -11,25 +11,25 @@ use super::output::Output;
 use super::run::plan_of;
 use crate::config::{environment, warn_if_loose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::flow::Stop;
 use crate::serve::{Keeper, PlanSource, WebSettings, serve as serve_all};
+use flow::Stop;
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// The pipeline files.
+    /// Pipeline files.
     #[arg(required = true, value_name = "PIPELINE")]
     pub pipelines: Vec<PathBuf>,
-    /// Where the status page, health and metrics are.
+    /// Address of the status page, health checks and metrics.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = listen_address)]
     listen: SocketAddr,
-    /// A name, beside addresses and localhost, by which the page is asked for.
+    /// Allow this Host header (DNS-rebinding protection).
     #[arg(long = "host", value_name = "NAME")]
     hosts: Vec<String>,
-    /// A file with a token that page and metrics are asked for with: as a bearer, or as the password. Also by
-    /// FHIRLAKE_SERVE_TOKEN. Health and readiness need none.
+    /// File with a token that page and metrics require, as bearer token or password [env: FHIRLAKE_SERVE_TOKEN]. Health
+    /// and readiness checks need none.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Set a key of every file.
+    /// Set a key of each pipeline file, such as `memory=1GiB`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
 }

@@ -1,27 +1,22 @@
 //! `fhirlake status PIPELINE.yaml`
 
-use std::path::PathBuf;
-
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::Args;
 
+use super::PipelineArgs;
 use super::output::{Output, table};
-use super::run::plan_of;
 use crate::error::Result;
 use crate::pipeline;
 use crate::state::JournalEntry;
 
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
-    /// The pipeline file.
-    pipeline: PathBuf,
-    /// Set a key of the file, such as `--set tables=/lake`.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
+    #[command(flatten)]
+    file: PipelineArgs,
 }
 
 pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
-    let plan = plan_of(&args.pipeline, &args.sets)?;
+    let plan = args.file.plan()?;
     let state = pipeline::state_of(&plan)?;
     output.line(&format!("pipeline    {}", plan.name))?;
     output.line(&format!("tables      {}", plan.tables))?;

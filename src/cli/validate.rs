@@ -6,21 +6,21 @@ use clap::Args;
 
 use super::output::Output;
 use crate::config::{Plan, Problem, pipeline_json_schema, read_pipeline};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::pipeline::check_dependencies;
 
 #[derive(Debug, Args)]
 pub(super) struct ValidateArgs {
-    /// The pipeline file.
+    /// Pipeline file.
     #[arg(required_unless_present = "json_schema")]
     pipeline: Option<PathBuf>,
-    /// Only read the file: ask no server, touch no table.
+    /// Check the file only, without a request to the server or the tables.
     #[arg(long)]
     offline: bool,
-    /// Set a key of the file.
+    /// Set a key of the pipeline file, such as `memory=1GiB`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Write the JSON Schema of pipeline files to stdout instead, for editors.
+    /// Print the JSON Schema of pipeline files, for editors.
     #[arg(long)]
     json_schema: bool,
 }
@@ -42,7 +42,7 @@ pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> 
         match dependency.outcome {
             Ok(found) => output.check(true, &format!("{}: {found}", dependency.name))?,
             Err(why) => {
-                failed.push((why.kind(), why.hint()));
+                failed.push((why.kind(), why.advice()));
                 output.check(false, &format!("{}: {why}", dependency.name))?;
             }
         }

@@ -215,7 +215,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     for (index, filter) in source.type_filters.iter().enumerate() {
         let path = format!("source.type_filters.{index}");
         let name = filter.split('?').next().unwrap_or_default();
-        if !filter.contains('?') || !crate::schema::Model::r4().is_resource_type(name) {
+        if !filter.contains('?') || !fhir_arrow::Model::r4().is_resource_type(name) {
             add(&path, "not a search such as Observation?category=laboratory", None);
         } else if !source.types.is_empty() && !source.types.iter().any(|wanted| wanted == name) {
             add(&path, "a filter of a type that source.types does not ask for", None);
@@ -267,7 +267,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             }
         }
         for (index, name) in
-            attachments.types.iter().enumerate().filter(|(_, name)| !crate::schema::Model::r4().is_resource_type(name))
+            attachments.types.iter().enumerate().filter(|(_, name)| !fhir_arrow::Model::r4().is_resource_type(name))
         {
             add(&format!("stages.attachments.types.{index}"), &format!("{name} is not a resource type of FHIR R4"), None);
         }
@@ -288,7 +288,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         if !seen.insert(name) {
             add(&path, "this type stands twice", None);
         }
-        if crate::schema::EXCLUDED_TYPES.contains(&name.as_str()) {
+        if fhir_arrow::EXCLUDED_TYPES.contains(&name.as_str()) {
             add(&path, "Pathling's layout has no table for this type", None);
         }
     }
@@ -304,7 +304,7 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
         }
     }
     for (index, name) in file.stages.encode.open_types.iter().enumerate() {
-        if crate::schema::Model::r4().definition(name).is_none() {
+        if fhir_arrow::Model::r4().definition(name).is_none() {
             add(&format!("stages.encode.open_types.{index}"), "not a data type of FHIR R4", None);
         }
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::schedule::{HealthSection, Schedule};
 use super::source::SourceSection;
 use super::values::{ByteSize, Span, Text, resource_types_schema};
-use crate::messages::AtMost;
+use crate::messages::Limit;
 
 /// A pipeline: one FHIR server (or folder of NDJSON), one folder of Delta tables.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -139,10 +139,10 @@ pub enum MaxBad {
 
 impl MaxBad {
     /// The limit that it stands for.
-    pub fn limit(self) -> AtMost {
+    pub fn limit(self) -> Limit {
         match self {
-            MaxBad::Lines(number) => AtMost::Number(number),
-            MaxBad::Share(Percent(percent)) => AtMost::Share(percent / 100.0),
+            MaxBad::Lines(number) => Limit::Number(number),
+            MaxBad::Share(Percent(percent)) => Limit::Share(percent / 100.0),
         }
     }
 }
@@ -331,11 +331,11 @@ pub struct TelemetrySection {
 mod defaults {
     use super::{ByteSize, Span};
 
-    pub fn memory() -> ByteSize {
+    pub(crate) fn memory() -> ByteSize {
         ByteSize(512 << 20)
     }
 
-    pub fn lock_expiry() -> Span {
+    pub(crate) fn lock_expiry() -> Span {
         Span(std::time::Duration::from_secs(60))
     }
 }
@@ -362,7 +362,7 @@ impl Default for ParseSection {
 
 impl Default for EncodeSection {
     fn default() -> Self {
-        let layout = crate::schema::LayoutOptions::default();
+        let layout = fhir_arrow::LayoutOptions::default();
         Self {
             workers: 0,
             extensions: layout.extensions,

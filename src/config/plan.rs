@@ -14,9 +14,9 @@ use super::source::{
     DeleteExport, ExportErrors, LevelName, ListStyle, MethodName, SecretPlace, SourceSection, TlsSection, is_of_server,
 };
 use super::values::{Instant, Text, environment, warn_if_loose};
-use crate::fhir::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof, TlsSettings};
-use crate::messages::AtMost;
-use crate::schema::{Columns, LayoutOptions};
+use crate::messages::Limit;
+use bulk_data_client::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Method, Proof, TlsSettings};
+use fhir_arrow::{Columns, LayoutOptions};
 
 /// Where a run's resources come from.
 #[derive(Clone)]
@@ -133,7 +133,7 @@ pub struct Plan {
     /// Longest line.
     pub max_line: usize,
     /// Bad lines that a type may have.
-    pub max_bad_lines: AtMost,
+    pub max_bad_lines: Limit,
     /// Whether watermarks move whatever the server says of its export.
     pub ignore_export_errors: bool,
     /// Codes of issues that hold no watermark.
@@ -151,7 +151,7 @@ pub struct Plan {
     /// What becomes of rows that the export does not name.
     pub mode: Mode,
     /// How many of them may be deleted.
-    pub max_deleted: AtMost,
+    pub max_deleted: Limit,
     /// Size at which a file is closed.
     pub target_file_bytes: u64,
     /// How often, and after how many bytes, what is staged is written down.
@@ -182,7 +182,7 @@ pub struct Plan {
 
 /// Where a pipeline's state is unless the file says otherwise: beside the tables, whose readers pass it over.
 pub fn default_state_folder(tables: &str, name: &str) -> Option<String> {
-    let tables = crate::delta::Tables::at(tables).ok()?;
+    let tables = delta_upsert::Tables::at(tables).ok()?;
     match tables.local() {
         Some(folder) => Some(folder.join(".fhirlake").join(name).display().to_string()),
         None => Some(format!("{}/.fhirlake/{name}", tables.display().trim_end_matches('/'))),
@@ -217,7 +217,7 @@ fn cores() -> usize {
 }
 
 /// The default of `stages.parse.max_bad_lines`: a few bad lines are a server's usual faults, many are another format.
-const USUAL_BAD_LINES: AtMost = AtMost::NumberOrShare(100, 0.01);
+const USUAL_BAD_LINES: Limit = Limit::NumberOrShare(100, 0.01);
 
 /// The default of `stages.parse.max_line`, where memory is no reason for less.
 const USUAL_MAX_LINE: usize = 64 << 20;
@@ -306,14 +306,14 @@ impl Plan {
             },
             Err(_) => return Err(vec![read.problem("source.url", "not a URL", None)]),
         };
-        if let Err(error) = crate::delta::Tables::at(&tables) {
+        if let Err(error) = delta_upsert::Tables::at(&tables) {
             return Err(vec![read.problem("tables", error.to_string(), None)]);
         }
         let Some(state) = state.or_else(|| default_state_folder(&tables, &file.name)) else {
             return Err(vec![read.problem("tables", "not a place beside which a state can be", Some("set `state`"))]);
         };
         // A URL of a folder is one's path.
-        let state = match crate::delta::Tables::at(&state) {
+        let state = match delta_upsert::Tables::at(&state) {
             Ok(folder) if state.contains("://") => folder.display(),
             Ok(_) => state,
             Err(error) => return Err(vec![read.problem("state", error.to_string().replace("tables", "the state"), None)]),
@@ -332,6 +332,8 @@ impl Plan {
                 tls,
                 no_proxy: no_proxy(),
                 named_hosts: named_hosts(&read.file, &auth),
+                user_agent: concat!("fhirlake/", env!("CARGO_PKG_VERSION")),
+                traceparent: Some(crate::telemetry::traceparent),
                 ..HttpSettings::default()
             };
             let options = export_options(&file.source);
@@ -342,7 +344,7 @@ impl Plan {
         let encode_workers = workers(stages.encode.workers);
         let bytes = |size: super::ByteSize| usize::try_from(size.0).unwrap_or(usize::MAX);
         let max_bad_lines = match stages.parse.on_bad_line {
-            Bad::Fail => AtMost::Number(0),
+            Bad::Fail => Limit::Number(0),
             Bad::Quarantine => stages.parse.max_bad_lines.map_or(USUAL_BAD_LINES, MaxBad::limit),
         };
         Ok(Plan {

@@ -51,14 +51,14 @@ impl Default for HealthSection {
 mod defaults {
     use super::{Duration, Span};
 
-    pub fn jitter() -> Span {
+    pub(crate) fn jitter() -> Span {
         Span(Duration::ZERO)
     }
     /// The recipe's Airflow DAG: two, five minutes after the failure.
-    pub fn retries() -> u32 {
+    pub(crate) fn retries() -> u32 {
         2
     }
-    pub fn retry_delay() -> Span {
+    pub(crate) fn retry_delay() -> Span {
         Span(Duration::from_secs(300))
     }
 }

@@ -283,7 +283,7 @@ impl SourceSection {
         if !is_of_server(url) && url.scheme() != "file" {
             // An object store's, where this build has it.
             let hint = "http, https, file, or an object store of NDJSON: s3, abfss, gs";
-            return crate::delta::Tables::at(url.as_str()).err().map(|error| (error.to_string(), hint));
+            return delta_upsert::Tables::at(url.as_str()).err().map(|error| (error.to_string(), hint));
         }
         if !url.username().is_empty() || url.password().is_some() {
             return Some(("no user and password in a URL: it would be logged".to_owned(), "use source.auth"));
@@ -324,23 +324,23 @@ pub enum SecretPlace {
 mod defaults {
     use super::{Duration, Instant, Span};
 
-    pub fn since() -> Instant {
+    pub(crate) fn since() -> Instant {
         Instant::LastSync
     }
-    pub fn overlap() -> Span {
+    pub(crate) fn overlap() -> Span {
         Span(Duration::ZERO)
     }
     /// The recipe's.
-    pub fn timeout() -> Span {
+    pub(crate) fn timeout() -> Span {
         Span(Duration::from_secs(3600))
     }
-    pub fn retry_for() -> Span {
+    pub(crate) fn retry_for() -> Span {
         Span(Duration::from_secs(15 * 60))
     }
-    pub fn max_poll_interval() -> Span {
+    pub(crate) fn max_poll_interval() -> Span {
         Span(Duration::from_secs(60))
     }
-    pub fn max_kick_off_wait() -> Span {
+    pub(crate) fn max_kick_off_wait() -> Span {
         Span(Duration::from_secs(60))
     }
 }

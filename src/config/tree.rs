@@ -79,7 +79,7 @@ impl<'de> Deserialize<'de> for Tree {
 
 impl Tree {
     /// The tree as JSON.
-    pub fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         match self {
             Tree::Scalar(value) => value.clone(),
             Tree::List(items) => items.iter().map(|(_, item)| item.to_json()).collect(),
@@ -91,7 +91,7 @@ impl Tree {
     }
 
     /// Where the part at a dotted path stands; the nearest part around it where it is absent.
-    pub fn place_of(&self, path: &str) -> Option<Place> {
+    pub(crate) fn place_of(&self, path: &str) -> Option<Place> {
         let (mut at, mut found) = (self, None);
         for step in path.split('.').filter(|step| !step.is_empty()) {
             match at {
@@ -114,7 +114,7 @@ impl Tree {
     }
 
     /// The value at a dotted path of keys.
-    pub fn get(&self, path: &str) -> Option<&Tree> {
+    pub(crate) fn get(&self, path: &str) -> Option<&Tree> {
         path.split('.').try_fold(self, |at, step| match at {
             Tree::Map(members) => members.iter().find(|member| member.0 == step).map(|member| &member.3),
             _ => None,
@@ -122,7 +122,7 @@ impl Tree {
     }
 
     /// Sets the value at a dotted path. `place` is what a problem with it is shown at; line 0 is `--set`.
-    pub fn set(&mut self, path: &str, place: Place, value: Tree) -> Result<(), String> {
+    pub(crate) fn set(&mut self, path: &str, place: Place, value: Tree) -> Result<(), String> {
         let (step, rest) = path.split_once('.').map_or((path, None), |(step, rest)| (step, Some(rest)));
         if step.is_empty() {
             return Err("a part of the key is empty".into());
@@ -292,7 +292,7 @@ impl<'a> Checker<'a> {
         }
         if let Some(problem) = schema.get("format").and_then(Value::as_str).and_then(|format| check_format(format, text)) {
             let hint = (schema.get("format").and_then(Value::as_str) == Some(super::values::RESOURCE_TYPE))
-                .then(|| nearest(text, crate::schema::Model::r4().resource_types().iter().map(String::as_str)))
+                .then(|| nearest(text, fhir_arrow::Model::r4().resource_types().iter().map(String::as_str)))
                 .flatten();
             self.problem(place, path, problem, hint);
         }

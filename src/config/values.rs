@@ -113,7 +113,7 @@ impl TryFrom<String> for Instant {
         match text.as_str() {
             "last-sync" => Ok(Instant::LastSync),
             "none" => Ok(Instant::None),
-            time => crate::schema::parse_instant(time.as_bytes())
+            time => foundation::instant::parse_instant(time.as_bytes())
                 .map(Instant::At)
                 .ok_or_else(|| "neither last-sync, none nor an instant such as 2026-01-31T00:00:00Z".to_owned()),
         }
@@ -156,11 +156,11 @@ pub(super) fn check_format(format: &str, text: &str) -> Option<String> {
         SINCE => Instant::try_from(text.to_owned()).err(),
         TEXT => parts(text).err(),
         INSTANT => {
-            let instant = crate::schema::parse_instant(text.as_bytes());
+            let instant = foundation::instant::parse_instant(text.as_bytes());
             instant.is_none().then(|| "not an instant such as 2026-01-31T00:00:00Z".to_owned())
         }
         RESOURCE_TYPE => {
-            let known = crate::schema::Model::r4().is_resource_type(text);
+            let known = fhir_arrow::Model::r4().is_resource_type(text);
             (!known).then(|| "not a resource type of FHIR R4".to_owned())
         }
         _ => None,

@@ -21,7 +21,7 @@ use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
 
 use self::lock::Held;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::private::{new_beside, private_dir};
+use foundation::secure_fs::{new_beside, private_dir};
 
 /// What of the folder is never in the store: what does not fit into memory, and goes with the run.
 const SCRATCH: &str = "scratch";

@@ -9,11 +9,11 @@ use url::Url;
 use super::prepare::Prepared;
 use crate::config::AttachmentsSection;
 use crate::error::Result;
-use crate::fhir::Client;
-use crate::flow::{Board, Crew, Receiver, Sender};
 use crate::messages::Rows;
-use crate::private::private_dir;
 use crate::stages::attach::{ATTACHMENTS_FOLDER, Attach, AttachSettings};
+use bulk_data_client::Client;
+use flow::{Board, Crew, Receiver, Sender};
+use foundation::secure_fs::private_dir;
 
 /// Starts its workers, from the edge `rows` to the edge `attached`.
 pub(super) fn spawn(

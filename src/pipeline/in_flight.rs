@@ -9,13 +9,13 @@ use chrono::{DateTime, TimeDelta, Utc};
 use url::Url;
 
 use crate::config::Plan;
-use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::{Client, ExportRequest};
-use crate::flow::{Board, Stop};
 use crate::messages::{ResourceType, watermark_of};
 use crate::stages::export::{Accepted, ExportNote, Kickoff, Remember};
 use crate::state::{AllRefused, Exports, Floor, InFlight, NotBefore, SetAside, StateFolder, Unanswered};
+use bulk_data_client::{Client, ExportRequest};
+use delta_upsert::Tables;
+use flow::{Board, Stop};
 
 /// Runs in which the server may fail to give all of an export before another is asked for: it may never give the rest.
 const MAX_FAILURES: u32 = 3;

@@ -3,11 +3,11 @@
 use super::prepare::{app_id, check_table};
 use super::{client, source_folder};
 use crate::config::{Plan, SourcePlan};
-use crate::delta::Tables;
 use crate::error::{Error, ErrorKind, Result};
-use crate::flow::{Board, Stop};
-use crate::messages::{ResourceType, instant_text};
+use crate::messages::{ResourceType, has_table, instant_text};
 use crate::stages::folder::place_of;
+use delta_upsert::Tables;
+use flow::{Board, Stop};
 
 /// How a table stands.
 #[derive(Debug, Clone)]
@@ -27,7 +27,7 @@ pub async fn table_states(plan: &Plan) -> Result<Vec<TableState>> {
     let tables = Tables::at(&plan.tables)?;
     let app_id = app_id(plan);
     let mut states = Vec::new();
-    for name in tables.existing().await? {
+    for name in tables.existing(has_table).await? {
         let table = tables.open(&name).await?;
         let Some(version) = table.version() else { continue };
         let watermark = table.transaction(&app_id).await?.map(instant_text);
@@ -69,7 +69,7 @@ pub async fn check_dependencies(plan: &Plan) -> Vec<Dependency> {
             });
             add("server metadata".into(), said);
             let token = match &plan.source {
-                SourcePlan::Server { auth: crate::fhir::AuthSettings::None, .. } => {
+                SourcePlan::Server { auth: bulk_data_client::AuthSettings::None, .. } => {
                     Ok("not checked: no source.auth is set".into())
                 }
                 _ => client.check_auth().await.and_then(|granted| match granted {
@@ -103,7 +103,7 @@ async fn writable_tables(plan: &Plan) -> Result<String> {
     let tables = Tables::at(&plan.tables)?;
     tables.check_writable().await?;
     let mut existing = 0;
-    for name in tables.existing().await? {
+    for name in tables.existing(has_table).await? {
         let table = tables.open(&name).await?;
         check_table(&table, plan)?;
         existing += 1;

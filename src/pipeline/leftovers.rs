@@ -5,13 +5,14 @@ use std::sync::Arc;
 use url::Url;
 
 use crate::config::Plan;
-use crate::delta::Tables;
 use crate::error::{Context, ErrorKind, Result};
-use crate::flow::Sender;
 use crate::messages::{Chunk, ExportFile, FileKind, FilePlace, MergeInput};
 use crate::staged::StagedWork;
 use crate::stages::replay::Replay;
 use crate::state::{Journal, JournalEntry, StateFolder};
+use delta_upsert::Tables;
+use fhir_arrow::Model;
+use flow::Sender;
 
 /// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
 pub(super) fn replay(
@@ -64,7 +65,7 @@ pub(super) async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<
         return Ok(());
     }
     let (mut removed, mut left) = (0, false);
-    for name in tables.existing_folders().await? {
+    for name in tables.existing_folders(|name| Model::r4().is_resource_type(name)).await? {
         match tables.open(&name).await {
             Ok(table) => {
                 for run in &runs {

@@ -7,11 +7,11 @@ use chrono::Utc;
 
 use super::{clean_up, tables_of};
 use crate::config::{MaxBad, Plan};
-use crate::delta::{OptimizeSettings, Optimized, Scratch, Table, VacuumSettings, Vacuumed, commit_info};
 use crate::error::{Error, ErrorKind, Result};
-use crate::flow::{Stop, compute};
-use crate::messages::ResourceType;
+use crate::messages::{ResourceType, has_table};
 use crate::state::{JournalEntry, StateFolder};
+use delta_upsert::{OptimizeSettings, Optimized, Scratch, Table, VacuumSettings, Vacuumed, commit_info};
+use flow::{Stop, compute};
 
 /// What `optimize` is asked for.
 #[derive(Debug, Clone)]
@@ -158,7 +158,7 @@ async fn for_each_table<T>(
     work: impl AsyncFn(Table) -> Result<T>,
 ) -> Result<ByTable<T>> {
     let tables = tables_of(plan, state)?;
-    let existing = tables.existing().await?;
+    let existing = tables.existing(has_table).await?;
     if let Some(unknown) = types.iter().find(|name| !existing.iter().any(|there| **there == ***name)) {
         return Err(Error::new(ErrorKind::Config, format!("there is no table of {unknown} in {}", tables.display())));
     }

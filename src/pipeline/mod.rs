@@ -35,11 +35,8 @@ use self::in_flight::OfServer;
 use self::leftovers::{clean_up, replay};
 use self::staged::TakenUp;
 use crate::config::{Mode, Plan, SourcePlan};
-use crate::delta::{Absent, OrderRules, TableSettings, Tables};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::fhir::{Auth, Client, Links};
-use crate::flow::{Board, Crew, EdgeGauge, Stop, edge};
 use crate::messages::{BadLineSink, Chunk, FlushRequests, MergeInput, Rows, instant_text};
 use crate::mirror::Mirror;
 use crate::stages::download::{Download, Origin};
@@ -51,6 +48,9 @@ use crate::stages::merge::{Merge, MergeSettings, Staging, StagingSettings};
 use crate::stages::parse::Parse;
 use crate::state::{JournalEntry, StateFolder};
 use crate::telemetry;
+use bulk_data_client::{Auth, Client, Links};
+use delta_upsert::{Absent, OrderRules, TableSettings, Tables};
+use flow::{Board, Crew, EdgeGauge, Stop, edge};
 
 /// What a run may be told on the command line.
 #[derive(Debug, Clone, Copy, Default)]
@@ -201,7 +201,7 @@ async fn pass(
         let _of_the_run = span.enter();
         match error.kind() {
             ErrorKind::Interrupted => tracing::info!(%error, "the run was stopped"),
-            _ => tracing::error!(target: RUN_FAILED, %error, hint = error.hint(), "the run failed"),
+            _ => tracing::error!(target: RUN_FAILED, %error, hint = error.advice(), "the run failed"),
         }
         report::of_failed(&state, &name, &run, started, error);
     }

@@ -9,13 +9,14 @@ use super::RunOptions;
 use super::in_flight::{Resumed, refused_lately, resume};
 use super::report::outcome_of;
 use crate::config::{Mode, Plan, Since, SourcePlan};
-use crate::delta::{Table, Tables, deletions_id};
-use crate::error::{Error, ErrorKind, Result};
-use crate::fhir::{ExportRequest, Level};
-use crate::messages::{Layouts, ResourceType};
-use crate::schema::{Layout, LayoutOptions, layout_for, parse_instant};
+use crate::error::{Advice, Error, ErrorKind, Result};
+use crate::messages::{Layouts, ResourceType, has_table};
 use crate::stages::export::Kickoff;
 use crate::state::StateFile;
+use bulk_data_client::{ExportRequest, Level};
+use delta_upsert::{Table, Tables, deletions_id};
+use fhir_arrow::{Layout, LayoutOptions, layout_for};
+use foundation::instant::parse_instant;
 
 /// How far apart watermarks may lie that are asked for together.
 const CLOSE_MICROS: i64 = 60 * 60 * 1_000_000;
@@ -82,7 +83,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
     let exports = state.exports()?;
     let app_id = app_id(&plan);
     let types: Vec<ResourceType> = if plan.types.is_empty() {
-        tables.existing().await?
+        tables.existing(has_table).await?
     } else {
         plan.types.iter().map(|name| name.as_str().into()).collect()
     };
@@ -109,7 +110,7 @@ pub async fn prepare(plan: Plan, options: RunOptions) -> Result<Prepared> {
             }
             // One that cannot be read now, and can in a moment, must not get a later watermark: nothing was asked from its own.
             (Ok(_), Err(error)) | (Err(error), _) => {
-                tracing::error!(resource_type = %name, %error, hint = error.hint(), "the table cannot be used; the type fails");
+                tracing::error!(resource_type = %name, %error, hint = error.advice(), "the table cannot be used; the type fails");
                 unwritable.push((name, error));
                 continue;
             }

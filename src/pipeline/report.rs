@@ -7,14 +7,14 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::config::Plan;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Advice, Error, ErrorKind};
 use crate::export_log::ExportLog;
-use crate::flow::Board;
 use crate::messages::instant_text;
-use crate::schema::EXCLUDED_TYPES;
 use crate::stages::merge::{MergeReport, TypeOutcome};
 use crate::state::StateFolder;
 use crate::telemetry;
+use fhir_arrow::EXCLUDED_TYPES;
+use flow::Board;
 
 /// What a run did.
 #[derive(Debug, Clone, Serialize)]
@@ -185,7 +185,7 @@ pub(super) fn draw_up(
         full,
         transaction_time: merged.transaction_time.map(instant_text),
         error: ended.map(ToString::to_string),
-        hint: ended.map(|error| error.hint().to_owned()),
+        hint: ended.map(|error| error.advice().to_owned()),
         types,
         excluded,
         count_findings: merged.count_findings,
@@ -220,7 +220,7 @@ pub fn of_failed(state: &StateFolder, pipeline: &str, run: &str, started: DateTi
     let report = serde_json::json!({
         "pipeline": pipeline, "run": run, "started": started, "seconds": seconds, "succeeded": false,
         "stopped": error.kind() == ErrorKind::Interrupted,
-        "error": error.to_string(), "hint": error.hint(), "types": {},
+        "error": error.to_string(), "hint": error.advice(), "types": {},
     });
     if let Err(error) = state.save_report(run, &report) {
         tracing::warn!(%error, "the run's report could not be written");

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use super::in_flight;
 use super::prepare::Prepared;
-use crate::delta::Fate;
 use crate::error::{Error, Result};
 use crate::messages::{ResourceType, watermark_of};
 use crate::staged::{ListedFile, StagedFolder, StagedParquet, StagedWork};
 use crate::stages::merge::{Earlier, Keep, columns_of};
 use crate::state::StateFolder;
+use delta_upsert::Fate;
 
 /// What a run goes on with.
 #[derive(Default)]

@@ -25,17 +25,17 @@ pub(super) struct Retry {
 }
 
 impl Due {
-    pub fn has(&self, schedule: &SchedulePlan) -> bool {
+    pub(crate) fn has(&self, schedule: &SchedulePlan) -> bool {
         self.schedules.iter().any(|own| own.name == schedule.name)
     }
 
     /// How often it is made again, and how long after it failed.
-    pub fn retries(&self) -> (u32, Duration) {
+    pub(crate) fn retries(&self) -> (u32, Duration) {
         self.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max().unwrap_or_default()
     }
 
     /// This or `other`, whichever is due first; what is due together is one run, which asks for everything if one of them does.
-    pub fn or(mut self, other: Option<Self>, now: DateTime<Utc>) -> Self {
+    pub(crate) fn or(mut self, other: Option<Self>, now: DateTime<Utc>) -> Self {
         match other {
             Some(other) if other.time <= now && self.time <= now => {
                 self.time = self.time.min(other.time);
@@ -52,7 +52,7 @@ impl Due {
 
 impl Retry {
     /// The same by a clock that shows `now`, which may have been set back since.
-    pub fn by(mut self, now: DateTime<Utc>) -> Self {
+    pub(crate) fn by(mut self, now: DateTime<Utc>) -> Self {
         let delay = TimeDelta::from_std(self.due.retries().1).unwrap_or_default();
         self.since = self.since.min(now);
         self.due.time = self.due.time.min(now + delay);

@@ -11,10 +11,10 @@ use tokio::time::Instant;
 use super::due::{Due, Retry};
 use super::health::Health;
 use crate::config::{Plan, SchedulePlan};
-use crate::error::{Error, ErrorKind, Result};
-use crate::flow::{Counts, Stop, chance, compute};
+use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::pipeline::{self, RunOptions, RunReport, TableState, Watch, table_states};
 use crate::state::StateFolder;
+use flow::{Counts, Stop, chance, compute};
 
 /// Reads a pipeline file, for each run anew: secrets may have been replaced.
 pub type PlanSource = Arc<dyn Fn() -> Result<Plan> + Send + Sync>;
@@ -87,7 +87,7 @@ pub(super) struct Running {
 
 impl Live {
     /// Counters of all runs, the one that is under way among them.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         let mut counts = self.totals.clone();
         let running = self.running.iter().flat_map(|running| running.watch.board.read());
         running.for_each(|(key, value)| *counts.entry(key).or_default() += value);
@@ -350,7 +350,7 @@ impl Keeper {
             Ok(read) => read,
             Err(error) => {
                 let (run, name) = (pipeline::run_id(), self.name());
-                tracing::error!(%error, hint = error.hint(), pipeline = name, run, "the run failed: it could not begin");
+                tracing::error!(%error, hint = error.advice(), pipeline = name, run, "the run failed: it could not begin");
                 pipeline::leave_report(&self.state(), &name, &run, Utc::now(), &error);
                 return self.ended(Err(error), stop).await;
             }

@@ -7,8 +7,8 @@ use chrono::Utc;
 
 use super::keeper::Keeper;
 use super::status::PipelineStatus;
-use crate::flow::Counts;
 use crate::telemetry::{self, Instrument, METRICS, Sample};
+use flow::Counts;
 
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\").replace('\n', "\\n").replace('"', "\\\"")

@@ -21,8 +21,8 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::flow::{Crew, Stop};
 use crate::telemetry::Telemetry;
+use flow::{Crew, Stop};
 
 /// How the web listens, and to whom.
 #[derive(Debug, Clone)]
@@ -32,7 +32,7 @@ pub struct WebSettings {
     /// Names beside addresses and `localhost` that requests may be for (`Host`).
     pub hosts: Vec<String>,
     /// What a request must bring, but for health and readiness.
-    pub token: Option<crate::fhir::Secret>,
+    pub token: Option<bulk_data_client::Secret>,
 }
 
 /// What the web knows.

@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use super::health::Health;
 use super::keeper::{Keeper, Running};
-use crate::flow::Counts;
 use crate::pipeline::{self, STOPPED};
 use crate::telemetry;
+use flow::Counts;
 
 /// The service.
 #[derive(Debug, Serialize)]

@@ -26,7 +26,7 @@ use super::health::Health;
 use super::status::{PipelineStatus, ServerStatus};
 use super::{Served, metrics, page};
 use crate::error::Result;
-use crate::flow::Stop;
+use flow::Stop;
 
 /// Connections at the same time; for one more the oldest has to go, so that whoever holds many keeps nobody out.
 const CONNECTIONS: usize = 128;

@@ -22,12 +22,12 @@ use url::{Origin, Url};
 use self::content::Content;
 use self::rewritten::Gathered;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fhir::{Client, unsigned};
-use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{ExportFile, ParsedRow, ResourceType, Rows};
-use crate::schema::for_each_attachment;
-use crate::tape::{Tape, Value, parse_value};
 use crate::telemetry;
+use bulk_data_client::{Client, unsigned};
+use fhir_arrow::for_each_attachment;
+use fhir_arrow::tape::{Tape, Value, parse_value};
+use flow::{Board, Receiver, Sender, Stop};
 
 /// How attachments are treated.
 pub struct AttachSettings {

@@ -21,11 +21,11 @@ use url::Url;
 use self::lines::Lines;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::fhir::{Client, LinkPlace, Links, Resume, is_whole, shown};
-use crate::flow::{Board, Receiver, Sender, Stop};
 use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, FilePlace, MergeInput};
 use crate::telemetry;
-use crate::unpack::Unpack;
+use bulk_data_client::content_encoding::Unpack;
+use bulk_data_client::{Client, LinkPlace, Links, Resume, is_whole, shown};
+use flow::{Board, Receiver, Sender, Stop};
 
 /// Bytes that are read of a local file at once: below the size from which the allocator maps and unmaps memory.
 const LOCAL_READ: usize = 64 << 10;

@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::runtime::Handle;
 
-use crate::delta::PageEncoder;
 use crate::error::Result;
-use crate::flow::{Receiver, Sender};
 use crate::messages::{EncodedBatch, Fact, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
-use crate::schema::{Columns, Encoder, Filled};
+use delta_upsert::PageEncoder;
+use fhir_arrow::{Columns, Encoder, Filled};
+use flow::{Receiver, Sender};
 
 /// Columns of a batch, and their levels, may take so many times the bytes of JSON at which it is closed, in tenths. Usual
 /// resources take once or twice; at 2.5 lists that spread keep a run to `memory` and 250 MB.
@@ -171,7 +171,7 @@ impl Shared {
             .map_err(|error| error.at(resource_type.to_string()))?;
         Ok(Some(EncodedBatch {
             resource_type,
-            filled: encoded.filled,
+            columns: encoded.schema,
             parquet,
             metadata,
             keys: batch.keys,

@@ -16,13 +16,13 @@ pub use self::asked::{Accepted, ExportNote, Kickoff, Remember};
 use self::parting::{Asking, Parting, may_be_for_a_type};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::fault_points::reached;
-use crate::fhir::{Client, KickOff, Links, Manifest, ManifestFile, Poll};
-use crate::flow::{Board, Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType, watermark_of};
-use crate::schema::Model;
 use crate::staged::said_of;
 use crate::telemetry;
+use bulk_data_client::{Client, KickOff, Links, Manifest, ManifestFile, Poll};
+use fhir_arrow::Model;
+use flow::{Board, Sender, Stop};
+use foundation::fault_points::reached;
 
 /// Exports from a server.
 pub struct ServerExport {

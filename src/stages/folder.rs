@@ -8,9 +8,9 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::flow::{Sender, Stop};
 use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType};
-use crate::schema::{EXCLUDED_TYPES, Model};
+use fhir_arrow::{EXCLUDED_TYPES, Model};
+use flow::{Sender, Stop};
 
 /// Files of a folder or object store of NDJSON.
 pub struct FolderExport {

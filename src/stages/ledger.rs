@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use self::books::{FileBook, TypeBook, merge_count};
-use crate::messages::{AtMost, ExportEnd, Fact, FileKind, ParsedChunk, ResourceType};
-use crate::schema::EXCLUDED_TYPES;
+use crate::messages::{ExportEnd, Fact, FileKind, Limit, ParsedChunk, ResourceType};
+use fhir_arrow::EXCLUDED_TYPES;
 
 /// The books.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub struct Ledger {
     statuses: BTreeMap<usize, Arc<str>>,
     /// Exports that the run has, those that were taken apart among them.
     exports: usize,
-    max_bad_lines: Option<AtMost>,
+    max_bad_lines: Option<Limit>,
     /// Types that an earlier run merged out of an export of this one.
     merged: HashSet<ResourceType>,
     /// Whether a type waits for every file, since rows that are not among those that come will be deleted.
@@ -53,7 +53,7 @@ pub enum Standing {
 
 impl Ledger {
     /// Books for a run of `exports` kick-offs. `max_bad_lines` of `None` allows any number.
-    pub fn new(exports: usize, max_bad_lines: Option<AtMost>) -> Self {
+    pub fn new(exports: usize, max_bad_lines: Option<Limit>) -> Self {
         Self {
             files: BTreeMap::new(),
             types: BTreeMap::new(),
@@ -421,7 +421,7 @@ mod tests {
 
     #[test]
     fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
-        let mut books = Ledger::new(1, Some(AtMost::Share(0.1)));
+        let mut books = Ledger::new(1, Some(Limit::Share(0.1)));
         books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
         books.enter(end());
         books.enter(parsed(0, 10, &[("Patient", 8)], 2));

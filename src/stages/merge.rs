@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use super::ledger::{Ledger, Standing};
 pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
 pub use super::staging::{Earlier, Keep, Staging, StagingSettings, columns_of};
-use crate::delta::{
+use crate::error::{Advice, Error, ErrorKind, Result};
+use crate::messages::{ExportEnd, Fact, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
+use crate::telemetry;
+use delta_upsert::{
     Absent, Commit, Copies, Deletions, Merged, OrderRules, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info,
 };
-use crate::error::{Error, ErrorKind, Result};
-use crate::flow::{Board, Receiver, Stop, compute};
-use crate::messages::{ExportEnd, Fact, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
-use crate::schema::{LayoutOptions, arrow_schema, layout_for};
-use crate::telemetry;
+use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
+use flow::{Board, Receiver, Stop, compute};
 
 /// How often merge looks whether a type is complete.
 const SETTLE_EVERY: Duration = Duration::from_millis(15);
@@ -388,7 +388,7 @@ impl Merge {
     }
 
     fn failed(&mut self, name: &ResourceType, error: &Error) {
-        tracing::error!(resource_type = %name, %error, hint = error.hint(), "the type failed");
+        tracing::error!(resource_type = %name, %error, hint = error.advice(), "the type failed");
         self.staging.of(name).outcome.error.get_or_insert(error.to_string());
         self.ledger.fail(name, error.to_string());
     }
@@ -403,7 +403,7 @@ impl Merge {
             if let Standing::Failed(why) = self.ledger.standing(&name) {
                 all = false;
                 let hint = match (why.contains("bad lines"), why.starts_with("file ")) {
-                    (true, _) => ErrorKind::Data.hint(),
+                    (true, _) => ErrorKind::Data.advice(),
                     (_, true) => "run again once the file is whole; its type is as it was",
                     (_, false) => "the type is as it was; the words above say why it did not come",
                 };

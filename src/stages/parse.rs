@@ -11,14 +11,15 @@ use tokio::runtime::Handle;
 use self::deletions::{NOT_DELETIONS, deletions, is_soft_deleted};
 use self::server_errors::Said;
 use crate::error::Result;
-use crate::flow::{Board, Receiver, Sender};
 use crate::messages::{
     Arrival, BadLine, BadLineSink, Chunk, Deletion, ExportFile, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow,
     ResourceType, RowKey, Rows, key_of,
 };
-use crate::schema::{EXCLUDED_TYPES, Model, parse_instant};
-use crate::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
 use crate::telemetry;
+use fhir_arrow::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
+use fhir_arrow::{EXCLUDED_TYPES, Model};
+use flow::{Board, Receiver, Sender};
+use foundation::instant::parse_instant;
 
 const TOO_LONG: &str = "the line is longer than max_line";
 

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use crate::error::Result;
-use crate::flow::Sender;
 use crate::messages::{Chunk, ExportFile, Fact, FileDone, KeptLines, ManifestPage, MergeInput};
+use flow::Sender;
 
 /// Reads the quarantine as if it were files of the export, the oldest of them.
 pub struct Replay {

@@ -12,12 +12,12 @@ use object_store::path::Path;
 
 use super::ledger::Ledger;
 use super::outcome::TypeOutcome;
-use crate::delta::{Deletions, StagedFile, StagingFile, Table, Tables};
 use crate::error::{Error, ErrorKind, Result};
-use crate::flow::compute;
 use crate::messages::{Deletion, EncodedBatch, FileRows, ParsedChunk, ResourceType, count_not_held};
-use crate::schema::{LayoutOptions, arrow_schema, layout_for};
 use crate::staged::{StagedFolder, StagedParquet, StagedWork};
+use delta_upsert::{Deletions, StagedFile, StagingFile, Table, Tables};
+use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
+use flow::compute;
 
 /// A type's staged rows.
 #[derive(Default)]
@@ -201,13 +201,13 @@ impl Staging {
     }
 
     /// Adds rows.
-    pub(super) async fn stage(&mut self, mut batch: EncodedBatch) -> Result<()> {
+    pub(super) async fn stage(&mut self, batch: EncodedBatch) -> Result<()> {
         let name = batch.resource_type.clone();
         let table = self.table(&name).await?;
         self.hear();
         let stage = self.types.entry(name.clone()).or_default();
         stage.count(&batch.by_file);
-        if stage.open.as_ref().is_some_and(|file| !file.takes(&batch.filled)) {
+        if stage.open.as_ref().is_some_and(|file| !file.takes(&batch.columns)) {
             stage.close_open(&table).await?;
         }
         let file = match &mut stage.open {
@@ -215,8 +215,7 @@ impl Staging {
             none => {
                 self.files += 1;
                 let path = Path::from(format!("part-{}-{:05}.zstd.parquet", self.settings.run, self.files));
-                let filled = std::mem::take(&mut batch.filled);
-                none.insert(StagingFile::create(&table, path, filled, &self.settings.scratch).await?)
+                none.insert(StagingFile::create(&table, path, batch.columns.clone(), &self.settings.scratch).await?)
             }
         };
         self.bytes_since += batch.parquet.len() as u64;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::quarantine::{QuarantinedLine, lines, remove};
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{Deletion, LineId};
-use crate::private::{private_append, private_dir, write_atomically};
+use foundation::secure_fs::{private_append, private_dir, write_atomically};
 
 /// An entry of the list.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

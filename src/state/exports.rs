@@ -7,7 +7,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
-use crate::private::write_atomically;
+use foundation::secure_fs::write_atomically;
 
 /// An export that was kicked off and is not yet merged whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, ErrorKind, Result};
-use crate::fault_points::reached;
 use crate::mirror::{Mirror, push};
-use crate::private::private_append;
+use foundation::fault_points::reached;
+use foundation::secure_fs::private_append;
 
 /// A step of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -24,8 +24,8 @@ use chrono::{DateTime, Utc};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{KeptLines, LineId, ResourceType};
 use crate::mirror::{Mirror, push};
-use crate::private::{private_dir, write_atomically};
 use crate::staged::StagedFolder;
+use foundation::secure_fs::{private_dir, write_atomically};
 
 /// The folder of a pipeline's state.
 #[derive(Debug, Clone)]

@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 use super::deleted;
 use super::server_messages::ServerMessages;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fault_points::reached;
 use crate::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, KeptLine, KeptLines, LineId, ResourceType};
 use crate::mirror::{Mirror, push};
-use crate::private::{private_append, private_dir, write_atomically};
+use foundation::fault_points::reached;
+use foundation::secure_fs::{private_append, private_dir, write_atomically};
 
 /// A line in quarantine, as its file holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

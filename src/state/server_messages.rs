@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::ExportFile;
-use crate::private::{private_append, private_dir};
+use foundation::secure_fs::{private_append, private_dir};
 
 /// Bytes of messages that are kept of one run: a server may complain of each of a million patients.
 const MOST: u64 = 64 << 20;
@@ -35,12 +35,12 @@ struct Message<'a> {
 }
 
 impl ServerMessages {
-    pub fn at(path: PathBuf) -> Self {
+    pub(crate) fn at(path: PathBuf) -> Self {
         Self { path, written: Mutex::new(None) }
     }
 
     /// Appends a message, with its place.
-    pub fn add(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn add(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> Result<()> {
         let text = std::str::from_utf8(bytes).ok();
         let message = Message { file: &file.name, line, text, base64: text.is_none().then(|| STANDARD.encode(bytes)) };
         let mut json = serde_json::to_vec(&message).context(ErrorKind::Internal, "a server's message")?;
@@ -66,7 +66,7 @@ impl ServerMessages {
     }
 
     /// Makes them durable.
-    pub fn sync(&self) -> Result<()> {
+    pub(crate) fn sync(&self) -> Result<()> {
         let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         let synced = written.as_ref().map_or(Ok(()), |(file, _)| file.sync_all());
         synced.context(ErrorKind::State, format!("{} cannot be synced", self.path.display()))

@@ -7,7 +7,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::private::{private_dir, write_atomically};
+use foundation::secure_fs::{private_dir, write_atomically};
 
 /// What to do with a file that is none.
 const REBUILT: &str = "move the file away: the tables know their own watermarks, and the next run writes it anew";
@@ -115,6 +115,7 @@ fn parse_time(text: &str) -> Option<DateTime<Utc>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Advice;
 
     #[test]
     fn the_recipes_file_is_read_and_what_others_wrote_stays() {
@@ -139,7 +140,7 @@ mod tests {
         for text in ["{", "[]", r#"{"last_sync_time": "yesterday"}"#] {
             std::fs::write(&path, text).unwrap();
             let error = StateFile::read(&path).unwrap_err();
-            assert!(error.kind() == ErrorKind::State && error.hint().contains("move the file away"), "{error}");
+            assert!(error.kind() == ErrorKind::State && error.advice().contains("move the file away"), "{error}");
         }
         for text in ["2025-03-01 10:15:00.5", "2025-03-01 10:15:00.500000+00:00", "2025-03-01T10:15:00.5Z"] {
             assert_eq!(parse_time(text).map(|time| time.timestamp_millis()), Some(1_740_824_100_500), "{text}");

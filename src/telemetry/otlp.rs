@@ -51,7 +51,7 @@ macro_rules! exporter {
 
 impl Otlp {
     /// Sets up what the settings ask for; what cannot be is said by the second value.
-    pub fn new(settings: &OtlpSettings) -> (Self, Vec<String>) {
+    pub(crate) fn new(settings: &OtlpSettings) -> (Self, Vec<String>) {
         // The SDK reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME itself.
         let mut resource = Resource::builder().with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
         if !settings.names_service {
@@ -91,7 +91,7 @@ impl Otlp {
     }
 
     /// The layers of the log that send: spans, and what is logged. Only our own: a sender that logs would send for ever.
-    pub fn layers<S>(&self) -> Vec<Box<dyn Layer<S> + Send + Sync>>
+    pub(crate) fn layers<S>(&self) -> Vec<Box<dyn Layer<S> + Send + Sync>>
     where
         S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
     {
@@ -113,7 +113,7 @@ impl Otlp {
     }
 
     /// Sends what `read` says, every so often.
-    pub fn observe(&self, read: Arc<dyn Fn() -> Vec<Sample> + Send + Sync>) {
+    pub(crate) fn observe(&self, read: Arc<dyn Fn() -> Vec<Sample> + Send + Sync>) {
         let Some(provider) = &self.metrics else { return };
         let meter = provider.meter_with_scope(InstrumentationScope::builder("fhirlake").build());
         let last: Arc<Mutex<Option<Reading>>> = Arc::default();
@@ -164,7 +164,7 @@ impl Otlp {
     }
 
     /// Sends what is left; what could not be is said.
-    pub fn shut_down(&self) -> Vec<String> {
+    pub(crate) fn shut_down(&self) -> Vec<String> {
         let traces = self.traces.as_ref().map(SdkTracerProvider::shutdown);
         let metrics = self.metrics.as_ref().map(SdkMeterProvider::shutdown);
         let logs = self.logs.as_ref().map(SdkLoggerProvider::shutdown);

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use fhirlake::error::ErrorKind;
+use fhirlake::error::{Advice, ErrorKind};
 
 use super::hostile::lines;
 use super::support::lake;
@@ -317,7 +317,7 @@ async fn gateways_that_want_a_certificate_by_http() {
         for types in ["[Patient]", "[Patient, Observation]"] {
             let server = server(move |_, _| (status, words).into_response()).await;
             let error = lake().run(&server.source(&format!(", types: {types}")), "").await.unwrap_err();
-            assert!(error.hint().contains("source.tls.client_certificate"), "{types}: {error}: {}", error.hint());
+            assert!(error.advice().contains("source.tls.client_certificate"), "{types}: {error}: {}", error.advice());
         }
     }
 }

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use fhirlake::delta::Tables;
-use fhirlake::demo::{DemoServer, Faults, Population};
+use bulk_data_server::{DemoServer, Faults, Population};
+use delta_upsert::Tables;
 use fhirlake::state::StateFolder;
 
 use super::support::{Lake, assert_is, lake};

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
 
+use bulk_data_client::KeyAlgorithm;
+use bulk_data_server::{DemoServer, Faults, Registration};
 use fhirlake::config::read_pipeline;
-use fhirlake::demo::{DemoServer, Faults, Registration};
-use fhirlake::error::ErrorKind;
-use fhirlake::fhir::KeyAlgorithm;
+use fhirlake::error::{Advice, ErrorKind};
 
 use super::protocol::{TYPES, register, server};
 use super::support::{assert_is, folder, lake, strings};
@@ -313,7 +313,7 @@ async fn an_export_whose_status_is_no_use_is_given_up() {
     let (server, lake) = (server(Faults { polls_script: vec![400; 3], ..Faults::default() }).await, lake());
     for _ in 0..3 {
         let error = lake.run(&source(&server, ""), "").await.unwrap_err();
-        assert!(error.hint().contains("jobs cancel"), "{}", error.hint());
+        assert!(error.advice().contains("jobs cancel"), "{}", error.advice());
         assert_eq!(server.seen().deleted, 0);
     }
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);

@@ -1,7 +1,7 @@
 //! Against what Pathling itself wrote. Skipped, visibly, where that data is absent.
 
-use fhirlake::delta::delta_schema;
-use fhirlake::schema::{EXCLUDED_TYPES, Layout, LayoutOptions, Model, arrow_schema};
+use delta_upsert::delta_schema;
+use fhir_arrow::{EXCLUDED_TYPES, Layout, LayoutOptions, Model, arrow_schema};
 use serde_json::Value;
 
 use super::support::{lake, shared, unpack};

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::{DataType, Decimal128Type, Int32Type, TimestampMicrosecondType};
 use base64::Engine;
-use fhirlake::schema::{Columns, Encoder, Filled, Layout, LayoutOptions, parse_instant};
-use fhirlake::tape::{Kind, Tape, Value, parse_value};
+use fhir_arrow::tape::{Kind, Tape, Value, parse_value};
+use fhir_arrow::{Columns, Encoder, Filled, Layout, LayoutOptions};
+use foundation::instant::parse_instant;
 
 use super::support::{shared, unpack};
 

@@ -18,7 +18,7 @@ use super::support::{Lake, lake, strings};
 type Answer = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
 /// A server that accepts an export, and answers everything else as it is told.
-pub struct Mock {
+pub(crate) struct Mock {
     pub address: SocketAddr,
     pub asked: Arc<AtomicUsize>,
     pub deleted: Arc<AtomicUsize>,
@@ -63,7 +63,7 @@ async fn mock_at(address: &str, answer: impl Fn(&Request) -> Response + Send + S
     Mock { address, asked, deleted, task }
 }
 
-pub async fn mock(answer: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Mock {
+pub(crate) async fn mock(answer: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Mock {
     mock_at("127.0.0.1", answer).await
 }
 
@@ -73,7 +73,7 @@ fn manifest(output: &str) -> Response {
 }
 
 /// `count` resources whose ids begin with `prefix`.
-pub fn lines(resource_type: &str, prefix: &str, count: usize) -> String {
+pub(crate) fn lines(resource_type: &str, prefix: &str, count: usize) -> String {
     (0..count).map(|id| format!("{{\"resourceType\":\"{resource_type}\",\"id\":\"{prefix}{id}\"}}\n")).collect()
 }
 

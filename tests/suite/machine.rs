@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use bulk_data_server::{DemoServer, Faults, Population};
 use chrono::{TimeDelta, Utc};
-use fhirlake::demo::{DemoServer, Faults, Population};
 
 use super::support::{Lake, assert_is, lake};
 

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use fhirlake::config::{MaxBad, Percent, Plan};
-use fhirlake::flow::Stop;
 use fhirlake::pipeline::{OptimizeOptions, VacuumOptions, optimize, vacuum};
+use flow::Stop;
 
 use super::support::{Lake, folder, lake, strings};
 
@@ -80,7 +80,7 @@ async fn optimize_changes_files_and_no_answer() {
         assert_eq!((done.files_removed, done.files_added), (files.len() as u64, 1));
         assert!(done.rows_purged > 0);
         assert_eq!(everything(&lake).await, before);
-        let tables = fhirlake::delta::Tables::at(&lake.tables().display().to_string()).unwrap();
+        let tables = delta_upsert::Tables::at(&lake.tables().display().to_string()).unwrap();
         let table = tables.open(&"Patient".into()).await.unwrap();
         assert_eq!(table.row_count(), Some(500));
         let snapshot = table.delta().unwrap().snapshot().unwrap();

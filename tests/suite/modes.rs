@@ -1,6 +1,6 @@
 //! `mode: reconcile` and `mode: overwrite`: what a full export does not name goes, and never more than is allowed.
 
-use fhirlake::demo::{DemoServer, Faults, Population};
+use bulk_data_server::{DemoServer, Faults, Population};
 use fhirlake::error::ErrorKind;
 use fhirlake::pipeline::RunOptions;
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bulk_data_server::{DemoServer, Population};
 use fhirlake::config::environment;
-use fhirlake::demo::{DemoServer, Population};
 use serde_json::Value;
 
 use super::support::lake;

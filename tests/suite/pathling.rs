@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use fhirlake::demo::{DemoServer, Population};
+use bulk_data_server::{DemoServer, Population};
 use serde_json::Value;
 
 use super::readers::expect;

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use fhirlake::demo::{DemoServer, Faults, Population};
+use bulk_data_server::{DemoServer, Faults, Population};
 use serde_json::Value;
 
 use super::support::lake;
@@ -47,7 +47,7 @@ async fn nothing_of_a_patient_is_told() {
     // Lines that cannot be read have the same people in them, and a refused file speaks of one.
     let mut texts = BTreeSet::new();
     let mut junk = Vec::new();
-    for kind in 0..fhirlake::demo::DEMO_TYPES.len() {
+    for kind in 0..bulk_data_server::DEMO_TYPES.len() {
         for patient in 0..40 {
             population.for_each(kind, patient, |number, fate| {
                 let mut line = String::new();

@@ -3,7 +3,7 @@
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use fhirlake::demo::{DemoServer, Faults, Population};
+use bulk_data_server::{DemoServer, Faults, Population};
 
 use super::support::{assert_is, lake, until};
 

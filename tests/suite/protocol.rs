@@ -3,23 +3,23 @@
 
 use std::time::Duration;
 
-use fhirlake::demo::{DemoServer, Faults, Population, Registration};
-use fhirlake::error::ErrorKind;
-use fhirlake::fhir::{KeyAlgorithm, generate_key};
+use bulk_data_client::{KeyAlgorithm, generate_key};
+use bulk_data_server::{DemoServer, Faults, Population, Registration};
+use fhirlake::error::{Advice, ErrorKind};
 use fhirlake::pipeline::RunOptions;
 
 use super::support::{Lake, assert_is, lake, strings};
 
-pub const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
+pub(crate) const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
 
-pub async fn server(faults: Faults) -> DemoServer {
+pub(crate) async fn server(faults: Faults) -> DemoServer {
     let server = DemoServer::start(Population::new(5, 24), 0, 6).await.unwrap();
     server.set_faults(faults);
     server
 }
 
 /// A source of the three types with further keys.
-pub fn source(server: &DemoServer, more: &str) -> String {
+pub(crate) fn source(server: &DemoServer, more: &str) -> String {
     format!("{{ url: \"{}\", types: [{}], retry_for: 20s{more} }}", server.base(), TYPES.join(", "))
 }
 
@@ -33,7 +33,7 @@ async fn right(faults: Faults, more: &str) -> (DemoServer, Lake) {
 }
 
 /// Registers a client with a new key; the key's folder, and the `auth` of a source.
-pub fn register(server: &DemoServer, algorithm: KeyAlgorithm) -> (tempfile::TempDir, String) {
+pub(crate) fn register(server: &DemoServer, algorithm: KeyAlgorithm) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let (private, public) = generate_key(algorithm).unwrap();
     let path = folder.path().join("key.jwk");
@@ -129,7 +129,7 @@ async fn k6_k11_parameters_that_the_server_does_not_support() {
     let (server, lake) = (server(faults).await, lake());
     let error = lake.run(&source(&server, ", elements: [id]"), "").await.unwrap_err();
     assert!(error.to_string().contains("the parameter _elements is not supported"), "{error}");
-    assert!(error.hint().contains("lenient"), "{}", error.hint());
+    assert!(error.advice().contains("lenient"), "{}", error.advice());
     let report = lake.run(&source(&server, ", elements: [id], lenient: true"), "").await.unwrap();
     assert!(report.succeeded && report.outcome_issues["warning not-supported"] == 1, "{report:#?}");
     assert_eq!(server.seen().prefer.last().unwrap(), "respond-async, handling=lenient");
@@ -289,7 +289,7 @@ async fn an_export_that_outlasts_its_run_is_gone_on_with() {
     let (server, lake) = (server(Faults { polls: 1000, ..Faults::default() }).await, lake());
     let error = lake.run(&source(&server, ", timeout: 1s"), "").await.unwrap_err();
     assert!(error.to_string().contains("source.timeout"), "{error}");
-    assert!(error.hint().contains("goes on with this export"));
+    assert!(error.advice().contains("goes on with this export"));
     let source = source(&server, "");
     let file = lake.pipeline_file(&source);
     let jobs = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(["jobs", "list"]).arg(&file).output().unwrap();

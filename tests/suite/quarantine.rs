@@ -1,6 +1,6 @@
 //! Lines that could not be read: kept once, tried again by every run, and never against the order.
 
-use fhirlake::demo::{DemoServer, Population};
+use bulk_data_server::{DemoServer, Population};
 use fhirlake::pipeline::RunOptions;
 
 use super::support::{Lake, folder, lake};

@@ -5,10 +5,10 @@
 
 use std::fmt::Write;
 
+use bulk_data_server::{DEMO_TYPES, DemoServer, Population};
 use fhirlake::config::MaxBad;
-use fhirlake::demo::{DEMO_TYPES, DemoServer, Population};
-use fhirlake::flow::Stop;
 use fhirlake::pipeline::{OptimizeOptions, optimize};
+use flow::Stop;
 
 use super::support::{Lake, lake};
 
@@ -25,7 +25,7 @@ fn python() -> Option<std::ffi::OsString> {
 }
 
 /// Writes what the population holds now, a file a type.
-pub fn expect(population: &Population, types: &[&str]) -> tempfile::TempDir {
+pub(crate) fn expect(population: &Population, types: &[&str]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in types {
         let kind = DEMO_TYPES.iter().position(|known| known == name).unwrap();

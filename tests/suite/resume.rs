@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use fhirlake::demo::{DemoServer, Faults, Population};
-use fhirlake::flow::Stop;
+use bulk_data_server::{DemoServer, Faults, Population};
 use fhirlake::pipeline::{RunOptions, RunReport, VacuumOptions, vacuum};
 use fhirlake::staged::{StagedFolder, StagedParquet, StagedWork};
+use flow::Stop;
 
 use super::support::{Lake, assert_is, lake, model, until};
 

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use bulk_data_server::{DemoServer, Faults, Population};
 use chrono::{TimeDelta, Utc};
 use fhirlake::config::Plan;
-use fhirlake::demo::{DemoServer, Faults, Population};
-use fhirlake::flow::Stop;
 use fhirlake::serve::{Keeper, WebSettings, serve};
 use fhirlake::state::StateFolder;
 use fhirlake::telemetry::{METRICS, Telemetry};
+use flow::Stop;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use fhirlake::demo::{DEMO_TYPES, DemoServer, Faults, Population};
+use bulk_data_server::{DEMO_TYPES, DemoServer, Faults, Population};
 use fhirlake::error::ErrorKind;
-use fhirlake::flow::Stop;
 use fhirlake::pipeline::{RunOptions, Watch, run};
 use fhirlake::staged::StagedFolder;
+use flow::Stop;
 
 use super::support::{assert_is, lake, model, until};
 

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use fhirlake::demo::{DEMO_TYPES, DemoServer, Faults, Population};
+use bulk_data_server::{DEMO_TYPES, DemoServer, Faults, Population};
 use futures::TryStreamExt;
 
 use super::support::until;

@@ -4,34 +4,34 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arrow::array::{Array, AsArray, RecordBatch};
+use bulk_data_server::{DEMO_TYPES, Population};
+use delta_upsert::Tables;
 use deltalake::datafusion::common::TableReference;
 use deltalake::datafusion::prelude::{SessionConfig, SessionContext};
 use fhirlake::config::{Plan, Problem, read_pipeline};
-use fhirlake::delta::Tables;
-use fhirlake::demo::{DEMO_TYPES, Population};
 use fhirlake::error::Result;
-use fhirlake::flow::Stop;
 use fhirlake::pipeline::{RunOptions, RunReport, Watch, run};
 use fhirlake::state::StateFolder;
+use flow::Stop;
 
 /// A folder with tables and state of its own.
-pub struct Lake {
+pub(crate) struct Lake {
     pub folder: tempfile::TempDir,
 }
 
-pub fn lake() -> Lake {
+pub(crate) fn lake() -> Lake {
     Lake { folder: tempfile::tempdir().unwrap() }
 }
 
 impl Lake {
-    pub fn tables(&self) -> PathBuf {
+    pub(crate) fn tables(&self) -> PathBuf {
         self.folder.path().join("tables")
     }
-    pub fn state(&self) -> PathBuf {
+    pub(crate) fn state(&self) -> PathBuf {
         self.folder.path().join("state")
     }
     /// What the pipeline remembers.
-    pub fn state_folder(&self) -> StateFolder {
+    pub(crate) fn state_folder(&self) -> StateFolder {
         StateFolder::at(&self.state(), None)
     }
     /// A pipeline with `source` for its source and `rest` behind it, both YAML.
@@ -43,28 +43,28 @@ impl Lake {
         )
     }
     /// The pipeline as a file, for the binary.
-    pub fn pipeline_file(&self, source: &str) -> PathBuf {
+    pub(crate) fn pipeline_file(&self, source: &str) -> PathBuf {
         let file = self.folder.path().join("p.yaml");
         std::fs::write(&file, self.yaml(source, "")).unwrap();
         file
     }
     /// The pipeline's plan.
-    pub fn plan(&self, source: &str, rest: &str) -> Plan {
+    pub(crate) fn plan(&self, source: &str, rest: &str) -> Plan {
         let error = |problems: Vec<Problem>| Problem::error("test", &problems).to_string();
         let read = read_pipeline(&self.yaml(source, rest), &[]).map_err(error).unwrap();
         Plan::resolve(&read).map_err(error).unwrap()
     }
-    pub async fn run(&self, source: &str, rest: &str) -> Result<RunReport> {
+    pub(crate) async fn run(&self, source: &str, rest: &str) -> Result<RunReport> {
         self.run_with(self.plan(source, rest), RunOptions::default()).await
     }
-    pub async fn run_with(&self, plan: Plan, options: RunOptions) -> Result<RunReport> {
+    pub(crate) async fn run_with(&self, plan: Plan, options: RunOptions) -> Result<RunReport> {
         run(plan, options, &Watch::default(), &Stop::default(), |_| {}).await
     }
-    pub async fn sql(&self, question: &str) -> Vec<RecordBatch> {
+    pub(crate) async fn sql(&self, question: &str) -> Vec<RecordBatch> {
         sql(&self.tables(), question).await
     }
     /// Version by id.
-    pub async fn versions(&self, resource_type: &str) -> BTreeMap<String, Option<String>> {
+    pub(crate) async fn versions(&self, resource_type: &str) -> BTreeMap<String, Option<String>> {
         let batches = self.sql(&format!("SELECT id, meta['versionId'] AS v FROM {resource_type}")).await;
         let mut found = BTreeMap::new();
         for batch in batches {
@@ -77,16 +77,16 @@ impl Lake {
         found
     }
     /// Ids, sorted.
-    pub async fn ids(&self, resource_type: &str) -> Vec<String> {
+    pub(crate) async fn ids(&self, resource_type: &str) -> Vec<String> {
         let batches = self.sql(&format!("SELECT id FROM {resource_type} ORDER BY id")).await;
         batches.iter().flat_map(|batch| strings(batch, "id")).flatten().collect()
     }
-    pub async fn count(&self, resource_type: &str) -> i64 {
+    pub(crate) async fn count(&self, resource_type: &str) -> i64 {
         let batches = self.sql(&format!("SELECT count(*) AS n FROM {resource_type}")).await;
         batches[0].column(0).as_primitive::<arrow::datatypes::Int64Type>().value(0)
     }
     /// The table's commit infos, the newest first.
-    pub async fn history(&self, resource_type: &str) -> Vec<serde_json::Value> {
+    pub(crate) async fn history(&self, resource_type: &str) -> Vec<serde_json::Value> {
         let log = self.tables().join(format!("{resource_type}.parquet/_delta_log"));
         let mut commits: Vec<PathBuf> = std::fs::read_dir(log).unwrap().flatten().map(|entry| entry.path()).collect();
         commits.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
@@ -99,7 +99,7 @@ impl Lake {
         commits.iter().rev().filter_map(info).collect()
     }
     /// Rows at a version of the past.
-    pub async fn count_at(&self, resource_type: &str, version: u64) -> i64 {
+    pub(crate) async fn count_at(&self, resource_type: &str, version: u64) -> i64 {
         let folder = self.tables().join(format!("{resource_type}.parquet"));
         let url = url::Url::from_directory_path(folder).unwrap();
         let table = deltalake::open_table_with_version(url, version).await.unwrap();
@@ -109,7 +109,7 @@ impl Lake {
         batches[0].column(0).as_primitive::<arrow::datatypes::Int64Type>().value(0)
     }
     /// Files in a table's folder, and files that its log names.
-    pub async fn files(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
+    pub(crate) async fn files(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
         let folder = self.tables().join(format!("{resource_type}.parquet"));
         let mut there: Vec<String> = std::fs::read_dir(&folder)
             .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
@@ -130,13 +130,13 @@ impl Lake {
     }
 }
 
-pub async fn sql(tables: &Path, question: &str) -> Vec<RecordBatch> {
+pub(crate) async fn sql(tables: &Path, question: &str) -> Vec<RecordBatch> {
     // As `fhirlake query` does.
     let config = SessionConfig::new().set_bool("datafusion.sql_parser.enable_ident_normalization", false);
     let config = config.set_str("datafusion.execution.parquet.coerce_int96", "us");
     let session = SessionContext::new_with_config(config);
     let tables = Tables::at(&tables.display().to_string()).unwrap();
-    for name in tables.existing().await.unwrap() {
+    for name in tables.existing(fhirlake::messages::has_table).await.unwrap() {
         let table = tables.open(&name).await.unwrap();
         let provider = table.delta().unwrap().table_provider().await.unwrap();
         session.register_table(TableReference::bare(&*name), provider).unwrap();
@@ -145,7 +145,7 @@ pub async fn sql(tables: &Path, question: &str) -> Vec<RecordBatch> {
 }
 
 /// Waits until it is so; not for ever.
-pub async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = std::time::Instant::now();
     while !is_so() {
         assert!(began.elapsed() < std::time::Duration::from_secs(120), "{what} is waited for in vain");
@@ -153,7 +153,7 @@ pub async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-pub fn strings(batch: &RecordBatch, column: &str) -> Vec<Option<String>> {
+pub(crate) fn strings(batch: &RecordBatch, column: &str) -> Vec<Option<String>> {
     let column = batch.column_by_name(column).unwrap();
     let column = arrow::compute::cast(column, &arrow::datatypes::DataType::Utf8).unwrap();
     let column = column.as_string::<i32>();
@@ -161,7 +161,7 @@ pub fn strings(batch: &RecordBatch, column: &str) -> Vec<Option<String>> {
 }
 
 /// What a table must hold: version by id, as the population says.
-pub fn model(population: &Population, resource_type: &str) -> BTreeMap<String, Option<String>> {
+pub(crate) fn model(population: &Population, resource_type: &str) -> BTreeMap<String, Option<String>> {
     let kind = DEMO_TYPES.iter().position(|name| *name == resource_type).unwrap();
     let mut expected = BTreeMap::new();
     for patient in 0..population.patients() {
@@ -174,19 +174,19 @@ pub fn model(population: &Population, resource_type: &str) -> BTreeMap<String, O
     expected
 }
 
-pub async fn assert_is(lake: &Lake, population: &Population, types: &[&str]) {
+pub(crate) async fn assert_is(lake: &Lake, population: &Population, types: &[&str]) {
     for name in types {
         assert_eq!(lake.versions(name).await, model(population, name), "{name}");
     }
 }
 
 /// A folder of NDJSON as a pipeline's source.
-pub fn folder_source(folder: &Path) -> String {
+pub(crate) fn folder_source(folder: &Path) -> String {
     format!("{{ url: \"file://{}\" }}", folder.display())
 }
 
 /// A folder with these files, and it as a pipeline's source.
-pub fn folder(files: &[(&str, &str)]) -> (tempfile::TempDir, String) {
+pub(crate) fn folder(files: &[(&str, &str)]) -> (tempfile::TempDir, String) {
     let data = tempfile::tempdir().unwrap();
     for (name, text) in files {
         std::fs::write(data.path().join(name), text).unwrap();
@@ -196,7 +196,7 @@ pub fn folder(files: &[(&str, &str)]) -> (tempfile::TempDir, String) {
 }
 
 /// The folder of shared data, where it is there; says so where it is not.
-pub fn shared() -> Option<PathBuf> {
+pub(crate) fn shared() -> Option<PathBuf> {
     let shared = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("shared");
     if shared.join("golden").is_dir() {
         return Some(shared);
@@ -209,7 +209,7 @@ pub fn shared() -> Option<PathBuf> {
 }
 
 /// Unpacks a tar.gz into a temporary folder.
-pub fn unpack(archive: &Path) -> tempfile::TempDir {
+pub(crate) fn unpack(archive: &Path) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let status = std::process::Command::new("tar").arg("xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
     assert!(status.success());

@@ -1,7 +1,7 @@
 //! Tables that others made, and what readers see.
 
 use arrow::datatypes::{DataType, Field, Schema};
-use fhirlake::schema::{Layout, LayoutOptions, arrow_schema};
+use fhir_arrow::{Layout, LayoutOptions, arrow_schema};
 
 use super::support::{lake, strings};
 
@@ -91,7 +91,7 @@ async fn an_existing_table_without_extensions_is_conformed_to() {
     assert_eq!(report.types["Patient"].not_held["Patient.extension"], 1);
     let expected =
         arrow_schema(&Layout::pathling("Patient", &LayoutOptions { extensions: false, ..Default::default() }).unwrap());
-    let tables = fhirlake::delta::Tables::at(&lake.tables().display().to_string()).unwrap();
+    let tables = delta_upsert::Tables::at(&lake.tables().display().to_string()).unwrap();
     assert_eq!(tables.open(&"Patient".into()).await.unwrap().schema().unwrap().unwrap(), expected);
     assert_eq!(lake.count("Patient").await, 2);
 }
@@ -178,7 +178,7 @@ async fn a_table_that_cannot_be_written_is_refused_before_any_work() {
     let schema = Schema::new(vec![Field::new("id", DataType::Utf8, true)]);
     deltalake::operations::create::CreateBuilder::new()
         .with_location(lake.tables().join("Patient.parquet").display().to_string())
-        .with_columns(fhirlake::delta::delta_schema(&schema).unwrap().fields().cloned())
+        .with_columns(delta_upsert::delta_schema(&schema).unwrap().fields().cloned())
         .with_configuration_property(deltalake::TableProperty::EnableChangeDataFeed, Some("true"))
         .await
         .unwrap();
@@ -328,7 +328,7 @@ async fn a_setting_and_nothing_else_turns_deletion_vectors_on() {
     assert_eq!(vectors(), 2);
     assert_eq!(lake.versions("Patient").await["a"].as_deref(), Some("4"));
     assert_eq!(lake.count("Patient").await, 5);
-    let tables = fhirlake::delta::Tables::at(&lake.tables().display().to_string()).unwrap();
+    let tables = delta_upsert::Tables::at(&lake.tables().display().to_string()).unwrap();
     let table = tables.open(&"Patient".into()).await.unwrap();
     let protocol = table.delta().unwrap().snapshot().unwrap().protocol().clone();
     let features: Vec<String> = protocol.writer_features().unwrap().iter().map(ToString::to_string).collect();
@@ -348,7 +348,7 @@ async fn checkpoints_come_at_the_tables_interval_and_their_failure_is_not_the_co
     let schema = arrow_schema(&Layout::pathling("Patient", &LayoutOptions::default()).unwrap());
     deltalake::operations::create::CreateBuilder::new()
         .with_location(place.display().to_string())
-        .with_columns(fhirlake::delta::delta_schema(&schema).unwrap().fields().cloned())
+        .with_columns(delta_upsert::delta_schema(&schema).unwrap().fields().cloned())
         .with_configuration_property(deltalake::TableProperty::CheckpointInterval, Some("2"))
         .await
         .unwrap();

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fhirlake::error::ErrorKind;
+use fhirlake::error::{Advice, ErrorKind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
@@ -97,7 +97,7 @@ async fn fails(lake: &Lake, source: &str, words: &str, hint: &str) {
     assert!(begun.elapsed() < Duration::from_secs(20), "{error}: it was tried again");
     assert_eq!(error.kind(), ErrorKind::Network, "{error}");
     assert!(error.to_string().contains(words), "`{words}` is not in: {error}");
-    assert!(error.hint().contains(hint), "`{hint}` is not in: {}", error.hint());
+    assert!(error.advice().contains(hint), "`{hint}` is not in: {}", error.advice());
 }
 
 // Breaks if what stays until somebody changes a certificate is tried again, or the message does not say which and what to set.
@@ -221,7 +221,7 @@ async fn plain_links_of_a_tls_server_are_named() {
     );
     let error = lake().run(&source, "").await.unwrap_err();
     assert!(error.to_string().contains(&format!("http://localhost:{port}/status")), "{error}");
-    assert!(error.hint().contains("X-Forwarded-Proto"), "{}", error.hint());
+    assert!(error.advice().contains("X-Forwarded-Proto"), "{}", error.advice());
 }
 
 // Breaks if a key that is given in another form than PEM is taken for a path, and shown.

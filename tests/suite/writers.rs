@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fhirlake::config::MaxBad;
-use fhirlake::flow::Stop;
 use fhirlake::pipeline::{OptimizeOptions, RunOptions, optimize};
+use flow::Stop;
 use parquet::data_type::{ByteArray, ByteArrayType, Int96, Int96Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;

@@ -5,7 +5,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::unpack::Unpack;
+use bulk_data_client::content_encoding::Unpack;
 
 /// Bytes that tell how a body is packed.
 const HEAD: usize = 4;
@@ -20,14 +20,14 @@ pub(super) struct Content {
 }
 
 impl Content {
-    pub fn new(response: reqwest::Response) -> Self {
+    pub(crate) fn new(response: reqwest::Response) -> Self {
         let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
         let encoding = encoding.map(str::to_ascii_lowercase);
         Self { encoding, body: response.bytes_stream().boxed(), unpack: None, head: Vec::new(), ended: false }
     }
 
     /// The next bytes; `None` at the end.
-    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
         loop {
             let piece = self.body.next().await.transpose();
             let piece = piece.map_err(|error| Error::new(ErrorKind::Network, format!("broke off: {}", error.without_url())))?;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::Fetched;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{ExportFile, ParsedRow, ResourceType, Rows};
-use crate::tape::{Kind, Tape, Value, parse_value};
+use fhir_arrow::tape::{Kind, Tape, Value, parse_value};
 
 /// A row, and where its new JSON stands.
 type Written = (ParsedRow, std::ops::Range<usize>);
@@ -22,11 +22,11 @@ pub(super) struct Gathered {
 }
 
 impl Gathered {
-    pub fn new(file: &Arc<ExportFile>) -> Self {
+    pub(crate) fn new(file: &Arc<ExportFile>) -> Self {
         Self { file: file.clone(), bytes: Vec::new(), by_type: Vec::new() }
     }
 
-    pub fn add(
+    pub(crate) fn add(
         &mut self,
         name: &ResourceType,
         row: &ParsedRow,
@@ -50,7 +50,7 @@ impl Gathered {
         Ok(())
     }
 
-    pub fn rows(self) -> Result<Rows> {
+    pub(crate) fn rows(self) -> Result<Rows> {
         let bytes = Bytes::from(self.bytes);
         let mut tape = Tape::default();
         let mut by_type = Vec::with_capacity(self.by_type.len());

@@ -96,7 +96,7 @@ pub(super) struct Lines<'a> {
 }
 
 impl<'a> Lines<'a> {
-    pub fn new(stage: &'a Download, handle: &'a Handle, file: Arc<ExportFile>) -> Self {
+    pub(crate) fn new(stage: &'a Download, handle: &'a Handle, file: Arc<ExportFile>) -> Self {
         Self {
             stage,
             handle,
@@ -117,18 +117,18 @@ impl<'a> Lines<'a> {
     }
 
     /// The file broke off: while it waits for its next try, another's long line may be gathered.
-    pub fn pause(&mut self) {
+    pub(crate) fn pause(&mut self) {
         self.long = None;
     }
 
     /// The file is read from its start again, or for the first time.
-    pub fn again(&mut self) {
+    pub(crate) fn again(&mut self) {
         if self.read > 0 {
             self.known = Some((self.read, self.passed.with_rest(), RunningHash::default(), 0));
         }
     }
 
-    pub fn push(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<(), Broken> {
         let mut bytes = bytes;
         if let Some((length, hash, again, met)) = &mut self.known {
             let take = usize::try_from(*length - *met).unwrap_or(usize::MAX).min(bytes.len());
@@ -286,7 +286,7 @@ impl<'a> Lines<'a> {
     }
 
     /// Sends what is left: the last line may lack its end.
-    pub fn end(&mut self) -> Result<(), Broken> {
+    pub(crate) fn end(&mut self) -> Result<(), Broken> {
         if let Some((length, _, _, met)) = &self.known
             && met < length
         {

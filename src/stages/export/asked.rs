@@ -7,9 +7,9 @@ use std::time::Duration;
 use url::Url;
 
 use crate::error::Result;
-use crate::fhir::ExportRequest;
 use crate::messages::ResourceType;
 use crate::staged::ListedFile;
+use bulk_data_client::ExportRequest;
 
 /// One kick-off: types whose watermarks lie close together share it.
 #[derive(Debug, Clone)]

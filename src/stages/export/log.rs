@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::{Kickoff, ServerExport};
 use crate::error::Result;
-use crate::fhir::{KickOff, Manifest, Poll, shown};
 use crate::messages::instant_text;
+use bulk_data_client::{KickOff, Manifest, Poll, shown};
 
 impl ServerExport {
     pub(super) fn log_kick_off(&self, export: usize, kickoff: &Kickoff, answer: &Result<KickOff>) {

@@ -41,7 +41,7 @@ pub(super) struct Asking {
 pub(super) type Refused = (usize, Kickoff, Error);
 
 impl Parting {
-    pub fn of(kickoffs: &[Kickoff], known: HashSet<String>) -> Self {
+    pub(crate) fn of(kickoffs: &[Kickoff], known: HashSet<String>) -> Self {
         let asking =
             |(export, kickoff): (usize, &Kickoff)| Asking { export, kickoff: kickoff.clone(), part_of: None, needs_proof: false };
         Self {
@@ -58,7 +58,7 @@ impl Parting {
         }
     }
 
-    pub fn next(&mut self) -> Option<Asking> {
+    pub(crate) fn next(&mut self) -> Option<Asking> {
         let asking = self.waiting.pop_front()?;
         if !asking.needs_proof || self.is_proven {
             return Some(asking);
@@ -71,31 +71,31 @@ impl Parting {
     }
 
     /// Whether there is one export only.
-    pub fn is_one(&self) -> bool {
+    pub(crate) fn is_one(&self) -> bool {
         self.exports == 1
     }
 
     /// An export of an earlier run is gone on with.
-    pub fn goes_on(&mut self) {
+    pub(crate) fn goes_on(&mut self) {
         self.held += 1;
     }
 
     /// The server does not have it any more.
-    pub fn is_gone(&mut self) {
+    pub(crate) fn is_gone(&mut self) {
         self.held -= 1;
     }
 
-    pub fn accepted(&mut self) {
+    pub(crate) fn accepted(&mut self) {
         self.held += 1;
         (self.accepted, self.is_proven) = (true, true);
     }
 
-    pub fn failed(&mut self) {
+    pub(crate) fn failed(&mut self) {
         self.failed = true;
     }
 
     /// Whether the server has an export of ours.
-    pub fn holds(&self) -> bool {
+    pub(crate) fn holds(&self) -> bool {
         self.held > 0
     }
 
@@ -103,7 +103,7 @@ impl Parting {
     /// a number of its own. Where the server names a type, or it is known that it is a matter of types, these are halves. Else
     /// a few types by themselves come first, and the rest only where one of them is answered otherwise: a server that refuses
     /// for another reason is not asked for each type.
-    pub fn refused(&mut self, asking: Asking, error: Error) -> usize {
+    pub(crate) fn refused(&mut self, asking: Asking, error: Error) -> usize {
         let Asking { export, mut kickoff, part_of, .. } = asking;
         // What was refused when the server had no export of ours was so for a type, and so are its parts, refused like it.
         let for_a_type = part_of.map_or(!self.holds(), |status| error.status() == Some(status));
@@ -147,19 +147,19 @@ impl Parting {
     }
 
     /// Types that were refused by themselves, and why, once it is known that others are not; each once.
-    pub fn set_aside(&mut self) -> Vec<(String, String)> {
+    pub(crate) fn set_aside(&mut self) -> Vec<(String, String)> {
         if self.accepted { std::mem::take(&mut self.found) } else { Vec::new() }
     }
 
     /// The types, where each was refused by itself and nothing else happened: it is not the types then.
-    pub fn in_vain(&self) -> Option<Vec<String>> {
+    pub(crate) fn in_vain(&self) -> Option<Vec<String>> {
         let refused = self.refused.iter().map(|(_, kickoff, _)| kickoff.asked.len()).sum::<usize>();
         let in_vain = self.first.is_some() && !self.holds() && !self.failed && refused == self.found.len();
         in_vain.then(|| self.found.iter().map(|(name, _)| name.clone()).collect())
     }
 
     /// What was not asked for yet, nor by an earlier run.
-    pub fn rest(&mut self) -> Vec<(usize, Kickoff)> {
+    pub(crate) fn rest(&mut self) -> Vec<(usize, Kickoff)> {
         let rest = std::mem::take(&mut self.waiting).into_iter();
         let (goes_on, rest): (VecDeque<_>, VecDeque<_>) = rest.partition(|asking| asking.kickoff.in_flight.is_some());
         self.waiting = goes_on;
@@ -167,7 +167,7 @@ impl Parting {
     }
 
     /// What was refused; the first error alone where there was one kick-off and nothing of it came.
-    pub fn end(self, kickoffs: usize) -> Result<Vec<Refused>, Error> {
+    pub(crate) fn end(self, kickoffs: usize) -> Result<Vec<Refused>, Error> {
         if kickoffs > 1 || self.holds() || self.failed {
             return Ok(self.refused);
         }
@@ -196,7 +196,7 @@ pub(super) fn may_be_for_a_type(error: &Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fhir::{ExportRequest, Level};
+    use bulk_data_client::{ExportRequest, Level};
 
     fn kickoff(names: &[&str]) -> Kickoff {
         let types = names.iter().map(|name| (*name).to_owned()).collect();

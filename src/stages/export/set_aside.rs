@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{Accepted, Ended, Passed, ServerExport, export_file};
-use crate::fhir::{Manifest, ManifestFile};
 use crate::messages::{Fact, FileKind, FilePlace, ManifestPage};
+use bulk_data_client::{Manifest, ManifestFile};
 
 impl ServerExport {
     /// Files that cannot be asked for fail their types, and no others; each once, however often its page comes.

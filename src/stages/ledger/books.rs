@@ -16,25 +16,25 @@ pub(super) struct FileBook {
 }
 
 impl FileBook {
-    pub fn of(file: Arc<ExportFile>) -> Self {
+    pub(crate) fn of(file: Arc<ExportFile>) -> Self {
         let parsed = ParsedChunk { file: file.index, ..ParsedChunk::default() };
         Self { file, lines: None, parsed, failed: None, is_gone: false }
     }
-    pub fn rows(&self) -> u64 {
+    pub(crate) fn rows(&self) -> u64 {
         self.parsed.rows.iter().map(|row| row.1).sum()
     }
-    pub fn unread(&self) -> bool {
+    pub(crate) fn unread(&self) -> bool {
         self.failed.is_some() || self.bad() > 0
     }
-    pub fn bad(&self) -> u64 {
+    pub(crate) fn bad(&self) -> u64 {
         self.parsed.bad.iter().map(|bad| bad.1).sum()
     }
     /// Resources that came, read or not, as a manifest counts them.
-    pub fn came(&self) -> u64 {
+    pub(crate) fn came(&self) -> u64 {
         self.rows() + self.bad() + self.parsed.headers - self.parsed.asides
     }
     /// What is wrong with a file that has come to its end; whether it may be too short is the pipeline's to say.
-    pub fn fault(&self, fails_short: bool, ignores_errors: bool) -> Option<String> {
+    pub(crate) fn fault(&self, fails_short: bool, ignores_errors: bool) -> Option<String> {
         if self.is_not_an_export_file(ignores_errors) {
             let what = match self.file.kind {
                 FileKind::Deleted => "deletion Bundles",
@@ -75,14 +75,14 @@ impl FileBook {
         }
     }
     /// Whether the file's last line is nothing that a server writes before the end of what it has.
-    pub fn is_broken_off(&self) -> bool {
+    pub(crate) fn is_broken_off(&self) -> bool {
         self.parsed.last_foreign > 0 && self.settled() && self.parsed.last == self.parsed.last_foreign
     }
-    pub fn settled(&self) -> bool {
+    pub(crate) fn settled(&self) -> bool {
         self.failed.is_some() || self.lines == Some(self.parsed.lines)
     }
     /// lines = rows + bad + blank + headers
-    pub fn balances(&self) -> bool {
+    pub(crate) fn balances(&self) -> bool {
         self.parsed.lines == self.rows() + self.bad() + self.parsed.blank + self.parsed.headers
     }
 }

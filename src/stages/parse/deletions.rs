@@ -2,7 +2,7 @@
 
 use super::{Names, type_of};
 use crate::messages::{Deletion, ResourceType};
-use crate::tape::Value;
+use fhir_arrow::tape::Value;
 
 /// The deviation of deletion Bundles with entries that delete nothing.
 pub(super) const NOT_DELETIONS: &str = "entries of deletion files that are not deletions of FHIR R4's types";

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::{Line, Names, add, add_many, type_of};
 use crate::messages::{ExportFile, FileKind, ParsedChunk, ResourceType};
-use crate::schema::{EXCLUDED_TYPES, ISSUE_TYPES};
-use crate::tape::{Kind, Value};
+use bulk_data_client::ISSUE_TYPES;
+use fhir_arrow::EXCLUDED_TYPES;
+use fhir_arrow::tape::{Kind, Value};
 
 /// What the server says of its export, as it is met.
 pub(super) struct Said<'a> {
@@ -18,7 +19,7 @@ pub(super) struct Said<'a> {
 impl Said<'_> {
     /// Reads a line of an output file that is the server's word on its export, and no resource of it: an OperationOutcome, or an
     /// error object. An outcome that has an id and tells of no error is a resource.
-    pub fn message(&mut self, file: &ExportFile, value: Value<'_>, tally: &mut ParsedChunk) -> Option<Line> {
+    pub(crate) fn message(&mut self, file: &ExportFile, value: Value<'_>, tally: &mut ParsedChunk) -> Option<Line> {
         if file.replayed {
             return None;
         }
@@ -43,7 +44,7 @@ impl Said<'_> {
     }
 
     /// Counts the issues of a line of an error file.
-    pub fn outcome(&mut self, file: &ExportFile, value: Value<'_>, tally: &mut ParsedChunk) {
+    pub(crate) fn outcome(&mut self, file: &ExportFile, value: Value<'_>, tally: &mut ParsedChunk) {
         let issues = issues_of(self.names, value, file, self.ignored_codes);
         self.count(issues, tally);
     }
@@ -216,7 +217,7 @@ fn types_in_url(names: &Names, file: &ExportFile, out: &mut Vec<ResourceType>) {
 mod tests {
     use super::*;
     use crate::messages::FilePlace;
-    use crate::tape::{Tape, parse_value};
+    use fhir_arrow::tape::{Tape, parse_value};
 
     fn file(kind: FileKind, url: &str, declared: Option<&str>) -> ExportFile {
         ExportFile {

@@ -7,9 +7,9 @@ use super::super::ledger::Ledger;
 use super::super::outcome::TypeOutcome;
 use super::{Keep, Staging, columns_of};
 use crate::error::{Error, Result};
-use crate::flow::compute;
 use crate::messages::{ParsedChunk, ResourceType};
 use crate::staged::{ListedFile, StagedParquet, StagedWork, said_of};
+use flow::compute;
 
 /// What came of writing down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl Staging {
 
     /// Writes the keys down of files that are whole; the files.
     async fn save_keys(&mut self, keep: &Keep) -> Result<Vec<StagedParquet>> {
-        crate::private::private_dir(keep.folder.path())?;
+        foundation::secure_fs::private_dir(keep.folder.path())?;
         let mut files = Vec::new();
         for (name, stage) in &mut self.types {
             let Some(table) = self.opened.get(name) else { continue };

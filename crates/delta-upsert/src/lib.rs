@@ -1,0 +1,32 @@
+//! Upserts of whole rows into Delta Lake tables, by key and without a join of rows.
+//!
+//! 1. A [`StagingFile`] takes row groups into a Parquet file inside the table's folder that no version of the table names
+//!    yet, and keeps of each row its [`RowKey`]: the hash of its id, and the version that decides which copy wins.
+//! 2. [`Upsert`] matches those keys with the `id` column of the table's files, marks superseded rows in deletion vectors (or
+//!    rewrites the files that they are in, where a table has no deletion vectors), and makes one atomic commit.
+//! 3. [`Table`] opens, creates, and checks tables; [`Table::optimize`] and [`Table::vacuum`] maintain them.
+//!
+//! Rows reach this crate as the bytes of Parquet row groups ([`EncodedBatch`]), so it knows nothing of what is in them but
+//! a column `id`.
+
+mod commit;
+mod maintenance;
+mod matching;
+mod row;
+mod staging;
+mod table;
+
+pub use commit::commit_info;
+pub use commit::deletion_vectors::read_bytes as read_vector;
+pub use commit::upsert::{Commit, Copies, Merged, Upsert, Watermark, deletions_id};
+pub use maintenance::optimize::{OptimizeSettings, Optimized};
+pub use maintenance::vacuum::{VacuumSettings, Vacuumed};
+pub use matching::deletions::{Deletions, Scratch};
+pub use matching::not_matched::Absent;
+pub use matching::precedence::OrderRules;
+pub use row::{Arrival, EncodedBatch, FileRows, MAX_UNMAPPED_PATHS, RowKey, count_not_held, key_of};
+pub use staging::page_encoder::PageEncoder;
+pub use staging::{Fate, StagedFile, StagedParquet, StagingFile};
+pub use table::schema_adapter::adapt;
+pub use table::schema_evolution::{same_types, widen};
+pub use table::{Table, TableSettings, Tables, delta_schema};

@@ -1,0 +1,512 @@
+//! Which rows go: copies that lose within the run, and rows of the table that are replaced or deleted.
+//!
+//! Where the keys that the run brings fit into memory, they are indexed, and the table's ids go by once. Where they do
+//! not, both sides are laid out by partitions of the key space on disk, and the same is done partition by partition.
+
+pub(crate) mod bloom_filter;
+pub(crate) mod deletions;
+pub(crate) mod keys;
+pub(crate) mod not_matched;
+pub(crate) mod nulls;
+pub(crate) mod precedence;
+pub(crate) mod row_equality;
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+use hashbrown::HashTable;
+use roaring::RoaringTreemap;
+
+use crate::commit::upsert::Merged;
+use crate::matching::bloom_filter::Filter;
+use crate::matching::deletions::{Deletions, MAX_IDS, Scratch};
+use crate::matching::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, selection};
+use crate::matching::not_matched::Absent;
+use crate::matching::precedence::{OrderRules, Verdict, is_undated, judge};
+use crate::matching::row_equality::row_hashes;
+use crate::row::{RowKey, key_of};
+use crate::staging::StagedFile;
+use crate::staging::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
+use crate::table::Table;
+use crate::table::snapshot_files::TargetFile;
+use flow::on_all_cores;
+use foundation::error::{Error, ErrorKind, Result};
+
+/// Memory that a row of the run takes while it is matched: its key and place in the index, and its match.
+const BYTES_A_ROW: u64 = 136;
+
+/// Hashes a key that is a hash already.
+#[derive(Default)]
+struct Identity(u64);
+
+impl Hasher for Identity {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+}
+
+type ByKey<T> = HashMap<u128, T, BuildHasherDefault<Identity>>;
+
+/// Rows to be marked, before any file is written.
+#[derive(Debug, Default)]
+pub(crate) struct Marks {
+    pub merged: Merged,
+    /// By data file of the table.
+    pub gone: BTreeMap<usize, RoaringTreemap>,
+    /// By staged file.
+    pub staged_gone: Vec<RoaringTreemap>,
+    /// Live rows of the table, and those of them that the run does not bring; counted where that matters.
+    live: u64,
+    absent: u64,
+    /// Copies that lose within the run, by the index of the export's file that they came in.
+    pub copies: BTreeMap<u32, u64>,
+    /// Winners that the table has in the same version: only their content can tell.
+    equal: Vec<RoaringTreemap>,
+    /// The table's rows that they are equal to.
+    equal_held: BTreeMap<usize, RoaringTreemap>,
+}
+
+impl Marks {
+    fn mark(&mut self, held: &KeyAt) {
+        self.gone.entry(held.file as usize).or_default().insert(held.row());
+    }
+    fn mark_staged(&mut self, staged: &KeyAt) {
+        self.staged_gone[staged.file as usize].insert(staged.row());
+        self.merged.skipped += 1;
+    }
+}
+
+/// Rows of a file of the table.
+#[derive(Debug, Default)]
+struct Seen {
+    /// All rows, those included that are gone.
+    rows: u64,
+    /// Live rows that the run neither brings nor deletes by name.
+    absent: RoaringTreemap,
+}
+
+/// What the run brings in a part of the key space.
+#[derive(Default)]
+struct Brought {
+    /// The newest copy of each id.
+    winners: Vec<KeyAt>,
+    /// Indexes of them.
+    by_key: HashTable<u32>,
+    /// A bit for each of some values of the keys' last bits: nearly all ids of the table are told apart by it alone, in
+    /// the processor's nearest cache. Empty where it is not worth making.
+    bits: Vec<u64>,
+    /// Ids to delete, with the version that says so where one does; one that is in the output too is kept, unless that
+    /// version is newer.
+    deletions: ByKey<Option<RowKey>>,
+}
+
+impl Brought {
+    fn winner(&self, key: u128) -> Option<usize> {
+        self.by_key.find(key as u64, |at| self.winners[*at as usize].key == key).map(|at| *at as usize)
+    }
+
+    /// Takes an id out again.
+    fn forget(&mut self, key: u128) {
+        if let Ok(found) = self.by_key.find_entry(key as u64, |at| self.winners[*at as usize].key == key) {
+            found.remove();
+        }
+    }
+
+    /// Sets the bits.
+    fn make_bits(&mut self) {
+        let keys = self.winners.len() + self.deletions.len();
+        self.bits = vec![0; (keys * Self::BITS_A_KEY / 64).next_power_of_two()];
+        let keys = self.winners.iter().map(|winner| winner.key).chain(self.deletions.keys().copied());
+        for key in keys {
+            let (word, bit) = Self::bit(&self.bits, key);
+            self.bits[word] |= bit;
+        }
+    }
+
+    const BITS_A_KEY: usize = 16;
+
+    fn bit(bits: &[u64], key: u128) -> (usize, u64) {
+        // The index by key takes the key's low half; so do these bits, but further up.
+        ((key >> 70) as usize & (bits.len() - 1), 1 << ((key >> 64) as u64 & 63))
+    }
+
+    fn has(&self, key: u128) -> bool {
+        if !self.bits.is_empty() {
+            let (word, bit) = Self::bit(&self.bits, key);
+            if self.bits[word] & bit == 0 {
+                return false;
+            }
+        }
+        self.winner(key).is_some() || (!self.deletions.is_empty() && self.deletions.contains_key(&key))
+    }
+
+    /// Adds a copy; the one that loses against another.
+    fn add(&mut self, staged: KeyAt) -> Option<KeyAt> {
+        if let Some(at) = self.winner(staged.key) {
+            let best = &mut self.winners[at];
+            let (new, old) = (staged.row_key(), best.row_key());
+            // A line out of quarantine must show that it is newer than what the export brings.
+            let newer = match (new.replayed, old.replayed) {
+                (true, false) => matches!(judge(&new, &old, OrderRules::default()), Verdict::Newer),
+                (false, true) => !matches!(judge(&old, &new, OrderRules::default()), Verdict::Newer),
+                _ => new.rank() > old.rank(),
+            };
+            return Some(if newer { std::mem::replace(best, staged) } else { staged });
+        }
+        let at = self.winners.len() as u32;
+        self.winners.push(staged);
+        self.by_key.insert_unique(staged.key as u64, at, |at| self.winners[*at as usize].key as u64);
+        None
+    }
+}
+
+/// One match of what a run brings with a table's files.
+pub(crate) struct Matching<'a> {
+    pub table: &'a Table,
+    pub targets: &'a [TargetFile],
+    pub files: &'a [StagedFile],
+    pub deletions: &'a Deletions,
+    pub order: OrderRules,
+    pub absent: Absent,
+    pub scratch: &'a Scratch,
+}
+
+impl Matching<'_> {
+    /// The rows that go.
+    pub(crate) async fn marks(&self) -> Result<Marks> {
+        let staged_gone = self.files.iter().map(|file| file.void.clone()).collect();
+        let mut marks = Marks { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..Marks::default() };
+        let brought: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
+        if brought * BYTES_A_ROW <= self.scratch.memory as u64 {
+            self.at_once(&mut marks).await?;
+        } else {
+            self.part_by_part(brought, &mut marks).await?;
+        }
+        self.absent.check(marks.absent, marks.live)?;
+        marks.merged.absent = marks.absent;
+        if let Absent::Replace(_) = self.absent {
+            marks.merged.updated = marks.live - marks.absent;
+            marks.merged.inserted = marks.merged.inserted.saturating_sub(marks.merged.updated);
+        }
+        self.compare(&mut marks).await?;
+        Ok(marks)
+    }
+
+    async fn at_once(&self, marks: &mut Marks) -> Result<()> {
+        let mut brought = self.brought(&Part::ALL, marks)?;
+        brought.make_bits();
+        let stays = self.absent == Absent::Stay;
+        let ids = if stays { self.ids().await? } else { None };
+        // What a run without a row looks for, no file has.
+        let targets = if stays && brought.winners.is_empty() && brought.deletions.is_empty() { &[] } else { self.targets };
+        let handle = tokio::runtime::Handle::current();
+        let found = on_all_cores(targets, |index, target| handle.block_on(self.look(index, target, &brought, ids.as_ref())))?;
+        let mut held = Vec::with_capacity(found.iter().map(|(held, _)| held.len()).sum());
+        for (index, (here, seen)) in found.into_iter().enumerate() {
+            held.extend(here);
+            self.count_live(index, seen.rows, marks);
+            seen.absent.iter().for_each(|row| self.absent_row(index, row, marks));
+        }
+        self.settle(&brought, held, marks);
+        Ok(())
+    }
+
+    /// The rows of a file that the run brings, and what it does not bring.
+    async fn look(&self, index: usize, target: &TargetFile, brought: &Brought, ids: Option<&Ids>) -> Result<(Vec<KeyAt>, Seen)> {
+        let mut seen = Seen::default();
+        let (least, greatest) = &target.data.ids;
+        if ids.is_some_and(|ids| ids.between(least.as_deref(), greatest.as_deref()).is_empty()) {
+            return Ok((Vec::new(), seen));
+        }
+        let file = self.open(target).await?;
+        seen.rows = file.rows();
+        let (mut found, mut keys) = (Vec::new(), Vec::new());
+        let stays = self.absent == Absent::Stay;
+        let each = |row, key: Option<u128>| match key.filter(|key| brought.has(*key)) {
+            Some(key) => {
+                found.push(row);
+                keys.push(key);
+            }
+            None if stays => {}
+            None => drop(seen.absent.insert(row)),
+        };
+        file.for_each_id(ids, each).await?;
+        seen.absent -= &target.data.gone;
+        let mut live = found.iter().map(|row| !target.data.gone.contains(*row));
+        keys.retain(|_| live.next().unwrap_or(false));
+        found.retain(|row| !target.data.gone.contains(*row));
+        if found.is_empty() || matches!(self.absent, Absent::Replace(_)) {
+            return Ok((Vec::new(), seen));
+        }
+        let ranks = file.ranks(&found).await?;
+        let matches = found.iter().zip(keys).zip(ranks);
+        let held = matches.map(|((row, key), rank)| KeyAt::new(RowKey { key, ..rank }, index as u32, *row as u32));
+        Ok((held.collect(), seen))
+    }
+
+    /// With memory for a part of the keys only.
+    async fn part_by_part(&self, brought: u64, marks: &mut Marks) -> Result<()> {
+        let quarter = self.scratch.memory / 4;
+        let mut filter = Filter::new(brought, quarter);
+        let mut rows = [0; PARTITIONS];
+        let mut put = |staged: KeyAt| {
+            filter.put(staged.key);
+            rows[partition(staged.key)] += 1;
+            Ok(())
+        };
+        self.files.iter().try_for_each(|file| file.keys.read(0..PARTITIONS, &mut put))?;
+        self.deletions.keys.read(0..PARTITIONS, &mut put)?;
+        let mut held = Spill::new(&self.scratch.folder, quarter);
+        for (index, target) in self.targets.iter().enumerate() {
+            let file = self.open(target).await?;
+            let mut maybe = None;
+            // Reading the ranks of all rows costs more than reading the ids twice, unless most rows match.
+            if brought * 4 < file.rows() {
+                let mut rows = RoaringTreemap::new();
+                let gone = &target.data.gone;
+                let each = |row, key: Option<u128>| match key.filter(|key| filter.may_have(*key)) {
+                    Some(_) => drop(rows.insert(row)),
+                    None if self.absent == Absent::Stay || gone.contains(row) => {}
+                    None => self.absent_row(index, row, marks),
+                };
+                file.for_each_id(None, each).await?;
+                maybe = Some(rows);
+            }
+            let each = |row, key: Option<RowKey>| match key.filter(|key| filter.may_have(key.key)) {
+                Some(key) => held.push(KeyAt::new(key, index as u32, row as u32)),
+                None => {
+                    self.absent_row(index, row, marks);
+                    Ok(())
+                }
+            };
+            file.for_each_ranked(maybe.as_ref(), each).await?;
+            self.count_live(index, file.rows(), marks);
+        }
+        drop(filter);
+        held.put_on_disk()?;
+        for part in Part::of(&rows, self.scratch.memory as u64 / BYTES_A_ROW) {
+            let brought = self.brought(&part, marks)?;
+            let mut matches = Vec::new();
+            held.read(part.partitions.clone(), |held| {
+                if brought.has(held.key) {
+                    matches.push(held);
+                } else if part.has(held.key) {
+                    self.absent_row(held.file as usize, held.row(), marks);
+                }
+                Ok(())
+            })?;
+            self.settle(&brought, matches, marks);
+        }
+        Ok(())
+    }
+
+    async fn open<'b>(&self, target: &'b TargetFile) -> Result<OpenFile<'b>> {
+        let file = OpenFile::open(self.table, &target.data).await?;
+        if file.rows() > KeyAt::MAX_ROWS {
+            return Err(Error::new(ErrorKind::Table, format!("{} has more than a billion rows", target.data.path)));
+        }
+        Ok(file)
+    }
+
+    /// A row of the table that the run neither brings nor deletes by name.
+    fn absent_row(&self, file: usize, row: u64, marks: &mut Marks) {
+        if self.absent == Absent::Stay {
+            return;
+        }
+        marks.absent += 1;
+        marks.merged.deleted += 1;
+        marks.gone.entry(file).or_default().insert(row);
+    }
+
+    /// Counts a file of so many rows, where it matters which of them the run does not bring.
+    fn count_live(&self, file: usize, rows: u64, marks: &mut Marks) {
+        if self.absent == Absent::Stay {
+            return;
+        }
+        marks.live += rows - self.targets[file].data.gone.len();
+        if let Absent::Replace(_) = self.absent {
+            marks.gone.entry(file).or_default().insert_range(0..rows);
+        }
+    }
+
+    /// The ids that the run brings, where they are few enough for statistics to leave something out.
+    async fn ids(&self) -> Result<Option<Ids>> {
+        let rows: u64 = self.files.iter().map(|file| file.rows).sum();
+        let Some(deleted) = self.deletions.ids.as_ref().filter(|ids| rows as usize + ids.len() <= MAX_IDS) else {
+            return Ok(None);
+        };
+        let mut ids = deleted.clone();
+        for file in self.files {
+            ids.extend(all_ids(self.table, &file.path, file.size).await?);
+        }
+        Ok(Some(Ids::new(ids)))
+    }
+
+    /// What the run brings in `part`: among its own copies the newest wins.
+    fn brought(&self, part: &Part, marks: &mut Marks) -> Result<Brought> {
+        let mut brought = Brought::default();
+        if part.partitions.len() == PARTITIONS {
+            let rows = self.files.iter().map(|file| file.rows as usize).sum();
+            brought.winners.reserve_exact(rows);
+            brought.by_key.reserve(rows, |_| 0);
+        }
+        for (file, staged) in self.files.iter().enumerate() {
+            staged.keys.read(part.partitions.clone(), |key| {
+                if part.has(key.key)
+                    && let Some(loser) = brought.add(key.of_file(file))
+                {
+                    if !loser.row_key().replayed {
+                        *marks.copies.entry(loser.arrival.file()).or_default() += 1;
+                    }
+                    marks.mark_staged(&loser);
+                }
+                Ok(())
+            })?;
+        }
+        self.deletions.keys.read(part.partitions.clone(), |deleted| {
+            if !part.has(deleted.key) {
+                return Ok(());
+            }
+            let version = Deletions::version_of(&deleted);
+            // An id that is in the output too is kept; out of quarantine it is not of this export's output.
+            let is_older = |winner: &RowKey| winner.replayed || version.is_some_and(|version| winner.rank() < version.rank());
+            match brought.winner(deleted.key).map(|at| brought.winners[at]) {
+                Some(winner) if is_older(&winner.row_key()) => {
+                    marks.mark_staged(&winner);
+                    brought.forget(deleted.key);
+                }
+                Some(_) => return Ok(()),
+                None => {}
+            }
+            let known = brought.deletions.entry(deleted.key).or_insert(version);
+            // An entry of a `deleted` file says so whatever versions there are; of versions the newest does.
+            let newest =
+                (*known).zip(version).map(|(known, version)| if version.rank() > known.rank() { version } else { known });
+            *known = newest;
+            Ok(())
+        })?;
+        Ok(brought)
+    }
+
+    /// Decides about each id that the table has: `held` are its rows in the table.
+    fn settle(&self, brought: &Brought, mut held: Vec<KeyAt>, marks: &mut Marks) {
+        marks.merged.inserted += brought.by_key.len() as u64;
+        if let Absent::Replace(_) = self.absent {
+            return;
+        }
+        held.sort_unstable_by_key(|held| (held.key, held.file, held.row()));
+        for copies in held.chunk_by(|a, b| a.key == b.key) {
+            let Some(winner) = brought.winner(copies[0].key).map(|at| brought.winners[at]) else {
+                let version = brought.deletions.get(&copies[0].key).copied().flatten();
+                // The table may have what came after the version that says that it is gone.
+                let goes = |copy: &KeyAt| {
+                    version.is_none_or(|version| {
+                        !matches!(judge(&version, &copy.row_key(), OrderRules::default()), Verdict::Older)
+                            || is_same(&version, &copy.row_key())
+                    })
+                };
+                let before = copies.iter().filter(|copy| goes(copy)).map(|copy| marks.mark(copy)).count();
+                marks.merged.deleted += u64::from(before == copies.len());
+                continue;
+            };
+            marks.merged.inserted -= 1;
+            // A table may hold an id twice, by the recipe's doing: the best copy stays at most.
+            let best = |a: &&KeyAt, b: &&KeyAt| (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()));
+            let Some(best) = copies.iter().max_by(best) else { continue };
+            copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| marks.mark(copy));
+            let (staged, held) = (winner.row_key(), best.row_key());
+            marks.merged.undated +=
+                u64::from(self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held));
+            match judge(&staged, &held, self.order) {
+                Verdict::Newer => {
+                    marks.mark(best);
+                    marks.merged.updated += 1;
+                }
+                Verdict::Older => marks.mark_staged(&winner),
+                Verdict::Compare => {
+                    marks.equal[winner.file as usize].insert(winner.row());
+                    marks.equal_held.entry(best.file as usize).or_default().insert(best.row());
+                }
+            }
+        }
+    }
+
+    /// Reads the rows that only their content can tell apart: those that say the same are skipped.
+    async fn compare(&self, marks: &mut Marks) -> Result<()> {
+        let (equal, equal_held) = (std::mem::take(&mut marks.equal), std::mem::take(&mut marks.equal_held));
+        let quarter = self.scratch.memory / 4;
+        let (mut staged, mut held) = (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));
+        for (index, rows) in equal.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+            let file = &self.files[index];
+            contents(self.table, &DataFile::new(&file.path, file.size), index, rows, &mut staged).await?;
+        }
+        for (index, rows) in &equal_held {
+            contents(self.table, &self.targets[*index].data, *index, rows, &mut held).await?;
+        }
+        let mut rows = [0; PARTITIONS];
+        held.read(0..PARTITIONS, |held: ContentAt| {
+            rows[partition(held.key)] += 1;
+            Ok(())
+        })?;
+        for part in Part::of(&rows, quarter as u64 / 96) {
+            let mut by_key: ByKey<ContentAt> = ByKey::default();
+            held.read(part.partitions.clone(), |held| {
+                if part.has(held.key) {
+                    by_key.insert(held.key, held);
+                }
+                Ok(())
+            })?;
+            staged.read(part.partitions.clone(), |staged: ContentAt| {
+                match by_key.get(&staged.key) {
+                    Some(held) if held.content == staged.content => {
+                        marks.staged_gone[staged.file as usize].insert(u64::from(staged.row));
+                        marks.merged.skipped += 1;
+                    }
+                    Some(held) => {
+                        marks.gone.entry(held.file as usize).or_default().insert(u64::from(held.row));
+                        marks.merged.updated += 1;
+                    }
+                    // In another slice of its partition.
+                    None => {}
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether two copies have one version.
+fn is_same(a: &RowKey, b: &RowKey) -> bool {
+    (a.last_updated, a.version) == (b.last_updated, b.version)
+}
+
+/// Adds what some rows of a file say to `out`. `index` is the file's.
+async fn contents(
+    table: &Table,
+    file: &DataFile,
+    index: usize,
+    wanted: &RoaringTreemap,
+    out: &mut Spill<ContentAt>,
+) -> Result<()> {
+    let mut rows = OpenFile::open(table, file).await?.read_rows(Some(selection(wanted.iter())))?;
+    let mut places = wanted.iter();
+    while let Some(batch) = rows.next().await? {
+        let mut keys = vec![0; batch.num_rows()];
+        if let Some(ids) = batch.column_by_name("id") {
+            for_each_string(ids, |at, id| keys[at] = key_of(id.unwrap_or_default().as_bytes()))?;
+        }
+        for ((content, key), row) in row_hashes(&batch)?.into_iter().zip(keys).zip(&mut places) {
+            out.push(ContentAt { key, content, file: index as u32, row: row as u32 })?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! The owner of every worker of a run.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use foundation::error::{Error, ErrorKind, Result};
+
+/// Asks the source to stop. Stages never look at it: they end when their input closes, so what is
+/// under way drains. Ctrl-C, SIGTERM and a failed worker all pull it.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    token: CancellationToken,
+    failed: Arc<AtomicBool>,
+}
+
+impl Stop {
+    /// Pulls the stop; idempotent.
+    pub fn pull(&self) {
+        self.token.cancel();
+    }
+    /// Pulls it because a worker failed.
+    fn fail(&self) {
+        // Whoever asked for a stop before that did so himself.
+        self.failed.fetch_or(!self.is_pulled(), Ordering::Relaxed);
+        self.pull();
+    }
+    /// Whether it was pulled on request, and not because a worker failed.
+    pub fn is_requested(&self) -> bool {
+        self.is_pulled() && !self.failed.load(Ordering::Relaxed)
+    }
+    /// Whether it was pulled.
+    pub fn is_pulled(&self) -> bool {
+        self.token.is_cancelled()
+    }
+    /// Resolves when it is pulled.
+    pub async fn pulled(&self) {
+        self.token.cancelled().await;
+    }
+    /// Runs `work` unless the stop is pulled first.
+    pub async fn or<F: Future>(&self, work: F) -> Option<F::Output> {
+        self.token.run_until_cancelled(work).await
+    }
+}
+
+/// Workers of one run. The first error is the run's cause: it is recorded before the stop is pulled,
+/// so the errors that follow from it cannot take its place.
+pub struct Crew {
+    workers: JoinSet<&'static str>,
+    at_work: Arc<Mutex<Vec<&'static str>>>,
+    first: Arc<Mutex<Option<Error>>>,
+    stop: Stop,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps the first error, and pulls the stop. One that comes after it, full disks after Ctrl-C above all, goes to the log.
+fn note(first: &Mutex<Option<Error>>, stop: &Stop, error: Error) {
+    let mut first = locked(first);
+    match &*first {
+        None => *first = Some(error),
+        Some(_) if error.kind() == ErrorKind::Interrupted => {}
+        Some(_) => tracing::warn!(%error, "another part of the run failed too"),
+    }
+    drop(first);
+    stop.fail();
+}
+
+impl Crew {
+    /// An empty crew that pulls `stop` when one of its workers fails.
+    pub fn new(stop: Stop) -> Self {
+        Self { workers: JoinSet::new(), at_work: Arc::default(), first: Arc::default(), stop }
+    }
+
+    /// What a worker that fails pulls.
+    pub fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
+    /// Starts a worker on the reactor: one that waits for sockets, files and edges.
+    pub fn spawn(&mut self, name: &'static str, work: impl Future<Output = Result<()>> + Send + 'static) {
+        let finish = self.register(name);
+        self.workers.spawn(async move {
+            finish(work.await);
+            name
+        });
+    }
+
+    /// Starts a worker on a thread of its own: one that computes. `work` may block on the edges with
+    /// `tokio::runtime::Handle::block_on`.
+    pub fn spawn_cpu(&mut self, name: &'static str, work: impl FnOnce(&tokio::runtime::Handle) -> Result<()> + Send + 'static) {
+        let finish = self.register(name);
+        let handle = tokio::runtime::Handle::current();
+        self.workers.spawn_blocking(move || {
+            finish(work(&handle));
+            name
+        });
+    }
+
+    fn register(&self, name: &'static str) -> impl FnOnce(Result<()>) + Send + 'static {
+        locked(&self.at_work).push(name);
+        let (at_work, first, stop) = (self.at_work.clone(), self.first.clone(), self.stop.clone());
+        move |outcome| {
+            let mut names = locked(&at_work);
+            if let Some(at) = names.iter().position(|n| *n == name) {
+                names.swap_remove(at);
+            }
+            drop(names);
+            if let Err(error) = outcome {
+                note(&first, &stop, error);
+            }
+        }
+    }
+
+    /// Waits for every worker. After the stop was pulled by the user, `waiting` hears every five seconds who is
+    /// still at work. `Err` is the first error that a worker had, or its panic.
+    pub async fn join(mut self, waiting: impl Fn(&[&'static str])) -> Result<()> {
+        let mut tick = tokio::time::interval(Duration::from_secs(5));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        tick.tick().await;
+        loop {
+            tokio::select! {
+                joined = self.workers.join_next() => match joined {
+                    None => break,
+                    Some(Ok(_)) => {}
+                    Some(Err(panic)) => {
+                        let error = Error::new(ErrorKind::Internal, format!("a worker ended abnormally: {panic}"));
+                        note(&self.first, &self.stop, error);
+                    }
+                },
+                // What failed says so itself: that others wait for its end is no news.
+                _ = tick.tick(), if self.stop.is_pulled() && locked(&self.first).is_none() => {
+                    let mut names = locked(&self.at_work).clone();
+                    names.sort_unstable();
+                    names.dedup();
+                    waiting(&names);
+                }
+            }
+        }
+        match locked(&self.first).take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Breaks if the stop is pulled before the cause is recorded, or if a later error replaces it.
+    #[tokio::test]
+    async fn the_first_error_is_the_cause() {
+        let stop = Stop::default();
+        let mut crew = Crew::new(stop.clone());
+        crew.spawn("follower", {
+            let stop = stop.clone();
+            async move {
+                stop.pulled().await;
+                Err(Error::new(ErrorKind::Internal, "the edge was closed"))
+            }
+        });
+        crew.spawn("culprit", async { Err(Error::new(ErrorKind::Storage, "disk full")) });
+        let error = crew.join(|_| {}).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Storage);
+        assert!(error.to_string().contains("disk full"));
+    }
+
+    // Breaks if what failed is told as a stop that somebody asked for, or the other way round.
+    #[tokio::test]
+    async fn a_stop_on_request_is_told_from_a_failure() {
+        for (requested, kind) in [(true, ErrorKind::Interrupted), (false, ErrorKind::Storage)] {
+            let stop = Stop::default();
+            if requested {
+                stop.pull();
+            }
+            let mut crew = Crew::new(stop.clone());
+            crew.spawn("worker", async move { Err(Error::new(kind, "ended")) });
+            assert_eq!(crew.join(|_| {}).await.unwrap_err().kind(), kind);
+            assert_eq!((stop.is_pulled(), stop.is_requested()), (true, requested));
+        }
+    }
+
+    // Breaks if a panic in a computing worker is swallowed.
+    #[tokio::test]
+    async fn a_panic_is_an_error() {
+        let mut crew = Crew::new(Stop::default());
+        crew.spawn_cpu("parse", |_| panic!("boom"));
+        assert_eq!(crew.join(|_| {}).await.unwrap_err().kind(), ErrorKind::Internal);
+    }
+}
