@@ -35,7 +35,7 @@ use bulk_data_server::DEMO_TYPES;
 use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use delta_upsert::PageEncoder;
-use fhir_arrow::{Columns, EncodedRows, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
+use fhir_arrow::{ColumnPruning, EncodedRows, Encoder, Layout, LayoutOptions, PresentColumns, arrow_schema};
 use fhirlake::messages::Chunk;
 use fhirlake::stages::parse::{ChunkParser, Parsed};
 use parquet::arrow::ArrowWriter;
@@ -119,7 +119,7 @@ impl Corpus {
 struct Ours {
     parser: ChunkParser,
     layouts: HashMap<Arc<str>, Arc<Layout>>,
-    filled: HashMap<Arc<str>, Filled>,
+    filled: HashMap<Arc<str>, PresentColumns>,
     pages: PageEncoder,
 }
 
@@ -141,8 +141,8 @@ impl Ours {
     /// The batches that the parsed chunks make, handed over as they are closed.
     fn encode(&mut self, parsed: impl Iterator<Item = Parsed>, mut out: impl FnMut(&PageEncoder, EncodedRows)) {
         let mut open: HashMap<Arc<str>, Encoder> = HashMap::new();
-        let mut close = |name: &Arc<str>, encoder: &mut Encoder, filled: &mut HashMap<Arc<str>, Filled>| {
-            let encoded = encoder.finish(filled.entry(name.clone()).or_default(), Columns::default()).expect("columns");
+        let mut close = |name: &Arc<str>, encoder: &mut Encoder, filled: &mut HashMap<Arc<str>, PresentColumns>| {
+            let encoded = encoder.finish(filled.entry(name.clone()).or_default(), ColumnPruning::default()).expect("columns");
             std::hint::black_box(encoder.take_losses());
             out(&self.pages, encoded);
         };

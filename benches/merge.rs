@@ -29,15 +29,16 @@ use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use delta_upsert::{
-    Absent, Commit, Deletions, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt,
+    Commit, Deletions, NotMatchedBySource, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt,
 };
 use deltalake::datafusion::prelude::{SessionContext, col};
-use fhir_arrow::{Columns, Encoder, Filled, Layout, LayoutOptions, arrow_schema};
-use fhirlake::config::{Plan, Problem, read_pipeline};
-use fhirlake::messages::{Arrival, Chunk, EncodedBatch, RowKey, key_of};
-use fhirlake::pipeline::{OptimizeOptions, optimize};
+use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, PresentColumns, arrow_schema};
+use fhirlake::config::{Problem, read_pipeline};
+use fhirlake::messages::{Chunk, EncodedBatch, RowKey, RowPosition, key_of};
 use fhirlake::stages::parse::ChunkParser;
-use flow::Stop;
+use fhirlake::topology::RunPlan;
+use fhirlake::topology::{OptimizeOptions, optimize};
+use flow::Cancellation;
 
 const TYPE: &str = "Observation";
 /// Bytes at which a staged file is closed, as in a pipeline.
@@ -48,7 +49,6 @@ struct Rows {
     base: RecordBatch,
     schema: SchemaRef,
     filtered: Vec<bool>,
-    filled: Filled,
 }
 
 impl Rows {
@@ -69,9 +69,9 @@ impl Rows {
         for row in &parsed.rows.by_type[0].1 {
             encoder.push(document.value(row.root), &parsed.rows.bytes[row.line.clone()]);
         }
-        let columns = if every_column { Columns::All } else { Columns::default() };
-        let encoded = encoder.finish(&mut Filled::default(), columns).unwrap();
-        Self { base: encoded.batch, schema: encoded.schema, filtered: encoded.filtered, filled: encoded.filled }
+        let columns = if every_column { ColumnPruning::None } else { ColumnPruning::default() };
+        let encoded = encoder.finish(&mut PresentColumns::default(), columns).unwrap();
+        Self { base: encoded.batch, schema: encoded.schema, filtered: encoded.filtered }
     }
 
     fn len(&self) -> usize {
@@ -99,7 +99,7 @@ impl Rows {
             key: key_of(id.as_bytes()),
             last_updated: updated,
             version,
-            arrival: Arrival::new(0, *number),
+            arrival: RowPosition::new(0, *number),
             subsetted: false,
             replayed: false,
         });
@@ -147,7 +147,7 @@ fn upsert(files: Vec<delta_upsert::StagedFile>, scratch: &Path, vectors: bool) -
         add_columns: false,
         watermark: None,
         order: OrderRules::default(),
-        absent: Absent::Stay,
+        absent: NotMatchedBySource::Keep,
         scratch: Scratch { folder: scratch.to_path_buf(), memory: 30 << 20 },
         settings: TableSettings { deletion_vectors: vectors, upgrade: false },
         info: Default::default(),
@@ -167,11 +167,11 @@ async fn commit(tables: &Path, batches: impl Iterator<Item = (RecordBatch, Vec<R
             Some(file) => file,
             None => {
                 let path = format!("part-{}.zstd.parquet", uuid::Uuid::new_v4());
-                StagingFile::create(&table, path.into(), rows.filled.clone(), &scratch).await.unwrap()
+                StagingFile::create(&table, path.into(), rows.schema.clone(), &scratch).await.unwrap()
             }
         };
-        let (filled, by_file) = (rows.filled.clone(), Default::default());
-        file.append(EncodedBatch { resource_type: TYPE.into(), filled, parquet, metadata, keys, by_file }).await.unwrap();
+        let (columns, by_file) = (rows.schema.clone(), Default::default());
+        file.append(EncodedBatch { resource_type: TYPE.into(), columns, parquet, metadata, keys, by_file }).await.unwrap();
         if file.size() >= TARGET {
             files.push(file.close(&table).await.unwrap());
         } else {
@@ -324,7 +324,7 @@ fn compare(runtime: &tokio::runtime::Runtime, folder: &Path, rows: u64) {
     std::fs::remove_dir_all(without).unwrap();
 }
 
-fn plan(source: &Path, tables: &Path, rest: &str) -> Plan {
+fn plan(source: &Path, tables: &Path, rest: &str) -> RunPlan {
     let yaml = format!(
         "version: 1\nname: bench\nsource: {{ url: \"file://{}\" }}\ntables: {}\nstate: {}\n{rest}",
         source.display(),
@@ -332,7 +332,7 @@ fn plan(source: &Path, tables: &Path, rest: &str) -> Plan {
         tables.join("state").display()
     );
     let error = |problems: Vec<Problem>| Problem::error("bench", &problems).to_string();
-    Plan::resolve(&read_pipeline(&yaml, &[]).map_err(error).unwrap()).map_err(error).unwrap()
+    RunPlan::resolve(&read_pipeline(&yaml, &[]).map_err(error).unwrap()).map_err(error).unwrap()
 }
 
 /// The same ten thousand rows into a table of `rows` and of ten times as many; then the larger one clustered.
@@ -351,9 +351,9 @@ fn growth(runtime: &tokio::runtime::Runtime, folder: &Path, rows: u64) {
     }
     println!("tenfold growth of the table: time ratio {:.2}", seconds[1] / seconds[0]);
     let table = folder.join(format!("growth-{}", rows * 10));
-    let options = OptimizeOptions { types: Vec::new(), cluster: true, min_deleted: fhirlake::config::MaxBad::Lines(1) };
+    let options = OptimizeOptions { types: Default::default(), cluster: true, min_deleted: foundation::Limit::Count(1) };
     let started = Instant::now();
-    let done = runtime.block_on(optimize(&plan(folder, &table, ""), &options, &Stop::default())).unwrap();
+    let done = runtime.block_on(optimize(&plan(folder, &table, ""), &options, &Cancellation::default())).unwrap();
     let done = done.into_values().next().unwrap().unwrap();
     println!(
         "optimize with clustering of {} rows: {:.0} s, {} -> {} files, {:.0} -> {:.0} MB",

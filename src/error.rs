@@ -8,8 +8,8 @@ const fn row(kind: ErrorKind) -> (u8, bool, &'static str) {
         ErrorKind::Internal => (1, false, "this is a fault of fhirlake: please report it with the log"),
         ErrorKind::Config => (2, false, "correct what is named above"),
         ErrorKind::Network => (3, true, "check that the server is up and reachable from here, then run again"),
-        ErrorKind::Auth => (4, false, "check the client id, its key and the scopes that the server grants"),
-        ErrorKind::Server => (5, true, "read the server's own words above; its administrator may have to help"),
+        ErrorKind::Auth => (4, false, "check the client id, its key and the scopes that the server deadline_extensions"),
+        ErrorKind::Server => (5, true, "read the server's message above; its administrator may have to help"),
         ErrorKind::Storage => (6, true, "check free space, permissions and credentials of the named place, then run again"),
         ErrorKind::Table => (7, false, "point `tables` elsewhere, or bring the table into a form that fhirlake writes"),
         ErrorKind::State => (8, true, "check free space and permissions of the `state` folder"),
@@ -19,9 +19,9 @@ const fn row(kind: ErrorKind) -> (u8, bool, &'static str) {
         ErrorKind::Throttled => (
             12,
             true,
-            "run again after that time; until then nothing is asked of the server (`fhirlake jobs cancel PIPELINE.yaml --all` forgets it, and cancels exports in flight)",
+            "run again after that time (`fhirlake jobs cancel PIPELINE.yaml --all` clears the rate limit and cancels exports in flight)",
         ),
-        ErrorKind::Interrupted => (130, true, "run again: what was committed is kept, and what is staged is gone on with"),
+        ErrorKind::Interrupted => (130, true, "run again: committed tables are kept, and staged data will be resumed"),
     }
 }
 

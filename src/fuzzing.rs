@@ -9,12 +9,12 @@ use bytes::Bytes;
 use url::Url;
 
 use crate::error::Result;
-use crate::messages::{BadLine, BadLines, Chunk, Deletion, ExportFile, FileKind, FilePlace, ResourceType};
+use crate::messages::{BadLine, BadLines, Chunk, Deletion, ExportFile, FileKind, ManifestEntryId, ResourceType};
 use crate::stages::parse::ChunkParser;
 use crate::state::StateFolder;
 use bulk_data_client::{Manifest, parse_retry_after, unsigned};
 use delta_upsert::{PageEncoder, read_vector};
-use fhir_arrow::{Columns, Encoder, Filled, Layout, LayoutOptions, Model};
+use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, Model, PresentColumns};
 
 /// A target: its name, and what it does with bytes.
 pub type Target = (&'static str, fn(&[u8]));
@@ -61,7 +61,7 @@ fn chunk(kind: FileKind, bytes: &[u8], first_line: u64) -> Option<Chunk> {
         count: None,
         requires_access_token: false,
         replayed: false,
-        place: FilePlace { page: 0, kind, at: 0 },
+        place: ManifestEntryId { page: 0, kind, at: 0 },
     };
     Some(Chunk { file: Arc::new(file), first_line, offset: 0, bytes: Bytes::copy_from_slice(bytes), oversized: None })
 }
@@ -103,7 +103,7 @@ fn rows_of(parser: &ChunkParser, chunk: &Chunk, into: &mut RowsByType, encode: b
         for row in resources {
             encoder.push(document.value(row.root), &parsed.rows.bytes[row.line.clone()]);
         }
-        let encoded = encoder.finish(&mut Filled::default(), Columns::default())?;
+        let encoded = encoder.finish(&mut PresentColumns::default(), ColumnPruning::default())?;
         assert_eq!(encoded.batch.num_rows(), resources.len(), "a row for each resource");
         PageEncoder.encode(&encoded.batch, &encoded.schema, &encoded.filtered)?;
     }

@@ -10,7 +10,7 @@ use url::Url;
 
 use fhir_arrow::tape::Tape;
 use fhir_arrow::{EXCLUDED_TYPES, Layout, Model};
-use flow::Weighed;
+use flow::ByteSized;
 
 /// A FHIR resource type, `Patient`.
 pub type ResourceType = Arc<str>;
@@ -19,7 +19,7 @@ pub type ResourceType = Arc<str>;
 /// so it is asked from computing threads only.
 pub type Layouts = Arc<dyn Fn(&ResourceType) -> crate::error::Result<Arc<Layout>> + Send + Sync>;
 
-pub use delta_upsert::{Arrival, EncodedBatch, FileRows, RowKey, count_not_held, key_of};
+pub use delta_upsert::{EncodedBatch, FileRows, RowKey, RowPosition, count_unmapped, key_of};
 pub use foundation::Limit;
 pub use foundation::instant::instant_text;
 
@@ -47,7 +47,7 @@ pub enum FileKind {
 
 /// Where a manifest lists a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct FilePlace {
+pub struct ManifestEntryId {
     /// The page.
     pub page: usize,
     /// The list on the page.
@@ -80,10 +80,10 @@ pub struct ExportFile {
     /// Whether these are lines that an earlier run quarantined, tried again.
     pub replayed: bool,
     /// Where the manifest lists it; a newer link may be had there.
-    pub place: FilePlace,
+    pub place: ManifestEntryId,
 }
 
-impl Weighed for ExportFile {
+impl ByteSized for ExportFile {
     fn weight(&self) -> usize {
         size_of::<ExportFile>() + self.name.len() + self.url.as_str().len()
     }
@@ -104,7 +104,7 @@ pub struct Chunk {
     pub oversized: Option<u64>,
 }
 
-impl Weighed for Chunk {
+impl ByteSized for Chunk {
     fn weight(&self) -> usize {
         self.bytes.len() + size_of::<Chunk>()
     }
@@ -136,7 +136,7 @@ pub struct Rows {
     pub by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
 }
 
-impl Weighed for Rows {
+impl ByteSized for Rows {
     fn weight(&self) -> usize {
         let rows: usize = self.by_type.iter().map(|(_, rows)| rows.capacity()).sum();
         self.bytes.len() + self.tape.heap() + rows * size_of::<ParsedRow>()
@@ -162,10 +162,10 @@ pub enum MergeInput {
     /// Ids that are gone.
     Deletions(Vec<Deletion>),
     /// A fact for the books.
-    Fact(Fact),
+    ControlEvent(ControlEvent),
 }
 
-impl Weighed for MergeInput {
+impl ByteSized for MergeInput {
     fn weight(&self) -> usize {
         match self {
             MergeInput::Batch(batch) => {
@@ -174,7 +174,7 @@ impl Weighed for MergeInput {
             MergeInput::Deletions(ids) => {
                 ids.len() * size_of::<Deletion>() + ids.iter().map(|deletion| deletion.id.len()).sum::<usize>()
             }
-            MergeInput::Fact(_) => size_of::<Fact>(),
+            MergeInput::ControlEvent(_) => size_of::<ControlEvent>(),
         }
     }
 }
@@ -211,7 +211,7 @@ pub struct ExportEnd {
 
 /// A file was read to its end.
 #[derive(Debug, Clone)]
-pub struct FileDone {
+pub struct FileFinished {
     /// [`ExportFile::index`].
     pub file: u32,
     /// Lines that it has, blank ones included.
@@ -267,19 +267,19 @@ pub struct ParsedChunk {
 
 /// What stages tell merge, so that it knows when a type is complete.
 #[derive(Debug)]
-pub enum Fact {
+pub enum ControlEvent {
     /// Files to expect.
     Page(ManifestPage),
     /// No more pages of this export.
     ExportEnd(ExportEnd),
     /// A file was read to its end.
-    FileDone(FileDone),
+    FileFinished(FileFinished),
     /// An earlier run read the file to its end and staged all of its rows; what its lines were.
-    FileHeld(Box<ParsedChunk>),
+    FileResumed(Box<ParsedChunk>),
     /// A file could not be read; its types fail. With the status of the server's answer, where it refused it.
     FileFailed(u32, String, Option<u16>),
     /// A kick-off was refused and taken apart: in the place of this export there are others.
-    ExportParted {
+    ExportBisected {
         /// Which export.
         export: usize,
         /// How many others.
@@ -374,7 +374,7 @@ impl std::fmt::Display for LineId {
 
 /// A line that an earlier run quarantined, to be tried again.
 #[derive(Debug)]
-pub struct KeptLine {
+pub struct ReplayedLine {
     /// The type that its file declared.
     pub declared: Option<ResourceType>,
     /// Its bytes, without the line's end.
@@ -382,7 +382,7 @@ pub struct KeptLine {
 }
 
 /// Lines to be tried again, one after the other.
-pub type KeptLines = Box<dyn Iterator<Item = crate::error::Result<KeptLine>> + Send>;
+pub type ReplayedLines = Box<dyn Iterator<Item = crate::error::Result<ReplayedLine>> + Send>;
 
 /// Where bad lines go.
 pub trait BadLines: Send + Sync {

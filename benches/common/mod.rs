@@ -11,7 +11,7 @@ use fhir_arrow::{EXCLUDED_TYPES, Model};
 use fhirlake::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind};
 
 /// A file as an export lists it.
-pub fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {
+pub(crate) fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {
     Arc::new(ExportFile {
         index,
         export: 0,
@@ -23,15 +23,15 @@ pub fn export_file(index: u32, resource_type: &str) -> Arc<ExportFile> {
         count: None,
         requires_access_token: false,
         replayed: false,
-        place: fhirlake::messages::FilePlace { page: 0, kind: FileKind::Output, at: 0 },
+        place: fhirlake::messages::ManifestEntryId { page: 0, kind: FileKind::Output, at: 0 },
     })
 }
 
 /// Longest line.
-pub const MAX_LINE: usize = 64 << 20;
+pub(crate) const MAX_LINE: usize = 64 << 20;
 
 /// The demo's population, Synthea's shape: about `bytes` of `types` in the proportions that patients have.
-pub fn population(types: &[&str], bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
+pub(crate) fn population(types: &[&str], bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
     let population = Population::new(42, u32::MAX / 2);
     let mut files: Vec<(Arc<str>, String)> = types.iter().map(|name| (Arc::from(*name), String::new())).collect();
     for patient in 0.. {
@@ -47,7 +47,7 @@ pub fn population(types: &[&str], bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
 }
 
 /// `<Type>.ndjson` of a folder, repeated with other values until there are about `bytes`.
-pub fn folder(folder: &Path, types: Option<&str>, bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
+pub(crate) fn folder(folder: &Path, types: Option<&str>, bytes: usize) -> Vec<(Arc<str>, Vec<u8>)> {
     let mut files: Vec<(Arc<str>, Vec<u8>)> = Vec::new();
     for name in Model::r4().resource_types() {
         if EXCLUDED_TYPES.contains(&name.as_str()) || types.is_some_and(|only| only != name) {
@@ -76,7 +76,7 @@ fn hash(parts: impl Hash) -> u64 {
 }
 
 /// Appends `text` with other UUIDs (the same for the same), dates, times and decimals.
-pub fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
+pub(crate) fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
     let digits = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_digit);
     let is_uuid = |bytes: &[u8]| {
         bytes.iter().enumerate().all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
@@ -126,7 +126,7 @@ pub fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
     }
 }
 
-pub struct NoBadLines;
+pub(crate) struct NoBadLines;
 
 impl BadLines for NoBadLines {
     fn keep(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
@@ -144,14 +144,14 @@ impl BadLines for NoBadLines {
 }
 
 /// `VmHWM` of this process, where the system tells.
-pub fn peak_memory() -> Option<u64> {
+pub(crate) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.trim().trim_end_matches(" kB").parse().ok()
 }
 
 /// The Synthea sample, unpacked, where it lies beside the project.
-pub fn synthea() -> Option<tempfile::TempDir> {
+pub(crate) fn synthea() -> Option<tempfile::TempDir> {
     let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/synthea-100.tar.gz");
     let folder = archive.exists().then(tempfile::tempdir)?.ok()?;
     let unpacked = std::process::Command::new("tar").arg("xzf").arg(&archive).arg("-C").arg(folder.path()).status();

@@ -7,9 +7,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::PipelineArgs;
 use super::output::Output;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::pipeline;
+use crate::topology;
 use bulk_data_client::{KeyAlgorithm, generate_key, shown};
-use flow::{Board, Stop};
+use flow::{Cancellation, Counters};
 use foundation::secure_fs::private_new;
 
 #[derive(Debug, Args)]
@@ -31,19 +31,19 @@ enum AuthCommand {
 pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
     let AuthCommand::Check { file } = args.command;
     let plan = file.plan()?;
-    let Some(client) = pipeline::client(&plan, &Board::default(), &Stop::default())? else {
+    let Some(client) = topology::client(&plan, &Counters::default(), &Cancellation::default())? else {
         return output.line("a folder needs no authentication");
     };
     let Some(granted) = client.check_auth().await? else {
         let is_bearer =
-            matches!(&plan.source, crate::config::SourcePlan::Server { auth: bulk_data_client::AuthSettings::Bearer(_), .. });
+            matches!(&plan.source, crate::topology::SourcePlan::Server { auth: bulk_data_client::AuthSettings::Bearer(_), .. });
         return output.line(match is_bearer {
-            true => "a bearer token is set, so none is asked for; whether the server takes it shows at the kick-off",
-            false => "no token is asked for: source.auth is not set",
+            true => "a bearer token is set, so no token is requested; the kick-off will show if the server accepts it",
+            false => "no token is requested: source.auth is not set",
         });
     };
     let line = |name: &str, value: &str| output.line(&format!("{name:<18}{value}"));
-    let listed = |list: &[String]| if list.is_empty() { "not told".to_owned() } else { list.join(", ") };
+    let listed = |list: &[String]| if list.is_empty() { "not stated".to_owned() } else { list.join(", ") };
     if let Some(endpoint) = &granted.endpoint {
         line("token endpoint", &shown(endpoint))?;
     }
@@ -53,19 +53,19 @@ pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
         line("scopes supported", &listed(&server.scopes))?;
         line("capabilities", &listed(&server.capabilities))?;
         if server.skew != 0 {
-            line("clock", &format!("the server's is {} s ahead of ours; assertions follow it", server.skew))?;
+            line("clock", &format!("the server's clock is {} s ahead; assertions follow it", server.skew))?;
         }
     }
     if let Some((algorithm, kid)) = &granted.key {
         line("key", &format!("{algorithm}, kid {}", kid.as_deref().unwrap_or("none")))?;
     }
-    line("scope asked for", &granted.asked)?;
-    line("scope granted", granted.granted.as_deref().unwrap_or("not told"))?;
-    line("token lives", &format!("{} s", granted.life.as_secs()))?;
+    line("scope requested", &granted.asked)?;
+    line("scope granted", granted.granted.as_deref().unwrap_or("not stated"))?;
+    line("token lifetime", &format!("{} s", granted.life.as_secs()))?;
     if granted.missing.is_empty() {
         return output.check(true, "the token was granted");
     }
-    let why = format!("the granted scope does not let these types be read: {}", granted.missing.join(", "));
+    let why = format!("the granted scope does not cover: {}", granted.missing.join(", "));
     Err(Error::new(ErrorKind::Auth, why))
 }
 

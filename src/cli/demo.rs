@@ -7,9 +7,9 @@ use clap::Args;
 use super::drive::drive;
 use super::output::Output;
 use super::query::answer;
-use crate::config::{ByteSize, Plan, Problem, Span, read_pipeline};
+use crate::config::{ByteSize, Problem, Span, read_pipeline};
 use crate::error::{Context, ErrorKind, Result};
-use crate::pipeline::RunOptions;
+use crate::topology::{RunOptions, RunPlan};
 use bulk_data_server::{DEMO_TYPES, DemoServer, Faults, Population, Registration};
 use delta_upsert::Tables;
 
@@ -87,17 +87,17 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     set_up(&server, &args)?;
     if args.serve {
         output.line(&format!("a Bulk Data server with {patients} synthetic patients: {}", server.base()))?;
-        output.remark("Ctrl-C ends it");
+        output.remark("Ctrl-C to stop");
         let ended = tokio::signal::ctrl_c();
         tokio::pin!(ended);
         let Some(every) = args.changes_every else {
-            return ended.await.context(ErrorKind::Internal, "signals cannot be heard");
+            return ended.await.context(ErrorKind::Internal, "signal handlers cannot be installed");
         };
         let mut tick = tokio::time::interval(every.0.max(std::time::Duration::from_millis(100)));
         tick.tick().await;
         loop {
             tokio::select! {
-                ended = &mut ended => return ended.context(ErrorKind::Internal, "signals cannot be heard"),
+                ended = &mut ended => return ended.context(ErrorKind::Internal, "signal handlers cannot be installed"),
                 _ = tick.tick() => server.step(CHANGED, DELETED, 1),
             }
         }
@@ -116,17 +116,18 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     let plan = plan(&yaml)?;
 
     output.remark(&format!("\nA FHIR server with {patients} synthetic patients runs at {}", server.base()));
-    output.remark("\n1. Initial sync: everything\n");
+    output.remark("\n1. Initial sync: full export\n");
     drive(plan.clone(), RunOptions::default(), output).await?;
 
     server.step(CHANGED, DELETED, (patients / 50).max(1));
-    output.remark("\n2. Time passes: patients arrive, resources change, some are deleted. Incremental sync\n");
+    output.remark("\n2. Incremental sync: new patients, changed and deleted resources\n");
     drive(plan, RunOptions::default(), output).await?;
 
     let sql = "SELECT gender, count(*) AS patients, min(birthDate) AS oldest FROM Patient GROUP BY gender ORDER BY gender";
-    output.remark(&format!("\n3. A question to the tables\n\n{sql}\n"));
+    output.remark(&format!("\n3. A SQL query over the tables\n\n{sql}\n"));
     let batches = answer(&Tables::at(&tables.display().to_string())?, sql).await?;
-    let text = arrow::util::pretty::pretty_format_batches(&batches).context(ErrorKind::Internal, "the answer cannot be shown")?;
+    let text =
+        arrow::util::pretty::pretty_format_batches(&batches).context(ErrorKind::Internal, "the result cannot be printed")?;
     output.line(&text.to_string())?;
     let shown = tables.display();
     // As it can be typed: a demo by `cargo run` has no `fhirlake` on the PATH.
@@ -166,9 +167,9 @@ fn pipeline_yaml(base: &str, tables: &std::path::Path, memory: ByteSize) -> Stri
     )
 }
 
-fn plan(yaml: &str) -> Result<Plan> {
+fn plan(yaml: &str) -> Result<RunPlan> {
     let problem = |problems: Vec<Problem>| Problem::error("the demo's pipeline", &problems);
-    Plan::resolve(&read_pipeline(yaml, &[]).map_err(problem)?).map_err(problem)
+    RunPlan::resolve(&read_pipeline(yaml, &[]).map_err(problem)?).map_err(problem)
 }
 
 fn write_ndjson(population: &Population, folder: &std::path::Path, output: &Output) -> Result<()> {

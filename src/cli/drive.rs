@@ -7,16 +7,21 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::output::{Output, report};
-use crate::config::Plan;
 use crate::error::{Advice, Context, Error, ErrorKind, Result};
-use crate::pipeline::{self, RunOptions, RunReport, Watch};
 use crate::serve::of_counts;
 use crate::telemetry::{self, Sample};
-use flow::Stop;
+use crate::topology::{self, RunEvent, RunOptions, RunPlan, RunReport, Watch};
+use flow::Cancellation;
 
 /// Runs a plan to its end, with progress, and shows the report. A type that failed is an error.
-pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> Result<RunReport> {
-    let (watch, stop) = (Watch::default(), Stop::default());
+pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -> Result<RunReport> {
+    let remark = output.clone();
+    let watch = Watch::with_listener(move |event| {
+        if let RunEvent::Draining(names) = event {
+            remark.remark(&format!("still waiting for: {}", names.join(", ")));
+        }
+    });
+    let stop = Cancellation::default();
     let (board, name) = (watch.board.clone(), plan.name.clone());
     // A process of one run: what a scheduler's users watch is said at its end.
     let ended: Arc<Mutex<Vec<Sample>>> = Arc::default();
@@ -28,11 +33,8 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
     }));
     let name = plan.name.clone();
     let began = std::time::Instant::now();
-    let state = pipeline::state_of(&plan)?;
-    let remark = output.clone();
-    let run = pipeline::run(plan, options, &watch, &stop, |names| {
-        remark.remark(&format!("still waiting for: {}", names.join(", ")));
-    });
+    let state = topology::state_of(&plan)?;
+    let run = topology::run(plan, options, &watch, &stop);
     let mut progress = Progress::new(output);
     let mut run = std::pin::pin!(run);
     let mut tick = tokio::time::interval(Duration::from_millis(200));
@@ -41,8 +43,8 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
         tokio::select! {
             outcome = &mut run => break outcome,
             () = signals.next() => {
-                let stopping = "stopping: waiting for what is under way; press Ctrl-C again to stop at once";
-                stop_or_exit(&stop, output, stopping, "stopped at once; the next run removes what this one left");
+                let stopping = "stopping: draining the stages; press Ctrl-C again to stop at once";
+                stop_or_exit(&stop, output, stopping, "stopped at once; the next run cleans up and resumes");
             }
             _ = tick.tick() => progress.show(&watch),
         }
@@ -71,7 +73,7 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
             let held = outcome.types.iter().filter(|(_, kept)| kept.watermark_hold.is_some()).map(|(name, _)| name.as_str());
             let held: Vec<&str> = held.collect();
             let names = if held.is_empty() { "the export".to_owned() } else { held.join(", ") };
-            let why = format!("the server did not give all of its export; watermark not advanced for {names}");
+            let why = format!("the export is incomplete; watermark not advanced for {names}");
             let mut reasons = outcome.types.values().filter_map(|kept| kept.watermark_hold.as_deref());
             let hint = match held.is_empty() || reasons.any(|why| why.starts_with("the server reports")) {
                 true => {
@@ -91,13 +93,13 @@ pub(super) async fn drive(plan: Plan, options: RunOptions, output: &Output) -> R
 }
 
 /// The first signal stops what is under way, a second one the process.
-pub(super) fn stop_or_exit(stop: &Stop, output: &Output, stopping: &str, at_once: &str) {
-    if stop.is_pulled() {
+pub(super) fn stop_or_exit(stop: &Cancellation, output: &Output, stopping: &str, at_once: &str) {
+    if stop.is_cancelled() {
         output.remark(at_once);
         std::process::exit(i32::from(ErrorKind::Interrupted.exit_code()));
     }
     output.tell(stopping);
-    stop.pull();
+    stop.cancel();
 }
 
 /// Ctrl-C and SIGTERM.
@@ -113,7 +115,7 @@ impl Signals {
         #[cfg(unix)]
         {
             use tokio::signal::unix::{SignalKind, signal};
-            let failed = "signals cannot be heard";
+            let failed = "signal handlers cannot be installed";
             Ok(Self {
                 terminate: signal(SignalKind::terminate()).context(ErrorKind::Internal, failed)?,
                 interrupt: signal(SignalKind::interrupt()).context(ErrorKind::Internal, failed)?,
@@ -187,7 +189,7 @@ impl Progress {
         }
         if counts.is_empty() {
             let bar = self.server.get_or_insert_with(|| {
-                let style = ProgressStyle::with_template("{spinner} the server is exporting: {msg}");
+                let style = ProgressStyle::with_template("{spinner} exporting: {msg}");
                 self.output
                     .bars()
                     .add(ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner())))

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use super::PipelineArgs;
 use super::output::{Output, table};
 use crate::error::Result;
-use crate::pipeline;
+use crate::topology;
 
 #[derive(Debug, Args)]
 pub(super) struct JobsArgs {
@@ -43,40 +43,40 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
     match args.command {
         JobsCommand::List { file } => {
             let plan = file.plan()?;
-            let state = pipeline::state_of(&plan)?;
+            let state = topology::state_of(&plan)?;
             let (exports, staged) = (state.exports()?, state.staged().read()?.unwrap_or_default());
-            if let Some(until) = exports.not_before.as_ref().filter(|until| until.time > chrono::Utc::now()) {
+            if let Some(until) = exports.throttled.as_ref().filter(|until| until.time > chrono::Utc::now()) {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
-                output.line(&format!("not before {time}: {}", until.why))?;
+                output.line(&format!("rate limited until {time}: {}", until.why))?;
             }
-            for kick_off in &exports.unanswered {
+            for kick_off in &exports.unconfirmed {
                 let time = kick_off.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!(
-                    "no answer came to the kick-off of {time}: the server may hold an export that is not listed here"
+                    "the kick-off of {time} was not confirmed: the server may have an export job that is not listed"
                 ))?;
             }
-            for aside in exports.set_aside.iter().filter(|aside| plan.types.contains(&aside.resource_type)) {
+            for aside in exports.rejected.iter().filter(|aside| plan.types().names().contains(&aside.resource_type)) {
                 let time = aside.time.to_rfc3339_opts(SecondsFormat::Secs, true);
-                output.line(&format!("{}, refused at {time}, is asked for by itself: {}", aside.resource_type, aside.why))?;
+                output.line(&format!("{}: rejected at {time}, exported separately: {}", aside.resource_type, aside.why))?;
             }
-            if let Some(refused) = exports.all_refused.as_ref().filter(|refused| refused.holds(chrono::Utc::now())) {
+            if let Some(refused) = exports.all_rejected.as_ref().filter(|refused| refused.holds(chrono::Utc::now())) {
                 let time = refused.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 let types = refused.types.join(", ");
                 output.line(&format!(
-                    "each of {types} was refused by itself at {time}: for a day they are asked for together only (`jobs cancel --all` forgets that)"
+                    "the server rejected each of {types} at {time}; no bisection for a day (`jobs cancel --all` clears this)"
                 ))?;
             }
-            if exports.in_flight.is_empty() {
-                return output.line("no export is in flight");
+            if exports.jobs.is_empty() {
+                return output.line("no export jobs in flight");
             }
             let instant = |micros: Option<i64>| micros.and_then(DateTime::from_timestamp_micros);
             let shown = |time: Option<DateTime<chrono::Utc>>| {
                 time.map_or_else(|| "-".to_owned(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true))
             };
-            let rows = exports.in_flight.iter().enumerate().map(|(at, export)| {
+            let rows = exports.jobs.iter().enumerate().map(|(at, export)| {
                 let types = if export.types.is_empty() { "all".to_owned() } else { export.types.join(",") };
                 let manifest = match (export.merged, export.transaction_time.is_some()) {
-                    (true, _) => "merged; to be deleted",
+                    (true, _) => "merged, DELETE pending",
                     (false, true) => "complete",
                     (false, false) => "in progress",
                 };
@@ -101,7 +101,7 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
         }
         JobsCommand::Cancel { file, numbers, all, forget } => {
             let plan = file.plan()?;
-            let cancelled = pipeline::cancel_exports(&plan, (!all).then_some(numbers.as_slice()), forget).await?;
+            let cancelled = topology::cancel_exports(&plan, (!all).then_some(numbers.as_slice()), forget).await?;
             output.line(&format!("{cancelled} exports cancelled"))
         }
     }

@@ -4,10 +4,11 @@ use clap::Args;
 
 use super::PipelineArgs;
 use super::output::{Output, bytes, table};
-use crate::config::{MaxBad, Span};
+use crate::config::{Span, Types};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::pipeline::{self, ByTable, OptimizeOptions, VacuumOptions};
-use flow::Stop;
+use crate::topology::{self, ByTable, OptimizeOptions, VacuumOptions};
+use flow::Cancellation;
+use foundation::Limit;
 
 #[derive(Debug, Args)]
 pub(super) struct OptimizeArgs {
@@ -45,11 +46,11 @@ pub(super) struct VacuumArgs {
 pub(super) async fn optimize(args: OptimizeArgs, output: &Output) -> Result<()> {
     let plan = args.file.plan()?;
     let options = OptimizeOptions {
-        types: if args.types.is_empty() { plan.optimize.types.clone() } else { args.types },
+        types: if args.types.is_empty() { plan.optimize.types.clone() } else { args.types.into() },
         cluster: args.cluster || plan.optimize.cluster,
-        min_deleted: if args.purge { MaxBad::Lines(1) } else { plan.optimize.min_deleted },
+        min_deleted: if args.purge { Limit::Count(1) } else { plan.optimize.min_deleted },
     };
-    let done = pipeline::optimize(&plan, &options, &Stop::default()).await?;
+    let done = topology::optimize(&plan, &options, &Cancellation::default()).await?;
     let rows = done.iter().filter_map(|(name, done)| {
         let done = done.as_ref().ok()?;
         let version = done.version.map_or_else(|| "unchanged".into(), |version| version.to_string());
@@ -78,8 +79,8 @@ pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
         }
         None => plan.vacuum.retention.map(|span| span.0),
     };
-    let options = VacuumOptions { types: args.types, retention, below_the_tables: args.force, delete: args.delete };
-    let done = pipeline::vacuum(&plan, &options, &Stop::default()).await?;
+    let options = VacuumOptions { types: Types::from(args.types), retention, below_the_tables: args.force, delete: args.delete };
+    let done = topology::vacuum(&plan, &options, &Cancellation::default()).await?;
     for (name, done) in &done {
         for file in done.iter().flat_map(|done| &done.files) {
             output.line(&format!("{name}.parquet/{file}"))?;
@@ -92,8 +93,8 @@ pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
         output.remark("--force allows a retention below a table's own");
     }
     output.remark(&match args.delete {
-        true => format!("{files} files of {size} removed"),
-        false => format!("{files} files of {size} could be removed; --delete removes them"),
+        true => format!("{files} files of {size} deleted"),
+        false => format!("{files} files of {size} are unreferenced; --delete deletes them"),
     });
     failures(&done)
 }

@@ -29,9 +29,10 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{Plan, environment};
+use crate::config::environment;
 use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::telemetry::{self, LogFormat};
+use crate::topology::RunPlan;
 use output::Output;
 
 /// Keep a folder of Delta Lake tables in step with a FHIR server.
@@ -71,7 +72,7 @@ struct PipelineArgs {
 
 impl PipelineArgs {
     /// Reads and resolves the file.
-    fn plan(&self) -> Result<Plan> {
+    fn plan(&self) -> Result<RunPlan> {
         run::plan_of(&self.pipeline, &self.sets)
     }
 }
@@ -169,10 +170,10 @@ fn command() -> clap::Command {
         let _ = write!(template, "\n{header}{group}:{header:#}\n");
         for name in names {
             let about = command.find_subcommand(name).and_then(clap::Command::get_about).map(ToString::to_string);
-            let _ = writeln!(template, "  {literal}{name:<11}{literal:#} {}", about.unwrap_or_default());
+            let _ = writeln!(template, "  {literal}{name:<11}{literal:#}  {}", about.unwrap_or_default());
         }
     }
-    template.push_str("\n{options}{after-help}");
+    let _ = write!(template, "\n{header}Global options:{header:#}\n{{options}}{{after-help}}");
     command.help_template(template)
 }
 

@@ -9,8 +9,8 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::config::environment;
 use crate::error::{Advice, Context, Error, ErrorKind, Result};
-use crate::pipeline::RunReport;
 use crate::telemetry::Telemetry;
+use crate::topology::RunReport;
 
 /// Where output goes.
 #[derive(Debug, Clone)]
@@ -221,85 +221,104 @@ pub(super) fn report(report: &RunReport) -> String {
     let header =
         ["type", "files", "resources", "inserted", "updated", "deleted", "skipped", "quarantined", "MB", "MB/s", "seconds"];
     let mut text = table(&header, &rows);
-    for (name, outcome) in report.types.iter().filter_map(|(name, outcome)| Some((name, outcome.error.as_ref()?))) {
-        text.push_str(&format!("\n{name} failed, its table is as it was: {outcome}"));
+    for note in problems_of(report).into_iter().chain(remarks_of(report)) {
+        text.push('\n');
+        text.push_str(&note);
+    }
+    text
+}
+
+/// The first `most` of some names, and how many more there are.
+fn some<'a>(names: impl ExactSizeIterator<Item = &'a str>, most: usize) -> String {
+    let more = names.len().saturating_sub(most);
+    let shown: Vec<&str> = names.take(most).collect();
+    format!("{}{}", shown.join(", "), if more > 0 { format!(" and {more} more") } else { String::new() })
+}
+
+/// Counts by name, `3 error not-found, 1 warning timeout`.
+fn counted(counts: &BTreeMap<String, u64>) -> String {
+    counts.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")
+}
+
+/// What failed, was skipped, or is not complete, a line each.
+fn problems_of(report: &RunReport) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (name, error) in report.types.iter().filter_map(|(name, outcome)| Some((name, outcome.error.as_ref()?))) {
+        notes.push(format!("{name} failed, its table is unchanged: {error}"));
     }
     for (name, outcome) in report.types.iter().filter(|(_, outcome)| outcome.undated > 0) {
-        text.push_str(&format!(
-            "\n{name}: {} resources without the meta.lastUpdated that the table's rows have were skipped, since a folder does \
+        notes.push(format!(
+            "{name}: {} resources without the meta.lastUpdated that the table's rows have were skipped, since a folder does \
              not say that they are newer; --full-refresh merges them",
             outcome.undated
         ));
     }
-    let excluded: Vec<String> = report.excluded.iter().map(|(name, lines)| format!("{name}: {lines}")).collect();
-    if !excluded.is_empty() {
-        text.push_str(&format!("\nlines of types that have no table: {}", excluded.join(", ")));
+    if !report.excluded.is_empty() {
+        let excluded: Vec<String> = report.excluded.iter().map(|(name, lines)| format!("{name}: {lines}")).collect();
+        notes.push(format!("lines of types that have no table: {}", excluded.join(", ")));
     }
-    let mut lost: Vec<(&String, u64)> =
-        report.types.values().flat_map(|outcome| outcome.not_held.iter().map(|(path, count)| (path, *count))).collect();
-    lost.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
-    if !lost.is_empty() {
-        let shown: Vec<String> = lost.iter().take(8).map(|(path, count)| format!("{path}: {count}")).collect();
-        let more = if lost.len() > 8 { format!(", and {} more paths in the report", lost.len() - 8) } else { String::new() };
-        text.push_str(&format!("\nvalues that the table's schema cannot hold: {}{more}", shown.join(", ")));
+    let unmapped = report.types.values().flat_map(|outcome| outcome.unmapped.iter().map(|(path, count)| (path, *count)));
+    let mut unmapped: Vec<(&String, u64)> = unmapped.collect();
+    unmapped.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+    if !unmapped.is_empty() {
+        let shown: Vec<String> = unmapped.iter().take(8).map(|(path, count)| format!("{path}: {count}")).collect();
+        let more =
+            if unmapped.len() > 8 { format!(", and {} more paths in the report", unmapped.len() - 8) } else { String::new() };
+        notes.push(format!("values without a column: {}{more}", shown.join(", ")));
     }
     if report.count_findings.len() > SHOWN_FINDINGS {
         let more = report.count_findings.len() - SHOWN_FINDINGS;
-        text.push_str(&format!(
-            "\nthe manifest's count differs from what came in {more} more files than these; the report has all"
-        ));
+        notes.push(format!("the manifest's count differs in {more} more files; see the report"));
     }
     for (file, promised, came) in report.count_findings.iter().take(SHOWN_FINDINGS) {
-        text.push_str(&format!("\n{file}: the manifest promised {promised} resources, {came} came"));
-    }
-    if report.other_bad_lines > 0 {
-        text.push_str(&format!("\nquarantined lines that belong to no table: {}", report.other_bad_lines));
-    }
-    if report.replayed > 0 {
-        text.push_str(&format!("\nlines out of quarantine that could be read now: {}", report.replayed));
+        notes.push(format!("{file}: the manifest has count {promised}, the file has {came} resources"));
     }
     let held = report.types.iter().filter_map(|(name, outcome)| Some((outcome.watermark_hold.as_ref()?, name.as_str())));
     let mut by_reason: BTreeMap<&String, Vec<&str>> = BTreeMap::new();
     held.for_each(|(why, name)| by_reason.entry(why).or_default().push(name));
     for (why, names) in by_reason {
         // A folder has no watermark.
-        let what = match report.transaction_time {
-            Some(_) => "watermark not advanced for",
-            None => "not complete:",
-        };
-        text.push_str(&format!("\n{what} {}: {why}", names.join(", ")));
+        let what = if report.transaction_time.is_some() { "watermark not advanced for" } else { "not complete:" };
+        notes.push(format!("{what} {}: {why}", names.join(", ")));
+    }
+    notes
+}
+
+/// What else there is to know, a line each.
+fn remarks_of(report: &RunReport) -> Vec<String> {
+    let mut notes = Vec::new();
+    if report.other_bad_lines > 0 {
+        notes.push(format!("quarantined lines that belong to no table: {}", report.other_bad_lines));
+    }
+    if report.replayed > 0 {
+        notes.push(format!("quarantined lines merged by this run: {}", report.replayed));
     }
     for (why, names) in &report.passed_over {
-        let shown: Vec<&str> = names.iter().take(4).map(String::as_str).collect();
-        let more = if names.len() > 4 { format!(" and {} more", names.len() - 4) } else { String::new() };
-        text.push_str(&format!("\npassed over, {why}: {}{more}", shown.join(", ")));
+        notes.push(format!("skipped, {why}: {}", some(names.iter().map(String::as_str), 4)));
     }
     if let Some(place) = &report.server_messages {
-        text.push_str(&format!("\nthe server's messages about its export: {place}"));
+        notes.push(format!("the server's messages about its export: {place}"));
     }
     for (name, outcome) in report.types.iter().filter(|(_, outcome)| !outcome.copies.is_empty()) {
         let copies: u64 = outcome.copies.values().sum();
-        let files: Vec<&str> = outcome.copies.keys().take(4).map(String::as_str).collect();
-        let more = if outcome.copies.len() > 4 { format!(" and {} more", outcome.copies.len() - 4) } else { String::new() };
-        text.push_str(&format!(
-            "\n{name}: {copies} of {} resources are copies of others of this export, in {}{more}",
+        let files: Vec<&str> = outcome.copies.keys().map(String::as_str).collect();
+        notes.push(format!(
+            "{name}: {copies} of {} resources are duplicates within this export, in {}",
             outcome.resources,
-            files.join(", ")
+            some(files.into_iter(), 4)
         ));
     }
     if !report.outcome_issues.is_empty() {
-        let issues: Vec<String> = report.outcome_issues.iter().map(|(severity, count)| format!("{count} {severity}")).collect();
-        text.push_str(&format!("\nissues that the server reports of its export: {}", issues.join(", ")));
+        notes.push(format!("issues in the server's OperationOutcomes: {}", counted(&report.outcome_issues)));
     }
     if !report.server_deviations.is_empty() {
         let met: Vec<String> = report.server_deviations.iter().map(|(what, count)| format!("{what} ({count})")).collect();
-        text.push_str(&format!("\nspec deviations of the server: {}", met.join("; ")));
+        notes.push(format!("spec deviations of the server: {}", met.join("; ")));
     }
     if !report.attachments.is_empty() {
-        let counts: Vec<String> = report.attachments.iter().map(|(what, count)| format!("{count} {what}")).collect();
-        text.push_str(&format!("\nattachments: {}", counts.join(", ")));
+        notes.push(format!("attachments: {}", counted(&report.attachments)));
     }
-    text
+    notes
 }
 
 /// Files whose count is shown.

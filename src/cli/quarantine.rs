@@ -8,8 +8,8 @@ use super::PipelineArgs;
 use super::drive::drive;
 use super::output::{Output, table};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pipeline::RunOptions;
 use crate::state::StateFolder;
+use crate::topology::RunOptions;
 
 #[derive(Debug, Args)]
 pub(super) struct QuarantineArgs {
@@ -64,7 +64,7 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
             if rows.is_empty() {
                 return output.line("no lines in quarantine");
             }
-            output.line(&table(&["id", "type", "run", "file:line", "tried again", "reason"], &rows))
+            output.line(&table(&["id", "type", "run", "file:line", "retried", "reason"], &rows))
         }
         Action::Show(args) => {
             let (_, state) = open(&args.pipeline)?;
@@ -94,15 +94,15 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
             };
             let removed = state.remove_quarantined(&gone)?;
             if removed == 0 {
-                return Err(Error::new(ErrorKind::Config, "there are no lines in quarantine"));
+                return Err(Error::new(ErrorKind::Config, "no lines in quarantine"));
             }
             output.line(&format!("{removed} lines dismissed"))
         }
     }
 }
 
-fn open(args: &PipelineArgs) -> Result<(crate::config::Plan, StateFolder)> {
+fn open(args: &PipelineArgs) -> Result<(crate::topology::RunPlan, StateFolder)> {
     let plan = args.plan()?;
-    let state = crate::pipeline::state_of(&plan)?;
+    let state = crate::topology::state_of(&plan)?;
     Ok((plan, state))
 }

@@ -49,7 +49,7 @@ pub(super) async fn query(args: QueryArgs, output: &Output) -> Result<()> {
     match args.output {
         Format::Table => {
             let text = arrow::util::pretty::pretty_format_batches(&batches)
-                .context(ErrorKind::Internal, "the answer cannot be shown")?;
+                .context(ErrorKind::Internal, "the result cannot be printed")?;
             output.line(&text.to_string())
         }
         Format::Csv => output.raw(&csv(&batches)?),
@@ -57,7 +57,7 @@ pub(super) async fn query(args: QueryArgs, output: &Output) -> Result<()> {
             let mut lines = String::new();
             for batch in &batches {
                 for row in 0..batch.num_rows() {
-                    write_row(batch, row, &mut lines).context(ErrorKind::Internal, "the answer cannot be written as JSON")?;
+                    write_row(batch, row, &mut lines).context(ErrorKind::Internal, "the result cannot be written as JSON")?;
                     lines.push('\n');
                 }
             }
@@ -75,7 +75,7 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
     let session = SessionContext::new_with_config(config);
     let existing = tables.existing(has_table).await?;
     if existing.is_empty() {
-        return Err(Error::new(ErrorKind::Config, format!("there are no tables in {}", tables.display()))
+        return Err(Error::new(ErrorKind::Config, format!("no tables in {}", tables.display()))
             .with_hint("name the folder that holds <Type>.parquet folders, or run the pipeline first"));
     }
     for name in &existing {
@@ -105,7 +105,7 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
         let known: Vec<&str> = existing.iter().map(|name| &**name).collect();
         let error = Error::new(ErrorKind::Config, format!("{}\ntables here: {}", error.strip_backtrace(), known.join(", ")));
         match has_path(sql) {
-            true => error.with_hint("a member of a list's item or of a struct is written name[1]['family'], not name[1].family"),
+            true => error.with_hint("write a nested field as name[1]['family'], not name[1].family"),
             false => error,
         }
     })
@@ -122,7 +122,7 @@ fn has_path(sql: &str) -> bool {
 fn csv(batches: &[RecordBatch]) -> Result<Vec<u8>> {
     use arrow::array::{Array, ArrayRef, StringArray};
     use arrow::datatypes::{DataType, Field, Schema};
-    let failed = "the answer cannot be written as CSV";
+    let failed = "the result cannot be written as CSV";
     let mut writer = arrow::csv::WriterBuilder::new().with_header(true).build(Vec::new());
     for batch in batches {
         let (mut fields, mut columns) = (Vec::new(), Vec::<ArrayRef>::new());

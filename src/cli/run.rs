@@ -7,9 +7,11 @@ use clap::Args;
 use super::PipelineArgs;
 use super::drive::drive;
 use super::output::Output;
-use crate::config::{AuthSection, MemorySplit, Plan, Problem, Read, SecretPlace, SourcePlan, Text, environment, read_pipeline};
+use crate::config::{AuthSection, Problem, Read, SecretPlace, Text, environment, read_pipeline};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pipeline::{self, RunOptions};
+use crate::stages::encode::OPEN_BATCHES;
+use crate::stages::{EdgeBytes, Memory, Stages};
+use crate::topology::{self, Node, RunOptions, RunPlan, SourcePlan, Topology};
 use bulk_data_client::{AuthSettings, Level, Proof};
 
 #[derive(Debug, Args)]
@@ -74,11 +76,11 @@ pub(super) struct SyncArgs {
 }
 
 /// Reads and resolves a pipeline file.
-pub(super) fn plan_of(path: &PathBuf, sets: &[String]) -> Result<Plan> {
+pub(super) fn plan_of(path: &PathBuf, sets: &[String]) -> Result<RunPlan> {
     let name = path.display().to_string();
     let text = super::read_file(path)?;
     let read = read_pipeline(&text, sets).map_err(|problems| Problem::error(&name, &problems))?;
-    Plan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))
+    RunPlan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))
 }
 
 pub(super) async fn run(args: RunArgs, output: &Output) -> Result<()> {
@@ -98,7 +100,7 @@ pub(super) async fn sync(args: SyncArgs, output: &Output) -> Result<()> {
     start(plan, RunOptions { full_refresh, ..RunOptions::default() }, dry_run, output).await
 }
 
-async fn start(plan: Plan, options: RunOptions, dry_run: bool, output: &Output) -> Result<()> {
+async fn start(plan: RunPlan, options: RunOptions, dry_run: bool, output: &Output) -> Result<()> {
     if dry_run {
         return explain(plan, options, output).await;
     }
@@ -106,7 +108,7 @@ async fn start(plan: Plan, options: RunOptions, dry_run: bool, output: &Output) 
 }
 
 /// The plan that the recipe's arguments stand for.
-fn sync_plan(args: SyncArgs) -> Result<Plan> {
+fn sync_plan(args: SyncArgs) -> Result<RunPlan> {
     let text = |value: &str| serde_json::Value::String(value.to_owned()).to_string();
     let mut yaml = format!(
         "version: 1\nname: sync\nsource:\n  url: {}\n  types: {}\n",
@@ -123,7 +125,7 @@ fn sync_plan(args: SyncArgs) -> Result<Plan> {
     yaml.push_str("stages: { encode: { extensions: false } }\n");
     let read = read_pipeline(&yaml, &args.sets).map_err(|problems| sync_error(&problems))?;
     let read = with_auth(read, args.auth_client_id.map(Text), args.auth_private_key, args.key_vault)?;
-    let mut plan = Plan::resolve(&read).map_err(|problems| sync_error(&problems))?;
+    let mut plan = RunPlan::resolve(&read).map_err(|problems| sync_error(&problems))?;
     plan.state_file = Some(args.state_file);
     Ok(plan)
 }
@@ -155,7 +157,7 @@ fn with_auth(mut read: Read, client_id: Option<Text>, private_key: Option<String
             plain_http: true,
         }),
         (Some(_), None) => {
-            return Err(Error::new(ErrorKind::Config, "a client id without a key: set --auth-private-key or FHIR_PRIVATE_KEY"));
+            return Err(Error::new(ErrorKind::Config, "client id without a key: set --auth-private-key or FHIR_PRIVATE_KEY"));
         }
         (None, Some(_)) => {
             return Err(Error::new(
@@ -187,8 +189,8 @@ fn sync_error(problems: &[Problem]) -> Error {
 }
 
 /// `--dry-run`: the plan, in words.
-async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()> {
-    let memory = plan.memory;
+async fn explain(plan: RunPlan, options: RunOptions, output: &Output) -> Result<()> {
+    let (topology_of_run, memory, stages) = (plan.topology(), plan.memory.clone(), plan.stages.clone());
     output.line(&format!("pipeline  {}", plan.name))?;
     match &plan.source {
         SourcePlan::Folder(url) => output.line(&format!("source    {}", url.path()))?,
@@ -201,7 +203,6 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     }
     output.line(&format!("tables    {}", plan.tables))?;
     output.line(&format!("state     {}", plan.state))?;
-    let (downloads, parsers, encoders) = (plan.downloads, plan.parse_workers, plan.encode_workers);
     let base = match &plan.source {
         SourcePlan::Server { base, .. } => Some(base.clone()),
         SourcePlan::Folder(_) => None,
@@ -212,7 +213,7 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
             .map_or_else(String::new, |next| format!(" (next {})", next.format("%Y-%m-%d %H:%M:%S UTC")));
         output.line(&format!("schedule  {}{next}", schedule.name))?;
     }
-    let prepared = pipeline::prepare(plan, options).await?;
+    let prepared = topology::prepare(plan, options).await?;
     let existing: Vec<String> = prepared.existing().iter().map(|name| name.to_string()).collect();
     output.line(&format!("existing  {}", if existing.is_empty() { "no tables".into() } else { existing.join(", ") }))?;
     for (name, why) in prepared.unwritable() {
@@ -221,7 +222,7 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
     for kickoff in prepared.kickoffs() {
         if let Some(accepted) = &kickoff.in_flight {
             let types = if kickoff.asked.is_empty() { "all types".to_owned() } else { kickoff.asked.join(", ") };
-            output.line(&format!("export    goes on with {} ({types})", bulk_data_client::shown(&accepted.status)))?;
+            output.line(&format!("export    resumes {} ({types})", bulk_data_client::shown(&accepted.status)))?;
         } else if let Some(base) = &base {
             let mut base = base.clone();
             if !base.path().ends_with('/') {
@@ -236,8 +237,10 @@ async fn explain(plan: Plan, options: RunOptions, output: &Output) -> Result<()>
             }
         }
     }
-    output.line(&format!("workers   {downloads} downloads, {parsers} parse, {encoders} encode"))?;
-    output.line(&explain_memory(memory))
+    let between = topology_of_run.nodes.iter().filter(|node| node.input.is_some());
+    let workers: Vec<String> = between.map(|node| format!("{} {}", node.workers, node.spec.name)).collect();
+    output.line(&format!("workers   {}", workers.join(", ")))?;
+    output.line(&explain_memory(&topology_of_run, &memory, &stages))
 }
 
 /// How we say who we are; of secrets only that they are there.
@@ -263,18 +266,18 @@ fn level_words(level: &Level) -> String {
     }
 }
 
-fn explain_memory(memory: MemorySplit) -> String {
+/// The split of `memory`: edges that have a share of it, and what stages hold themselves.
+fn explain_memory(topology: &Topology, memory: &Memory, stages: &Stages) -> String {
     let mib = |bytes: usize| format!("{} MiB", bytes >> 20);
-    format!(
-        "memory    download->parse {}, parse->encode {}, encode->merge {}, open batches {} (a row group at {} of NDJSON), keys {}, matching {}",
-        mib(memory.chunks),
-        mib(memory.rows),
-        mib(memory.batches),
-        mib(memory.open_batches),
-        mib(memory.row_group),
-        mib(memory.keys),
-        mib(memory.matching)
-    )
+    let is_share = |node: &&Node| node.spec.input.as_ref().is_some_and(|input| !matches!(input.bytes, EdgeBytes::Fixed(_)));
+    let edges = topology.nodes.iter().filter(is_share).filter_map(|node| node.input.as_ref());
+    let mut parts: Vec<String> = edges.map(|edge| format!("{} {}", edge.name, mib(edge.bytes))).collect();
+    parts.extend(topology.nodes.iter().flat_map(|node| node.spec.shares).map(|share| {
+        let row_group = format!(" (a row group at {} of NDJSON)", mib(stages.encode.row_group(memory)));
+        let note = if *share == OPEN_BATCHES { row_group } else { String::new() };
+        format!("{} {}{note}", share.name, mib(memory.share(share)))
+    }));
+    format!("memory    {}", parts.join(", "))
 }
 
 #[cfg(test)]

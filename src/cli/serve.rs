@@ -11,8 +11,8 @@ use super::output::Output;
 use super::run::plan_of;
 use crate::config::{environment, warn_if_loose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::serve::{Keeper, PlanSource, WebSettings, serve as serve_all};
-use flow::Stop;
+use crate::serve::{PipelineScheduler, PlanSource, WebSettings, serve as serve_all};
+use flow::Cancellation;
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -50,23 +50,23 @@ pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
         None => environment("FHIRLAKE_SERVE_TOKEN"),
     };
     if token.as_ref().is_some_and(String::is_empty) {
-        return Err(Error::new(ErrorKind::Config, "the token is empty: everybody would have it"));
+        return Err(Error::new(ErrorKind::Config, "--token-file is empty"));
     }
     let mut keepers = Vec::new();
     for path in &args.pipelines {
         let (path, sets) = (path.clone(), args.sets.clone());
         let file = path.clone();
         let source: PlanSource = Arc::new(move || plan_of(&path, &sets));
-        keepers.push(Keeper::new(file, source)?);
+        keepers.push(PipelineScheduler::new(file, source)?);
     }
-    let stop = Stop::default();
+    let stop = Cancellation::default();
     let settings = WebSettings { listen: args.listen, hosts: args.hosts, token: token.map(Into::into) };
     let said = output.clone();
     let serving = serve_all(keepers, settings, stop.clone(), output.telemetry(), |address| {
         tracing::info!(%address, "serving");
         let ip = if address.ip().is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { address.ip() };
         let page = SocketAddr::new(ip, address.port());
-        said.tell(&format!("http://{page}/ shows how the pipelines stand; Ctrl-C ends"));
+        said.tell(&format!("status page: http://{page}/ (Ctrl-C to stop)"));
     });
     let mut serving = std::pin::pin!(serving);
     let mut signals = Signals::new()?;
@@ -74,8 +74,8 @@ pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
         tokio::select! {
             outcome = &mut serving => return outcome,
             () = signals.next() => {
-                let stopping = "stopping: runs that are under way write down what they have";
-                stop_or_exit(&stop, output, stopping, "stopped at once; the next run goes on with what was written down");
+                let stopping = "stopping: runs persist their checkpoints";
+                stop_or_exit(&stop, output, stopping, "stopped at once; the next run resumes from the checkpoint");
             }
         }
     }

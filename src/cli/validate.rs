@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::output::Output;
-use crate::config::{Plan, Problem, pipeline_json_schema, read_pipeline};
+use crate::config::{Problem, pipeline_json_schema, read_pipeline};
 use crate::error::{Advice, Error, ErrorKind, Result};
-use crate::pipeline::check_dependencies;
+use crate::topology::RunPlan;
+use crate::topology::check_dependencies;
 
 #[derive(Debug, Args)]
 pub(super) struct ValidateArgs {
@@ -36,7 +37,7 @@ pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> 
     if args.offline {
         return Ok(());
     }
-    let plan = Plan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))?;
+    let plan = RunPlan::resolve(&read).map_err(|problems| Problem::error(&name, &problems))?;
     let mut failed: Vec<(ErrorKind, &'static str)> = Vec::new();
     for dependency in check_dependencies(&plan).await {
         match dependency.outcome {
@@ -49,7 +50,7 @@ pub(super) async fn validate(args: ValidateArgs, output: &Output) -> Result<()> 
     }
     // The exit code that a run would have.
     if let Some((kind, hint)) = failed.first() {
-        let why = format!("{} of the pipeline's dependencies would fail a run", failed.len());
+        let why = format!("{} checks failed: a run would fail", failed.len());
         return Err(Error::new(*kind, why).with_hint(hint));
     }
     Ok(())

@@ -2,12 +2,13 @@
 
 use serde_json::Value;
 
-use super::file::{MaxBad, Mode, PipelineFile, pipeline_json_schema};
+use super::file::{PipelineFile, pipeline_json_schema};
 use super::profiles;
 use super::schedule::SchedulePlan;
-use super::source::{LevelName, MethodName, is_of_server};
 use super::tree::{Place, Tree, check};
 use crate::error::{Error, ErrorKind};
+use crate::stages::merge::Mode;
+use crate::values::{Findings, is_of_server};
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,194 +155,40 @@ fn mended(tree: &Tree, problems: &[Problem]) -> Value {
     json
 }
 
-/// What the schema cannot say.
+/// What the schema cannot say: each section checks itself; here is what only makes sense together.
 fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
-    let mut add = |path: &str, what: &str, hint: Option<&str>| problems.push(problem(tree, path, what, hint));
+    let mut found = Findings::default();
     let source = &file.source;
-    match (source.level, &source.group) {
-        (LevelName::Group, None) => {
-            add("source.level", "level group needs source.group", Some("the group's id, as in Group/[id]/$export"));
-        }
-        (LevelName::System | LevelName::Patient, Some(_)) => {
-            add("source.group", "a group without level group", Some("set source.level: group"));
-        }
-        _ => {}
-    }
-    let url = source.url.0.as_str();
-    let is_reference = url.contains("${");
-    if !is_reference {
-        match url::Url::parse(url) {
-            Err(_) => add("source.url", "not a URL", Some("https://… of a FHIR base, or file:///folder of NDJSON")),
-            Ok(parsed) if !is_of_server(&parsed) && source.auth.is_some() => {
-                add("source.auth", "a folder needs no authentication", None);
-            }
-            Ok(parsed) => {
-                if let Some((what, hint)) = source.wrong_with(&parsed) {
-                    add("source.url", &what, Some(hint));
-                }
-            }
-        }
-    }
-    if let Some(auth) = &source.auth {
-        if let Some(token_url) = &auth.token_url
-            && !token_url.0.contains("${")
-            && !url::Url::parse(&token_url.0).is_ok_and(|url| matches!(url.scheme(), "http" | "https"))
-        {
-            add("source.auth.token_url", "neither an http nor an https URL", None);
-        }
-        let proofs = usize::from(auth.private_key.is_some()) + usize::from(auth.client_secret.is_some());
-        match (auth.bearer_token.is_some(), auth.client_id.is_some(), proofs) {
-            (true, false, 0) | (false, true, 1) => {}
-            (true, _, _) => add("source.auth.bearer_token", "either a bearer token or a client id and key", None),
-            (false, _, 2) => add("source.auth.client_secret", "either a private key or a secret", None),
-            (false, true, _) => add(
-                "source.auth",
-                "auth.client_id needs auth.private_key or auth.client_secret",
-                Some("a run never goes unauthenticated by mistake"),
-            ),
-            (false, false, 1) => add("source.auth", "auth.private_key and auth.client_secret need auth.client_id", None),
-            (false, false, _) => add("source.auth", "auth is empty", Some("client_id and private_key, or bearer_token")),
-        }
-    }
-    if source.tls.as_ref().is_some_and(|tls| tls.client_key.is_some() && tls.client_certificate.is_none()) {
-        add("source.tls.client_key", "a key without its certificate", Some("set source.tls.client_certificate too"));
-    }
-    if !source.patients.is_empty() && source.level == LevelName::System {
-        add("source.patients", "patients at level system", Some("set source.level: patient, or group"));
-    }
-    if !source.patients.is_empty() && source.method == MethodName::Get {
-        add("source.patients", "patients cannot be named in a GET", Some("leave source.method out"));
-    }
-    for (index, filter) in source.type_filters.iter().enumerate() {
-        let path = format!("source.type_filters.{index}");
-        let name = filter.split('?').next().unwrap_or_default();
-        if !filter.contains('?') || !fhir_arrow::Model::r4().is_resource_type(name) {
-            add(&path, "not a search such as Observation?category=laboratory", None);
-        } else if !source.types.is_empty() && !source.types.iter().any(|wanted| wanted == name) {
-            add(&path, "a filter of a type that source.types does not ask for", None);
-        }
-        // K16: what arranges an answer, rather than choosing resources, has no place in it.
-        let parameters = filter.split('?').nth(1).unwrap_or_default().split('&');
-        for parameter in parameters.map(|parameter| parameter.split(['=', ':']).next().unwrap_or_default()) {
-            if ["_sort", "_count", "_include", "_revinclude", "_summary", "_elements", "_total", "_contained"]
-                .contains(&parameter)
-            {
-                add(&path, &format!("{parameter} has no place in a filter"), None);
-            }
-        }
-    }
+    found.below("source", |found| source.check(found));
+    found.below("stages", |found| file.stages.check(file.memory.0, found));
     for (index, schedule) in file.schedule.iter().enumerate() {
         for (key, what) in SchedulePlan::read(schedule).err().into_iter().flatten() {
             let hint = "minute, hour, day of month, month, day of week: \"15 * * * *\", \"0 3 * * SUN\"";
-            add(&format!("schedule.{index}.{key}"), &what, Some(hint).filter(|_| key == "cron"));
+            found.add(format!("schedule.{index}.{key}"), what, Some(hint).filter(|_| key == "cron"));
         }
     }
-    let narrows = !(source.elements.is_empty() && source.type_filters.is_empty() && source.patients.is_empty());
-    if file.stages.merge.mode != Mode::Merge && (narrows || source.until.is_some()) {
-        add(
-            "stages.merge.mode",
-            "deletes what an export does not name, and source asks for a part only (until, elements, type_filters or patients)",
-            Some("set stages.merge.mode: merge"),
-        );
-    }
-    for (index, origin) in source.token_origins.iter().enumerate() {
-        if !is_origin(origin) {
-            add(&format!("source.token_origins.{index}"), "not an origin such as https://files.example.org", None);
-        }
-    }
-    if let Some(attachments) = &file.stages.attachments {
-        if attachments.inline_up_to.0 > file.memory.0 / 64 {
-            add(
-                "stages.attachments.inline_up_to",
-                "more than a 64th of memory",
-                Some("larger ones are kept as files; or raise memory"),
-            );
-        }
-        for (index, origin) in attachments.origins.iter().enumerate().filter(|(_, origin)| *origin != "any") {
-            if !is_origin(origin) {
-                add(
-                    &format!("stages.attachments.origins.{index}"),
-                    "neither `any` nor an origin such as https://files.example.org",
-                    None,
-                );
-            }
-        }
-        for (index, name) in
-            attachments.types.iter().enumerate().filter(|(_, name)| !fhir_arrow::Model::r4().is_resource_type(name))
-        {
-            add(&format!("stages.attachments.types.{index}"), &format!("{name} is not a resource type of FHIR R4"), None);
-        }
-        if url::Url::parse(url).is_ok_and(|url| !is_of_server(&url)) {
-            add("stages.attachments", "a folder has no server to fetch attachments from", None);
-        }
-    }
-    for name in source.headers.keys() {
-        if reqwest::header::HeaderName::from_bytes(name.as_bytes()).is_err() {
-            add(&format!("source.headers.{name}"), "not a header's name", None);
-        } else if name.eq_ignore_ascii_case("authorization") {
-            add(&format!("source.headers.{name}"), "tokens go into source.auth, so that they go to no other host", None);
-        }
-    }
-    let mut seen = std::collections::BTreeSet::new();
-    for (index, name) in source.types.iter().enumerate() {
-        let path = format!("source.types.{index}");
-        if !seen.insert(name) {
-            add(&path, "this type stands twice", None);
-        }
-        if fhir_arrow::EXCLUDED_TYPES.contains(&name.as_str()) {
-            add(&path, "Pathling's layout has no table for this type", None);
-        }
-    }
-    let shares = [
-        ("stages.parse.max_bad_lines", file.stages.parse.max_bad_lines.as_ref()),
-        ("stages.merge.max_deleted", Some(&file.stages.merge.max_deleted)),
-    ];
-    for (path, most) in shares {
-        if let Some(MaxBad::Share(share)) = most
-            && share.0 > 100.0
-        {
-            add(path, "more than 100%", None);
-        }
-    }
-    for (index, name) in file.stages.encode.open_types.iter().enumerate() {
-        if fhir_arrow::Model::r4().definition(name).is_none() {
-            add(&format!("stages.encode.open_types.{index}"), "not a data type of FHIR R4", None);
-        }
-    }
-    if file.stages.merge.target_file.0 < 1 << 20 {
-        add("stages.merge.target_file", "less than 1MiB", None);
-    }
-    if file.health.max_age.0.is_zero() {
-        add("health.max_age", "nothing would ever be healthy", None);
-    }
-    if file.lock_expiry.0 < std::time::Duration::from_secs(5) {
-        add("lock_expiry", "less than 5s", Some("a store that is slow for a moment would cost the lock"));
-    }
-    if file.memory.0 < 64 << 20 {
-        add("memory", "less than 64MiB", Some("edges and open batches need some room"));
-    }
-    if file.stages.parse.max_line.is_some_and(|most| most.0 > 256 << 20) {
-        add("stages.parse.max_line", "more than 256MiB", None);
-    }
-    if file.stages.download.chunk.0 < 4096 || file.stages.download.chunk.0 > 64 << 20 {
-        add("stages.download.chunk", "must be from 4KiB to 64MiB", None);
-    }
-    if !(1 << 16..=1 << 30).contains(&file.stages.encode.row_group.0) {
-        add("stages.encode.row_group", "must be from 64KiB to 1GiB", None);
-    }
+    let export = &source.export;
+    let narrows = !(export.elements.is_empty() && export.type_filters.is_empty() && export.patients.is_empty());
+    found.add_if(
+        file.stages.merge.mode != Mode::Merge && (narrows || export.until.is_some()),
+        "stages.merge.mode",
+        "deletes what an export does not name, and source asks for a part only (until, elements, type_filters or patients)",
+        Some("set stages.merge.mode: merge"),
+    );
+    let is_folder = url::Url::parse(&source.url.0).is_ok_and(|url| !is_of_server(&url));
+    let what = "a folder has no server to fetch attachments from";
+    found.add_if(file.stages.attachments.is_some() && is_folder, "stages.attachments", what, None);
+    found.add_if(file.health.max_age.0.is_zero(), "health.max_age", "max_age must not be zero", None);
+    let hint = "a slow store must not cost the lease";
+    found.add_if(file.lock_expiry.0 < std::time::Duration::from_secs(5), "lock_expiry", "less than 5s", Some(hint));
+    found.add_if(file.memory.0 < 64 << 20, "memory", "less than 64MiB", Some("edges and open batches need some room"));
     for (path, text) in [("tables", Some(&file.tables)), ("state", file.state.as_ref())] {
-        if text.is_some_and(|text| text.0.trim().is_empty()) {
-            add(path, "must not be empty", None);
-        }
+        found.add_if(text.is_some_and(|text| text.0.trim().is_empty()), path, "must not be empty", None);
     }
-    if file.name.contains(['/', '\\', '\0']) || file.name.starts_with('.') {
-        add("name", "a name with slashes, or beginning with a dot", Some("it names a folder"));
-    }
-}
-
-/// `https://files.example.org`
-fn is_origin(text: &str) -> bool {
-    url::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.path() == "/")
+    let is_path = file.name.contains(['/', '\\', '\0']) || file.name.starts_with('.');
+    found.add_if(is_path, "name", "a name with slashes, or beginning with a dot", Some("it names a folder"));
+    let found = found.into_list().into_iter();
+    problems.extend(found.map(|finding| problem(tree, &finding.path, finding.what, finding.hint)));
 }
 
 #[cfg(test)]
@@ -404,7 +251,7 @@ mod tests {
     fn set_overrides_and_is_checked() {
         let read = read_pipeline(MINIMAL, &["stages.download.concurrency=3".into(), "source.types=[Patient]".into()]).unwrap();
         assert_eq!(read.file.stages.download.concurrency, 3);
-        assert_eq!(read.file.source.types, ["Patient"]);
+        assert_eq!(read.file.source.types.names(), ["Patient"]);
         let problems = read_pipeline(MINIMAL, &["stages.downlod.concurrency=3".into()]).unwrap_err();
         assert!(problems[0].to_string().starts_with("--set: stages.downlod: unknown key"), "{}", problems[0]);
     }

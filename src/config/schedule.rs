@@ -8,7 +8,7 @@ use croner::Cron;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::values::Span;
+use crate::values::Span;
 
 /// When `fhirlake serve` runs the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -66,7 +66,7 @@ mod defaults {
 /// The machine's zone by its name, where that can be found out: local times alone do not tell the two hours apart that a
 /// clock shows twice in autumn.
 fn machines_zone() -> Option<chrono_tz::Tz> {
-    let named = super::values::environment("TZ").filter(|zone| !zone.is_empty());
+    let named = crate::values::environment("TZ").filter(|zone| !zone.is_empty());
     let of_path = |path: &str| Some(path.split_once("zoneinfo/")?.1.to_owned());
     let name = match named {
         Some(zone) => {

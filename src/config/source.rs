@@ -6,11 +6,14 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::values::{Instant, Span, Text, instant_schema, resource_types_schema};
+use crate::values::{Findings, Instant, Span, Text, Types, is_of_server, is_origin};
+use bulk_data_client::{ExportOptions, Method};
+use fhir_arrow::{EXCLUDED_TYPES, Model};
 
 /// Where resources come from.
+// serde cannot deny unknown keys where keys are flattened; the check of the whole file does.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[schemars(extend("additionalProperties" = false))]
 pub struct SourceSection {
     /// FHIR base URL, or a folder of NDJSON files: `file:///folder`, `s3://bucket/folder`, `abfss://…`, `gs://…`.
     pub url: Text,
@@ -26,8 +29,7 @@ pub struct SourceSection {
     /// Resource types; empty for all that the server has (`_type`). Those that the server refuses together are asked for
     /// by halves: one that it does not give fails alone.
     #[serde(default)]
-    #[schemars(schema_with = "resource_types_schema")]
-    pub types: Vec<String>,
+    pub types: Types,
     /// What is asked for: since the tables' watermark, everything, or since an instant (`_since`). Types whose
     /// watermarks lie within an hour are asked for together, from the oldest of them.
     #[serde(default = "defaults::since")]
@@ -35,52 +37,12 @@ pub struct SourceSection {
     /// Taken off the watermark before it is asked with.
     #[serde(default = "defaults::overlap")]
     pub overlap: Span,
-    /// Nothing that changed after this instant (`_until`, STU 3).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "instant_schema")]
-    pub until: Option<String>,
-    /// Elements that resources are cut down to (`_elements`): `id`, or `Patient.id`. Tables keep complete resources over
-    /// such ones.
-    #[serde(default)]
-    pub elements: Vec<String>,
-    /// FHIR searches that resources must match (`_typeFilter`), unencoded: `Observation?category=laboratory`.
-    #[serde(default)]
-    pub type_filters: Vec<String>,
-    /// Only the data of these patients (`patient`): `Patient/7`, or ids. Needs a POST, and level patient or group.
-    #[serde(default)]
-    pub patients: Vec<String>,
-    /// Resources that come along (`includeAssociatedData`): LatestProvenanceResources, RelevantProvenanceResources, or the
-    /// server's own.
-    #[serde(default)]
-    pub include_associated_data: Vec<String>,
-    /// A type by whose instances files are organised (`organizeOutputBy`, STU 3).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub organize_output_by: Option<String>,
-    /// Lets the server page its manifest, and list files while it still works (`allowPartialManifests`, STU 3).
-    #[serde(default)]
-    pub allow_partial_manifests: bool,
-    /// Format of the files (`_outputFormat`). Default: the parameter is not sent, since some servers refuse the usual value.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub output_format: Option<String>,
-    /// Further parameters of the kick-off.
-    #[serde(default)]
-    pub parameters: BTreeMap<String, OneOrMore>,
+    /// What the kick-off asks for beside types and time.
+    #[serde(flatten)]
+    pub export: ExportOptions,
     /// Further headers of every request to the server.
     #[serde(default)]
     pub headers: BTreeMap<String, Text>,
-    /// How the kick-off is sent; `auto`: POST where a parameter needs it, else GET.
-    #[serde(default)]
-    pub method: MethodName,
-    /// How a parameter with several values is written; a POST always repeats it.
-    #[serde(default)]
-    pub lists: ListStyle,
-    /// Lets the server pass over what it does not support (`Prefer: handling=lenient`); what it ignored is read back and
-    /// reported.
-    #[serde(default)]
-    pub lenient: bool,
-    /// Asks for the export's own status apart from the poll's (`Prefer: separate-export-status`, STU 3).
-    #[serde(default)]
-    pub separate_export_status: bool,
     /// Who we are to the server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auth: Option<AuthSection>,
@@ -131,26 +93,6 @@ pub enum ExportErrors {
     Hold,
     /// It is reported, and watermarks move: what the server did not give is not asked for again.
     Ignore,
-}
-
-/// A value, or several.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum OneOrMore {
-    /// One.
-    One(String),
-    /// Several: the parameter is repeated.
-    More(Vec<String>),
-}
-
-impl OneOrMore {
-    /// The values.
-    pub fn values(&self) -> &[String] {
-        match self {
-            OneOrMore::One(value) => std::slice::from_ref(value),
-            OneOrMore::More(values) => values,
-        }
-    }
 }
 
 /// Servers whose ways are known; `fhirlake profiles` shows what each sets, and why.
@@ -206,30 +148,6 @@ pub enum LevelName {
     Group,
 }
 
-/// How the kick-off is sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum MethodName {
-    /// POST where a parameter needs it, else GET.
-    #[default]
-    Auto,
-    /// GET, with the parameters in the URL (STU 1 to 3).
-    Get,
-    /// POST, with the parameters in a `Parameters` resource (the only form of STU 4).
-    Post,
-}
-
-/// How a parameter with several values is written in a GET.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum ListStyle {
-    /// `_type=Patient,Condition`; `_typeFilter` is always repeated, since a search may hold commas.
-    #[default]
-    Comma,
-    /// `_type=Patient&_type=Condition`
-    Repeat,
-}
-
 /// When the server is told that its files are no longer needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -279,18 +197,17 @@ pub struct AuthSection {
 
 impl SourceSection {
     /// What is wrong with the source's URL, and what may help: of one that is written out, and of what a reference stands for.
-    pub(super) fn wrong_with(&self, url: &url::Url) -> Option<(String, &'static str)> {
+    pub(crate) fn wrong_with(&self, url: &url::Url) -> Option<(String, &'static str)> {
         if !is_of_server(url) && url.scheme() != "file" {
             // An object store's, where this build has it.
             let hint = "http, https, file, or an object store of NDJSON: s3, abfss, gs";
             return delta_upsert::Tables::at(url.as_str()).err().map(|error| (error.to_string(), hint));
         }
         if !url.username().is_empty() || url.password().is_some() {
-            return Some(("no user and password in a URL: it would be logged".to_owned(), "use source.auth"));
+            return Some(("a URL must not have a user and password: URLs are logged".to_owned(), "use source.auth"));
         }
         let hint = "https, or source.auth.plain_http: true";
-        self.is_too_open(url)
-            .then(|| ("the token and the data would go by http, for everybody on the way to read".to_owned(), hint))
+        self.is_too_open(url).then(|| ("token and data would be sent unencrypted by http".to_owned(), hint))
     }
 
     /// Whether a token would go unencrypted to another machine (T1) though nothing allows it.
@@ -305,9 +222,118 @@ impl SourceSection {
     }
 }
 
-/// Whether a URL is a server's, and no folder's.
-pub(super) fn is_of_server(url: &url::Url) -> bool {
-    matches!(url.scheme(), "http" | "https")
+impl SourceSection {
+    /// Finds values that make no sense.
+    pub(super) fn check(&self, found: &mut Findings) {
+        self.check_level(found);
+        self.check_url(found);
+        if let Some(auth) = &self.auth {
+            found.below("auth", |found| auth.check(found));
+        }
+        let is_alone = self.tls.as_ref().is_some_and(|tls| tls.client_key.is_some() && tls.client_certificate.is_none());
+        let hint = "set source.tls.client_certificate too";
+        found.add_if(is_alone, "tls.client_key", "a key without its certificate", Some(hint));
+        self.check_filters(found);
+        for (index, origin) in self.token_origins.iter().enumerate() {
+            let what = "not an origin such as https://files.example.org";
+            found.add_if(!is_origin(origin), &format!("token_origins.{index}"), what, None);
+        }
+        for name in self.headers.keys() {
+            let path = format!("headers.{name}");
+            if reqwest::header::HeaderName::from_bytes(name.as_bytes()).is_err() {
+                found.add(path, "not a header's name", None);
+            } else if name.eq_ignore_ascii_case("authorization") {
+                found.add(path, "tokens go into source.auth, so that they go to no other host", None);
+            }
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        for (index, name) in self.types.names().iter().enumerate() {
+            let path = format!("types.{index}");
+            found.add_if(!seen.insert(name), &path, "this type stands twice", None);
+            let has_no_table = EXCLUDED_TYPES.contains(&name.as_str());
+            found.add_if(has_no_table, &path, "Pathling's layout has no table for this type", None);
+        }
+    }
+
+    fn check_level(&self, found: &mut Findings) {
+        match (self.level, &self.group) {
+            (LevelName::Group, None) => {
+                found.add("level", "level group needs source.group", Some("the group's id, as in Group/[id]/$export"));
+            }
+            (LevelName::System | LevelName::Patient, Some(_)) => {
+                found.add("group", "a group without level group", Some("set source.level: group"));
+            }
+            _ => {}
+        }
+        let named = !self.export.patients.is_empty();
+        let hint = "set source.level: patient, or group";
+        found.add_if(named && self.level == LevelName::System, "patients", "patients at level system", Some(hint));
+        let what = "patients cannot be named in a GET";
+        found.add_if(named && self.export.method == Method::Get, "patients", what, Some("leave source.method out"));
+    }
+
+    /// What is checked of a URL that is a reference is checked once it is resolved.
+    fn check_url(&self, found: &mut Findings) {
+        if self.url.0.contains("${") {
+            return;
+        }
+        match url::Url::parse(&self.url.0) {
+            Err(_) => found.add("url", "not a URL", Some("https://… of a FHIR base, or file:///folder of NDJSON")),
+            Ok(url) if !is_of_server(&url) && self.auth.is_some() => {
+                found.add("auth", "a folder needs no authentication", None);
+            }
+            Ok(url) => {
+                if let Some((what, hint)) = self.wrong_with(&url) {
+                    found.add("url", what, Some(hint));
+                }
+            }
+        }
+    }
+
+    fn check_filters(&self, found: &mut Findings) {
+        for (index, filter) in self.export.type_filters.iter().enumerate() {
+            let path = format!("type_filters.{index}");
+            let name = filter.split('?').next().unwrap_or_default();
+            if !filter.contains('?') || !Model::r4().is_resource_type(name) {
+                found.add(&path, "not a search such as Observation?category=laboratory", None);
+            } else if !self.types.contains(name) {
+                found.add(&path, "a filter of a type that source.types does not ask for", None);
+            }
+            // K16: what arranges an answer, rather than choosing resources, has no place in it.
+            let parameters = filter.split('?').nth(1).unwrap_or_default().split('&');
+            for parameter in parameters.map(|parameter| parameter.split(['=', ':']).next().unwrap_or_default()) {
+                if ["_sort", "_count", "_include", "_revinclude", "_summary", "_elements", "_total", "_contained"]
+                    .contains(&parameter)
+                {
+                    found.add(&path, format!("{parameter} has no place in a filter"), None);
+                }
+            }
+        }
+    }
+}
+
+impl AuthSection {
+    fn check(&self, found: &mut Findings) {
+        if let Some(token_url) = &self.token_url
+            && !token_url.0.contains("${")
+            && !url::Url::parse(&token_url.0).is_ok_and(|url| is_of_server(&url))
+        {
+            found.add("token_url", "neither an http nor an https URL", None);
+        }
+        let proofs = usize::from(self.private_key.is_some()) + usize::from(self.client_secret.is_some());
+        match (self.bearer_token.is_some(), self.client_id.is_some(), proofs) {
+            (true, false, 0) | (false, true, 1) => {}
+            (true, _, _) => found.add("bearer_token", "either a bearer token or a client id and key", None),
+            (false, _, 2) => found.add("client_secret", "either a private key or a secret", None),
+            (false, true, _) => found.add(
+                "",
+                "auth.client_id needs auth.private_key or auth.client_secret",
+                Some("a run never goes unauthenticated by mistake"),
+            ),
+            (false, false, 1) => found.add("", "auth.private_key and auth.client_secret need auth.client_id", None),
+            (false, false, _) => found.add("", "auth is empty", Some("client_id and private_key, or bearer_token")),
+        }
+    }
 }
 
 /// Where a client's secret goes.

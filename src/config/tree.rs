@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use serde_saphyr::Spanned;
 
 use super::check::Problem;
-use super::values::check_format;
+use crate::values::check_format;
 
 /// A place in the file: line and column, from 1; (0, 0) is no place (`--set`).
 pub(super) type Place = (u64, u64);
@@ -234,7 +234,7 @@ impl<'a> Checker<'a> {
             });
         if !fits {
             let format = schema.get("format").and_then(Value::as_str).unwrap_or_default();
-            if let Some(example) = super::values::example_with_unit(format)
+            if let Some(example) = crate::values::example_with_unit(format)
                 && matches!(tree, Tree::Scalar(Value::Number(_)))
             {
                 return self.problem(
@@ -291,7 +291,7 @@ impl<'a> Checker<'a> {
             self.problem(place, path, "a reference such as ${env:NAME} has no meaning here".into(), Some(hint.into()));
         }
         if let Some(problem) = schema.get("format").and_then(Value::as_str).and_then(|format| check_format(format, text)) {
-            let hint = (schema.get("format").and_then(Value::as_str) == Some(super::values::RESOURCE_TYPE))
+            let hint = (schema.get("format").and_then(Value::as_str) == Some(crate::values::RESOURCE_TYPE))
                 .then(|| nearest(text, fhir_arrow::Model::r4().resource_types().iter().map(String::as_str)))
                 .flatten();
             self.problem(place, path, problem, hint);

@@ -10,13 +10,13 @@ use azure_core::credentials::{Secret, TokenCredential};
 use azure_identity::{ClientSecretCredential, DeveloperToolsCredential, ManagedIdentityCredential, WorkloadIdentityCredential};
 use azure_security_keyvault_secrets::{SecretClient, SecretClientOptions};
 
-use super::values::environment;
+use crate::values::environment;
 
 /// How long a vault may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The secret that `reference` (`VAULT/SECRET`) names. Errors name the reference, never a value.
-pub(super) fn secret(reference: &str) -> Result<String, String> {
+pub(crate) fn secret(reference: &str) -> Result<String, String> {
     let (vault, name) = reference
         .split_once('/')
         .filter(|(vault, name)| !vault.is_empty() && !name.is_empty())

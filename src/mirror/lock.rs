@@ -105,7 +105,7 @@ impl Mirror {
                 // A second more, since some stores' times have no parts of one.
                 Some((there, version, age)) if there.free || age > expiry + Duration::from_secs(1) => {
                     if !there.free {
-                        tracing::warn!(owner = there.owner, "the lock's holder has not been heard for long; it is taken over");
+                        tracing::warn!(owner = there.owner, "the lease expired; taking it over");
                     }
                     PutMode::Update(version)
                 }
@@ -121,7 +121,7 @@ impl Mirror {
             }
         });
         let version = taken.map_err(|error| self.failed("locked", error))?.map_err(|holder| {
-            let free = format!("a lock whose holder is gone is free after {} s", expiry.as_secs());
+            let free = format!("an abandoned lease expires after {} s", expiry.as_secs());
             Error::new(ErrorKind::Locked, format!("another run holds this pipeline ({holder}): {url}/{LOCK}; {free}"))
         })?;
         let held = Arc::new(Held {
@@ -138,7 +138,7 @@ impl Mirror {
             runtime.spawn(async move { renew(&*store, &renewing, expiry).await });
         }
         let lock = MirrorLock { mirror: self.clone(), held };
-        self.pull()?;
+        self.cancel()?;
         self.stale.store(false, Ordering::Release);
         Ok(lock)
     }
@@ -168,7 +168,7 @@ async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
                         held.lost.store(true, Ordering::Release);
                         return;
                     }
-                    Err(error) => tracing::warn!(%error, "the state's lock could not be looked at"),
+                    Err(error) => tracing::warn!(%error, "the lease could not be read"),
                 }
             }
             Err(error) => tracing::warn!(%error, "the state's lock could not be renewed; trying again"),
@@ -192,7 +192,7 @@ impl Drop for MirrorLock {
             put.map(drop).context(ErrorKind::State, "the lock")
         });
         if let Err(error) = given {
-            tracing::warn!(%error, "the state's lock could not be given back; it is free when it expires");
+            tracing::warn!(%error, "the lease could not be released; it expires by itself");
         }
     }
 }

@@ -88,14 +88,14 @@ impl Mirror {
             return Ok(mirror);
         }
         let mirror = Arc::new(Self::new(url, expiry, open()?)?);
-        mirror.pull()?;
+        mirror.cancel()?;
         opened.retain(|_, mirror| mirror.strong_count() > 0);
         opened.insert(url.to_owned(), Arc::downgrade(&mirror));
         Ok(mirror)
     }
 
     fn new(url: &str, expiry: Duration, store: Arc<dyn ObjectStore>) -> Result<Self> {
-        let failed = "no copy of the state can be made on this machine";
+        let failed = "the state cannot be cached on this machine";
         let copy = tempfile::Builder::new().prefix("fhirlake-").tempdir().context(ErrorKind::State, failed)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -138,7 +138,7 @@ impl Mirror {
 
     /// Runs `work` where futures run, and waits for it.
     fn wait<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-        let gone = || Error::new(ErrorKind::Internal, "the state's worker is gone");
+        let gone = || Error::new(ErrorKind::Internal, "the state's worker thread ended");
         let (answer, answered) = std::sync::mpsc::sync_channel(1);
         let runtime = self.runtime.as_ref().ok_or_else(gone)?;
         runtime.spawn(async move {
@@ -149,7 +149,7 @@ impl Mirror {
     }
 
     /// Brings the copy up to what the store has.
-    pub fn pull(&self) -> Result<()> {
+    pub fn cancel(&self) -> Result<()> {
         let mut known = locked(&self.known);
         let (store, folder) = (self.store.clone(), self.path().to_path_buf());
         let before = known.clone();
@@ -246,7 +246,7 @@ fn place_in(folder: &Path, name: &str) -> Result<PathBuf> {
     let mut path = folder.to_path_buf();
     for part in name.split('/') {
         if part.is_empty() || part == "." || part == ".." || part.contains('\\') {
-            return Err(Error::new(ErrorKind::State, "an object whose name is none of ours"));
+            return Err(Error::new(ErrorKind::State, "unexpected object name in the state folder"));
         }
         path.push(part);
     }
@@ -334,7 +334,7 @@ mod tests {
 
     pub(super) fn mirror(store: &Arc<dyn ObjectStore>, expiry: u64) -> Arc<Mirror> {
         let mirror = Arc::new(Mirror::new("s3://lake/state", Duration::from_millis(expiry), store.clone()).unwrap());
-        mirror.pull().unwrap();
+        mirror.cancel().unwrap();
         mirror
     }
 
@@ -350,13 +350,13 @@ mod tests {
             std::fs::write(one.path().join(name), bytes).unwrap();
         }
         one.push().unwrap();
-        other.pull().unwrap();
+        other.cancel().unwrap();
         assert_eq!(std::fs::read(other.path().join("staged/a.keys")).unwrap(), big);
         assert!(!other.path().join("scratch").exists());
         std::fs::write(one.path().join("j"), b"12").unwrap();
         std::fs::remove_file(one.path().join("staged/a.keys")).unwrap();
         one.push().unwrap();
-        other.pull().unwrap();
+        other.cancel().unwrap();
         assert_eq!(std::fs::read(other.path().join("j")).unwrap(), b"12");
         assert_eq!(files_of(other.path()), BTreeSet::from(["j".to_owned(), "staged/index.json".to_owned()]));
         assert_eq!(one.place(&one.path().join("runs/r.json")), "s3://lake/state/runs/r.json");

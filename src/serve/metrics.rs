@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use chrono::Utc;
 
-use super::keeper::Keeper;
+use super::scheduler::PipelineScheduler;
 use super::status::PipelineStatus;
 use crate::telemetry::{self, Instrument, METRICS, Sample};
 use flow::Counts;
@@ -51,7 +51,7 @@ pub fn of_counts(pipeline: &str, counts: &Counts) -> Vec<Sample> {
 }
 
 /// Everything there is to say now.
-pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Sample> {
+pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k PipelineScheduler>) -> Vec<Sample> {
     let plain = |metric, labels, value| Sample { metric, labels, value };
     let mut all = vec![plain(telemetry::BUILD, vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
     all.extend(telemetry::memory("VmRSS").map(|bytes| plain(telemetry::MEMORY, Vec::new(), bytes as f64)));
@@ -61,7 +61,8 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
         let live = keeper.live();
         let mut counts = live.counts();
         // What has not happened yet is zero: from nothing to one is no growth to those who watch for it.
-        let types = live.plan.types.iter().map(String::as_str).chain(status.tables.iter().map(|table| table.name.as_str()));
+        let types =
+            live.plan.types().names().iter().map(String::as_str).chain(status.tables.iter().map(|table| table.name.as_str()));
         for name in types.chain([telemetry::NO_TYPE]) {
             for metric in [telemetry::BYTES, telemetry::BAD_LINES, telemetry::PARSED] {
                 counts.entry((metric, name.into())).or_default();
@@ -100,13 +101,13 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k Keeper>) -> Vec<Samp
                 add(telemetry::TABLE_ROWS, &of, rows as f64);
             }
             // Of a type that is not asked for any more the watermark stands still.
-            let is_asked_for = live.plan.types.is_empty() || live.plan.types.contains(&table.name);
+            let is_asked_for = live.plan.types().contains(&table.name);
             if let Some(lag) = table.lag_seconds.filter(|_| is_asked_for) {
                 add(telemetry::TABLE_LAG, &of, lag as f64);
             }
         }
         for edge in status.running.iter().flat_map(|running| &running.edges) {
-            let of = [("edge", edge.name)];
+            let of = [("edge", edge.name.as_str())];
             add(telemetry::EDGE_ITEMS, &of, edge.items as f64);
             add(telemetry::EDGE_BYTES, &of, edge.bytes as f64);
             add(telemetry::EDGE_CAPACITY, &of, edge.max_bytes as f64);

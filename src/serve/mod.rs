@@ -1,18 +1,18 @@
 //! `fhirlake serve`: pipelines by their schedules, and a page, health and metrics to watch them by.
 //!
-//! A [`Keeper`] has one pipeline: it waits for what is due, runs it, and knows how it stands. The web reads what the keepers
+//! A [`PipelineScheduler`] has one pipeline: it waits for what is pending_runs, runs it, and knows how it stands. The web reads what the keepers
 //! know, and changes nothing.
 
-mod due;
 mod health;
-mod keeper;
 mod metrics;
 mod page;
+mod pending_runs;
+mod scheduler;
 mod status;
 mod web;
 
-pub use keeper::{Keeper, PlanSource};
 pub use metrics::of_counts;
+pub use scheduler::{PipelineScheduler, PlanSource};
 pub use status::{PipelineStatus, ServerStatus};
 
 use std::net::SocketAddr;
@@ -22,7 +22,7 @@ use tokio::net::TcpListener;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::telemetry::Telemetry;
-use flow::{Crew, Stop};
+use flow::{Cancellation, TaskGroup};
 
 /// How the web listens, and to whom.
 #[derive(Debug, Clone)]
@@ -38,33 +38,33 @@ pub struct WebSettings {
 /// What the web knows.
 #[derive(Debug)]
 struct Served {
-    keepers: Vec<Arc<Keeper>>,
+    keepers: Vec<Arc<PipelineScheduler>>,
     settings: WebSettings,
     started: chrono::DateTime<chrono::Utc>,
-    stop: Stop,
+    stop: Cancellation,
 }
 
 /// Pulls its stop when it goes.
-struct Last(Stop);
+struct Last(Cancellation);
 
 impl Drop for Last {
     fn drop(&mut self) {
-        self.0.pull();
+        self.0.cancel();
     }
 }
 
 /// Keeps pipelines until `stop` is pulled: runs that are under way end as on Ctrl-C. `listening` hears the address.
 pub async fn serve(
-    keepers: Vec<Keeper>,
+    keepers: Vec<PipelineScheduler>,
     settings: WebSettings,
-    stop: Stop,
+    stop: Cancellation,
     telemetry: &Telemetry,
     listening: impl FnOnce(SocketAddr),
 ) -> Result<()> {
-    let keepers: Vec<Arc<Keeper>> = keepers.into_iter().map(Arc::new).collect();
-    for (at, keeper) in keepers.iter().enumerate() {
-        if keepers[..at].iter().any(|other| other.name() == keeper.name()) {
-            return Err(Error::new(ErrorKind::Config, format!("two pipelines are named {}", keeper.name())));
+    let keepers: Vec<Arc<PipelineScheduler>> = keepers.into_iter().map(Arc::new).collect();
+    for (at, scheduler) in keepers.iter().enumerate() {
+        if keepers[..at].iter().any(|other| other.name() == scheduler.name()) {
+            return Err(Error::new(ErrorKind::Config, format!("two pipelines are named {}", scheduler.name())));
         }
     }
     let failed = format!("cannot listen on {}", settings.listen);
@@ -78,22 +78,22 @@ pub async fn serve(
     }
     listening(address);
     let watched = keepers.clone();
-    telemetry.observe(Arc::new(move || metrics::samples(watched.iter().map(|keeper| &**keeper))));
+    telemetry.observe(Arc::new(move || metrics::samples(watched.iter().map(|scheduler| &**scheduler))));
     let started = chrono::Utc::now();
     let served = Arc::new(Served { keepers: keepers.clone(), settings, started, stop: stop.clone() });
-    let mut crew = Crew::new(stop.clone());
-    // Whoever watches sees runs end: the web stays until the last keeper is gone.
-    let last = Arc::new(Last(Stop::default()));
+    let mut tasks = TaskGroup::new(stop.clone());
+    // Whoever watches sees runs end: the web stays until the last scheduler is gone.
+    let last = Arc::new(Last(Cancellation::default()));
     let until = last.0.clone();
-    for keeper in keepers {
+    for scheduler in keepers {
         let (stop, last) = (stop.clone(), last.clone());
         // A thread each: the compiler cannot prove that a whole run may move between threads.
-        crew.spawn_cpu("keeper", move |handle| {
+        tasks.spawn_cpu("scheduler", move |handle| {
             let _last = last;
-            handle.block_on(keeper.keep(&stop))
+            handle.block_on(scheduler.keep(&stop))
         });
     }
     drop(last);
-    crew.spawn("web", async move { web::run(listener, served, until).await });
-    crew.join(|names| tracing::info!(waiting_for = names.join(", "), "stopping")).await
+    tasks.spawn("web", async move { web::run(listener, served, until).await });
+    tasks.join(|names| tracing::info!(waiting_for = names.join(", "), "stopping")).await
 }

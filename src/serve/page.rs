@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 
 use super::health::Health;
 use super::status::{EdgeStatus, PipelineStatus, RunStatus, RunningStatus, ServerStatus, StageStatus};
+use crate::topology::RunOutcome;
 
 /// Errors that are shown.
 const ERRORS: usize = 5;
@@ -87,7 +88,7 @@ fn pipeline_section(page: &mut String, at: usize, pipeline: &PipelineStatus, now
         Health::Healthy { .. } => ("good", "healthy".to_owned()),
         Health::Unhealthy { last_sync: Some(_) } => ("bad", "unhealthy: the last success is too long ago".to_owned()),
         Health::Unhealthy { last_sync: None } => {
-            let has_failed = pipeline.runs.iter().any(|run| run.outcome == "failed");
+            let has_failed = pipeline.runs.iter().any(|run| run.outcome == RunOutcome::Failed);
             (if has_failed { "bad" } else { "wait" }, "no run has succeeded yet".to_owned())
         }
         Health::Error { message } => ("bad", format!("the state cannot be read: {message}")),
@@ -133,7 +134,7 @@ fn pipeline_section(page: &mut String, at: usize, pipeline: &PipelineStatus, now
 }
 
 fn kind(full: bool) -> &'static str {
-    if full { "full run" } else { "usual run" }
+    if full { "full run" } else { "incremental run" }
 }
 
 /// The stages of a run, and how full the edges between them are.
@@ -141,8 +142,8 @@ fn picture(page: &mut String, running: &RunningStatus) {
     page.push_str("<h3>This run</h3>\n<ol class=\"picture\" aria-label=\"stages, and how full the edges between them are\">");
     for (at, stage) in running.stages.iter().enumerate() {
         if at > 0 {
-            let from = running.stages[at - 1].name;
-            for edge in running.edges.iter().filter(|edge| goes(edge, from, stage.name)) {
+            let name = format!("{}->{}", running.stages[at - 1].name, stage.name);
+            for edge in running.edges.iter().filter(|edge| edge.name == name) {
                 edge_item(page, edge);
             }
         }
@@ -186,11 +187,6 @@ fn picture(page: &mut String, running: &RunningStatus) {
     page.push_str("</tbody></table></div>\n");
 }
 
-/// Whether an edge lies between two stages; where a further stage is between them, both its edges do.
-fn goes(edge: &EdgeStatus, from: &str, to: &str) -> bool {
-    edge.name.split_once("->").is_some_and(|(start, end)| start == from || (end == to && start == "attach"))
-}
-
 fn edge_item(page: &mut String, edge: &EdgeStatus) {
     let share = edge.fullness();
     let class = if share >= 0.95 { "full" } else { "level" };
@@ -213,6 +209,7 @@ fn bar(share: f64, class: &str) -> String {
 
 fn rate(stage: &StageStatus) -> String {
     match stage.unit {
+        "" => String::new(),
         "bytes" => format!("{}/s", bytes(stage.rate as u64)),
         unit => format!("{} {unit}/s", number(stage.rate as u64)),
     }
@@ -220,6 +217,7 @@ fn rate(stage: &StageStatus) -> String {
 
 fn total(stage: &StageStatus) -> String {
     match stage.unit {
+        "" => String::new(),
         "bytes" => bytes(stage.total),
         unit => format!("{} {unit}", number(stage.total)),
     }
@@ -273,7 +271,7 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
     );
     for (index, run) in runs.iter().rev().enumerate() {
         let x = left + step * index as f64;
-        let class = if run.outcome == "failed" { "failed" } else { "ok" };
+        let class = if run.outcome == RunOutcome::Failed { "failed" } else { "ok" };
         let (tall, wide) = ((run.seconds / longest * height).max(1.5), (step - 2.0).clamp(1.0, 28.0));
         let rows = run.rows as f64 / most as f64 * height;
         let when = run.started.map_or_else(String::new, |started| started.format("%Y-%m-%d %H:%M:%S UTC").to_string());
@@ -295,7 +293,7 @@ fn runs(page: &mut String, at: usize, runs: &[RunStatus], now: DateTime<Utc>) {
     );
     for run in runs.iter().take(RUNS) {
         let words = run.outcome;
-        let class = if words == "failed" { "bad" } else { "good" };
+        let class = if words == RunOutcome::Failed { "bad" } else { "good" };
         let _ = write!(
             page,
             "<tr><td>{}</td><td>{}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td><td class=\"{class}\">{words}</td></tr>",

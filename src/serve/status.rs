@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use serde_json::Value;
 
 use super::health::Health;
-use super::keeper::{Keeper, Running};
-use crate::pipeline::{self, STOPPED};
+use super::scheduler::{PipelineScheduler, Running};
+use crate::stages::merge::{STOPPED, TypeOutcome};
 use crate::telemetry;
+use crate::topology::{Node, RunOutcome, RunReport};
 use flow::Counts;
 
 /// The service.
@@ -80,7 +80,7 @@ pub struct RunningStatus {
 #[derive(Debug, Serialize)]
 pub struct EdgeStatus {
     /// `from->to`.
-    pub name: &'static str,
+    pub name: String,
     /// Items on it.
     pub items: u64,
     /// The most that it holds.
@@ -174,7 +174,7 @@ pub struct RunStatus {
     /// Whether every type succeeded.
     pub succeeded: bool,
     /// `succeeded`, `stopped` or `failed`.
-    pub outcome: &'static str,
+    pub outcome: RunOutcome,
     /// Whether everything was asked for.
     pub full: bool,
     /// Rows that it put in, replaced and took out.
@@ -186,50 +186,40 @@ pub struct RunStatus {
 }
 
 impl RunStatus {
-    fn of(report: &Value) -> Self {
-        let types = || report["types"].as_object().into_iter().flatten();
-        let outcome = pipeline::outcome_of(report);
+    fn of(report: &RunReport) -> Self {
+        let outcome = report.outcome();
         // That a run was stopped is no error; what failed before it was is one.
-        let is_stop = |error: &&str| outcome == "stopped" && *error == STOPPED;
-        let whole = report["error"].as_str().filter(|_| outcome != "stopped").map(str::to_owned);
-        let of_type = |kept: &Value| {
-            let held = kept["watermark_hold"].as_str().map(|why| format!("watermark not advanced: {why}"));
-            kept["error"].as_str().filter(|error| !is_stop(error)).map(str::to_owned).or(held)
+        let is_stopped = outcome == RunOutcome::Stopped;
+        let whole = report.error.clone().filter(|_| !is_stopped);
+        let of_type = |kept: &TypeOutcome| {
+            let not_advanced = kept.watermark_hold.as_ref().map(|why| format!("watermark not advanced: {why}"));
+            kept.error.clone().filter(|error| !(is_stopped && error == STOPPED)).or(not_advanced)
         };
-        let of_types = types().filter_map(|(name, kept)| Some(format!("{name}: {}", of_type(kept)?)));
-        let errors: Vec<String> = whole.into_iter().chain(of_types).collect();
-        let sum = |kept: &Value| ["inserted", "updated", "deleted"].iter().filter_map(|key| kept[*key].as_u64()).sum::<u64>();
-        let succeeded = report["succeeded"] == true;
-        let hint = report["hint"].as_str().map(str::to_owned).or_else(|| {
-            (!succeeded).then(|| "the next run brings what is missing; what it could not read is in its report".to_owned())
-        });
+        let of_types = report.types.iter().filter_map(|(name, kept)| Some(format!("{name}: {}", of_type(kept)?)));
+        let hint = "the next run brings what is missing; what it could not read is in its report";
         Self {
-            run: report["run"].as_str().unwrap_or("?").to_owned(),
-            started: instant(&report["started"]),
-            seconds: report["seconds"].as_f64().unwrap_or_default(),
-            succeeded,
+            run: report.run.clone(),
+            started: Some(report.started),
+            seconds: report.seconds,
+            succeeded: report.succeeded,
             outcome,
-            full: report["full"] == true,
-            rows: types().map(|(_, kept)| sum(kept)).sum(),
-            errors,
-            hint,
+            full: report.full,
+            rows: report.types.values().map(|kept| kept.inserted + kept.updated + kept.deleted).sum(),
+            errors: whole.into_iter().chain(of_types).collect(),
+            hint: report.hint.clone().or_else(|| (!report.succeeded).then(|| hint.to_owned())),
         }
     }
 }
 
-fn instant(value: &Value) -> Option<DateTime<Utc>> {
-    DateTime::parse_from_rfc3339(value.as_str()?).ok().map(|time| time.to_utc())
-}
-
 impl PipelineStatus {
     /// How a pipeline stands at `now`.
-    pub(super) fn of(keeper: &Keeper, now: DateTime<Utc>) -> Self {
+    pub(super) fn of(keeper: &PipelineScheduler, now: DateTime<Utc>) -> Self {
         let state = keeper.state();
         let exports = state.exports().unwrap_or_default();
         let live = keeper.live();
         let changed = |name: &str| {
-            let committed = |report: &&Value| report["types"][name]["committed"] == true;
-            live.reports.iter().find(committed).and_then(|report| instant(&report["started"]))
+            let committed = |report: &&RunReport| report.types.get(name).is_some_and(|of| of.committed);
+            live.reports.iter().find(committed).map(|report| report.started)
         };
         let tables = live.tables.iter().map(|table| {
             let watermark = table.watermark.as_deref().and_then(|text| DateTime::parse_from_rfc3339(text).ok());
@@ -249,8 +239,8 @@ impl PipelineStatus {
             next_run: live.next.map(|(time, _)| time),
             next_is_full: live.next.is_some_and(|(_, full)| full),
             again: live.retry.as_ref().map(|retry| retry.due.time),
-            not_before: exports.not_before.map(|until| until.time).filter(|time| *time > now),
-            exports_in_flight: exports.in_flight.len(),
+            not_before: exports.throttled.map(|until| until.time).filter(|time| *time > now),
+            exports_in_flight: exports.jobs.len(),
             quarantined: live.quarantined,
             running: live.running.as_ref().map(|running| RunningStatus::of(running, now)),
             tables: tables.collect(),
@@ -271,15 +261,16 @@ impl RunningStatus {
             Some((at, before)) => (at.elapsed().max(Duration::from_millis(1)), before.clone()),
             None => (Duration::from_secs(1), counts.clone()),
         };
-        let stage = |name: &'static str, metric: &str, unit: &'static str| {
+        let stage = |node: &Node| {
+            let (metric, unit) = node.spec.rate.unwrap_or(("", ""));
             let total = sum(&counts, metric);
             let rate = total.saturating_sub(sum(&before, metric)) as f64 / since.as_secs_f64();
-            StageStatus { name, rate, unit, total }
+            StageStatus { name: node.spec.name, rate, unit, total }
         };
         let edges = running.watch.edges.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let edges = edges.iter().map(|edge| {
             let ((items, bytes), (max_items, max_bytes)) = (edge.level(), edge.capacity());
-            EdgeStatus { name: edge.name(), items, max_items, bytes, max_bytes }
+            EdgeStatus { name: edge.name().to_owned(), items, max_items, bytes, max_bytes }
         });
         let mut names: Vec<&str> = counts.keys().map(|(_, label)| &**label).collect();
         names.sort_unstable();
@@ -302,13 +293,7 @@ impl RunningStatus {
             full: running.full || running.watch.full.load(Ordering::Relaxed),
             server,
             retries: sum(&counts, telemetry::RETRIES),
-            stages: vec![
-                stage("export", telemetry::FILES_EXPECTED, "files"),
-                stage("download", telemetry::BYTES, "bytes"),
-                stage("parse", telemetry::PARSED, "resources"),
-                stage("encode", telemetry::STAGED, "rows"),
-                stage("merge", telemetry::COMMITTED, "rows"),
-            ],
+            stages: running.topology.nodes.iter().map(stage).collect(),
             edges: edges.collect(),
             types: types.filter(|found| found.files_expected + found.resources + found.bad > 0).collect(),
         }

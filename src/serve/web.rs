@@ -26,7 +26,7 @@ use super::health::Health;
 use super::status::{PipelineStatus, ServerStatus};
 use super::{Served, metrics, page};
 use crate::error::Result;
-use flow::Stop;
+use flow::Cancellation;
 
 /// Connections at the same time; for one more the oldest has to go, so that whoever holds many keeps nobody out.
 const CONNECTIONS: usize = 128;
@@ -36,7 +36,7 @@ const HEAD: Duration = Duration::from_secs(10);
 const CONNECTION: Duration = Duration::from_secs(60);
 
 /// Answers until `until` is pulled.
-pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Stop) -> Result<()> {
+pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Cancellation) -> Result<()> {
     let app = Router::new()
         .route("/", get(index))
         .route("/status.json", get(status))
@@ -52,7 +52,7 @@ pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Stop)
     let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         tokio::select! {
-            () = until.pulled() => return Ok(()),
+            () = until.cancelled() => return Ok(()),
             _ = connections.join_next(), if !connections.is_empty() => {}
             accepted = listener.accept() => {
                 // One that is gone before it is taken is no reason to end; too many open files pass.
@@ -131,7 +131,7 @@ async fn guard(State(served): Shared, request: Request, next: Next) -> Response 
     let headers = request.headers();
     let open = matches!(request.uri().path(), "/ready" | "/health") || request.uri().path().starts_with("/health/");
     let refused = if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        Some((StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD: nothing can be changed here\n"))
+        Some((StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are allowed\n"))
     } else if !is_for_us(headers, &served) {
         Some((StatusCode::MISDIRECTED_REQUEST, "not a name of this service; --host NAME adds one\n"))
     } else if is_foreign(headers) {
@@ -222,7 +222,7 @@ async fn health_of(State(served): Shared, Path(pipeline): Path<String>) -> Respo
 }
 
 async fn ready(State(served): Shared) -> Response {
-    match served.stop.is_pulled() {
+    match served.stop.is_cancelled() {
         false => answered((200, json!({"status": "ready"}))),
         true => answered((503, json!({"status": "stopping"}))),
     }

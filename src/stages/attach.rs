@@ -3,7 +3,9 @@
 
 mod content;
 mod rewritten;
+mod settings;
 
+pub use self::settings::AttachmentsSection;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -24,10 +26,11 @@ use self::rewritten::Gathered;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{ExportFile, ParsedRow, ResourceType, Rows};
 use crate::telemetry;
+use crate::values::Types;
 use bulk_data_client::{Client, unsigned};
 use fhir_arrow::for_each_attachment;
 use fhir_arrow::tape::{Tape, Value, parse_value};
-use flow::{Board, Receiver, Sender, Stop};
+use flow::{Cancellation, Counters, Receiver, Sender};
 
 /// How attachments are treated.
 pub struct AttachSettings {
@@ -35,8 +38,8 @@ pub struct AttachSettings {
     pub inline_up_to: u64,
     /// Larger ones stay links.
     pub max_size: u64,
-    /// Resource types whose attachments are fetched; empty for all.
-    pub types: Vec<ResourceType>,
+    /// Resource types whose attachments are fetched.
+    pub types: Types,
     /// Content types that are fetched, `application/pdf` or `image/*`; empty for all.
     pub content_types: Vec<String>,
     /// Origins beside the server's that are asked; `None` for any.
@@ -64,9 +67,9 @@ pub struct Attach {
     /// Hosts of which was said that they are not asked.
     pub said: Arc<Mutex<HashSet<String>>>,
     /// Counters.
-    pub board: Board,
+    pub board: Counters,
     /// The run's stop.
-    pub stop: Stop,
+    pub stop: Cancellation,
 }
 
 /// Folder for attachments in the tables' folder.
@@ -142,7 +145,7 @@ impl Attach {
         let mut with = Vec::new();
         let document = rows.tape.over(&rows.bytes);
         for (name, of_type) in &mut rows.by_type {
-            if !self.settings.types.is_empty() && !self.settings.types.contains(name) {
+            if !self.settings.types.contains(name) {
                 continue;
             }
             for row in std::mem::take(of_type) {
@@ -231,7 +234,7 @@ impl Attach {
                 }
                 Ok(None) => "left",
                 // Not a row may go on that the stop has cut short: its type is brought by the next run.
-                Err(_) if self.stop.is_pulled() => return None,
+                Err(_) if self.stop.is_cancelled() => return None,
                 // Neither its link nor the server's words are logged: they may speak of the patient.
                 Err(error) => {
                     let (status, kind) = (error.status(), error.kind());
@@ -242,9 +245,7 @@ impl Attach {
                         tracing::warn!(file = %file.name, status, ?kind, "an attachment could not be fetched; it stays a link");
                     }
                     if of_host && row == MAX_FAILURES {
-                        tracing::error!(
-                            "{MAX_FAILURES} attachments failed one after the other: no more are asked for in this run"
-                        );
+                        tracing::error!("{MAX_FAILURES} attachments failed in a row: this run requests no more");
                     }
                     "failed"
                 }
@@ -261,11 +262,11 @@ impl Attach {
             return Ok(Some(Fetched::File(wanted.path.clone())));
         }
         if self.failures.load(Ordering::Relaxed) >= MAX_FAILURES {
-            return Err(Error::new(ErrorKind::Network, "too many failed before it"));
+            return Err(Error::new(ErrorKind::Network, "skipped: too many earlier downloads failed"));
         }
         let work = tokio::time::timeout(PATIENCE, self.ask(file, wanted));
         let done = self.stop.or(work).await.ok_or_else(|| Error::new(ErrorKind::Interrupted, "stopped"))?;
-        done.unwrap_or_else(|_| Err(Error::new(ErrorKind::Network, format!("not there within {} s", PATIENCE.as_secs()))))
+        done.unwrap_or_else(|_| Err(Error::new(ErrorKind::Network, format!("timed out after {} s", PATIENCE.as_secs()))))
     }
 
     async fn ask(&self, file: &ExportFile, wanted: &Wanted) -> Result<Option<Fetched>> {
@@ -325,7 +326,7 @@ impl Attach {
 }
 
 impl Attach {
-    /// Says where an attachment is not what its resource says of it. It is kept: servers are wrong in this more often than
+    /// Says where an attachment differs from its resource's size or hash. It is kept: servers are wrong in this more often than
     /// networks, whose own checks have passed by now.
     fn compare(&self, file: &ExportFile, wanted: &Wanted, size: u64, digest: digest::Context) {
         let hash = base64::engine::general_purpose::STANDARD.encode(digest.finish());
@@ -333,7 +334,7 @@ impl Attach {
         let hash_differs = wanted.hash.as_ref().is_some_and(|said| *said != hash);
         if size_differs || hash_differs {
             self.board.add(telemetry::ATTACHMENTS, &"unlike".into(), 1);
-            tracing::warn!(file = %file.name, size_differs, hash_differs, "an attachment is not what its resource says of it");
+            tracing::warn!(file = %file.name, size_differs, hash_differs, "an attachment differs from its resource's size or hash");
         }
     }
 }

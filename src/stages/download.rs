@@ -3,7 +3,9 @@
 //! Each worker has a thread of its own, since it unpacks; it waits for the network on the reactor.
 
 mod lines;
+mod settings;
 
+pub use self::settings::{DownloadSection, ShortFile};
 use std::io::{ErrorKind as IoErrorKind, Read};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,11 +23,11 @@ use url::Url;
 use self::lines::Lines;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::messages::{Chunk, ExportFile, Fact, FileDone, FileKind, FilePlace, MergeInput};
+use crate::messages::{Chunk, ControlEvent, ExportFile, FileFinished, FileKind, ManifestEntryId, MergeInput};
 use crate::telemetry;
 use bulk_data_client::content_encoding::Unpack;
 use bulk_data_client::{Client, LinkPlace, Links, Resume, is_whole, shown};
-use flow::{Board, Receiver, Sender, Stop};
+use flow::{Cancellation, Counters, Receiver, Sender};
 
 /// Bytes that are read of a local file at once: below the size from which the allocator maps and unmaps memory.
 const LOCAL_READ: usize = 64 << 10;
@@ -49,20 +51,16 @@ pub struct Download {
     pub merge: Sender<MergeInput>,
     /// How files are read.
     pub origin: Origin,
-    /// Bytes of a chunk; a longer line makes a longer chunk.
-    pub chunk_bytes: usize,
     /// Longest line that is read.
     pub max_line: usize,
-    /// How often a file that broke off is begun again.
-    pub tries: usize,
+    /// `stages.download`. A line that is longer than a chunk makes a longer chunk.
+    pub settings: DownloadSection,
     /// The log that Bulk Data clients share.
     pub log: ExportLog,
     /// Counters.
-    pub board: Board,
+    pub board: Counters,
     /// The run's stop: this stage is part of the source.
-    pub stop: Stop,
-    /// Most bytes of a file, unpacked.
-    pub max_file: u64,
+    pub stop: Cancellation,
     /// One permit: of lines that are long, one is gathered at a time.
     pub long_lines: Arc<Semaphore>,
 }
@@ -88,7 +86,7 @@ impl Download {
     /// Downloads until the edge closes or the run is stopped.
     pub fn run(self, handle: &Handle) -> Result<()> {
         while let Some(parcel) = handle.block_on(self.files.recv()) {
-            if self.stop.is_pulled() {
+            if self.stop.is_cancelled() {
                 return Ok(());
             }
             let file: &Arc<ExportFile> = &parcel;
@@ -107,7 +105,7 @@ impl Download {
                         self.board.add(telemetry::FILES, &label, 1);
                     }
                     tracing::debug!(lines, "the file was read to its end");
-                    Fact::FileDone(FileDone { file: file.index, lines })
+                    ControlEvent::FileFinished(FileFinished { file: file.index, lines })
                 }
                 Err(Broken::Stopped) => return Ok(()),
                 Err(Broken::Again(error) | Broken::Never(error)) => {
@@ -116,10 +114,10 @@ impl Download {
                         &|url| json!({ "fileUrl": url, "code": error.status(), "message": error.to_string(), "body": null }),
                     );
                     tracing::error!(%error, "the file could not be read; its type is left as it was");
-                    Fact::FileFailed(file.index, error.to_string(), error.status())
+                    ControlEvent::FileFailed(file.index, error.to_string(), error.status())
                 }
             };
-            if handle.block_on(self.merge.send(MergeInput::Fact(fact))).is_err() {
+            if handle.block_on(self.merge.send(MergeInput::ControlEvent(fact))).is_err() {
                 return Ok(());
             }
         }
@@ -146,11 +144,11 @@ impl Download {
                 Ok(()) => {
                     lines.end()?;
                     if let Origin::Server(client, _) = &self.origin {
-                        client.pace().faster();
+                        client.pace().increase();
                     }
                     return Ok((lines.lines, lines.read));
                 }
-                Err(Broken::Again(error)) if tried + 1 < self.tries || reading.got_on(lines.read) => {
+                Err(Broken::Again(error)) if tried + 1 < self.settings.tries || reading.got_on(lines.read) => {
                     // What got on may go on for as long as it does: some proxies end each connection after a time.
                     tried = if reading.got_on(lines.read) { 0 } else { tried + 1 };
                     // A link of one use, or of a minute: each that got on may be followed by another.
@@ -161,10 +159,10 @@ impl Download {
                     if handle.block_on(self.stop.or(tokio::time::sleep(pause))).is_none() {
                         return Err(Broken::Stopped);
                     }
-                    tracing::warn!(%error, tried, from, "the file broke off; reading on");
+                    tracing::warn!(%error, tried, from, "the connection closed early; resuming the download");
                     self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
                     if let Origin::Server(client, _) = &self.origin {
-                        client.pace().slower();
+                        client.pace().decrease();
                     }
                 }
                 Err(broken) => return Err(broken),
@@ -251,7 +249,7 @@ impl Download {
                         // Another part than we asked for: from the beginning, then.
                         Ok(_) if resume.is_some() => (resume, reading.so_far) = (None, None),
                         Ok(response) => {
-                            let why = format!("the server answered {}, and not with the whole file", response.status());
+                            let why = format!("the server answered {} without the complete file", response.status());
                             return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
                         }
                         Err(error) if error.kind() == ErrorKind::Interrupted => return Err(Broken::Stopped),
@@ -262,7 +260,7 @@ impl Download {
                         // F7: a link may end before its file is read; the manifest has newer ones, once.
                         Err(error) if !reading.renewed && link_may_have_ended(&error) => {
                             reading.renewed = true;
-                            let FilePlace { page, kind, at } = file.place;
+                            let ManifestEntryId { page, kind, at } = file.place;
                             let place = LinkPlace { export: file.export, page, list: kind as usize, file: at };
                             match links.refreshed(client, place, &reading.url).await {
                                 Ok(fresh) => reading.url = fresh,
@@ -288,7 +286,9 @@ impl Download {
                 let goes_on = resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response));
                 let validator = (!goes_on).then(|| Resume::validator(&response));
                 let body = response.bytes_stream().map(|bytes| {
-                    bytes.map_err(|error| Error::new(ErrorKind::Network, format!("the body broke off: {}", error.without_url())))
+                    bytes.map_err(|error| {
+                        Error::new(ErrorKind::Network, format!("connection closed early: {}", error.without_url()))
+                    })
                 });
                 Ok((Body::Stream(body.boxed()), encoding, validator))
             }

@@ -4,15 +4,18 @@
 //! open batches of a type than workers. A batch is closed when it is large enough, when the batches
 //! together outgrow their budget (the largest goes), when merge asks for the type, or at the end.
 
+mod settings;
+
+pub use self::settings::{EncodeSection, FileColumns, OPEN_BATCHES};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::runtime::Handle;
 
 use crate::error::Result;
-use crate::messages::{EncodedBatch, Fact, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
+use crate::messages::{ControlEvent, EncodedBatch, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
 use delta_upsert::PageEncoder;
-use fhir_arrow::{Columns, Encoder, Filled};
+use fhir_arrow::{ColumnPruning, Encoder, PresentColumns};
 use flow::{Receiver, Sender};
 
 /// Columns of a batch, and their levels, may take so many times the bytes of JSON at which it is closed, in tenths. Usual
@@ -39,7 +42,7 @@ impl OpenBatch {
         let more = FileRows {
             rows: rows - self.counted.0,
             json_bytes: json_bytes - self.counted.1,
-            not_held: self.encoder.take_losses(),
+            unmapped: self.encoder.take_losses(),
         };
         if more.rows > 0 {
             self.by_file.entry(file).or_default().add(&more);
@@ -57,7 +60,7 @@ struct Bench {
     /// Rows seen, by type; those in a worker's hands not yet.
     seen: HashMap<ResourceType, u64>,
     /// Columns that the type's batches had so far: a file's row groups must agree.
-    known: HashMap<ResourceType, Filled>,
+    known: HashMap<ResourceType, PresentColumns>,
 }
 
 /// What the encode workers share.
@@ -70,13 +73,19 @@ pub struct Shared {
     /// JSON bytes that all open batches may stand for.
     budget: usize,
     /// Which columns files have.
-    columns: Columns,
+    columns: ColumnPruning,
 }
 
 impl Shared {
     /// Batches are closed at `batch_bytes` bytes of JSON, or when all open ones together pass `budget`.
     /// `columns` says which columns files have.
-    pub fn new(layouts: Layouts, requests: FlushRequests, batch_bytes: usize, budget: usize, columns: Columns) -> Arc<Self> {
+    pub fn new(
+        layouts: Layouts,
+        requests: FlushRequests,
+        batch_bytes: usize,
+        budget: usize,
+        columns: ColumnPruning,
+    ) -> Arc<Self> {
         Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget, columns })
     }
 
@@ -216,8 +225,8 @@ impl Encode {
                             Ok(batch) => batch,
                             // Its table cannot be written: the type fails and the others go on.
                             Err(error) => {
-                                let failed = Fact::TypeFailed(resource_type.clone(), error.to_string());
-                                if handle.block_on(self.merge.send(MergeInput::Fact(failed))).is_err() {
+                                let failed = ControlEvent::TypeFailed(resource_type.clone(), error.to_string());
+                                if handle.block_on(self.merge.send(MergeInput::ControlEvent(failed))).is_err() {
                                     return Ok(());
                                 }
                                 continue;

@@ -1,9 +1,9 @@
 //! The source, as a FHIR server: kick-off, polls, manifests.
 
-mod asked;
+mod invalid_entries;
 mod log;
-mod parting;
-mod set_aside;
+mod polling;
+mod type_bisection;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -12,17 +12,30 @@ use std::time::Duration;
 
 use url::Url;
 
-pub use self::asked::{Accepted, ExportNote, Kickoff, Remember};
-use self::parting::{Asking, Parting, may_be_for_a_type};
+use self::polling::{Next, Polls, Retry};
+use self::type_bisection::{Asking, TypeBisection, may_be_for_a_type};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType, watermark_of};
-use crate::staged::said_of;
+use crate::jobs::checkpoint::said_of;
+use crate::jobs::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
+use crate::messages::{
+    ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType, watermark_of,
+};
+use crate::stages::StageSpec;
 use crate::telemetry;
-use bulk_data_client::{Client, KickOff, Links, Manifest, ManifestFile, Poll};
+use bulk_data_client::{Client, KickOff, Links, Manifest, ManifestFile};
 use fhir_arrow::Model;
-use flow::{Board, Sender, Stop};
+use flow::{Cancellation, Counters, Sender};
 use foundation::fault_points::reached;
+
+/// What the source declares of itself.
+pub const EXPORT: &StageSpec = &StageSpec {
+    name: "export",
+    summary: &["kick-off, polls,", "manifest"],
+    input: None,
+    shares: &[],
+    rate: Some((telemetry::FILES_EXPECTED, "files")),
+};
 
 /// Exports from a server.
 pub struct ServerExport {
@@ -43,7 +56,7 @@ pub struct ServerExport {
     /// Where facts go.
     pub merge: Sender<MergeInput>,
     /// Hears of status URLs.
-    pub remember: Remember,
+    pub remember: ExportEventSink,
     /// Shows the server's words on its progress.
     pub heard: Arc<dyn Fn(&str) + Send + Sync>,
     /// Where links of files come from, should they end.
@@ -51,9 +64,9 @@ pub struct ServerExport {
     /// The log that Bulk Data clients share.
     pub log: ExportLog,
     /// Counters.
-    pub board: Board,
+    pub board: Counters,
     /// The run's stop.
-    pub stop: Stop,
+    pub stop: Cancellation,
 }
 
 /// Why an export ended early.
@@ -78,7 +91,7 @@ impl ServerExport {
     /// are asked for by halves: a type that the server does not give away must not hold back its neighbours.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index.max(FIRST_INDEX);
-        let mut parting = Parting::of(&self.kickoffs, self.refused_lately.clone());
+        let mut parting = TypeBisection::of(&self.kickoffs, self.refused_lately.clone());
         while let Some(asking) = parting.next() {
             let span = tracing::info_span!("export", export = asking.export);
             let ended = tracing::Instrument::instrument(self.export(&asking, &mut index, &mut parting), span).await;
@@ -103,11 +116,11 @@ impl ServerExport {
             }
             let set_aside = parting.set_aside();
             if !set_aside.is_empty() {
-                (self.remember)(&ExportNote::SetAside(&set_aside))?;
+                (self.remember)(&ExportEvent::TypesRejected(&set_aside))?;
             }
         }
         if let Some(types) = parting.in_vain() {
-            (self.remember)(&ExportNote::AllRefused(&types))?;
+            (self.remember)(&ExportEvent::AllRejected(&types))?;
         }
         for (export, kickoff, error) in parting.end(self.kickoffs.len())? {
             if self.exports_failed(vec![(export, kickoff)], &error).await.is_err() {
@@ -118,7 +131,7 @@ impl ServerExport {
     }
 
     /// Whether the failure of an export is no failure of the run.
-    fn is_its_own_only(&self, error: &Error, parting: &Parting) -> bool {
+    fn is_its_own_only(&self, error: &Error, parting: &TypeBisection) -> bool {
         match error.kind() {
             ErrorKind::Server | ErrorKind::Auth => !parting.is_one(),
             ErrorKind::Throttled => !parting.is_one() && parting.holds(),
@@ -126,14 +139,14 @@ impl ServerExport {
         }
     }
 
-    async fn refused(&self, asking: Asking, error: Error, parting: &mut Parting) -> Result<(), Ended> {
+    async fn refused(&self, asking: Asking, error: Error, parting: &mut TypeBisection) -> Result<(), Ended> {
         let (export, types, words) = (asking.export, asking.kickoff.asked.len(), error.to_string());
         let parts = parting.refused(asking, error);
         if parts == 0 {
             return Ok(());
         }
         tracing::info!(types, parts, error = words, "the server rejected the kick-off; bisecting its types");
-        self.tell(Fact::ExportParted { export, parts }).await?;
+        self.tell(ControlEvent::ExportBisected { export, parts }).await?;
         // A server that has just refused is not asked again at once.
         if self.stop.or(tokio::time::sleep(self.client.settings().min_pause)).await.is_none() {
             return Err(Error::new(ErrorKind::Interrupted, "stopped between two kick-offs").into());
@@ -144,51 +157,51 @@ impl ServerExport {
     async fn exports_failed(&self, failed: Vec<(usize, Kickoff)>, error: &Error) -> Result<(), Ended> {
         for (export, kickoff) in failed {
             tracing::error!(types = %kickoff.asked.join(", "), %error, "the export failed; its types are left as they were");
-            self.tell(Fact::ExportFailed { export, asked: kickoff.asked, why: error.to_string() }).await?;
+            self.tell(ControlEvent::ExportFailed { export, asked: kickoff.asked, why: error.to_string() }).await?;
         }
         Ok(())
     }
 
-    async fn export(&self, asking: &Asking, index: &mut u32, parting: &mut Parting) -> Result<(), Ended> {
+    async fn export(&self, asking: &Asking, index: &mut u32, parting: &mut TypeBisection) -> Result<(), Ended> {
         let (export, kickoff) = (asking.export, &asking.kickoff);
         if let Some(accepted) = &kickoff.in_flight {
-            tracing::info!("going on with the export that an earlier run asked for");
+            tracing::info!("resuming the export of an earlier run");
             parting.goes_on();
             match self.follow(export, kickoff, accepted, index).await {
                 Err(Ended::Gone(error)) => {
                     parting.is_gone();
-                    tracing::warn!(%error, "the server no longer has the export; asking for it anew");
-                    (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
+                    tracing::warn!(%error, "the export expired on the server; starting a new one");
+                    (self.remember)(&ExportEvent::Expired { status: &accepted.status })?;
                 }
                 ended => return ended,
             }
         }
         // Before the server hears of it: should its answer be lost, that much is known.
-        (self.remember)(&ExportNote::Asking)?;
+        (self.remember)(&ExportEvent::Requested)?;
         reached("before the kick-off");
         let lost = AtomicBool::new(false);
         let answer = self.client.kick_off(&kickoff.request, &lost).await;
         reached("the kick-off is answered");
         let lost = lost.into_inner();
         if !lost && !matches!(answer, Ok(KickOff::Accepted { .. })) {
-            (self.remember)(&ExportNote::Refused)?;
+            (self.remember)(&ExportEvent::NotAccepted)?;
         }
         self.log_kick_off(export, kickoff, &answer);
         let accepted = match answer
             .map_err(|error| if may_be_for_a_type(&error) { Ended::Refused(error) } else { error.into() })?
         {
-            KickOff::Accepted { status, separate } => Accepted::new(status, separate),
+            KickOff::Accepted { status, separate } => ExportHandle::new(status, separate),
             KickOff::Later { wait, why } => {
-                (self.remember)(&ExportNote::Later { wait, why: &why })?;
+                (self.remember)(&ExportEvent::Throttled { wait, why: &why })?;
                 let asks = match wait {
-                    Some(wait) => format!("it is asked again after {} s", wait.as_secs()),
-                    None => "it does not say for how long, so for an hour".to_owned(),
+                    Some(wait) => format!("next try in {} s", wait.as_secs()),
+                    None => "it names no time: next try in an hour".to_owned(),
                 };
                 let lost = if lost { ". The answer to an earlier try was lost, so it may be working on that one" } else { "" };
                 return Err(Error::new(ErrorKind::Throttled, format!("{why}; {asks}{lost}")).into());
             }
         };
-        (self.remember)(&ExportNote::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
+        (self.remember)(&ExportEvent::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
         parting.accepted();
         tracing::info!(
             types = if kickoff.asked.is_empty() { "all".to_owned() } else { kickoff.asked.len().to_string() },
@@ -197,14 +210,14 @@ impl ServerExport {
         );
         self.follow(export, kickoff, &accepted, index).await.inspect_err(|ended| {
             if let Ended::Gone(_) = ended {
-                let lost = (self.remember)(&ExportNote::Lost { status: &accepted.status });
-                lost.unwrap_or_else(|error| tracing::warn!(%error, "that the export is gone could not be remembered"));
+                let lost = (self.remember)(&ExportEvent::Expired { status: &accepted.status });
+                lost.unwrap_or_else(|error| tracing::warn!(%error, "the expired export could not be persisted"));
             }
         })
     }
 
     /// Polls until the export is done, page by page of its manifest, and sends files on as soon as they are final.
-    async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &Accepted, index: &mut u32) -> Result<(), Ended> {
+    async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &ExportHandle, index: &mut u32) -> Result<(), Ended> {
         let mut pages = vec![accepted.status.clone()];
         let began = tokio::time::Instant::now();
         let mut passed = Passed { time: None, files: 0, known: HashSet::new(), unusable: HashSet::new(), merged: Vec::new() };
@@ -226,7 +239,7 @@ impl ServerExport {
             self.board.add(telemetry::DEVIATIONS, &"an export of everything is empty".into(), 1);
             tracing::warn!(
                 types = %kickoff.asked.join(", "),
-                "the export is empty, though everything was asked for: check that the group or the types exist"
+                "the full export is empty: check that the group and the types exist"
             );
         }
         let time = passed.time.map(|time| watermark_of(time, self.until));
@@ -241,11 +254,11 @@ impl ServerExport {
             full: kickoff.request.since.is_none(),
             merged: passed.merged.clone(),
         };
-        self.tell(Fact::ExportEnd(end)).await
+        self.tell(ControlEvent::ExportEnd(end)).await
     }
 
-    async fn tell(&self, fact: Fact) -> Result<(), Ended> {
-        self.merge.send(MergeInput::Fact(fact)).await.map_err(|_| Ended::Unheard)
+    async fn tell(&self, fact: ControlEvent) -> Result<(), Ended> {
+        self.merge.send(MergeInput::ControlEvent(fact)).await.map_err(|_| Ended::Unheard)
     }
 
     /// Polls one page until it is final or has a next one; that one.
@@ -253,128 +266,100 @@ impl ServerExport {
         &self,
         export: usize,
         kickoff: &Kickoff,
-        accepted: &Accepted,
+        accepted: &ExportHandle,
         (url, page, began): (&Url, usize, tokio::time::Instant),
         passed: &mut Passed,
         index: &mut u32,
     ) -> Result<Option<Url>, Ended> {
-        let settings = self.client.settings();
-        let mut pause = settings.min_pause;
-        let mut troubled: Option<tokio::time::Instant> = None;
-        let mut unasked = false;
-        let mut early = true;
-        // Answers in a row that say that there is no such export, or that it failed; since when.
-        let (mut missing, mut absences) = (None, 0);
+        let takes_partial = kickoff.request.options.allow_partial_manifests;
+        let mut polls = Polls::new(self.client.settings(), takes_partial, page == 0);
         loop {
             let answer = match self.client.poll(url, accepted.separate).await {
-                // It will hardly be another the next time; if it is not, another export is asked for.
+                // It will hardly be another the next time; if it is not, another export is started.
                 Err(error) if error.kind() == ErrorKind::Server => {
-                    (self.remember)(&ExportNote::Useless { status: &accepted.status })?;
-                    return Err(error.with_hint("run again: after three such answers another export is asked for; `fhirlake jobs cancel` gives this one up at once").into());
+                    (self.remember)(&ExportEvent::Unusable { status: &accepted.status })?;
+                    return Err(error.with_hint("run again: after three such responses a new export is started; `fhirlake jobs cancel` cancels this one now").into());
                 }
                 answer => answer?,
             };
             self.log_poll(export, &answer);
-            if !matches!(answer, Poll::Gone { .. } | Poll::Failed(_)) {
-                (missing, absences) = (None, 0);
-            }
-            let (wait, least) = match answer {
-                Poll::Done(manifest) => {
+            let pause = match polls.on(answer, std::time::Instant::now()) {
+                Next::Done(manifest) => {
                     self.pass_on(export, accepted, (url, page), &manifest, passed, index).await?;
                     return Ok(manifest.next);
                 }
-                Poll::Working { partial: Some(manifest), wait, .. } if kickoff.request.options.allow_partial_manifests => {
-                    troubled = None;
+                Next::Partial(manifest, pause) => {
                     (self.heard)("the first files are there");
                     self.pass_on(export, accepted, (url, page), &manifest, passed, index).await?;
                     if manifest.next.is_some() {
                         return Ok(manifest.next);
                     }
-                    (wait, Duration::ZERO)
+                    pause
                 }
-                Poll::Working { progress, wait, partial } => {
-                    troubled = None;
-                    if partial.is_some() && !std::mem::replace(&mut unasked, true) {
+                Next::Working { progress, is_unrequested, pause } => {
+                    if is_unrequested {
                         tracing::warn!(
-                            "the server lists files while it still works, which nobody asked for; they are waited for. source.allow_partial_manifests takes them as they come"
+                            "the server lists files before the export is complete; set source.allow_partial_manifests to download them early"
                         );
-                        self.board.add(telemetry::DEVIATIONS, &"a partial manifest that was not asked for".into(), 1);
+                        self.board.add(telemetry::DEVIATIONS, &"an unrequested partial manifest".into(), 1);
                     }
                     let words = progress.as_deref().unwrap_or("in progress");
                     tracing::debug!(progress = words, "the server is exporting");
                     (self.heard)(words);
-                    (wait, Duration::ZERO)
+                    pause
                 }
-                Poll::Troubled { error, wait, throttled } => {
-                    let since = *troubled.get_or_insert_with(tokio::time::Instant::now);
-                    if !throttled && since.elapsed() > settings.retry_for {
-                        // It is the server's word on the export, and no trouble on the way.
-                        if error.status().is_some_and(|status| status < 500) {
-                            (self.remember)(&ExportNote::Useless { status: &accepted.status })?;
-                        }
-                        return Err(error.into());
+                Next::Retry(error, why, pause) => {
+                    match why {
+                        Retry::Transient => tracing::warn!(%error, "the poll failed; retrying"),
+                        Retry::SaidFailed => tracing::warn!(%error, "the server says that the export failed; polling again"),
+                        Retry::NotFound => tracing::warn!(%error, "the server does not find the export; polling again"),
                     }
-                    tracing::warn!(%error, "asking for the export's status again");
-                    self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
-                    // Too often: not at once again, whatever it says.
-                    (wait, if throttled { settings.min_pause } else { Duration::ZERO })
-                }
-                Poll::Failed(error) if absences + 1 < ABSENCES => {
-                    // Some servers say so of a poll that failed.
-                    absences += 1;
-                    tracing::warn!(%error, "the server says that the export failed; asking again");
-                    (None, Duration::ZERO)
-                }
-                Poll::Failed(error) => {
-                    // It will not be another the next time: the next run asks anew.
-                    if let Err(error) = self.client.delete_export(&accepted.status).await {
-                        tracing::warn!(%error, "the failed export could not be given back to the server");
+                    if why == Retry::Transient {
+                        self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
                     }
-                    (self.remember)(&ExportNote::Lost { status: &accepted.status })?;
-                    // It would fail for the same reason each time.
-                    let hint = match names_a_filter(&error, &kickoff.request.options.type_filters) {
-                        true => "the server's words name a search parameter: correct or remove that query of source.type_filters",
-                        false => "the server gave the export up; run again: a new export is started",
-                    };
-                    return Err(error.with_hint(hint).into());
+                    pause
                 }
-                Poll::Gone { error, surely } => {
-                    // A gateway may not find its server for a while, and some servers answer so before they know the job.
-                    let since = *missing.get_or_insert_with(tokio::time::Instant::now);
-                    absences += 1;
-                    let long = since.elapsed() > settings.retry_for;
-                    if long || (surely && absences >= ABSENCES) {
-                        return Err(Ended::Gone(error));
+                Next::Fail { error, is_of_server } => {
+                    if is_of_server {
+                        (self.remember)(&ExportEvent::Unusable { status: &accepted.status })?;
                     }
-                    tracing::warn!(%error, "the server does not find the export; asking again");
-                    (None, Duration::ZERO)
+                    return Err(error.into());
                 }
+                Next::Failed(error) => return Err(self.given_up(kickoff, accepted, error).await?.into()),
+                Next::Gone(error) => return Err(Ended::Gone(error)),
             };
-            // "At once" is not meant: it would be a busy loop.
-            let asked = wait.filter(|wait| *wait >= settings.min_pause);
-            let wait = asked.unwrap_or(pause).max(least).min(settings.max_pause);
-            // Servers ask for two minutes of an export that takes two seconds: once, it is looked sooner.
-            let sooner = least.is_zero() && page == 0 && missing.is_none() && troubled.is_none();
-            let wait = if std::mem::take(&mut early) && sooner { wait.min(EARLY_POLL) } else { wait };
-            pause = (pause * 2).min(settings.max_pause).min(OUR_LONGEST_PAUSE);
             if let Some(timeout) = self.timeout
-                && began.elapsed() + wait > timeout
+                && began.elapsed() + pause > timeout
             {
-                let why = format!("the export was not done within source.timeout ({} s)", timeout.as_secs());
+                let why = format!("the export did not complete within source.timeout ({} s)", timeout.as_secs());
                 let error = Error::new(ErrorKind::Server, why);
-                return Err(error.with_hint("run again: the next run goes on with this export; or raise source.timeout").into());
+                return Err(error.with_hint("run again: the next run resumes this export; or raise source.timeout").into());
             }
-            if self.stop.or(tokio::time::sleep(wait)).await.is_none() {
+            if self.stop.or(tokio::time::sleep(pause)).await.is_none() {
                 return Err(Error::new(ErrorKind::Interrupted, "stopped while the server was exporting").into());
             }
         }
+    }
+
+    /// The server gave the export up: it will not be another the next time, so the next run starts a new one.
+    async fn given_up(&self, kickoff: &Kickoff, accepted: &ExportHandle, error: Error) -> Result<Error> {
+        if let Err(error) = self.client.delete_export(&accepted.status).await {
+            tracing::warn!(%error, "the failed export job could not be deleted on the server");
+        }
+        (self.remember)(&ExportEvent::Expired { status: &accepted.status })?;
+        // It would fail for the same reason each time.
+        let hint = match names_a_filter(&error, &kickoff.request.options.type_filters) {
+            true => "the server's words name a search parameter: correct or remove that query of source.type_filters",
+            false => "the server gave the export up; run again: a new export is started",
+        };
+        Ok(error.with_hint(hint))
     }
 
     /// Sends on what a manifest lists and was not sent on before.
     async fn pass_on(
         &self,
         export: usize,
-        accepted: &Accepted,
+        accepted: &ExportHandle,
         (url, page): (&Url, usize),
         manifest: &Manifest,
         passed: &mut Passed,
@@ -389,7 +374,10 @@ impl ServerExport {
             None => {
                 reached("the manifest is read");
                 passed.time = Some(manifest.transaction_time);
-                (self.remember)(&ExportNote::Complete { status: &accepted.status, transaction_time: manifest.transaction_time })?;
+                (self.remember)(&ExportEvent::Complete {
+                    status: &accepted.status,
+                    transaction_time: manifest.transaction_time,
+                })?;
                 passed.merged = accepted.merged(watermark_of(manifest.transaction_time, self.until)).cloned().collect();
                 if !passed.merged.is_empty() {
                     tracing::info!(types = %passed.merged.join(", "), "merged out of this export, or a newer one, by an earlier run; left alone");
@@ -403,14 +391,14 @@ impl ServerExport {
             }
             Some(_) => {}
         }
-        self.set_aside(export, accepted, manifest, page, passed, index).await?;
+        self.invalid_entries(export, accepted, manifest, page, passed, index).await?;
         // A page that came again may list more, in any place; what it listed before has the place that it had then.
         let fresh = self.links.page(export, page, url, accepted.separate, manifest).await;
         let (mut files, mut held) = (Vec::new(), Vec::new());
         let mut unknown_types = 0;
         for (list, at, listed) in fresh {
             let kind = [FileKind::Output, FileKind::Deleted, FileKind::Outcome][list];
-            let place = FilePlace { page, kind, at };
+            let place = ManifestEntryId { page, kind, at };
             passed.files += 1;
             if listed.resource_type.as_deref().is_some_and(|name| !Model::r4().is_resource_type(name)) {
                 unknown_types += 1;
@@ -439,19 +427,19 @@ impl ServerExport {
         if unknown_types > 0 {
             tracing::warn!(
                 files = unknown_types,
-                "the manifest gives files a type that FHIR R4 does not have; their lines go by their own"
+                "the manifest declares types that FHIR R4 does not have; lines are routed by their own resourceType"
             );
         }
         // The books must know a file before its first line comes.
         let status = Some(accepted.status.as_str().into());
-        self.tell(Fact::Page(ManifestPage { export, status, files: files.clone() })).await?;
+        self.tell(ControlEvent::Page(ManifestPage { export, status, files: files.clone() })).await?;
         if !held.is_empty() {
             tracing::info!(files = held.len(), "staged by an earlier run; not downloaded again");
             let indexes: HashSet<u32> = held.iter().map(|held| held.file).collect();
             files.retain(|file| !indexes.contains(&file.index));
         }
         for held in held {
-            self.tell(Fact::FileHeld(held.into())).await?;
+            self.tell(ControlEvent::FileResumed(held.into())).await?;
         }
         self.files.send_all(files).await.map_err(|_| Ended::Unheard)
     }
@@ -468,15 +456,6 @@ fn names_a_filter(error: &Error, filters: &[String]) -> bool {
 /// Index of the first file that a manifest lists: those below are lines out of quarantine, a file for each type. It is always
 /// the same, so that a file's rows keep their order of arrival from run to run.
 pub const FIRST_INDEX: u32 = 256;
-
-/// Longest pause between polls that a server did not ask for itself.
-const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
-
-/// When an export is asked for the second time, at the latest.
-const EARLY_POLL: Duration = Duration::from_secs(5);
-
-/// Polls in a row to which the server says that it has no such export, or that it failed, before that is believed.
-const ABSENCES: usize = 3;
 
 /// Pages of a manifest; each may have any number of files.
 const MAX_PAGES: usize = 10_000;
@@ -496,7 +475,13 @@ struct Passed {
     merged: Vec<ResourceType>,
 }
 
-fn export_file(index: u32, export: usize, listed: &ManifestFile, requires_access_token: bool, place: FilePlace) -> ExportFile {
+fn export_file(
+    index: u32,
+    export: usize,
+    listed: &ManifestFile,
+    requires_access_token: bool,
+    place: ManifestEntryId,
+) -> ExportFile {
     let last = listed.url.path_segments().and_then(|mut parts| parts.next_back()).unwrap_or("file");
     // It is in every line of a log that is about the file.
     let last = last.get(..MAX_NAME).unwrap_or(last);

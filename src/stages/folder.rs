@@ -8,9 +8,9 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::messages::{ExportEnd, ExportFile, Fact, FileKind, FilePlace, ManifestPage, MergeInput, ResourceType};
+use crate::messages::{ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
-use flow::{Sender, Stop};
+use flow::{Cancellation, Sender};
 
 /// Files of a folder or object store of NDJSON.
 pub struct FolderExport {
@@ -33,7 +33,7 @@ pub struct FolderExport {
     /// Where facts go.
     pub merge: Sender<MergeInput>,
     /// Ends the listing early.
-    pub stop: Stop,
+    pub stop: Cancellation,
 }
 
 impl FolderExport {
@@ -72,7 +72,7 @@ impl FolderExport {
                 count: None,
                 requires_access_token: false,
                 replayed: false,
-                place: FilePlace { page: 0, kind, at: index },
+                place: ManifestEntryId { page: 0, kind, at: index },
             }));
         }
         let outputs = || files.iter().filter(|file| file.kind == FileKind::Output);
@@ -100,9 +100,9 @@ impl FolderExport {
             full: true,
             merged: Vec::new(),
         };
-        let page = Fact::Page(ManifestPage { export: 0, status: None, files: files.clone() });
-        for fact in [page, Fact::ExportEnd(end)] {
-            if self.merge.send(MergeInput::Fact(fact)).await.is_err() {
+        let page = ControlEvent::Page(ManifestPage { export: 0, status: None, files: files.clone() });
+        for fact in [page, ControlEvent::ExportEnd(end)] {
+            if self.merge.send(MergeInput::ControlEvent(fact)).await.is_err() {
                 return Ok(());
             }
         }
@@ -186,7 +186,7 @@ impl FolderExport {
         };
         let is_wanted = |name: &ResourceType| self.types.is_empty() || self.types.contains(name);
         match &declared {
-            Some(name) if kind == FileKind::Output && !is_wanted(name) => return Ok(Err(Some("types that are not asked for"))),
+            Some(name) if kind == FileKind::Output && !is_wanted(name) => return Ok(Err(Some("types that are not requested"))),
             None if lower.len() == ending && !self.has_resource(object).await? => {
                 return Ok(Err(Some("no resourceType in the first 64 KiB")));
             }

@@ -1,23 +1,23 @@
-//! The books of a run: when is a type complete?
+//! The ledger of a run: when is a type complete?
 //!
 //! A closed channel means "no more input", not "all input came". A type is complete when every file that
 //! may hold it has reported its end and the counts agree: lines = rows + bad + blank + headers, and each
 //! stage's rows equal the next one's.
 
-mod books;
+mod file_progress;
 mod findings;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use self::books::{FileBook, TypeBook, merge_count};
-use crate::messages::{ExportEnd, Fact, FileKind, Limit, ParsedChunk, ResourceType};
+use self::file_progress::{FileProgress, TypeBook, merge_count};
+use crate::messages::{ControlEvent, ExportEnd, FileKind, Limit, ParsedChunk, ResourceType};
 use fhir_arrow::EXCLUDED_TYPES;
 
-/// The books.
+/// The ledger.
 #[derive(Debug)]
 pub struct Ledger {
-    files: BTreeMap<u32, FileBook>,
+    files: BTreeMap<u32, FileProgress>,
     types: BTreeMap<ResourceType, TypeBook>,
     ends: BTreeMap<usize, ExportEnd>,
     failed_exports: HashSet<usize>,
@@ -38,7 +38,7 @@ pub struct Ledger {
 
 /// How a type stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
+pub enum Completeness {
     /// Something is still to come.
     Open,
     /// All rows are parsed; encode still holds some: how many it was given.
@@ -95,9 +95,9 @@ impl Ledger {
     }
 
     /// Enters a fact.
-    pub fn enter(&mut self, fact: Fact) {
+    pub fn enter(&mut self, fact: ControlEvent) {
         match fact {
-            Fact::Page(page) => {
+            ControlEvent::Page(page) => {
                 self.statuses.extend(page.status.map(|status| (page.export, status)));
                 for file in page.files {
                     if let Some(declared) = &file.declared
@@ -106,10 +106,10 @@ impl Ledger {
                     {
                         self.types.entry(declared.clone()).or_default();
                     }
-                    self.files.insert(file.index, FileBook::of(file));
+                    self.files.insert(file.index, FileProgress::of(file));
                 }
             }
-            Fact::ExportEnd(end) => {
+            ControlEvent::ExportEnd(end) => {
                 // What is left of them, lines in other types' files and deletions, an earlier run has merged.
                 self.merged.extend(end.merged.iter().cloned());
                 for name in end.asked.iter().chain(&end.known) {
@@ -117,13 +117,13 @@ impl Ledger {
                 }
                 self.ends.insert(end.export, end);
             }
-            Fact::FileDone(done) => {
+            ControlEvent::FileFinished(done) => {
                 if let Some(book) = self.files.get_mut(&done.file) {
                     book.lines = Some(done.lines);
                 }
                 self.judge(done.file);
             }
-            Fact::FileHeld(held) => {
+            ControlEvent::FileResumed(held) => {
                 if let Some(book) = self.files.get_mut(&held.file) {
                     book.lines = Some(held.lines);
                     for (name, rows) in &held.rows {
@@ -134,24 +134,24 @@ impl Ledger {
                     self.parsed(*held);
                 }
             }
-            Fact::FileFailed(index, why, status) => {
+            ControlEvent::FileFailed(index, why, status) => {
                 if let Some(book) = self.files.get_mut(&index) {
                     book.failed = Some(why);
                     book.is_gone = status == Some(410);
                 }
             }
-            Fact::ExportParted { export, parts } => {
+            ControlEvent::ExportBisected { export, parts } => {
                 self.exports += parts;
                 self.failed_exports.insert(export);
             }
-            Fact::ExportFailed { export, asked, why } => {
+            ControlEvent::ExportFailed { export, asked, why } => {
                 for name in asked {
                     self.fail(&name, why.clone());
                 }
                 self.failed_exports.insert(export);
             }
-            Fact::TypeFailed(name, why) => self.fail(&name, why),
-            Fact::Parsed(chunk) => {
+            ControlEvent::TypeFailed(name, why) => self.fail(&name, why),
+            ControlEvent::Parsed(chunk) => {
                 let file = chunk.file;
                 self.parsed(*chunk);
                 self.judge(file);
@@ -219,7 +219,7 @@ impl Ledger {
         self.types.entry(resource_type.clone()).or_default().failed.get_or_insert(why);
     }
 
-    /// Types that the books know of.
+    /// Types that the ledger know of.
     pub fn types(&self) -> Vec<ResourceType> {
         self.types.keys().cloned().collect()
     }
@@ -262,19 +262,19 @@ impl Ledger {
     }
 
     /// How a type stands now.
-    pub fn standing(&self, resource_type: &ResourceType) -> Standing {
-        let Some(book) = self.types.get(resource_type) else { return Standing::Open };
+    pub fn standing(&self, resource_type: &ResourceType) -> Completeness {
+        let Some(book) = self.types.get(resource_type) else { return Completeness::Open };
         if let Some(why) = &book.failed {
-            return Standing::Failed(why.clone());
+            return Completeness::Failed(why.clone());
         }
         if book.done && book.parsed == book.staged {
-            return Standing::Done;
+            return Completeness::Done;
         }
         if !self.all_ended() {
-            return Standing::Open;
+            return Completeness::Open;
         }
         // Rows that came in another type's file may come in any: such a type waits for all.
-        let concerned = |book: &&FileBook| match book.file.kind {
+        let concerned = |book: &&FileProgress| match book.file.kind {
             FileKind::Deleted | FileKind::Outcome => true,
             FileKind::Output => {
                 self.waits_for_all
@@ -289,16 +289,16 @@ impl Ledger {
                 if file.settled() {
                     continue;
                 }
-                return Standing::Open;
+                return Completeness::Open;
             }
             if let Some(why) = &file.failed {
-                return Standing::Failed(format!("file {}: {why}", file.file.name));
+                return Completeness::Failed(format!("file {}: {why}", file.file.name));
             }
             if !file.settled() {
-                return Standing::Open;
+                return Completeness::Open;
             }
             if !file.balances() {
-                return Standing::Failed(format!("file {}: its counts do not balance", file.file.name));
+                return Completeness::Failed(format!("file {}: its counts do not balance", file.file.name));
             }
             if file.file.kind == FileKind::Output {
                 lines += file.parsed.lines - file.parsed.blank - file.parsed.headers;
@@ -309,7 +309,7 @@ impl Ledger {
                 && of_no_type
                 && file.bad() - file.parsed.unknown > most.of(file.parsed.lines)
             {
-                return Standing::Failed(format!(
+                return Completeness::Failed(format!(
                     "file {}: {} bad lines, more than on_bad_line and max_bad_lines allow",
                     file.file.name,
                     file.bad()
@@ -319,9 +319,12 @@ impl Ledger {
         if let Some(most) = self.max_bad_lines
             && book.bad > most.of(lines)
         {
-            return Standing::Failed(format!("{} bad lines of {lines}, more than on_bad_line and max_bad_lines allow", book.bad));
+            return Completeness::Failed(format!(
+                "{} bad lines of {lines}, more than on_bad_line and max_bad_lines allow",
+                book.bad
+            ));
         }
-        if book.staged < book.parsed { Standing::Parsed(book.parsed - book.held) } else { Standing::Complete }
+        if book.staged < book.parsed { Completeness::Parsed(book.parsed - book.held) } else { Completeness::Complete }
     }
 
     fn stray(&self, resource_type: &ResourceType) -> bool {
@@ -330,191 +333,4 @@ impl Ledger {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::messages::{ExportFile, FileDone, FilePlace, ManifestPage};
-
-    fn file(index: u32, declared: Option<&str>) -> Arc<ExportFile> {
-        Arc::new(ExportFile {
-            index,
-            export: 0,
-            name: format!("{index}.ndjson"),
-            url: url::Url::parse("file:///x").unwrap(),
-            location: None,
-            kind: FileKind::Output,
-            declared: declared.map(Into::into),
-            count: None,
-            requires_access_token: false,
-            replayed: false,
-            place: FilePlace { page: 0, kind: FileKind::Output, at: index as usize },
-        })
-    }
-    fn end() -> Fact {
-        Fact::ExportEnd(ExportEnd {
-            export: 0,
-            asked: vec!["Patient".into()],
-            all_types: false,
-            known: vec![],
-            transaction_time: Some(1),
-            full: true,
-            merged: Vec::new(),
-        })
-    }
-    fn parsed(file: u32, lines: u64, rows: &[(&str, u64)], bad: u64) -> Fact {
-        Fact::Parsed(Box::new(ParsedChunk {
-            file,
-            lines,
-            rows: rows.iter().map(|(name, rows)| ((*name).into(), *rows)).collect(),
-            bad: if bad > 0 { vec![(Some("Patient".into()), bad)] } else { vec![] },
-            ..Default::default()
-        }))
-    }
-    fn patient() -> ResourceType {
-        "Patient".into()
-    }
-
-    // Breaks if a type commits before the manifest's end, a file's end, or its last row is staged.
-    #[test]
-    fn a_type_is_complete_only_when_all_is_accounted_for() {
-        let mut books = Ledger::new(1, None);
-        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
-        books.enter(parsed(0, 5, &[("Patient", 5)], 0));
-        assert_eq!(books.standing(&patient()), Standing::Open, "the file has not ended");
-        books.enter(Fact::FileDone(FileDone { file: 0, lines: 5 }));
-        assert_eq!(books.standing(&patient()), Standing::Open, "the manifest has not ended");
-        books.enter(end());
-        assert_eq!(books.standing(&patient()), Standing::Parsed(5));
-        books.staged(&patient(), 5);
-        assert_eq!(books.standing(&patient()), Standing::Complete);
-        books.committed(&patient());
-        assert_eq!(books.standing(&patient()), Standing::Done);
-    }
-
-    // Breaks if a type that strayed into the files of another gets that export's watermark: its history would never come.
-    #[test]
-    fn an_export_answers_for_what_was_asked_only() {
-        let mut books = Ledger::new(1, None);
-        let Fact::ExportEnd(end) = end() else { unreachable!() };
-        let resumed = ExportEnd { asked: vec![], merged: vec![patient()], ..end.clone() };
-        books.enter(Fact::ExportEnd(resumed));
-        let claim = "Claim".into();
-        assert!(books.end_of(&claim).is_none() && !books.is_answered_for(&claim));
-        assert_eq!((books.is_answered_for(&patient()), books.transaction_time()), (true, Some(1)));
-
-        let mut books = Ledger::new(1, None);
-        books.enter(Fact::ExportEnd(ExportEnd { asked: vec![], all_types: true, ..end }));
-        assert!(books.is_answered_for(&claim));
-    }
-
-    #[test]
-    fn a_stray_row_makes_its_type_wait_for_every_file() {
-        let mut books = Ledger::new(1, None);
-        let files = vec![file(0, Some("Observation")), file(1, Some("Condition"))];
-        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files }));
-        books.enter(end());
-        books.enter(parsed(0, 1, &[("Patient", 1)], 0));
-        books.enter(Fact::FileDone(FileDone { file: 0, lines: 1 }));
-        assert_eq!(books.standing(&patient()), Standing::Open);
-        books.enter(Fact::FileDone(FileDone { file: 1, lines: 0 }));
-        assert_eq!(books.standing(&patient()), Standing::Parsed(1));
-    }
-
-    #[test]
-    fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
-        let mut books = Ledger::new(1, Some(Limit::Share(0.1)));
-        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
-        books.enter(end());
-        books.enter(parsed(0, 10, &[("Patient", 8)], 2));
-        books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
-        assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("2 bad lines of 10")));
-
-        let mut books = Ledger::new(1, None);
-        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
-        books.enter(end());
-        books.enter(parsed(0, 10, &[("Patient", 9)], 0));
-        books.enter(Fact::FileDone(FileDone { file: 0, lines: 10 }));
-        assert!(matches!(books.standing(&patient()), Standing::Failed(why) if why.contains("balance")));
-    }
-
-    // Breaks if a page of HTML, or an outcome, is taken for a file without resources: its type would be passed as up to date.
-    #[test]
-    fn a_file_that_is_no_ndjson_fails_its_type() {
-        let of = |bad: u64, foreign: u64, rows: &[(&str, u64)]| {
-            let mut books = Ledger::new(1, None);
-            books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
-            let lines = bad + rows.iter().map(|row| row.1).sum::<u64>();
-            let Fact::Parsed(chunk) = parsed(0, lines, rows, bad) else { unreachable!() };
-            books.enter(Fact::Parsed(ParsedChunk { foreign, ..*chunk }.into()));
-            books.enter(Fact::FileDone(FileDone { file: 0, lines }));
-            books.enter(end());
-            books.standing(&patient())
-        };
-        assert!(matches!(of(9, 9, &[]), Standing::Failed(why) if why.contains("not an export file")));
-        assert!(matches!(of(0, 1, &[("OperationOutcome", 1)]), Standing::Failed(why) if why.contains("not an export file")));
-        assert!(matches!(of(9, 8, &[]), Standing::Failed(_)), "nothing of it could be read");
-        assert!(!matches!(of(9, 8, &[("Patient", 1)]), Standing::Failed(_)), "a resource that is broken is a bad line");
-        assert!(!matches!(of(9, 9, &[("Patient", 1)]), Standing::Failed(_)));
-        assert!(!matches!(of(0, 0, &[("Condition", 1)]), Standing::Failed(_)), "types that are mixed are no finding");
-    }
-
-    // Breaks if encode is asked for rows that it never saw, and so never answers.
-    #[test]
-    fn rows_that_are_held_are_not_asked_of_encode() {
-        let mut books = Ledger::new(1, None);
-        books.enter(Fact::Page(ManifestPage {
-            export: 0,
-            status: None,
-            files: vec![file(0, Some("Patient")), file(1, Some("Patient"))],
-        }));
-        let Fact::Parsed(held) = parsed(0, 7, &[("Patient", 7)], 0) else { unreachable!() };
-        books.enter(Fact::FileHeld(held));
-        books.enter(parsed(1, 3, &[("Patient", 3)], 0));
-        assert_eq!((books.behind(), books.staged_of(&patient())), (vec![(patient(), 3)], (7, 0)));
-        books.enter(Fact::FileDone(FileDone { file: 1, lines: 3 }));
-        books.enter(end());
-        assert_eq!(books.standing(&patient()), Standing::Parsed(3));
-        books.staged(&patient(), 3);
-        assert_eq!((books.standing(&patient()), books.staged_of(&patient())), (Standing::Complete, (10, 3)));
-    }
-
-    // Breaks if a refused export's types vanish from the report, as if they had succeeded.
-    #[test]
-    fn a_failed_export_fails_the_types_that_it_was_asked_for() {
-        let mut books = Ledger::new(2, None);
-        books.enter(end());
-        books.enter(Fact::ExportFailed { export: 1, asked: vec!["Condition".into()], why: "403".into() });
-        assert_eq!(books.standing(&patient()), Standing::Complete);
-        assert_eq!(books.standing(&"Condition".into()), Standing::Failed("403".into()));
-    }
-
-    // Breaks if a type that was merged before, of which another export's files bring a stray row, fails for an export that did
-    // not come: its row would be lost when the export that brought it is given back.
-    #[test]
-    fn a_failed_export_fails_no_type_that_it_was_not_asked_for() {
-        let mut books = Ledger::new(2, None);
-        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Condition"))] }));
-        let Fact::ExportEnd(end) = end() else { unreachable!() };
-        books.enter(Fact::ExportEnd(ExportEnd { asked: vec!["Condition".into()], merged: vec![patient()], ..end }));
-        books.enter(parsed(0, 1, &[("Patient", 1)], 0));
-        books.enter(Fact::FileDone(FileDone { file: 0, lines: 1 }));
-        books.enter(Fact::ExportParted { export: 1, parts: 2 });
-        books.enter(Fact::ExportFailed { export: 2, asked: vec!["Claim".into()], why: "403".into() });
-        assert_eq!(books.standing(&patient()), Standing::Open, "an export has not said its last");
-        books.enter(Fact::ExportFailed { export: 3, asked: vec!["Device".into()], why: "403".into() });
-        books.staged(&patient(), 1);
-        assert_eq!(books.standing(&patient()), Standing::Complete);
-        assert_eq!(books.standing(&"Claim".into()), Standing::Failed("403".into()));
-    }
-
-    #[test]
-    fn a_failed_file_fails_its_type_and_not_the_others() {
-        let mut books = Ledger::new(1, None);
-        let files = vec![file(0, Some("Patient")), file(1, Some("Condition"))];
-        books.enter(Fact::Page(ManifestPage { export: 0, status: None, files }));
-        books.enter(end());
-        books.enter(Fact::FileFailed(0, "404".into(), Some(404)));
-        books.enter(Fact::FileDone(FileDone { file: 1, lines: 0 }));
-        assert!(matches!(books.standing(&patient()), Standing::Failed(_)));
-        assert_eq!(books.standing(&"Condition".into()), Standing::Complete);
-    }
-}
+mod tests;

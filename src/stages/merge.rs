@@ -2,6 +2,9 @@
 //!
 //! Staging never waits for a commit; `tables_at_once` limits matching and committing only.
 
+mod settings;
+
+pub use self::settings::{KEYS, MATCHING, MERGE, MergeSection, Mode, SchemaEvolution};
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,17 +13,18 @@ use std::time::{Duration, Instant};
 use futures::stream::{FuturesUnordered, StreamExt};
 use serde_json::{Value, json};
 
-use super::ledger::{Ledger, Standing};
+use super::ledger::{Completeness, Ledger};
 pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
-pub use super::staging::{Earlier, Keep, Staging, StagingSettings, columns_of};
+pub use super::staging::{CheckpointPolicy, Earlier, Staging, StagingSettings, columns_of};
 use crate::error::{Advice, Error, ErrorKind, Result};
-use crate::messages::{ExportEnd, Fact, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
+use crate::messages::{ControlEvent, ExportEnd, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
 use crate::telemetry;
 use delta_upsert::{
-    Absent, Commit, Copies, Deletions, Merged, OrderRules, Scratch, StagedFile, TableSettings, Upsert, Watermark, commit_info,
+    Commit, Copies, Deletions, Merged, NotMatchedBySource, OrderRules, Scratch, StagedFile, TableSettings, Upsert, Watermark,
+    commit_info,
 };
 use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
-use flow::{Board, Receiver, Stop, compute};
+use flow::{Cancellation, Counters, Receiver, compute};
 
 /// How often merge looks whether a type is complete.
 const SETTLE_EVERY: Duration = Duration::from_millis(15);
@@ -39,7 +43,7 @@ pub struct MergeSettings {
     /// How copies stand to those of the tables.
     pub order: OrderRules,
     /// What becomes of rows that the run does not bring.
-    pub absent: Absent,
+    pub absent: NotMatchedBySource,
     /// Bytes of memory that matching one table may take.
     pub match_memory: usize,
     /// Folder for keys beyond that.
@@ -73,9 +77,9 @@ pub struct Merge {
     /// Hears of types whose files hold rows of others.
     pub mixed: Mixed,
     /// Counters.
-    pub board: Board,
+    pub board: Counters,
     /// Whether the run was stopped.
-    pub stop: Stop,
+    pub stop: Cancellation,
 }
 
 /// A commit's outcome: the type, what became of it, what was surely not merged, seconds.
@@ -160,12 +164,12 @@ impl Merge {
         }
         for name in self.ledger.types() {
             match self.ledger.standing(&name) {
-                Standing::Parsed(rows) => self.requests.request(&name, rows),
-                Standing::Complete => {
+                Completeness::Parsed(rows) => self.requests.request(&name, rows),
+                Completeness::Complete => {
                     self.ledger.committed(&name);
                     ready.push(name);
                 }
-                Standing::Open | Standing::Failed(_) | Standing::Done => {}
+                Completeness::Open | Completeness::Failed(_) | Completeness::Done => {}
             }
         }
     }
@@ -201,8 +205,8 @@ impl Merge {
 
     async fn take(&mut self, input: MergeInput) -> Result<()> {
         match input {
-            MergeInput::Fact(fact) => {
-                if matches!(fact, Fact::Parsed(_) | Fact::FileDone(_)) {
+            MergeInput::ControlEvent(fact) => {
+                if matches!(fact, ControlEvent::Parsed(_) | ControlEvent::FileFinished(_)) {
                     self.staging.hear();
                 }
                 self.count(&fact);
@@ -221,17 +225,17 @@ impl Merge {
     }
 
     /// Counts the files that are to come, and those that need not come again.
-    fn count(&mut self, fact: &Fact) {
+    fn count(&mut self, fact: &ControlEvent) {
         let none = || telemetry::NO_TYPE.into();
         match fact {
-            Fact::Page(page) => {
+            ControlEvent::Page(page) => {
                 for file in page.files.iter().filter(|file| file.kind == FileKind::Output && !file.replayed) {
                     let label = file.declared.clone().unwrap_or_else(none);
                     self.board.add(telemetry::FILES_EXPECTED, &label, 1);
                     self.board.add(telemetry::RESOURCES_EXPECTED, &label, file.count.unwrap_or(0));
                 }
             }
-            Fact::FileHeld(held) => {
+            ControlEvent::FileResumed(held) => {
                 self.staging.hold(held);
                 let label = self.ledger.declared(held.file).unwrap_or_else(none);
                 self.board.add(telemetry::FILES, &label, 1);
@@ -240,7 +244,7 @@ impl Merge {
                     self.board.add(telemetry::STAGED, name, *rows);
                 }
             }
-            Fact::Parsed(chunk) => {
+            ControlEvent::Parsed(chunk) => {
                 let label = self.ledger.declared(chunk.file).unwrap_or_else(none);
                 count_lines(&self.board, &label, chunk);
             }
@@ -262,14 +266,14 @@ impl Merge {
         let end = self.ledger.end_of(name);
         let hold = self.ledger.watermark_hold(name).filter(|_| end.is_some_and(|end| end.transaction_time.is_some()));
         let watermark = end.filter(|_| hold.is_none()).and_then(|end| {
-            let knows_deletions = !end.full || self.settings.absent != Absent::Stay;
+            let knows_deletions = !end.full || self.settings.absent != NotMatchedBySource::Keep;
             let app_id = self.settings.app_id.clone();
             Some(Watermark { app_id, transaction_time: end.transaction_time?, knows_deletions })
         });
         // What comes of a type that was merged before is a part of it only: it takes nothing away.
         let merged = self.ledger.is_merged(name);
-        let absent = if merged { Absent::Stay } else { self.settings.absent };
-        if absent != Absent::Stay && table.version().is_some() {
+        let absent = if merged { NotMatchedBySource::Keep } else { self.settings.absent };
+        if absent != NotMatchedBySource::Keep && table.version().is_some() {
             self.may_delete_absent(name, end)?;
         }
         let layout = layout_for(name, &self.settings.layout, table.schema()?.as_ref())?;
@@ -322,7 +326,7 @@ impl Merge {
             _ if self.ledger.rows_of_export(name) == 0 => "the export brings no resource of the type".to_owned(),
             _ => return Ok(()),
         };
-        let why = format!("what the export does not name would be deleted, but {why}; nothing was changed");
+        let why = format!("rows not in the export would be deleted, but {why}; the table is unchanged");
         Err(Error::new(ErrorKind::Data, why).with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
     }
 
@@ -361,7 +365,7 @@ impl Merge {
                 );
             }
             Ok(Commit::Unknown { error }) => {
-                let why = format!("{error}; whether the commit was made could not be found out, so its files are kept");
+                let why = format!("{error}; the outcome of the commit is unknown, so its files are kept");
                 self.failed(name, &Error::new(error.kind(), why));
             }
             Ok(Commit::Stale { table }) => {
@@ -400,11 +404,11 @@ impl Merge {
         for name in self.ledger.types() {
             let known = self.staging.of(&name).outcome.error.is_some();
             all &= !known;
-            if let Standing::Failed(why) = self.ledger.standing(&name) {
+            if let Completeness::Failed(why) = self.ledger.standing(&name) {
                 all = false;
                 let hint = match (why.contains("bad lines"), why.starts_with("file ")) {
                     (true, _) => ErrorKind::Data.advice(),
-                    (_, true) => "run again once the file is whole; its type is as it was",
+                    (_, true) => "run again once the file is complete; its table is unchanged",
                     (_, false) => "the type is as it was; the words above say why it did not come",
                 };
                 if !known {
@@ -444,7 +448,7 @@ impl Merge {
 }
 
 /// Says of a type that many of its resources came more than once; of few, nothing: an export is no snapshot.
-fn report_copies(board: &Board, name: &ResourceType, outcome: &mut TypeOutcome) {
+fn report_copies(board: &Counters, name: &ResourceType, outcome: &mut TypeOutcome) {
     let copies: u64 = outcome.copies.values().sum();
     if copies < LEAST_COPIES || copies * 10 < outcome.resources {
         outcome.copies.clear();
@@ -453,9 +457,9 @@ fn report_copies(board: &Board, name: &ResourceType, outcome: &mut TypeOutcome) 
     let files: Vec<&str> = outcome.copies.keys().take(SHOWN_FILES).map(String::as_str).collect();
     tracing::warn!(
         resource_type = %name, copies, resources = outcome.resources, files = files.join(", "), of_files = outcome.copies.len(),
-        "the server sent the same resources more than once"
+        "the server sent duplicate resources"
     );
-    board.add(telemetry::DEVIATIONS, &"the same resources came more than once".into(), copies);
+    board.add(telemetry::DEVIATIONS, &"duplicate resources".into(), copies);
 }
 
 /// Copies of resources within a run below which nothing is said, and files that are named in a log.
@@ -463,7 +467,7 @@ const LEAST_COPIES: u64 = 10;
 const SHOWN_FILES: usize = 8;
 
 /// Counts what a file's lines were.
-fn count_lines(board: &Board, declared: &ResourceType, lines: &ParsedChunk) {
+fn count_lines(board: &Counters, declared: &ResourceType, lines: &ParsedChunk) {
     for (name, rows) in &lines.rows {
         board.add(telemetry::PARSED, name, *rows);
     }

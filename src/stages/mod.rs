@@ -1,4 +1,7 @@
-//! The stages, one file each. They never import each other: they meet in `messages`.
+//! The stages: each is a plain value with a `run` method. They never import each other: they meet in `messages`.
+//!
+//! What a stage is called, what it receives, how many workers it has and which share of `memory` it gets stands with the
+//! stage, once: in its [`StageSpec`]. `topology` has the list of stages.
 
 pub mod attach;
 pub mod download;
@@ -11,3 +14,186 @@ pub mod outcome;
 pub mod parse;
 pub mod replay;
 pub mod staging;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use self::attach::AttachmentsSection;
+use self::download::{DownloadSection, Origin};
+use self::encode::EncodeSection;
+use self::merge::MergeSection;
+use self::parse::ParseSection;
+use self::replay::Replayed;
+use crate::error::Result;
+use crate::export_log::ExportLog;
+use crate::messages::{BadLineSink, FlushRequests, Layouts, MergeInput};
+use crate::values::Findings;
+use bulk_data_client::Client;
+use delta_upsert::Tables;
+use flow::{Counters, Receiver, Sender, TaskGroup};
+
+/// How each stage works.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Stages {
+    /// Files to bytes.
+    pub download: DownloadSection,
+    /// Bytes to resources.
+    pub parse: ParseSection,
+    /// What resources link to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attachments: Option<AttachmentsSection>,
+    /// Resources to columns and pages.
+    pub encode: EncodeSection,
+    /// Pages to commits.
+    pub merge: MergeSection,
+}
+
+impl Stages {
+    /// Finds values that make no sense in a pipeline with `memory` bytes.
+    pub fn check(&self, memory: u64, found: &mut Findings) {
+        found.below("download", |found| self.download.check(found));
+        found.below("parse", |found| self.parse.check(found));
+        found.below("encode", |found| self.encode.check(found));
+        found.below("merge", |found| self.merge.check(found));
+        if let Some(attachments) = &self.attachments {
+            found.below("attachments", |found| attachments.check(memory, found));
+        }
+    }
+}
+
+/// What a stage declares of itself. Spawning, the split of `memory`, `explain`, the status page, metrics and the diagrams
+/// follow from it.
+#[derive(Debug)]
+pub struct StageSpec {
+    /// The name: of its workers, and of the edges from and to it.
+    pub name: &'static str,
+    /// What it does, in lines of at most 16 letters for the diagram.
+    pub summary: &'static [&'static str],
+    /// The edge that it receives from; the source has none.
+    pub input: Option<EdgeSpec>,
+    /// What it holds itself.
+    pub shares: &'static [Share],
+    /// The counter that shows its progress, and the unit of that.
+    pub rate: Option<(&'static str, &'static str)>,
+}
+
+/// What an edge holds at most.
+#[derive(Debug)]
+pub struct EdgeSpec {
+    /// What crosses it, such as `chunks`.
+    pub carries: &'static str,
+    /// Items.
+    pub items: usize,
+    /// Bytes.
+    pub bytes: EdgeBytes,
+}
+
+/// How many bytes an edge holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EdgeBytes {
+    /// A number, beside `memory`.
+    Fixed(usize),
+    /// A share of `memory`, in percent.
+    Percent(u64),
+    /// A part of the share of the next stage's edge: for an optional stage, which sends what it receives.
+    SplitsNext,
+}
+
+/// A share of `memory` that a stage holds itself.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Share {
+    /// What it is for.
+    pub name: &'static str,
+    /// Percent of `memory`.
+    pub percent: u64,
+}
+
+/// The memory budget of a run.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    total: usize,
+    set: BTreeMap<&'static str, usize>,
+}
+
+impl Memory {
+    /// A budget of so many bytes.
+    pub fn new(total: u64) -> Self {
+        Self { total: usize::try_from(total).unwrap_or(usize::MAX), set: BTreeMap::new() }
+    }
+    /// Returns all of it, in bytes.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+    /// Returns so many percent of it, in bytes.
+    pub fn percent(&self, percent: u64) -> usize {
+        usize::try_from(self.total as u64 / 100 * percent).unwrap_or(usize::MAX)
+    }
+    /// Returns a share, in bytes.
+    pub fn share(&self, share: &Share) -> usize {
+        self.set.get(share.name).copied().unwrap_or_else(|| self.percent(share.percent))
+    }
+    /// Sets a share to so many bytes, for tests of what happens beyond it.
+    pub fn set(&mut self, share: &Share, bytes: usize) {
+        self.set.insert(share.name, bytes);
+    }
+}
+
+/// A stage between the source and merge.
+pub trait Stage {
+    /// What it declares of itself.
+    const SPEC: &'static StageSpec;
+    /// What it receives.
+    type Input;
+    /// What it sends.
+    type Output;
+    /// Returns the number of its workers; 0 where the pipeline does not have the stage.
+    fn workers(stages: &Stages) -> usize;
+    /// Starts its workers.
+    fn spawn(run: &mut RunContext, input: Receiver<Self::Input>, output: Sender<Self::Output>) -> Result<()>;
+}
+
+/// What stages get of a run.
+pub struct RunContext {
+    /// The run's workers.
+    pub tasks: TaskGroup,
+    /// The stages' settings.
+    pub stages: Arc<Stages>,
+    /// The memory budget.
+    pub memory: Memory,
+    /// The edge into merge, for control events.
+    pub control: Sender<MergeInput>,
+    /// The server, where there is one.
+    pub client: Option<Client>,
+    /// The tables' folder.
+    pub tables: Tables,
+    /// Where files are read from.
+    pub origin: Origin,
+    /// Lines out of quarantine, which enter where downloaded chunks do.
+    pub replayed: Option<Replayed>,
+    /// The layout of each type.
+    pub layouts: Layouts,
+    /// Merge's requests to encode.
+    pub requests: FlushRequests,
+    /// Where bad lines go.
+    pub bad_lines: BadLineSink,
+    /// Elements that resources are cut down to: `id`, or `Patient.id`.
+    pub elements: Arc<[String]>,
+    /// Codes of issues that hold no watermark.
+    pub ignored_codes: Arc<[String]>,
+    /// The log that Bulk Data clients share.
+    pub log: ExportLog,
+    /// Counters.
+    pub counters: Counters,
+}
+
+impl RunContext {
+    /// Returns the workers. What else it holds is dropped: an edge closes when its last sender is gone, and ours must not outlive
+    /// the workers'.
+    pub fn into_tasks(self) -> TaskGroup {
+        self.tasks
+    }
+}

@@ -8,7 +8,8 @@ use crate::messages::{LineId, ResourceType};
 pub const STOPPED: &str = "stopped before all of it came";
 
 /// What happened to a type.
-#[derive(Debug, Clone, Default, serde::Serialize)]
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(default)]
 pub struct TypeOutcome {
     /// Files that held it.
     pub files: u64,
@@ -54,7 +55,8 @@ pub struct TypeOutcome {
     pub copies: BTreeMap<String, u64>,
     /// What the layout could not hold, by path.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub not_held: BTreeMap<String, u64>,
+    #[serde(rename = "not_held")]
+    pub unmapped: BTreeMap<String, u64>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
@@ -64,9 +66,9 @@ fn is_zero(number: &u64) -> bool {
 
 impl TypeOutcome {
     /// This and what a later run did, as one.
-    pub fn and_then(self, after: Self) -> Self {
-        let mut not_held = self.not_held;
-        after.not_held.into_iter().for_each(|(path, count)| *not_held.entry(path).or_default() += count);
+    pub fn merge(self, after: Self) -> Self {
+        let mut unmapped = self.unmapped;
+        after.unmapped.into_iter().for_each(|(path, count)| *unmapped.entry(path).or_default() += count);
         Self {
             files: self.files + after.files,
             resources: self.resources + after.resources,
@@ -86,7 +88,7 @@ impl TypeOutcome {
             error: after.error,
             watermark_hold: after.watermark_hold,
             copies: self.copies.into_iter().chain(after.copies).collect(),
-            not_held,
+            unmapped,
         }
     }
 }

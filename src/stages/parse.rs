@@ -2,7 +2,9 @@
 
 mod deletions;
 mod server_errors;
+mod settings;
 
+pub use self::settings::{Bad, ParseSection};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,13 +14,13 @@ use self::deletions::{NOT_DELETIONS, deletions, is_soft_deleted};
 use self::server_errors::Said;
 use crate::error::Result;
 use crate::messages::{
-    Arrival, BadLine, BadLineSink, Chunk, Deletion, ExportFile, Fact, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow,
-    ResourceType, RowKey, Rows, key_of,
+    BadLine, BadLineSink, Chunk, ControlEvent, Deletion, ExportFile, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow,
+    ResourceType, RowKey, RowPosition, Rows, key_of,
 };
 use crate::telemetry;
-use fhir_arrow::tape::{Kind, Tape, Value, parse_value, spread, spread_at_most};
+use fhir_arrow::tape::{Kind, Tape, Value, expanded_size_limit, parse_value, spread};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
-use flow::{Board, Receiver, Sender};
+use flow::{Counters, Receiver, Sender};
 use foundation::instant::parse_instant;
 
 const TOO_LONG: &str = "the line is longer than max_line";
@@ -26,7 +28,7 @@ const TOO_LONG: &str = "the line is longer than max_line";
 const UNKNOWN_TYPE: &str = "resourceType is not one of FHIR R4";
 
 const SPREADS: &str =
-    "its lists would take more than an eighth of memory as columns: one item fills what many others leave empty";
+    "its lists need more than an eighth of `memory` as columns: one item fills fields that many others leave empty";
 
 /// One parse worker; any number share `chunks`.
 pub struct Parse {
@@ -47,7 +49,7 @@ pub struct Parse {
     /// Elements that resources are asked to be cut down to: `id`, or `Patient.id`.
     pub elements: Arc<[String]>,
     /// Counters.
-    pub board: Board,
+    pub board: Counters,
 }
 
 /// What one line is.
@@ -128,7 +130,7 @@ impl Parse {
             if !deletions.is_empty() && handle.block_on(self.merge.send(MergeInput::Deletions(deletions))).is_err() {
                 return Ok(());
             }
-            if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Parsed(tally.into())))).is_err() {
+            if handle.block_on(self.merge.send(MergeInput::ControlEvent(ControlEvent::Parsed(tally.into())))).is_err() {
                 return Ok(());
             }
         }
@@ -323,11 +325,11 @@ impl Work<'_> {
             && declared.is_some_and(|declared| declared != "Bundle");
         self.tally.foreign += u64::from(is_page && meant.is_ok());
         // Few are large enough to be looked at.
-        let spreads = || spread_at_most(nodes) > self.max_columns && spread(value) > self.max_columns;
+        let spreads = || expanded_size_limit(nodes) > self.max_columns && spread(value) > self.max_columns;
         match meant {
             Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
             Ok(Line::Row(resource_type, key)) => {
-                let arrival = Arrival::new(self.chunk.file.index, self.number());
+                let arrival = RowPosition::new(self.chunk.file.index, self.number());
                 let replayed = self.chunk.file.replayed;
                 if replayed {
                     self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
@@ -343,7 +345,7 @@ impl Work<'_> {
             Ok(Line::SoftDeleted(resource_type, key)) => {
                 self.tally.headers += 1;
                 add(&mut self.tally.deleted, resource_type.clone());
-                let arrival = Arrival::new(self.chunk.file.index, self.number());
+                let arrival = RowPosition::new(self.chunk.file.index, self.number());
                 let id = value.get(b"id").and_then(|id| id.as_str()).unwrap_or_default().into();
                 self.deletions.push(Deletion { resource_type, id, version: Some(RowKey { arrival, ..key }) });
                 Ok(())
@@ -459,7 +461,7 @@ fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
         key: key_of(id),
         last_updated: RowKey::ABSENT,
         version: RowKey::ABSENT,
-        arrival: Arrival::default(),
+        arrival: RowPosition::default(),
         subsetted: false,
         replayed: false,
     };

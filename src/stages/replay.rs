@@ -7,15 +7,21 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use crate::error::Result;
-use crate::messages::{Chunk, ExportFile, Fact, FileDone, KeptLines, ManifestPage, MergeInput};
+use crate::messages::{Chunk, ControlEvent, ExportFile, FileFinished, ManifestPage, MergeInput, ReplayedLines};
 use flow::Sender;
 
-/// Reads the quarantine as if it were files of the export, the oldest of them.
-pub struct Replay {
+/// Lines out of quarantine.
+pub struct Replayed {
     /// A file for each type that lines were declared for.
     pub files: Vec<Arc<ExportFile>>,
     /// The lines.
-    pub lines: KeptLines,
+    pub lines: ReplayedLines,
+}
+
+/// Reads the quarantine as if it were files of the export, the oldest of them.
+pub struct Replay {
+    /// What is read.
+    pub replayed: Replayed,
     /// Where they go.
     pub chunks: Sender<Chunk>,
     /// Where facts go.
@@ -36,15 +42,16 @@ struct Open {
 impl Replay {
     /// Sends all lines on.
     pub fn run(self, handle: &Handle) -> Result<()> {
+        let Replayed { files, lines } = self.replayed;
         // `usize::MAX`: no export of this run's.
-        let page = ManifestPage { export: usize::MAX, status: None, files: self.files.clone() };
-        if handle.block_on(self.merge.send(MergeInput::Fact(Fact::Page(page)))).is_err() {
+        let page = ManifestPage { export: usize::MAX, status: None, files: files.clone() };
+        if handle.block_on(self.merge.send(MergeInput::ControlEvent(ControlEvent::Page(page)))).is_err() {
             return Ok(());
         }
-        let mut open: BTreeMap<u32, Open> = self.files.iter().map(|file| (file.index, Open::default())).collect();
-        for line in self.lines {
+        let mut open: BTreeMap<u32, Open> = files.iter().map(|file| (file.index, Open::default())).collect();
+        for line in lines {
             let line = line?;
-            let Some(file) = self.files.iter().find(|file| file.declared == line.declared) else { continue };
+            let Some(file) = files.iter().find(|file| file.declared == line.declared) else { continue };
             let Some(gathered) = open.get_mut(&file.index) else { continue };
             gathered.bytes.extend_from_slice(&line.bytes);
             gathered.bytes.push(b'\n');
@@ -53,13 +60,13 @@ impl Replay {
                 return Ok(());
             }
         }
-        for file in &self.files {
+        for file in &files {
             let Some(gathered) = open.get_mut(&file.index) else { continue };
             if !gathered.bytes.is_empty() && handle.block_on(self.chunks.send(gathered.chunk(file))).is_err() {
                 return Ok(());
             }
-            let done = Fact::FileDone(FileDone { file: file.index, lines: gathered.lines });
-            if handle.block_on(self.merge.send(MergeInput::Fact(done))).is_err() {
+            let done = ControlEvent::FileFinished(FileFinished { file: file.index, lines: gathered.lines });
+            if handle.block_on(self.merge.send(MergeInput::ControlEvent(done))).is_err() {
                 return Ok(());
             }
         }

@@ -1,7 +1,7 @@
 //! What a run has staged, by type: files that are being written, files that are whole, deletions. And what of it is written
 //! down, so that a run that is killed or fails does not let the next one download it again.
 
-mod keeping;
+mod checkpoint;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -13,8 +13,8 @@ use object_store::path::Path;
 use super::ledger::Ledger;
 use super::outcome::TypeOutcome;
 use crate::error::{Error, ErrorKind, Result};
-use crate::messages::{Deletion, EncodedBatch, FileRows, ParsedChunk, ResourceType, count_not_held};
-use crate::staged::{StagedFolder, StagedParquet, StagedWork};
+use crate::jobs::checkpoint::{Checkpoint, CheckpointStore, StagedParquet};
+use crate::messages::{Deletion, EncodedBatch, FileRows, ParsedChunk, ResourceType, count_unmapped};
 use delta_upsert::{Deletions, StagedFile, StagingFile, Table, Tables};
 use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
 use flow::compute;
@@ -43,11 +43,11 @@ impl TypeStage {
         self.staged.iter().map(StagedFile::keys_memory).sum::<usize>() + deletions
     }
 
-    fn put_keys_on_disk(&mut self) -> Result<()> {
+    fn spill_keys(&mut self) -> Result<()> {
         if let Some(deletions) = &mut self.deletions {
-            deletions.put_on_disk()?;
+            deletions.spill()?;
         }
-        self.staged.iter_mut().try_for_each(StagedFile::put_keys_on_disk)
+        self.staged.iter_mut().try_for_each(StagedFile::spill_keys)
     }
 
     async fn close_open(&mut self, table: &Table) -> Result<()> {
@@ -62,16 +62,16 @@ impl TypeStage {
         for of in by_file.values() {
             self.outcome.resources += of.rows;
             self.outcome.bytes += of.json_bytes;
-            of.not_held.iter().for_each(|(path, count)| count_not_held(&mut self.outcome.not_held, path, *count));
+            of.unmapped.iter().for_each(|(path, count)| count_unmapped(&mut self.outcome.unmapped, path, *count));
         }
     }
 }
 
 /// Where and how often what is staged is written down.
 #[derive(Debug, Clone)]
-pub struct Keep {
+pub struct CheckpointPolicy {
     /// Where.
-    pub folder: StagedFolder,
+    pub folder: CheckpointStore,
     /// At least so often.
     pub every: Duration,
     /// And after so many bytes of Parquet.
@@ -96,16 +96,16 @@ pub struct StagingSettings {
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
     /// Whether a later run can go on with what is staged.
-    pub keep: Option<Keep>,
+    pub keep: Option<CheckpointPolicy>,
 }
 
 /// What earlier runs staged.
 #[derive(Default)]
 pub struct Earlier {
     /// What waits to be merged, and what was.
-    pub ours: StagedWork,
+    pub ours: Checkpoint,
     /// What belongs to exports that this run does not go on with.
-    pub others: StagedWork,
+    pub others: Checkpoint,
 }
 
 /// All types' staged rows.
@@ -115,8 +115,8 @@ pub struct Staging {
     opened: HashMap<ResourceType, Table>,
     types: BTreeMap<ResourceType, TypeStage>,
     /// What earlier runs staged, and is not yet taken up.
-    again: StagedWork,
-    others: StagedWork,
+    again: Checkpoint,
+    others: Checkpoint,
     /// Files that this run has merged.
     merged: Vec<StagedParquet>,
     /// By index, the export's files that earlier runs staged and that this one does not download: rows by type.
@@ -253,7 +253,7 @@ impl Staging {
             }
             let mut keys = std::mem::take(stage);
             let (kept, result) = compute(tracing::Span::current(), async move {
-                let result = keys.put_keys_on_disk();
+                let result = keys.spill_keys();
                 (keys, result)
             })
             .await?;

@@ -2,14 +2,12 @@
 //! All but the quarantine can be rebuilt from the tables.
 
 mod deleted;
-mod exports;
 mod journal;
 mod lock;
 mod quarantine;
 mod server_messages;
 mod watermark;
 
-pub use exports::{AllRefused, Exports, Floor, InFlight, NotBefore, SetAside, Unanswered};
 pub use journal::{Journal, JournalEntry};
 pub use lock::Lock;
 pub use quarantine::{Quarantine, QuarantinedLine};
@@ -22,9 +20,10 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::messages::{KeptLines, LineId, ResourceType};
+use crate::jobs::ExportJobs;
+use crate::jobs::checkpoint::CheckpointStore;
+use crate::messages::{LineId, ReplayedLines, ResourceType};
 use crate::mirror::{Mirror, push};
-use crate::staged::StagedFolder;
 use foundation::secure_fs::{private_dir, write_atomically};
 
 /// The folder of a pipeline's state.
@@ -139,17 +138,17 @@ impl StateFolder {
     }
 
     /// What runs have staged and no table has yet.
-    pub fn staged(&self) -> StagedFolder {
-        StagedFolder::at(self.folder.join("staged"), self.mirror.clone())
+    pub fn staged(&self) -> CheckpointStore {
+        CheckpointStore::at(self.folder.join("staged"), self.mirror.clone())
     }
 
     /// Exports in flight, and when the server may be asked again.
-    pub fn exports(&self) -> Result<Exports> {
-        Exports::read(&self.folder.join("exports.json"))
+    pub fn exports(&self) -> Result<ExportJobs> {
+        ExportJobs::read(&self.folder.join("exports.json"))
     }
 
     /// Changes what is remembered of exports, durably.
-    pub fn change_exports(&self, change: impl FnOnce(&mut Exports)) -> Result<()> {
+    pub fn change_exports(&self, change: impl FnOnce(&mut ExportJobs)) -> Result<()> {
         let mut exports = self.exports()?;
         let before = exports.clone();
         change(&mut exports);
@@ -190,7 +189,7 @@ impl StateFolder {
     }
 
     /// Those lines.
-    pub fn kept_lines(&self) -> KeptLines {
+    pub fn replayed_lines(&self) -> ReplayedLines {
         quarantine::kept(&self.quarantine_folder())
     }
 
@@ -226,8 +225,9 @@ impl StateFolder {
         self.folder.join("quarantine")
     }
 
-    /// Keeps a run's report; the newest hundred stay.
-    pub fn save_report(&self, run: &str, report: &serde_json::Value) -> Result<()> {
+    /// Persists a run's report; the newest hundred stay.
+    pub fn save_report(&self, run: &str, report: &impl serde::Serialize) -> Result<()> {
+        let report = serde_json::to_value(report).context(ErrorKind::Internal, "the report")?;
         let folder = self.folder.join("runs");
         private_dir(&folder)?;
         write_atomically(&folder.join(format!("{run}.json")), format!("{report:#}\n").as_bytes())?;
@@ -240,13 +240,8 @@ impl StateFolder {
         self.keep()
     }
 
-    /// The newest run's report.
-    pub fn last_report(&self) -> Option<serde_json::Value> {
-        self.reports(1).pop()
-    }
-
     /// Reports of the newest runs, the newest first. What cannot be read is left out.
-    pub fn reports(&self, most: usize) -> Vec<serde_json::Value> {
+    pub fn reports<R: serde::de::DeserializeOwned>(&self, most: usize) -> Vec<R> {
         let mut runs = reports(&self.folder.join("runs"));
         runs.sort();
         let newest = runs.iter().rev().take(most);
@@ -264,7 +259,7 @@ impl StateFolder {
         match std::fs::read(&path) {
             // No reason never to run again.
             Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
-                tracing::warn!(%error, path = %path.display(), "when runs were made is not readable; it counts from now");
+                tracing::warn!(%error, path = %path.display(), "the schedule's times are not readable; counting from now");
                 BTreeMap::new()
             })),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),

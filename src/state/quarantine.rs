@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::deleted;
 use super::server_messages::ServerMessages;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, KeptLine, KeptLines, LineId, ResourceType};
+use crate::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, LineId, ReplayedLine, ReplayedLines, ResourceType};
 use crate::mirror::{Mirror, push};
 use foundation::fault_points::reached;
 use foundation::secure_fs::{private_append, private_dir, write_atomically};
@@ -171,10 +171,10 @@ pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>
 }
 
 /// Those lines.
-pub(super) fn kept(folder: &Path) -> KeptLines {
+pub(super) fn kept(folder: &Path) -> ReplayedLines {
     let lines = lines(folder).filter_map(|line| match line {
         Ok((_, line)) if line.can_be_tried() => {
-            Some(Ok(KeptLine { declared: line.resource_type.as_deref().map(ResourceType::from), bytes: line.bytes() }))
+            Some(Ok(ReplayedLine { declared: line.resource_type.as_deref().map(ResourceType::from), bytes: line.bytes() }))
         }
         Ok(_) => None,
         Err(error) => Some(Err(error)),

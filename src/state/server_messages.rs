@@ -60,7 +60,7 @@ impl ServerMessages {
         }
         *length += json.len() as u64;
         if *length >= MOST {
-            tracing::warn!(bytes = *length, "the server's messages are many; of this run no more are kept");
+            tracing::warn!(bytes = *length, "too many server messages; the rest of this run's are dropped");
         }
         to.write_all(&json).context(ErrorKind::State, format!("{} cannot be written", self.path.display()))
     }

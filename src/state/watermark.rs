@@ -10,7 +10,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use foundation::secure_fs::{private_dir, write_atomically};
 
 /// What to do with a file that is none.
-const REBUILT: &str = "move the file away: the tables know their own watermarks, and the next run writes it anew";
+const REBUILT: &str = "move the file away: the tables have their own watermarks, and the next run writes a new one";
 
 /// What `state.json` says.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -31,7 +31,7 @@ pub struct StateFile {
 
 impl StateFile {
     /// Whether the recipe wrote it: its time is a client's clock.
-    pub fn is_the_recipes(&self) -> bool {
+    pub fn is_of_sync_script(&self) -> bool {
         self.last_sync_time.is_some() && self.scope.is_none()
     }
 
@@ -45,9 +45,7 @@ impl StateFile {
         let json = serde_json::from_slice(&bytes).context(ErrorKind::State, format!("{} is not JSON", path.display()));
         let json: Value = json.map_err(|error| error.with_hint(REBUILT))?;
         if !json.is_object() {
-            return Err(
-                Error::new(ErrorKind::State, format!("{} is no state: it has no keys", path.display())).with_hint(REBUILT)
-            );
+            return Err(Error::new(ErrorKind::State, format!("{}: not a fhirlake state file", path.display())).with_hint(REBUILT));
         }
         let time = |key: &str| match json.get(key) {
             None | Some(Value::Null) => Ok(None),
@@ -123,7 +121,7 @@ mod tests {
         let path = folder.path().join("state.json");
         std::fs::write(&path, r#"{"last_sync_time": "2025-03-01T10:15:00.123456", "note": 1}"#).unwrap();
         let mut state = StateFile::read(&path).unwrap();
-        assert!(state.is_the_recipes());
+        assert!(state.is_of_sync_script());
         assert_eq!(state.last_sync_time.unwrap().timestamp_micros(), 1_740_824_100_123_456);
         state.scope = Some("s".into());
         state.write(&path).unwrap();

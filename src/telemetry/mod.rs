@@ -70,7 +70,7 @@ metrics! {
     NEXT_RUN, "fhirlake.run.next.timestamp", Gauge, "s", None, "When the next run is due, since 1970.";
     RUN_ACTIVE, "fhirlake.run.active", Gauge, "{run}", None, "Whether a run is under way: 1 or 0.";
     RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted, locked (another had the pipeline).";
-    MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Runs that were due and could not begin in time; each was made up for, once.";
+    MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Scheduled runs that could not start in time; each got one catch-up run.";
     MERGED, "fhirlake.resources.merged", Counter, "{resource}", Some("resource_type, outcome"), "Resources by what came of them: inserted, updated, deleted, skipped.";
     TABLE_ROWS, "fhirlake.table.rows", Gauge, "{row}", TYPE, "Rows of a table.";
     TABLE_VERSION, "fhirlake.table.version", Gauge, "{version}", TYPE, "Version of a table.";
@@ -251,6 +251,6 @@ fn set_up(settings: Option<&OtlpSettings>) -> SetUp {
 
 #[cfg(not(feature = "otlp"))]
 fn set_up(settings: Option<&OtlpSettings>) -> SetUp {
-    let built_without = "this build cannot send to an OTLP receiver: it was made without the feature `otlp`";
+    let built_without = "this build cannot send to an OTLP receiver: it lacks the cargo feature `otlp`";
     (Telemetry::default(), settings.map(|_| built_without.to_owned()).into_iter().collect(), Vec::new())
 }

@@ -31,14 +31,19 @@ fn pipelines_are_valid() {
 #[test]
 fn yaml_blocks_of_the_documents_are_valid() {
     let mut checked = 0;
-    for name in ["README.md"] {
-        let text = std::fs::read_to_string(root().join(name)).unwrap();
-        for block in text.split("```yaml\n").skip(1) {
-            check(name, block.split("```").next().unwrap());
-            checked += 1;
+    let folders = ["docs", "docs/how-to"].map(|name| std::fs::read_dir(root().join(name)).unwrap().flatten());
+    let pages =
+        folders.into_iter().flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|ext| ext == "md"));
+    for path in pages.chain([root().join("README.md")]) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for block in text.split("```yaml\n").skip(1).map(|rest| rest.split("```").next().unwrap()) {
+            if block.starts_with("version:") {
+                check(&path.display().to_string(), block);
+                checked += 1;
+            }
         }
     }
-    assert!(checked >= 1);
+    assert!(checked >= 8);
 }
 
 // Breaks if a key is added without a place in the full example, or a default differs from what it says there.

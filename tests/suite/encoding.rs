@@ -63,7 +63,7 @@ async fn decimals_keep_value_and_scale() {
     .await;
     let expected: Vec<_> = written.iter().map(|(id, _, value, scale)| some(&[id, value, scale])).collect();
     assert_eq!(found, expected);
-    assert_eq!(report.types["Observation"].not_held, BTreeMap::from([("Observation.valueQuantity.value".to_owned(), 3)]));
+    assert_eq!(report.types["Observation"].unmapped, BTreeMap::from([("Observation.valueQuantity.value".to_owned(), 3)]));
 }
 
 // 76 kg is 76000 g, in every place where a quantity can stand; what is not UCUM has no canonical form.
@@ -134,7 +134,7 @@ async fn odd_and_held() {
             some(&[&long, &format!("Patient/{long}/_history/7"), "2020-02-29T09:59:59.123456Z", "A,-,B,-"]),
         ]
     );
-    assert_eq!(report.types["Patient"].not_held, BTreeMap::from([("Patient.name._given".to_owned(), 1)]));
+    assert_eq!(report.types["Patient"].unmapped, BTreeMap::from([("Patient.name._given".to_owned(), 1)]));
 }
 
 // Breaks if anything that the table cannot hold is dropped without being counted under its path.
@@ -148,7 +148,7 @@ async fn what_cannot_be_held_is_counted_by_path_and_kept_in_source() {
     let (_data, source) = folder(&[("Observation.ndjson", &format!("{line}\n"))]);
     let lake = lake();
     let report = lake.run(&source, "stages: { encode: { source_json: true } }\n").await.unwrap();
-    let losses = &report.types["Observation"].not_held;
+    let unmapped = &report.types["Observation"].unmapped;
     let expected = [
         "Observation.contained",
         "Observation.modifierExtension",
@@ -162,9 +162,9 @@ async fn what_cannot_be_held_is_counted_by_path_and_kept_in_source() {
         "Observation.extension.valueUri",
         "Observation.code._text",
     ];
-    assert_eq!(losses.len(), expected.len(), "{losses:#?}");
+    assert_eq!(unmapped.len(), expected.len(), "{unmapped:#?}");
     for path in expected {
-        assert_eq!(losses.get(path), Some(&1), "{path}: {losses:#?}");
+        assert_eq!(unmapped.get(path), Some(&1), "{path}: {unmapped:#?}");
     }
     let found = answer(&lake, "SELECT _source, code['coding'][1]['code'] AS code FROM \"Observation\"").await;
     assert_eq!(found, [some(&[line, "1"])]);
@@ -191,7 +191,7 @@ async fn twice_and_hollow() {
     // A member's name that does not look like one of FHIR's is not repeated: it may be anything.
     let expected = [("Patient.gender", 1), ("Patient.extension", 2), ("Patient.maritalStatus.extension", 1), ("Patient.?", 1)];
     let expected = BTreeMap::from(expected.map(|(path, count)| (path.to_owned(), count)));
-    assert_eq!(report.types["Patient"].not_held, expected);
+    assert_eq!(report.types["Patient"].unmapped, expected);
     let question = "SELECT \"valueQuantity\"['value'] IS NULL AS v, CAST(\"valueQuantity\"['value_scale'] AS VARCHAR) AS s, CAST(\"valueQuantity\"['_value_canonicalized']['value'] AS VARCHAR) AS c FROM \"Observation\"";
     assert_eq!(answer(&lake, question).await, [some(&["true", "0", "1000000000000000000000000000000000"])]);
 }

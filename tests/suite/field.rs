@@ -114,7 +114,7 @@ async fn s9_an_export_with_failures_is_merged_and_says_so() {
     let errors = [issue("error"), issue("error"), issue("warning")].concat().into_bytes();
     let (server, lake) = (server(Faults { errors, ..Faults::default() }).await, lake());
     let report = lake.run(&source(&server, ""), "").await.unwrap();
-    assert!(!report.succeeded && report.watermark_held && report.types.values().all(|kept| kept.error.is_none()));
+    assert!(!report.succeeded && report.watermark_not_advanced && report.types.values().all(|kept| kept.error.is_none()));
     assert_eq!((report.outcome_issues["error exception"], report.outcome_issues["warning exception"]), (2, 1));
     assert_is(&lake, &server.population(), &TYPES).await;
 }
@@ -161,7 +161,7 @@ async fn k21_a_kick_off_whose_answer_is_lost_is_told() {
     let right = lake();
     assert!(right.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&right, &server.population(), &TYPES).await;
-    assert!(right.state_folder().exports().unwrap().unanswered.is_empty(), "an answer came in the end");
+    assert!(right.state_folder().exports().unwrap().unconfirmed.is_empty(), "an answer came in the end");
     // The server has one slot, and the lost export takes it.
     let faults = Faults { kickoffs_lost: 1, kickoffs_throttled: 1, kickoff_retry_after: Some("600".into()), ..Faults::default() };
     server.set_faults(Faults { kickoffs_throttled: 0, ..faults.clone() });
@@ -169,16 +169,16 @@ async fn k21_a_kick_off_whose_answer_is_lost_is_told() {
     let hasty = source(&server, "").replace("retry_for: 20s", "retry_for: 0s");
     let error = lake.run(&hasty, "").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Network, "{error}");
-    assert_eq!(lake.state_folder().exports().unwrap().unanswered.len(), 1);
+    assert_eq!(lake.state_folder().exports().unwrap().unconfirmed.len(), 1);
     let file = lake.pipeline_file(&source(&server, ""));
     let (_, said, _) = fhirlake(&["jobs", "list"], &file);
-    assert!(said.contains("no answer came to the kick-off of"), "{said}");
+    assert!(said.contains("was not confirmed"), "{said}");
     server.set_faults(Faults { kickoffs_lost: 0, ..faults });
     let error = lake.run(&source(&server, ""), "").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Throttled, "{error}");
-    assert_eq!(lake.state_folder().exports().unwrap().unanswered.len(), 1, "the refused one made no export");
+    assert_eq!(lake.state_folder().exports().unwrap().unconfirmed.len(), 1, "the refused one made no export");
     let (code, _, _) = fhirlake(&["jobs", "cancel", "--all"], &file);
-    assert_eq!((code, lake.state_folder().exports().unwrap().unanswered.len()), (0, 0));
+    assert_eq!((code, lake.state_folder().exports().unwrap().unconfirmed.len()), (0, 0));
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
 }
 
@@ -189,16 +189,16 @@ async fn d1_an_export_is_given_back_as_soon_as_the_server_hears_it() {
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     let file = lake.pipeline_file(&source(&server, ""));
     let (_, said, _) = fhirlake(&["jobs", "list"], &file);
-    assert!(said.contains("merged; to be deleted"), "{said}");
+    assert!(said.contains("merged, DELETE pending"), "{said}");
     assert_eq!(server.seen().deleted, 0);
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_eq!(server.seen().deleted, 2, "the old one, and the new one");
-    assert!(lake.state_folder().exports().unwrap().in_flight.is_empty());
+    assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
     server.set_faults(Faults { polls: 1000, deletes_refused: 1, ..Faults::default() });
     lake.run(&source(&server, ", timeout: 1s"), "").await.unwrap_err();
     let (code, _, error) = fhirlake(&["jobs", "cancel", "1"], &file);
     assert!(code == 5 && error.contains("--forget"), "{code} {error}");
-    assert_eq!(lake.state_folder().exports().unwrap().in_flight.len(), 1, "nobody told the server");
+    assert_eq!(lake.state_folder().exports().unwrap().jobs.len(), 1, "nobody told the server");
     drop(server);
     let (code, _, error) = fhirlake(&["jobs", "cancel", "1"], &file);
     assert!(code == 3 && error.contains("--forget"), "{code} {error}");
@@ -339,10 +339,10 @@ async fn an_export_is_never_given_up_for_what_fails_here() {
         kickoffs[1..].iter().all(|asked| asked["_type"] == "Immunization,Claim" && asked.contains_key("_since")),
         "{kickoffs:?}"
     );
-    assert!(lake.state_folder().exports().unwrap().in_flight.iter().any(|export| export.status.ends_with("/jobs/0")));
+    assert!(lake.state_folder().exports().unwrap().jobs.iter().any(|export| export.status.ends_with("/jobs/0")));
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
-    assert!(lake.state_folder().exports().unwrap().in_flight.is_empty());
+    assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
 }
 
 // K21: a server that says "at once" is not asked in a busy loop, and whoever is refused until the end remembers it.
@@ -355,13 +355,13 @@ async fn k21_at_once_is_no_busy_loop() {
         let error = lake.run(&hasty, "").await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Throttled, "{error}");
         assert!(server.seen().kickoffs.len() < 8, "{wait}: {} kick-offs", server.seen().kickoffs.len());
-        assert!(lake.state_folder().exports().unwrap().not_before.is_some());
-        assert!(lake.state_folder().exports().unwrap().unanswered.is_empty(), "all were answered");
+        assert!(lake.state_folder().exports().unwrap().throttled.is_some());
+        assert!(lake.state_folder().exports().unwrap().unconfirmed.is_empty(), "all were answered");
     }
     // Nobody there: nothing arrived, so nothing is unknown.
     let lake = lake();
     let error = lake.run("{ url: \"http://127.0.0.1:9/fhir\", types: [Patient], retry_for: 0s }", "").await.unwrap_err();
-    assert_eq!((error.kind(), lake.state_folder().exports().unwrap().unanswered.len()), (ErrorKind::Network, 0));
+    assert_eq!((error.kind(), lake.state_folder().exports().unwrap().unconfirmed.len()), (ErrorKind::Network, 0));
 }
 
 // S8: a manifest that grows in any place. Breaks if a file is taken for another that stood in its place.
@@ -380,7 +380,10 @@ async fn files_that_are_too_short_fail_where_that_is_asked_for() {
     let (server, lake) = (server(Faults { count_off_by: 1, ..Faults::default() }).await, lake());
     let strict = "stages: { download: { on_short_file: fail } }\n";
     let report = lake.run(&source(&server, ""), strict).await.unwrap();
-    assert!(report.types.values().all(|kept| kept.error.as_ref().is_some_and(|error| error.contains("promised"))), "{report:#?}");
+    assert!(
+        report.types.values().all(|kept| kept.error.as_ref().is_some_and(|error| error.contains("the manifest has count"))),
+        "{report:#?}"
+    );
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
 }

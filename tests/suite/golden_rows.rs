@@ -7,7 +7,7 @@ use arrow::array::{Array, AsArray};
 use arrow::datatypes::{DataType, Decimal128Type, Int32Type, TimestampMicrosecondType};
 use base64::Engine;
 use fhir_arrow::tape::{Kind, Tape, Value, parse_value};
-use fhir_arrow::{Columns, Encoder, Filled, Layout, LayoutOptions};
+use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, PresentColumns};
 use foundation::instant::parse_instant;
 
 use super::support::{shared, unpack};
@@ -251,7 +251,9 @@ fn rows_are_pathlings() {
         for (root, line) in &roots {
             encoder.push(document.value(*root), line);
         }
-        let batch = arrow::array::StructArray::from(encoder.finish(&mut Filled::default(), Columns::default()).unwrap().batch);
+        let batch = arrow::array::StructArray::from(
+            encoder.finish(&mut PresentColumns::default(), ColumnPruning::default()).unwrap().batch,
+        );
         let expected = std::fs::read(folder.path().join(format!("out/{stem}.jsonl"))).unwrap();
         let expected: Vec<&[u8]> = expected.split(|b| *b == b'\n').filter(|line| !line.is_empty()).collect();
         assert_eq!(batch.len(), expected.len(), "{stem}");

@@ -177,7 +177,7 @@ static LETTERS: [u8; 1 << 20] = [b'x'; 1 << 20];
 async fn what_does_not_end_is_cut_off() {
     let server = mock(|request| condition(request).unwrap_or_else(|| endless(&SPACES, Duration::ZERO))).await;
     let error = lake().run(&source(&server, ""), "").await.unwrap_err();
-    assert!(error.to_string().contains("more than 64 MiB"), "a manifest: {error}");
+    assert!(error.to_string().contains("exceeds the 64 MiB limit"), "a manifest: {error}");
     for (body, words) in [(&LETTERS, "no end"), (&SPACES, "max_file")] {
         let server = mock(move |request| match request.uri().path() {
             "/patient" => endless(body, Duration::ZERO),

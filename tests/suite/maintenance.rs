@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use fhirlake::config::{MaxBad, Percent, Plan};
-use fhirlake::pipeline::{OptimizeOptions, VacuumOptions, optimize, vacuum};
-use flow::Stop;
+use fhirlake::topology::RunPlan;
+use fhirlake::topology::{OptimizeOptions, VacuumOptions, optimize, vacuum};
+use flow::Cancellation;
+use foundation::Limit;
 
 use super::support::{Lake, folder, lake, strings};
 
@@ -37,7 +38,7 @@ fn many(ids: std::ops::Range<u32>, version: u32) -> String {
 }
 
 /// A table of many small files, some of them with deletion vectors.
-async fn worn() -> (Lake, Plan) {
+async fn worn() -> (Lake, RunPlan) {
     let lake = lake();
     let mut plan = None;
     for (from, until, version) in [(0, 300, 1), (200, 400, 2), (250, 260, 3), (390, 500, 4), (0, 5, 5)] {
@@ -65,7 +66,7 @@ async fn everything(lake: &Lake) -> BTreeSet<String> {
 }
 
 fn options(cluster: bool) -> OptimizeOptions {
-    OptimizeOptions { types: Vec::new(), cluster, min_deleted: MaxBad::Lines(1) }
+    OptimizeOptions { types: Default::default(), cluster, min_deleted: Limit::Count(1) }
 }
 
 // Breaks if compaction loses, doubles or changes a row, or leaves a small file or a deletion vector behind.
@@ -76,7 +77,8 @@ async fn optimize_changes_files_and_no_answer() {
         let before = everything(&lake).await;
         assert_eq!(before.len(), 500);
         let (_, files) = lake.files("Patient").await;
-        let done = optimize(&plan, &options(cluster), &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+        let done =
+            optimize(&plan, &options(cluster), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
         assert_eq!((done.files_removed, done.files_added), (files.len() as u64, 1));
         assert!(done.rows_purged > 0);
         assert_eq!(everything(&lake).await, before);
@@ -89,7 +91,8 @@ async fn optimize_changes_files_and_no_answer() {
         let ids: Vec<_> = lake.sql("SELECT id FROM Patient").await.iter().flat_map(|batch| strings(batch, "id")).collect();
         assert_eq!(ids.is_sorted(), cluster);
         // Again: nothing to do.
-        let again = optimize(&plan, &options(cluster), &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+        let again =
+            optimize(&plan, &options(cluster), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
         assert_eq!(again, Default::default());
         // Later runs merge into what it made.
         let (_data, source) = folder(&[("Patient.ndjson", &patients(100..105, 6))]);
@@ -157,17 +160,19 @@ async fn optimize_leaves_alone_what_is_well() {
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..10, 1))]);
     lake.run(&source, "").await.unwrap();
     let plan = lake.plan(&source, "");
-    let done = optimize(&plan, &options(false), &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    let done = optimize(&plan, &options(false), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     assert_eq!(done.version, None);
     // Few marked rows are no reason either.
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..1, 2))]);
     lake.run(&source, "").await.unwrap();
-    let few = OptimizeOptions { min_deleted: MaxBad::Share(Percent(50.0)), ..options(false) };
+    let few = OptimizeOptions { min_deleted: Limit::Percent(50.0), ..options(false) };
     let mut plan = plan;
-    plan.target_file_bytes = 10;
-    let done = optimize(&plan, &few, &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    std::sync::Arc::make_mut(&mut plan.stages).merge.target_file = fhirlake::values::ByteSize(10);
+    let done = optimize(&plan, &few, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     assert_eq!(done.version, None);
-    let error = optimize(&plan, &OptimizeOptions { types: vec!["Group".into()], ..few }, &Stop::default()).await.unwrap_err();
+    let error = optimize(&plan, &OptimizeOptions { types: vec!["Group".to_owned()].into(), ..few }, &Cancellation::default())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("no table of Group"), "{error}");
 }
 
@@ -213,10 +218,10 @@ async fn vacuum_takes_what_no_version_within_the_retention_names() {
     let staged = lake.tables().join("Patient.parquet/part-20990101T000000000Z-aaaaaa-00001.zstd.parquet");
     std::fs::write(&staged, "x").unwrap();
     let before_optimize = all_files(&lake);
-    optimize(&plan, &options(false), &Stop::default()).await.unwrap();
+    optimize(&plan, &options(false), &Cancellation::default()).await.unwrap();
     let answer = everything(&lake).await;
     let week = VacuumOptions { retention: Some(Duration::from_secs(7 * 86400)), ..VacuumOptions::default() };
-    let found = vacuum(&plan, &week, &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    let found = vacuum(&plan, &week, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     let found: BTreeSet<String> = found.files.into_iter().collect();
     // The files that optimize exchanged were the newest's until now; deletion vectors that later ones replaced were not.
     assert!(found.contains("part-someone-else.parquet"));
@@ -225,7 +230,7 @@ async fn vacuum_takes_what_no_version_within_the_retention_names() {
     assert!(!old_vectors.is_empty() && found.len() == old_vectors.len() + 1, "{found:?}");
     assert_eq!(all_files(&lake).intersection(&before_optimize).count(), before_optimize.len(), "a dry run removes nothing");
     // The version before optimize can still be read once they are gone.
-    let deleted = vacuum(&plan, &VacuumOptions { delete: true, ..week.clone() }, &Stop::default()).await.unwrap();
+    let deleted = vacuum(&plan, &VacuumOptions { delete: true, ..week.clone() }, &Cancellation::default()).await.unwrap();
     assert!(deleted["Patient"].as_ref().unwrap().deleted);
     assert!(found.iter().all(|file| !all_files(&lake).contains(file)));
     assert_eq!(everything(&lake).await, answer);
@@ -234,10 +239,10 @@ async fn vacuum_takes_what_no_version_within_the_retention_names() {
     assert_eq!((&history[0]["operation"], &history[1]["operation"]), (&"VACUUM END".into(), &"VACUUM START".into()));
     // A shorter retention is refused, unless it is meant.
     let now = VacuumOptions { retention: Some(Duration::ZERO), delete: true, ..VacuumOptions::default() };
-    let refused = vacuum(&plan, &now, &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap_err();
+    let refused = vacuum(&plan, &now, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap_err();
     assert!(refused.to_string().contains("below the table's own"), "{refused}");
     let meant = VacuumOptions { below_the_tables: true, ..now };
-    vacuum(&plan, &meant, &Stop::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    vacuum(&plan, &meant, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     assert_eq!(all_files(&lake).len(), 2, "the one data file, and what a run may be staging: {:?}", all_files(&lake));
     assert_eq!(everything(&lake).await, answer);
     assert!(SystemTime::now() > std::fs::metadata(&staged).unwrap().modified().unwrap());

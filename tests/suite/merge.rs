@@ -1,8 +1,9 @@
 //! DESIGN section 5 as a model: any sequence of runs leaves the newest version of every resource, once.
 
+use fhirlake::stages::merge::{KEYS, MATCHING};
 use std::collections::BTreeMap;
 
-use fhirlake::pipeline::RunOptions;
+use fhirlake::topology::RunOptions;
 use proptest::prelude::*;
 
 use super::support::{folder, lake, strings};
@@ -93,7 +94,8 @@ proptest! {
                 let (_data, source) = folder(&[("Patient.ndjson", &text.join("\n"))]);
                 let mut plan = lake.plan(&source, &format!("stages: {{ merge: {{ deletion_vectors: {vectors} }} }}\n"));
                 if !in_memory {
-                    (plan.memory.keys, plan.memory.matching) = (0, 0);
+                    plan.memory.set(&KEYS, 0);
+                plan.memory.set(&MATCHING, 0);
                 }
                 let report = lake.run_with(plan, RunOptions { full_refresh: *full_refresh, ..RunOptions::default() }).await.unwrap();
                 let before = model.clone();

@@ -31,4 +31,5 @@ mod stores;
 mod support;
 mod tables;
 mod tls;
+mod words;
 mod writers;

@@ -2,7 +2,8 @@
 
 use bulk_data_server::{DemoServer, Faults, Population};
 use fhirlake::error::ErrorKind;
-use fhirlake::pipeline::RunOptions;
+use fhirlake::stages::merge::{KEYS, MATCHING};
+use fhirlake::topology::RunOptions;
 
 use super::support::{Lake, folder, lake};
 
@@ -45,7 +46,8 @@ async fn reconcile_deletes_what_the_export_does_not_name() {
         let (_data, source) = folder(&[("Patient.ndjson", &text)]);
         let mut plan = lake.plan(&source, &mode("reconcile", ""));
         if !in_memory {
-            (plan.memory.keys, plan.memory.matching) = (0, 0);
+            plan.memory.set(&KEYS, 0);
+            plan.memory.set(&MATCHING, 0);
         }
         let report = lake.run_with(plan, RunOptions::default()).await.unwrap();
         let outcome = &report.types["Patient"];
@@ -162,7 +164,7 @@ async fn lines_in_quarantine_do_not_stand_for_the_export() {
     let report = lake.run(&nothing, &all).await.unwrap();
     assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("no resource")), "{report:#?}");
     assert_eq!(ids(&lake).await.len(), 20);
-    let retry = fhirlake::pipeline::RunOptions { replay_only: true, ..Default::default() };
+    let retry = fhirlake::topology::RunOptions { replay_only: true, ..Default::default() };
     let report = lake.run_with(lake.plan(&nothing, &all), retry).await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(ids(&lake).await.len(), 21);

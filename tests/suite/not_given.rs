@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use fhirlake::pipeline::RunReport;
+use fhirlake::topology::RunReport;
 
 use super::hostile::{Mock, lines, mock};
 use super::support::{Lake, folder, lake};
@@ -59,7 +59,7 @@ fn output(
 /// The types whose watermark did not advance, of a run whose types were all merged.
 fn held(report: &RunReport) -> Vec<&str> {
     assert!(report.types.values().all(|kept| kept.error.is_none()), "{report:#?}");
-    assert_eq!(report.succeeded, !report.watermark_held, "{report:#?}");
+    assert_eq!(report.succeeded, !report.watermark_not_advanced, "{report:#?}");
     report.types.iter().filter(|(_, kept)| kept.watermark_hold.is_some()).map(|(name, _)| name.as_str()).collect()
 }
 
@@ -276,7 +276,7 @@ async fn many_copies_of_the_same_resources_are_reported_with_their_files() {
     let files = [("1.Patient.ndjson", rows.as_str()), ("2.Patient.ndjson", &rows), ("3.Patient.ndjson", &rows)];
     let (_data, source) = folder(&files);
     let report = lake().run(&source, "").await.unwrap();
-    assert_eq!(report.server_deviations["the same resources came more than once"], 400);
+    assert_eq!(report.server_deviations["duplicate resources"], 400);
     let copies = &report.types["Patient"].copies;
     assert_eq!((copies.len(), copies.values().sum::<u64>()), (2, 400), "{copies:?}");
     let few = lines("Patient", "p", 5);
@@ -342,7 +342,7 @@ async fn an_undated_copy_in_a_folder_does_not_replace_a_dated_row() {
     let (_data, source) = folder(&[("Patient.ndjson", &row(r#","language":"old""#))]);
     let report = lake.run(&source, "").await.unwrap();
     assert_eq!((report.types["Patient"].updated, report.types["Patient"].undated), (0, 1), "{report:#?}");
-    let full = fhirlake::pipeline::RunOptions { full_refresh: true, ..Default::default() };
+    let full = fhirlake::topology::RunOptions { full_refresh: true, ..Default::default() };
     let report = lake.run_with(lake.plan(&source, ""), full).await.unwrap();
     assert_eq!((report.types["Patient"].updated, report.types["Patient"].undated), (1, 0), "{report:#?}");
 }

@@ -131,7 +131,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
             .spawn()
             .unwrap();
         // What the server says of a kick-off is lost to a process that is killed before it hears it.
-        until("an export", || !lake.state_folder().exports().unwrap().in_flight.is_empty()).await;
+        until("an export", || !lake.state_folder().exports().unwrap().jobs.is_empty()).await;
         tokio::time::sleep(Duration::from_millis(after)).await;
         child.kill().unwrap();
         child.wait().unwrap();
@@ -167,7 +167,7 @@ async fn ctrl_c_says_what_it_waits_for_and_exits_with_130() {
     let output = tokio::task::block_in_place(|| child.wait_with_output().unwrap());
     let err = text(&output.stderr);
     assert_eq!(output.status.code(), Some(130), "{err}");
-    assert!(err.contains("stopping: waiting for what is under way"), "{err}");
+    assert!(err.contains("stopping: draining the stages"), "{err}");
 }
 
 /// A folder `in` of NDJSON, and the pipeline `x.yaml` of it.

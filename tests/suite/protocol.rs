@@ -6,7 +6,7 @@ use std::time::Duration;
 use bulk_data_client::{KeyAlgorithm, generate_key};
 use bulk_data_server::{DemoServer, Faults, Population, Registration};
 use fhirlake::error::{Advice, ErrorKind};
-use fhirlake::pipeline::RunOptions;
+use fhirlake::topology::RunOptions;
 
 use super::support::{Lake, assert_is, lake, strings};
 
@@ -167,11 +167,11 @@ async fn k21_a_throttled_kick_off_is_waited_for_or_remembered() {
     assert_eq!(error.kind(), ErrorKind::Throttled, "{error}");
     server.set_faults(Faults::default());
     let again = lake.run(&source(&server, ""), "").await.unwrap_err();
-    assert!(again.to_string().contains("not to be asked before"), "{again}");
+    assert!(again.to_string().contains("rate limited until"), "{again}");
     assert_eq!((again.kind(), server.seen().kickoffs.len()), (ErrorKind::Throttled, 1), "nobody was asked");
     let file = lake.pipeline_file(&source(&server, ""));
     let status = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).arg("status").arg(&file).output().unwrap();
-    assert!(String::from_utf8(status.stdout).unwrap().contains("not before  2"));
+    assert!(String::from_utf8(status.stdout).unwrap().contains("throttled   until 2"));
     // Another pipeline of the same server is another matter, and so is a changed scope.
     assert!(lake.run(&source(&server, ", level: patient"), "").await.unwrap().succeeded);
 }
@@ -289,7 +289,7 @@ async fn an_export_that_outlasts_its_run_is_gone_on_with() {
     let (server, lake) = (server(Faults { polls: 1000, ..Faults::default() }).await, lake());
     let error = lake.run(&source(&server, ", timeout: 1s"), "").await.unwrap_err();
     assert!(error.to_string().contains("source.timeout"), "{error}");
-    assert!(error.advice().contains("goes on with this export"));
+    assert!(error.advice().contains("resumes this export"));
     let source = source(&server, "");
     let file = lake.pipeline_file(&source);
     let jobs = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(["jobs", "list"]).arg(&file).output().unwrap();
@@ -468,9 +468,9 @@ async fn a_type_that_is_refused_holds_back_no_neighbour() {
             assert_is(&lake, &server.population(), &others).await;
             assert_eq!(server.seen().kickoffs.len() - before, kickoffs, "round {round}");
             assert!(server.seen().deleted > given_back, "an export is given back though a type was refused");
-            assert!(lake.state_folder().exports().unwrap().in_flight.is_empty());
+            assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
         }
-        let aside = lake.state_folder().exports().unwrap().set_aside;
+        let aside = lake.state_folder().exports().unwrap().rejected;
         assert_eq!(aside.iter().map(|aside| aside.resource_type.as_str()).collect::<Vec<_>>(), ["Claim"]);
         // What is given again comes by itself first, with all that changed since, and then with the others.
         server.set_faults(Faults::default());
@@ -481,7 +481,7 @@ async fn a_type_that_is_refused_holds_back_no_neighbour() {
             assert_is(&lake, &server.population(), &types).await;
             assert_eq!(server.seen().kickoffs.len() - before, kickoffs, "round {round}");
         }
-        assert!(lake.state_folder().exports().unwrap().set_aside.is_empty());
+        assert!(lake.state_folder().exports().unwrap().rejected.is_empty());
     }
 }
 
@@ -500,7 +500,7 @@ async fn a_server_that_refuses_everything_is_asked_type_by_type_once_a_day() {
     }
     server.set_faults(Faults::default());
     assert!(lake.run(&source, "").await.unwrap().succeeded);
-    assert!(lake.state_folder().exports().unwrap().all_refused.is_none());
+    assert!(lake.state_folder().exports().unwrap().all_rejected.is_none());
     // What is not asked for any more is not remembered: its table may be made anew by then, from strays.
     let of = |lake: &Lake| lake.state_folder().remembered().unwrap().watermarks.into_keys().collect::<Vec<_>>();
     assert_eq!(of(&lake), ["Claim", "Observation", "Patient"]);
@@ -514,12 +514,12 @@ async fn an_export_that_is_gone_and_then_refused_is_asked_for_by_halves() {
     let (server, lake) = (server(Faults { missing_type: Some("Patient".into()), ..Faults::default() }).await, lake());
     let source = format!("{{ url: \"{}\", types: [Patient, Claim, Observation], retry_for: 20s }}", server.base());
     assert!(!lake.run(&source, "").await.unwrap().succeeded);
-    assert_eq!(lake.state_folder().exports().unwrap().in_flight.len(), 1);
+    assert_eq!(lake.state_folder().exports().unwrap().jobs.len(), 1);
     server.lose_exports();
     server.set_faults(Faults { forbidden_type: Some("Claim".into()), ..Faults::default() });
     let report = lake.run(&source, "").await.unwrap();
     assert!(!report.succeeded && report.types["Patient"].committed, "{report:#?}");
     assert_is(&lake, &server.population(), &["Patient", "Observation"]).await;
-    assert!(lake.state_folder().exports().unwrap().in_flight.is_empty());
+    assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
     assert_eq!(server.exports(), 0, "each export is given back");
 }

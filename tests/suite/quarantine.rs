@@ -1,7 +1,7 @@
 //! Lines that could not be read: kept once, tried again by every run, and never against the order.
 
 use bulk_data_server::{DemoServer, Population};
-use fhirlake::pipeline::RunOptions;
+use fhirlake::topology::RunOptions;
 
 use super::support::{Lake, folder, lake};
 

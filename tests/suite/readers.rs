@@ -6,9 +6,9 @@
 use std::fmt::Write;
 
 use bulk_data_server::{DEMO_TYPES, DemoServer, Population};
-use fhirlake::config::MaxBad;
-use fhirlake::pipeline::{OptimizeOptions, optimize};
-use flow::Stop;
+use fhirlake::topology::{OptimizeOptions, optimize};
+use flow::Cancellation;
+use foundation::Limit;
 
 use super::support::{Lake, lake};
 
@@ -88,8 +88,8 @@ async fn duckdb_and_sail_read_what_we_write() {
         check(&python, what, &lake, &expected);
         let plan = lake.plan(&source, "");
         for cluster in [false, true] {
-            let options = OptimizeOptions { types: Vec::new(), cluster, min_deleted: MaxBad::Lines(1) };
-            for (name, done) in optimize(&plan, &options, &Stop::default()).await.unwrap() {
+            let options = OptimizeOptions { types: Default::default(), cluster, min_deleted: Limit::Count(1) };
+            for (name, done) in optimize(&plan, &options, &Cancellation::default()).await.unwrap() {
                 done.unwrap_or_else(|error| panic!("{name}: {error}"));
             }
             check(&python, &format!("{what}, optimized, clustered: {cluster}"), &lake, &expected);

@@ -1,5 +1,4 @@
-//! Documents that are written from the code: the reference of the pipeline file, and the table of metrics.
-//! `FHIRLAKE_UPDATE=1` writes them anew.
+//! Documents that are generated from the code, and the links between all of them. `FHIRLAKE_UPDATE=1` generates them again.
 
 use std::path::{Path, PathBuf};
 
@@ -53,70 +52,257 @@ fn kind(property: &Value, definitions: &Value) -> String {
     }
 }
 
-fn rows(out: &mut String, section: &Value, definitions: &Value) {
-    out.push_str("| key | value | default | |\n|---|---|---|---|\n");
+/// Wraps a list item at 100 columns; code in backticks is not broken.
+fn item(out: &mut String, text: &str) {
+    let mut line = String::from("*");
+    for word in text.split_whitespace() {
+        if line.chars().count() + 1 + word.chars().count() > 100 {
+            out.push_str(&line);
+            out.push('\n');
+            line = " ".to_owned();
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    out.push_str(&line);
+    out.push('\n');
+}
+
+/// Wraps a paragraph at 100 columns.
+fn paragraph(out: &mut String, text: &str) {
+    let mut list = String::new();
+    item(&mut list, text);
+    for line in list.lines() {
+        out.push_str(line.trim_start_matches("* ").trim_start());
+        out.push('\n');
+    }
+    out.push('\n');
+}
+
+fn keys(out: &mut String, section: &Value, definitions: &Value) {
     let required: Vec<&str> = section["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     for (key, property) in section["properties"].as_object().unwrap() {
         let what = property["description"].as_str().map(str::to_owned);
         let what = what.or_else(|| definitions[named(property)?]["description"].as_str().map(str::to_owned)).unwrap_or_default();
         let default = match &property["default"] {
-            _ if required.contains(&key.as_str()) => "required".to_owned(),
-            Value::Null => String::new(),
-            Value::Object(_) => "its own".to_owned(),
-            value => format!("`{value}`"),
+            _ if required.contains(&key.as_str()) => ", required".to_owned(),
+            Value::Null | Value::Object(_) => String::new(),
+            value => format!(", default `{}`", value.to_string().replace("\",\"", "\", \"")),
         };
-        out.push_str(&format!("| `{key}` | {} | {} | {} |\n", kind(property, definitions), one_line(&default), one_line(&what)));
+        item(out, &format!("**`{key}`** ({}{default}): {what}", kind(property, definitions)));
     }
     out.push('\n');
 }
+
+const GENERATED: &str = "<!-- Generated from the code: FHIRLAKE_UPDATE=1 cargo test --release reference -->\n\n";
 
 // The reference of the pipeline file, from the structs that it is read into.
 #[test]
 fn the_reference_is_the_structs() {
     let schema = pipeline_json_schema();
     let definitions = &schema["$defs"];
-    let mut text = "# The pipeline file\n\nWritten from the structs that the file is read into. [`full.yaml`](../pipelines/full.yaml) has every key at its default; \
-                    `fhirlake validate FILE` says what is wrong with one, with line and column.\n\nSizes have a unit (`16MiB`, `1GB`), spans too (`90s`, `5m`, `1h`, `7d`). \
-                    `${env:NAME}`, `${file:PATH}` and `${azure-key-vault:VAULT/SECRET}` are read in `tables`, `state`, `telemetry.otlp`, and of `source` in `url`, `headers`, and `client_id`, `private_key`, `client_secret`, `token_url` and `bearer_token` of `auth`; elsewhere they are an error.\n\n"
-        .to_owned();
-    rows(&mut text, &schema, definitions);
+    let mut text = format!("# Pipeline file\n\n{GENERATED}");
+    paragraph(
+        &mut text,
+        "[`full.yaml`](../../pipelines/full.yaml) has every key at its default. `fhirlake validate FILE` reports what is wrong \
+         with a file, with line and column.",
+    );
+    paragraph(
+        &mut text,
+        "Sizes have a unit (`16MiB`, `1GB`), spans too (`90s`, `5m`, `1h`, `7d`). `${env:NAME}`, `${file:PATH}` and \
+         `${azure-key-vault:VAULT/SECRET}` are resolved in `tables`, `state`, `telemetry.otlp`, and of `source` in `url`, \
+         `headers`, and `client_id`, `private_key`, `client_secret`, `token_url` and `bearer_token` of `auth`. Elsewhere they \
+         are an error.",
+    );
+    keys(&mut text, &schema, definitions);
     for (name, section) in definitions.as_object().unwrap().iter().filter(|(_, section)| section["properties"].is_object()) {
-        text.push_str(&format!("## {name}\n\n{}\n\n", one_line(section["description"].as_str().unwrap_or_default())));
-        rows(&mut text, section, definitions);
+        text.push_str(&format!("## {name}\n\n"));
+        paragraph(&mut text, section["description"].as_str().unwrap_or_default());
+        keys(&mut text, section, definitions);
     }
     let choices: Vec<_> = definitions.as_object().unwrap().iter().filter(|(_, section)| section["oneOf"].is_array()).collect();
     text.push_str("## Choices\n\n");
     for (name, section) in choices {
-        text.push_str(&format!("**{name}**: {}\n\n", one_line(section["description"].as_str().unwrap_or_default())));
+        paragraph(&mut text, &format!("**{name}**: {}", section["description"].as_str().unwrap_or_default()));
         for choice in section["oneOf"].as_array().unwrap().iter().filter(|choice| choice["const"].is_string()) {
             let what = one_line(choice["description"].as_str().unwrap_or_default());
-            text.push_str(&format!("* `{}`: {what}\n", choice["const"].as_str().unwrap()));
+            item(&mut text, &format!("`{}`: {what}", choice["const"].as_str().unwrap()));
         }
         text.push('\n');
     }
-    hold(&docs("pipeline-file.md"), &text);
+    hold(&docs("reference/pipeline-file.md"), &format!("{}\n", text.trim_end()));
 }
 
-// Breaks if a metric is added that the README does not name.
+// Breaks if a member of the report is added that its reference does not name.
 #[test]
-fn the_readme_names_every_metric() {
-    let path = docs("../README.md");
-    let committed = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = committed.split_once("<!-- metrics -->\n").unwrap();
-    let (_, after) = rest.split_once("<!-- end of metrics -->\n").unwrap();
-    let mut text = format!("{before}<!-- metrics -->\n| metric | in `/metrics` | unit | label | |\n|---|---|---|---|---|\n");
+fn the_report_is_the_structs() {
+    let schema = schemars::schema_for!(fhirlake::topology::RunReport).to_value();
+    let definitions = &schema["$defs"];
+    let mut text = format!("# Run report\n\n{GENERATED}");
+    paragraph(
+        &mut text,
+        "`fhirlake run --json` prints it, and `<state>/runs/<run>.json` keeps it. Members that are empty are left out.",
+    );
+    keys(&mut text, &schema, definitions);
+    text.push_str("## TypeOutcome\n\nWhat happened to a type.\n\n");
+    keys(&mut text, &definitions["TypeOutcome"], definitions);
+    hold(&docs("reference/report.md"), &format!("{}\n", text.trim_end()));
+}
+
+// Breaks if a metric is added that the reference does not name.
+#[test]
+fn the_reference_names_every_metric() {
+    let mut text = format!(
+        "# Metrics\n\n{GENERATED}Names and units follow OpenTelemetry's conventions. `/metrics` has them as Prometheus writes them.\n\
+         Counters count from the start of the process. All but those of the process have the label\n`pipeline`.\n\n"
+    );
     for metric in METRICS {
-        let label = metric.label.map(|label| format!("`{}`", label.replace(", ", "`, `"))).unwrap_or_default();
-        text.push_str(&format!(
-            "| `{}` | `{}` | {} | {label} | {} |\n",
-            metric.name,
-            metric.prometheus(),
-            metric.unit,
-            metric.what
-        ));
+        let label = metric.label.map(|label| format!(", label `{}`", label.replace(", ", "`, `"))).unwrap_or_default();
+        item(&mut text, &format!("**`{}`** (`{}`, {}{label}): {}", metric.name, metric.prometheus(), metric.unit, metric.what));
     }
-    text.push_str(&format!("<!-- end of metrics -->\n{after}"));
-    hold(&path, &text);
+    hold(&docs("reference/metrics.md"), &text);
+}
+
+// Breaks if a kind of error is added whose exit code is not documented.
+#[test]
+fn the_reference_names_every_exit_code() {
+    use fhirlake::error::{Advice, ErrorKind};
+    let mut text = format!(
+        "# Exit codes\n\n{GENERATED}A scheduler may run the command again after a code that is marked so.\n\n* **0**: success.\n"
+    );
+    let mut kinds = ErrorKind::ALL;
+    kinds.sort_by_key(|kind| kind.exit_code());
+    for kind in kinds {
+        let retry = if kind.may_retry() { ", run again" } else { "" };
+        let name = format!("{kind:?}").to_lowercase();
+        item(&mut text, &format!("**{}** ({name}{retry}): {}.", kind.exit_code(), kind.advice()));
+    }
+    hold(&docs("reference/exit-codes.md"), &text);
+}
+
+/// The help of a command, as the program prints it.
+fn help(command: &[&str]) -> String {
+    let run = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(command).arg("--help").output().unwrap();
+    assert!(run.status.success(), "{command:?}");
+    String::from_utf8(run.stdout).unwrap()
+}
+
+/// The commands that a help text lists, by what each does: lines with two blanks before the name.
+fn commands(help: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut listing = false;
+    for line in help.lines() {
+        match line.strip_prefix("  ") {
+            Some(rest) if listing && rest.starts_with(|letter: char| letter.is_ascii_lowercase()) => {
+                found.extend(rest.split_whitespace().next().map(str::to_owned));
+            }
+            Some(_) => {}
+            None => listing = ["Run:", "Inspect:", "Maintain:", "Tools:", "Commands:"].contains(&line),
+        }
+    }
+    found
+}
+
+// The reference of the command line, from the program's own help; and each command says how it is used.
+#[test]
+fn the_reference_is_the_help() {
+    let whole = help(&[]);
+    let mut text = format!("# Command line\n\n{GENERATED}```text\n{}\n```\n", whole.trim_end());
+    let names = commands(&whole);
+    assert!(names.len() >= 18, "{names:?}");
+    for name in &names {
+        let of_command = help(&[name]);
+        let mut all = vec![(name.clone(), of_command.clone())];
+        for sub in commands(&of_command) {
+            all.push((format!("{name} {sub}"), help(&[name, &sub])));
+        }
+        for (name, help) in all {
+            assert!(help.contains("\nExamples:\n  fhirlake "), "{name} has no examples");
+            text.push_str(&format!("\n## fhirlake {name}\n\n```text\n{}\n```\n", help.trim_end()));
+        }
+    }
+    hold(&docs("reference/cli.md"), &text);
+}
+
+// The diagrams are drawn from the stages.
+#[test]
+fn the_diagrams_are_the_topology() {
+    let topology = fhirlake::topology::Topology::new(&Default::default(), &fhirlake::stages::Memory::new(512 << 20));
+    let diagram = topology.diagram();
+    assert!(diagram.lines().all(|line| line.chars().count() <= 100), "{diagram}");
+    for name in ["../README.md", "explanation/architecture.md"] {
+        let path = docs(name);
+        let committed = std::fs::read_to_string(&path).unwrap();
+        let (before, rest) = committed.split_once("<!-- diagram -->\n").unwrap();
+        let (_, after) = rest.split_once("<!-- end of diagram -->\n").unwrap();
+        hold(&path, &format!("{before}<!-- diagram -->\n```text\n{diagram}```\n<!-- end of diagram -->\n{after}"));
+    }
+}
+
+/// The Markdown files of the project.
+fn pages() -> Vec<PathBuf> {
+    fn walk(folder: &Path, out: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                walk(&path, out);
+            } else if path.extension().is_some_and(|ext| ext == "md") {
+                out.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut out: Vec<PathBuf> =
+        ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"].map(|name| root.join(name)).into();
+    walk(&root.join("docs"), &mut out);
+    walk(&root.join("crates"), &mut out);
+    out
+}
+
+/// The anchor of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = kept.chars().filter(|letter| letter.is_alphanumeric() || [' ', '-', '_'].contains(letter));
+    kept.map(|letter| if letter == ' ' { '-' } else { letter }).collect()
+}
+
+// Breaks if a link leads nowhere, or if a line is longer than a person reads.
+#[test]
+fn links_lead_somewhere_and_lines_are_short() {
+    let mut wrong = Vec::new();
+    for page in pages() {
+        let text = std::fs::read_to_string(&page).unwrap();
+        let mut fenced = false;
+        for (number, line) in text.lines().enumerate() {
+            fenced ^= line.trim_start().starts_with("```");
+            let is_prose = !fenced && !line.starts_with(['|', '<', '!']) && !line.contains("](");
+            if is_prose && line.chars().count() > 100 && page.file_name().unwrap() != "licenses.md" {
+                wrong.push(format!("{}:{}: {} columns", page.display(), number + 1, line.chars().count()));
+            }
+        }
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            if link.contains("://") || link.contains(char::is_whitespace) || path.is_empty() && heading.is_empty() {
+                continue;
+            }
+            let target = if path.is_empty() { page.clone() } else { page.parent().unwrap().join(path) };
+            if !target.exists() {
+                wrong.push(format!("{}: {link}", page.display()));
+            } else if !heading.is_empty() {
+                let text = std::fs::read_to_string(&target).unwrap();
+                if !text.lines().any(|line| line.starts_with('#') && anchor(line) == heading) {
+                    wrong.push(format!("{}: {link}: no such heading", page.display()));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let summary = std::fs::read_to_string(docs("SUMMARY.md")).unwrap();
+    let root = docs("");
+    for page in pages().iter().filter_map(|page| page.strip_prefix(&root).ok()).filter(|page| page.to_str() != Some("SUMMARY.md"))
+    {
+        assert!(summary.contains(&format!("({})", page.display())), "SUMMARY.md does not list {}", page.display());
+    }
 }
 
 // Breaks if an alert or the dashboard asks for a metric that there is not.
@@ -135,10 +321,10 @@ fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
     let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(docs("grafana.json")).unwrap()).unwrap();
     assert!(dashboard["panels"].as_array().unwrap().iter().all(|panel| panel["targets"][0]["expr"].is_string()));
     let alerts: Value = serde_saphyr::from_str(&std::fs::read_to_string(docs("alerts.yaml")).unwrap()).unwrap();
-    let guide = std::fs::read_to_string(docs("operating.md")).unwrap();
+    let guide = std::fs::read_to_string(docs("how-to/alerts.md")).unwrap();
     for rule in alerts["groups"][0]["rules"].as_array().unwrap() {
         let name = rule["alert"].as_str().unwrap();
-        assert!(guide.contains(&format!("| {name} |")), "the guide does not say what to do about {name}");
+        assert!(guide.contains(&format!("\n## {name}\n")), "the guide does not say what to do about {name}");
     }
 }
 

@@ -6,9 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulk_data_server::{DemoServer, Faults, Population};
-use fhirlake::pipeline::{RunOptions, RunReport, VacuumOptions, vacuum};
-use fhirlake::staged::{StagedFolder, StagedParquet, StagedWork};
-use flow::Stop;
+use fhirlake::jobs::checkpoint::{Checkpoint, CheckpointStore, StagedParquet};
+use fhirlake::topology::{RunOptions, RunReport, VacuumOptions, vacuum};
+use flow::Cancellation;
 
 use super::support::{Lake, assert_is, lake, model, until};
 
@@ -33,8 +33,8 @@ fn pipeline(lake: &Lake, server: &DemoServer, rest: &str) -> PathBuf {
     file
 }
 
-fn staged(lake: &Lake) -> Option<StagedWork> {
-    StagedFolder::at(lake.state().join("staged"), None).read().unwrap()
+fn staged(lake: &Lake) -> Option<Checkpoint> {
+    CheckpointStore::at(lake.state().join("staged"), None).read().unwrap()
 }
 
 /// Runs until `enough`, then kills.
@@ -96,7 +96,7 @@ async fn what_is_staged_is_not_downloaded_again_after_a_kill() {
         if last != written.0 {
             written = (last, Instant::now());
         }
-        let all_but_one = |work: StagedWork| !work.listed.is_empty() && work.held() + 1 == work.listed.len();
+        let all_but_one = |work: Checkpoint| !work.listed.is_empty() && work.held() + 1 == work.listed.len();
         written.1.elapsed() > Duration::from_secs(1) && staged(&lake).is_some_and(all_but_one)
     })
     .await;
@@ -119,7 +119,7 @@ async fn what_is_staged_is_not_downloaded_again_after_a_kill() {
     // As if nothing had happened.
     let undisturbed = super::support::lake();
     let whole = undisturbed.run(&source(&server), OFTEN).await.unwrap();
-    let counts = |report: &fhirlake::pipeline::RunReport| {
+    let counts = |report: &fhirlake::topology::RunReport| {
         let claim = &report.types["Claim"];
         (claim.files, claim.resources, claim.inserted, claim.updated, claim.skipped, claim.quarantined)
     };
@@ -198,7 +198,7 @@ async fn what_was_staged_and_is_damaged_is_downloaded_again() {
     });
     server.set_faults(Faults::default());
     let report = lake.run(&source(&server), "").await.unwrap();
-    assert!(report.types["Claim"].error.as_ref().is_some_and(|error| error.contains("is not what was written")), "{report:#?}");
+    assert!(report.types["Claim"].error.as_ref().is_some_and(|error| error.contains("checksum mismatch")), "{report:#?}");
     let report = lake.run(&source(&server), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_is(&lake, &server.population(), &TYPES).await;
@@ -273,7 +273,7 @@ async fn vacuum_spares_what_is_staged() {
         std::fs::File::options().append(true).open(folder.join(&file.path)).unwrap().set_modified(long_ago).unwrap();
     }
     let all = VacuumOptions { retention: Some(Duration::ZERO), below_the_tables: true, delete: true, ..VacuumOptions::default() };
-    vacuum(&lake.plan(&source(&server), ""), &all, &Stop::default()).await.unwrap();
+    vacuum(&lake.plan(&source(&server), ""), &all, &Cancellation::default()).await.unwrap();
     assert!(waiting.iter().all(|file| folder.join(&file.path).exists()));
     server.set_faults(Faults::default());
     assert!(lake.run(&source(&server), "").await.unwrap().succeeded);
@@ -293,7 +293,7 @@ async fn rows_that_come_again_do_not_count_in_any_mode() {
         let file = pipeline(&lake, &server, &rest);
         // Rows of the hanging file are among those that are staged.
         killed(&file, || {
-            let mixed = |work: StagedWork| work.files.iter().any(|file| file.rows.gt(&held_rows(&work, file)));
+            let mixed = |work: Checkpoint| work.files.iter().any(|file| file.rows.gt(&held_rows(&work, file)));
             claims_held(&lake) == 3 && staged(&lake).is_some_and(mixed)
         })
         .await;
@@ -321,7 +321,7 @@ async fn counts_are_exact_where_a_run_goes_on() {
     let rest = "stages: { merge: { checkpoint: 20ms }, encode: { row_group: 64KiB }, download: { chunk: 4KiB } }\n";
     let file = pipeline(&lake, &server, rest);
     killed(&file, || {
-        let mixed = |work: StagedWork| work.files.iter().any(|file| file.rows.gt(&held_rows(&work, file)));
+        let mixed = |work: Checkpoint| work.files.iter().any(|file| file.rows.gt(&held_rows(&work, file)));
         claims_held(&lake) == 3 && staged(&lake).is_some_and(mixed)
     })
     .await;
@@ -330,17 +330,17 @@ async fn counts_are_exact_where_a_run_goes_on() {
     let whole = super::support::lake().run(&source(&server), rest).await.unwrap();
     assert!(resumed.succeeded && whole.succeeded, "{resumed:#?} {whole:#?}");
     let files = whole.types["Claim"].files;
-    let counts = ["Claim.x", "Claim.y"].map(|path| whole.types["Claim"].not_held.get(path).copied());
+    let counts = ["Claim.x", "Claim.y"].map(|path| whole.types["Claim"].unmapped.get(path).copied());
     assert_eq!(counts, [Some(2000 * files), Some(1000 * files)], "{whole:#?}");
     // The run that was killed may have committed the others.
     assert!(resumed.types.contains_key("Claim"), "{resumed:#?}");
     for (name, again) in &resumed.types {
         let of = &whole.types[name];
-        assert_eq!((&of.not_held, of.bytes, of.resources), (&again.not_held, again.bytes, again.resources), "{name}");
+        assert_eq!((&of.unmapped, of.bytes, of.resources), (&again.unmapped, again.bytes, again.resources), "{name}");
     }
 }
 
-fn held_rows(work: &StagedWork, file: &StagedParquet) -> u64 {
+fn held_rows(work: &Checkpoint, file: &StagedParquet) -> u64 {
     let held = |index: &u32| work.listed.iter().any(|listed| listed.index == *index && listed.held.is_some());
     file.by_file.iter().filter(|(index, _)| held(index)).map(|(_, of)| of.rows).sum()
 }
@@ -350,7 +350,7 @@ fn held_rows(work: &StagedWork, file: &StagedParquet) -> u64 {
 async fn a_type_that_was_merged_without_a_watermark_comes_again() {
     let fatal = "{\"resourceType\":\"OperationOutcome\",\"issue\":[{\"severity\":\"fatal\",\"code\":\"exception\"}]}\n";
     let (server, lake, report) = failed_and_again(Faults { errors: fatal.into(), ..Faults::default() }, "").await;
-    assert!(!report.succeeded && report.watermark_held, "{report:#?}");
+    assert!(!report.succeeded && report.watermark_not_advanced, "{report:#?}");
     assert_is(&lake, &server.population(), &TYPES).await;
     nothing_left_over(&lake).await;
 }

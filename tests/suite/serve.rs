@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use bulk_data_server::{DemoServer, Faults, Population};
 use chrono::{TimeDelta, Utc};
-use fhirlake::config::Plan;
-use fhirlake::serve::{Keeper, WebSettings, serve};
+use fhirlake::serve::{PipelineScheduler, WebSettings, serve};
 use fhirlake::state::StateFolder;
 use fhirlake::telemetry::{METRICS, Telemetry};
-use flow::Stop;
+use fhirlake::topology::RunPlan;
+use flow::Cancellation;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -23,21 +23,21 @@ const TYPES: [&str; 2] = ["Patient", "Claim"];
 /// A service under test.
 struct Service {
     address: SocketAddr,
-    stop: Stop,
+    stop: Cancellation,
     ended: tokio::task::JoinHandle<fhirlake::error::Result<()>>,
 }
 
 /// A keeper of a plan that is in no file.
-fn keeper(plan: Plan) -> fhirlake::error::Result<Keeper> {
-    Keeper::new("/nowhere".into(), Arc::new(move || Ok(plan.clone())))
+fn keeper(plan: RunPlan) -> fhirlake::error::Result<PipelineScheduler> {
+    PipelineScheduler::new("/nowhere".into(), Arc::new(move || Ok(plan.clone())))
 }
 
-async fn start(plans: Vec<Plan>, token: Option<&str>) -> Service {
+async fn start(plans: Vec<RunPlan>, token: Option<&str>) -> Service {
     start_with(plans.into_iter().map(|plan| keeper(plan).unwrap()).collect(), token).await
 }
 
-async fn start_with(keepers: Vec<Keeper>, token: Option<&str>) -> Service {
-    let stop = Stop::default();
+async fn start_with(keepers: Vec<PipelineScheduler>, token: Option<&str>) -> Service {
+    let stop = Cancellation::default();
     let hosts = vec!["lake.example".to_owned()];
     let settings =
         WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts, token: token.map(|token| token.to_owned().into()) };
@@ -72,7 +72,7 @@ impl Service {
         }
     }
     async fn end(self) {
-        self.stop.pull();
+        self.stop.cancel();
         self.ended.await.unwrap().unwrap();
     }
 }
@@ -81,7 +81,7 @@ async fn demo() -> DemoServer {
     DemoServer::start(Population::new(9, 30), 0, 10).await.unwrap()
 }
 
-fn plan(lake: &Lake, server: &DemoServer, rest: &str) -> Plan {
+fn plan(lake: &Lake, server: &DemoServer, rest: &str) -> RunPlan {
     lake.plan(&format!("{{ url: \"{}\", types: [Patient, Claim], retry_for: 1s }}", server.base()), rest)
 }
 
@@ -204,7 +204,7 @@ async fn what_waits_to_be_made_again_holds_up_nothing() {
         let file = file.clone();
         Arc::new(move || Ok(if std::fs::read(&file).unwrap().is_empty() { before.clone() } else { after.clone() }))
     };
-    let service = start_with(vec![Keeper::new(file.clone(), read).unwrap()], None).await;
+    let service = start_with(vec![PipelineScheduler::new(file.clone(), read).unwrap()], None).await;
     let status = service.until(|status| status["pipelines"][0]["again"].is_string()).await;
     let again = status["pipelines"][0]["again"].clone();
     server.set_faults(Faults::default());
@@ -259,7 +259,7 @@ async fn a_full_run_is_owed_until_it_is_made() {
             })
         })
     };
-    let service = start_with(vec![Keeper::new(file.clone(), read).unwrap()], None).await;
+    let service = start_with(vec![PipelineScheduler::new(file.clone(), read).unwrap()], None).await;
     let status = service.until(|status| status["pipelines"][0]["next_run"].is_string()).await;
     let next = status["pipelines"][0]["next_run"].clone();
     let state = StateFolder::at(&lake.state(), None);
@@ -288,7 +288,7 @@ async fn while_it_stops_it_is_not_ready_and_can_be_watched() {
         }
         Ok(plan.clone())
     });
-    let service = start_with(vec![Keeper::new("/nowhere".into(), source).unwrap()], None).await;
+    let service = start_with(vec![PipelineScheduler::new("/nowhere".into(), source).unwrap()], None).await;
     /// Lets the run go on, however the test ends.
     struct Release(Arc<AtomicBool>);
     impl Drop for Release {
@@ -299,7 +299,7 @@ async fn while_it_stops_it_is_not_ready_and_can_be_watched() {
     let release = Release(released);
     until("a run", || begun.load(Ordering::Relaxed) >= 2).await;
     assert_eq!(service.get("/ready").await.0, 200);
-    service.stop.pull();
+    service.stop.cancel();
     assert_eq!(service.get("/ready").await, (503, "{\"status\":\"stopping\"}".to_owned()));
     assert!(service.get("/metrics").await.1.contains("fhirlake_runs_total"));
     drop(release);
@@ -376,8 +376,9 @@ async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
     assert!(page.contains("class=\"picture\"") && page.contains("data-running"), "{page}");
     service.end().await;
     let state = StateFolder::at(&lake.state(), None);
-    assert_eq!(state.exports().unwrap().in_flight.len(), 1);
-    assert_eq!(fhirlake::pipeline::outcome_of(&state.last_report().unwrap()), "stopped");
+    assert_eq!(state.exports().unwrap().jobs.len(), 1);
+    let report = fhirlake::topology::RunReport::newest(&state, 1).pop().unwrap();
+    assert_eq!(report.outcome(), fhirlake::topology::RunOutcome::Stopped);
     server.set_faults(Faults::default());
     let service = start(vec![plan(&lake, &server, soon)], None).await;
     service.until(|status| status["pipelines"][0]["runs"].as_array().unwrap().iter().any(|run| run["succeeded"] == true)).await;
@@ -453,7 +454,7 @@ async fn a_file_that_is_broken_meanwhile_fails_its_runs_only() {
         true => Err(fhirlake::error::Error::new(fhirlake::error::ErrorKind::Config, "line 7 is no key")),
         false => Ok(plan.clone()),
     });
-    let keeper = Keeper::new("/nowhere".into(), source);
+    let keeper = PipelineScheduler::new("/nowhere".into(), source);
     let service = start_with(vec![keeper.unwrap()], None).await;
     service.until(|status| runs(status) >= 1).await;
     broken.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -479,13 +480,13 @@ async fn several_pipelines_and_none_without_a_schedule() {
     assert_eq!((code, body["pipelines"]["other"]["status"].as_str()), (503, Some("unhealthy")), "{body}");
     assert_eq!(service.status().await["pipelines"].as_array().unwrap().len(), 2);
     service.end().await;
-    let refused = async |plans: Vec<Plan>| {
+    let refused = async |plans: Vec<RunPlan>| {
         let keepers = match plans.into_iter().map(keeper).collect::<Result<Vec<_>, _>>() {
             Ok(keepers) => keepers,
             Err(error) => return error.to_string(),
         };
         let settings = WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts: Vec::new(), token: None };
-        serve(keepers, settings, Stop::default(), &Telemetry::default(), |_| {}).await.unwrap_err().to_string()
+        serve(keepers, settings, Cancellation::default(), &Telemetry::default(), |_| {}).await.unwrap_err().to_string()
     };
     assert!(refused(vec![plan(&first, &server, "")]).await.contains("has no schedule"));
     assert!(refused(vec![other.clone(), other]).await.contains("two pipelines"));

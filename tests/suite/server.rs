@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use bulk_data_server::{DEMO_TYPES, DemoServer, Faults, Population};
 use fhirlake::error::ErrorKind;
-use fhirlake::pipeline::{RunOptions, Watch, run};
-use fhirlake::staged::StagedFolder;
-use flow::Stop;
+use fhirlake::jobs::checkpoint::CheckpointStore;
+use fhirlake::topology::{RunOptions, Watch, run};
+use flow::Cancellation;
 
 use super::support::{assert_is, lake, model, until};
 
@@ -254,18 +254,18 @@ async fn a_stop_leaves_whole_tables_or_none() {
     let population = server.population();
     let mut stopped = 0;
     for after in [0, 20, 60, 120, 250, 400, 700] {
-        let (lake, stop) = (lake(), Stop::default());
+        let (lake, stop) = (lake(), Cancellation::default());
         let watch = Watch::default();
         let plan = lake.plan(&source(&server), "stages: { download: { concurrency: 1 }, merge: { tables_at_once: 1 } }\n");
-        let (outcome, ()) = tokio::join!(run(plan, RunOptions::default(), &watch, &stop, |_| {}), async {
+        let (outcome, ()) = tokio::join!(run(plan, RunOptions::default(), &watch, &stop), async {
             tokio::time::sleep(Duration::from_millis(after)).await;
-            stop.pull();
+            stop.cancel();
         });
         if let Err(error) = outcome {
             assert_eq!(error.kind(), ErrorKind::Interrupted, "{error}");
             stopped += 1;
         }
-        let staged = StagedFolder::at(lake.state().join("staged"), None).read().unwrap().unwrap_or_default();
+        let staged = CheckpointStore::at(lake.state().join("staged"), None).read().unwrap().unwrap_or_default();
         for name in TYPES {
             let (mut there, named) = lake.files(name).await;
             there.retain(|path| !staged.files.iter().any(|file| file.path == *path && &*file.resource_type == name));
@@ -341,12 +341,12 @@ async fn fatal_outcomes_hold_the_watermark_and_warnings_do_not() {
     };
     server.set_faults(Faults { errors: issue("fatal").into_bytes(), ..Default::default() });
     let report = lake.run(&source(&server), "").await.unwrap();
-    assert!(!report.succeeded && report.watermark_held, "{report:#?}");
+    assert!(!report.succeeded && report.watermark_not_advanced, "{report:#?}");
     assert!(report.types.values().all(|kept| kept.error.is_none() && kept.watermark_hold.is_some()));
     assert_eq!(report.outcome_issues["fatal exception"], 1);
     assert_is(&lake, &server.population(), &TYPES).await;
     server.set_faults(Faults { errors: issue("warning").into_bytes(), ..Default::default() });
-    assert!(!lake.run(&source(&server), "").await.unwrap().watermark_held);
+    assert!(!lake.run(&source(&server), "").await.unwrap().watermark_not_advanced);
     lake.run(&source(&server), "").await.unwrap();
     let since: Vec<bool> = server.seen().kickoffs.iter().map(|query| query.contains_key("_since")).collect();
     assert_eq!(since, [false, false, true]);
@@ -365,7 +365,10 @@ async fn bad_lines_of_deletion_files_are_held_against_the_types() {
     assert!(!report.succeeded);
     let report = lake.run(&source(&server), "").await.unwrap();
     // What can be read is applied; what cannot is not tried again out of quarantine, so the watermarks stay.
-    assert!(!report.succeeded && report.watermark_held && report.types.values().all(|kept| kept.error.is_none()), "{report:#?}");
+    assert!(
+        !report.succeeded && report.watermark_not_advanced && report.types.values().all(|kept| kept.error.is_none()),
+        "{report:#?}"
+    );
     // The export that the first run could not use, and the one of what changed since.
     assert_eq!(report.other_bad_lines, 4);
 }
@@ -396,6 +399,6 @@ async fn stray_rows_take_the_shape_of_an_existing_table() {
     server.set_faults(Faults { junk: [("Patient".to_owned(), format!("{stray}\n").into_bytes())].into(), ..Default::default() });
     let report = lake.run(&only("Patient"), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
-    assert_eq!(report.types["Coverage"].not_held["Coverage.extension"], 1);
+    assert_eq!(report.types["Coverage"].unmapped["Coverage.extension"], 1);
     assert!(lake.versions("Coverage").await.contains_key("stray"));
 }

@@ -8,11 +8,12 @@ use bulk_data_server::{DEMO_TYPES, Population};
 use delta_upsert::Tables;
 use deltalake::datafusion::common::TableReference;
 use deltalake::datafusion::prelude::{SessionConfig, SessionContext};
-use fhirlake::config::{Plan, Problem, read_pipeline};
+use fhirlake::config::{Problem, read_pipeline};
 use fhirlake::error::Result;
-use fhirlake::pipeline::{RunOptions, RunReport, Watch, run};
 use fhirlake::state::StateFolder;
-use flow::Stop;
+use fhirlake::topology::RunPlan;
+use fhirlake::topology::{RunOptions, RunReport, Watch, run};
+use flow::Cancellation;
 
 /// A folder with tables and state of its own.
 pub(crate) struct Lake {
@@ -49,16 +50,16 @@ impl Lake {
         file
     }
     /// The pipeline's plan.
-    pub(crate) fn plan(&self, source: &str, rest: &str) -> Plan {
+    pub(crate) fn plan(&self, source: &str, rest: &str) -> RunPlan {
         let error = |problems: Vec<Problem>| Problem::error("test", &problems).to_string();
         let read = read_pipeline(&self.yaml(source, rest), &[]).map_err(error).unwrap();
-        Plan::resolve(&read).map_err(error).unwrap()
+        RunPlan::resolve(&read).map_err(error).unwrap()
     }
     pub(crate) async fn run(&self, source: &str, rest: &str) -> Result<RunReport> {
         self.run_with(self.plan(source, rest), RunOptions::default()).await
     }
-    pub(crate) async fn run_with(&self, plan: Plan, options: RunOptions) -> Result<RunReport> {
-        run(plan, options, &Watch::default(), &Stop::default(), |_| {}).await
+    pub(crate) async fn run_with(&self, plan: RunPlan, options: RunOptions) -> Result<RunReport> {
+        run(plan, options, &Watch::default(), &Cancellation::default()).await
     }
     pub(crate) async fn sql(&self, question: &str) -> Vec<RecordBatch> {
         sql(&self.tables(), question).await

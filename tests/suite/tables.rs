@@ -88,7 +88,7 @@ async fn an_existing_table_without_extensions_is_conformed_to() {
     let source = write(data.path(), "Patient.ndjson", &[patient("b", 1, extension)]);
     let report = lake.run(&source, "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
-    assert_eq!(report.types["Patient"].not_held["Patient.extension"], 1);
+    assert_eq!(report.types["Patient"].unmapped["Patient.extension"], 1);
     let expected =
         arrow_schema(&Layout::pathling("Patient", &LayoutOptions { extensions: false, ..Default::default() }).unwrap());
     let tables = delta_upsert::Tables::at(&lake.tables().display().to_string()).unwrap();
@@ -151,7 +151,7 @@ async fn values_of_every_kind() {
     assert_eq!(value("i"), "Observation/o");
     assert!(value("u").starts_with("2026-01-02T02:04:05.678901"), "{}", value("u"));
     assert_eq!(value("j"), line);
-    let lost = &report.types["Observation"].not_held;
+    let lost = &report.types["Observation"].unmapped;
     for path in ["Observation.unknown", "Observation._status", "Observation.valueBoolean", "Observation.contained"] {
         assert_eq!(lost.get(path), Some(&1), "{path} in {lost:?}");
     }
@@ -285,7 +285,7 @@ async fn columns_are_added_when_asked_for() {
         let (_data, source) = super::support::folder(&[("Patient.ndjson", &line(id))]);
         let report = lake.run(&source, rest).await.unwrap();
         assert!(report.succeeded, "{report:#?}");
-        report.types["Patient"].not_held.clone()
+        report.types["Patient"].unmapped.clone()
     };
     let lost = run("a", "").await;
     let paths = ["Patient.gender", "Patient.managingOrganization.type", "Patient.meta"];
@@ -381,13 +381,13 @@ async fn folders_of_any_name() {
                 yaml(tables.display().to_string())
             );
             let read = fhirlake::config::read_pipeline(&text, &[]).unwrap();
-            fhirlake::config::Plan::resolve(&read).unwrap()
+            fhirlake::topology::RunPlan::resolve(&read).unwrap()
         };
         let url = url::Url::from_directory_path(&data).unwrap().to_string();
         for version in 1..4 {
             std::fs::write(data.join("Patient.ndjson"), patient("a", version, "")).unwrap();
             let (watch, stop) = (Default::default(), Default::default());
-            let run = fhirlake::pipeline::run(pipeline(url.clone()), Default::default(), &watch, &stop, |_| {}).await;
+            let run = fhirlake::topology::run(pipeline(url.clone()), Default::default(), &watch, &stop).await;
             let report = run.unwrap_or_else(|error| panic!("{name}: {error}"));
             let of = &report.types["Patient"];
             assert!(report.succeeded && of.inserted + of.updated == 1, "{name}: {report:#?}");

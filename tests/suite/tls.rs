@@ -26,10 +26,10 @@ fn key(name: &str) -> PathBuf {
 fn answer(path: &str, port: u16) -> String {
     let (status, headers, body) = match path {
         path if path.starts_with("/plain/$export") => {
-            ("202 Accepted", format!("Content-Location: http://localhost:{port}/status\r\n"), String::new())
+            ("202 ExportHandle", format!("Content-Location: http://localhost:{port}/status\r\n"), String::new())
         }
         path if path.starts_with("/fhir/$export") => {
-            ("202 Accepted", format!("Content-Location: https://localhost:{port}/status\r\n"), String::new())
+            ("202 ExportHandle", format!("Content-Location: https://localhost:{port}/status\r\n"), String::new())
         }
         "/status" => (
             "200 OK",
@@ -229,7 +229,7 @@ async fn plain_links_of_a_tls_server_are_named() {
 fn a_key_that_is_no_pem_is_not_shown() {
     let yaml = "version: 1\nname: x\nsource: { url: \"https://h/fhir\", tls: { client_certificate: AAAAsecretAAAA, client_key: BBBBsecretBBBB } }\ntables: /tmp/x\n";
     let read = fhirlake::config::read_pipeline(yaml, &[]).unwrap();
-    let problems = fhirlake::config::Plan::resolve(&read).err().unwrap();
+    let problems = fhirlake::topology::RunPlan::resolve(&read).err().unwrap();
     let text = fhirlake::config::Problem::error("x.yaml", &problems).to_string();
     assert!(text.contains("source.tls.client_key") && text.contains("neither PEM"), "{text}");
     assert!(!text.contains("secret"), "{text}");

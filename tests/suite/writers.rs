@@ -1,12 +1,13 @@
 //! Tables as other writers make them, and other writers at the same time.
 
+use fhirlake::stages::merge::{KEYS, MATCHING};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fhirlake::config::MaxBad;
-use fhirlake::pipeline::{OptimizeOptions, RunOptions, optimize};
-use flow::Stop;
+use fhirlake::topology::{OptimizeOptions, RunOptions, optimize};
+use flow::Cancellation;
+use foundation::Limit;
 use parquet::data_type::{ByteArray, ByteArrayType, Int96, Int96Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
@@ -79,7 +80,8 @@ async fn duplicates_in_a_table_end_as_one() {
             let (_data, source) = folder(&[("Patient.ndjson", text)]);
             let mut plan = lake.plan(&source, &setting);
             if !in_memory {
-                (plan.memory.keys, plan.memory.matching) = (0, 0);
+                plan.memory.set(&KEYS, 0);
+                plan.memory.set(&MATCHING, 0);
             }
             let report = lake.run_with(plan, options).await.unwrap();
             assert!(report.succeeded, "{report:#?}");
@@ -269,8 +271,8 @@ async fn takes(lake: &Lake, steps: &[Step]) {
             }
             Step::Optimize => {
                 let plan = lake.plan("{ url: \"file:///nowhere\" }", "");
-                let options = OptimizeOptions { types: Vec::new(), cluster: at % 2 == 0, min_deleted: MaxBad::Lines(1) };
-                let done = optimize(&plan, &options, &Stop::default()).await.unwrap();
+                let options = OptimizeOptions { types: Default::default(), cluster: at % 2 == 0, min_deleted: Limit::Count(1) };
+                let done = optimize(&plan, &options, &Cancellation::default()).await.unwrap();
                 assert!(done.values().all(Result::is_ok));
             }
         }

@@ -3,7 +3,8 @@
 
 use serde_json::Value;
 
-use crate::export::request::{ExportOptions, Level};
+use crate::export::options::ExportOptions;
+use crate::export::request::Level;
 
 /// A server's CapabilityStatement.
 #[derive(Debug, Clone)]
@@ -34,7 +35,7 @@ impl Capabilities {
     /// What the statement does not name of what a pipeline asks for, in words.
     pub fn remarks(&self, level: &Level, options: &ExportOptions) -> Vec<String> {
         if text(&self.statement, "resourceType") != "CapabilityStatement" {
-            return vec!["its metadata is no CapabilityStatement".to_owned()];
+            return vec!["its metadata is not a CapabilityStatement".to_owned()];
         }
         let mut remarks = Vec::new();
         let version = text(&self.statement, "fhirVersion");

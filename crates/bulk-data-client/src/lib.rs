@@ -3,7 +3,7 @@
 //! * [`Client`] sends requests with retries, back-off, an adaptive limit of concurrent requests, TLS and proxy settings, and
 //!   a guard that keeps a server from sending it elsewhere.
 //! * [`Auth`] gets and refreshes access tokens: client assertions (RS384, ES384) or a client secret.
-//! * [`ExportRequest`] is a kick-off; [`Poll`] is what the status endpoint answers; [`Manifest`] is the list of files.
+//! * [`ExportRequest`] is a kick-off; [`PollStatus`] is what the status endpoint answers; [`Manifest`] is the list of files.
 //! * [`Links`] keeps download links fresh while files are read.
 //! * [`Capabilities`] reads what a server says that it can do.
 
@@ -16,13 +16,15 @@ mod smart;
 pub use capabilities::Capabilities;
 pub use export::links::{LinkPlace, Links, unsigned};
 pub use export::manifest::{Manifest, ManifestFile};
-pub use export::request::{ExportOptions, ExportRequest, Level, Method};
+pub use export::options::{ExportOptions, ListStyle, Method, OneOrMore};
+pub use export::request::{ExportRequest, Level};
 pub use export::response::{ISSUE_TYPES, Resume, is_whole, parse_retry_after, server_words};
-pub use export::{KickOff, Poll};
-pub use http::concurrency::{Pace, Place};
+pub use export::{KickOff, PollStatus};
+pub use http::concurrency::{AdaptiveConcurrency, Permit};
 pub use http::content_encoding;
+pub use http::settings::HttpSettings;
 pub use http::tls::TlsSettings;
-pub use http::{Client, HttpSettings, shown};
+pub use http::{Client, shown};
 pub use smart::auth::{Auth, AuthSettings, ClientSettings, Granted, Proof, Secret};
 pub use smart::keys::{KeyAlgorithm, generate_key};
 pub use smart::{Access, SmartConfiguration};

@@ -1,4 +1,4 @@
-//! Names of the counters that a [`Client`](crate::Client) moves on its [`Board`](flow::Board).
+//! Names of the counters that a [`Client`](crate::Client) moves on its [`Counters`](flow::Counters).
 
 /// Requests that were retried. Its label is [`NO_LABEL`].
 pub const RETRIES: &str = "fhirlake.http.retries";

@@ -48,7 +48,7 @@ impl Random {
     pub(crate) fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
         &list[self.below(list.len() as u64) as usize]
     }
-    pub(crate) fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn jitter(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 }

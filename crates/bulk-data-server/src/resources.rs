@@ -101,7 +101,7 @@ impl Population {
     }
 
     fn has(&self, what: u64, patient: u32, encounter: u32, percent: u64) -> bool {
-        self.random(HAS + what * 16, patient, encounter).chance(percent)
+        self.random(HAS + what * 16, patient, encounter).jitter(percent)
     }
 
     /// Numbers of the resources of `kind` that `patient` has. What belongs to no patient hangs on the first ones.
@@ -239,16 +239,16 @@ fn practitioner(page: &mut Page<'_>, random: &mut Random, number: u32) {
     put!(
         page,
         r#""identifier":[{{"system":"http://hl7.org/fhir/sid/us-npi","value":"99{number:08}"}}],"active":true,"name":[{{"family":"{family}","given":["{given}"],"prefix":["Dr."]}}],"telecom":[{{"system":"email","value":"practitioner{number}@example.org","use":"work"}}],"gender":"{}""#,
-        if random.chance(50) { "female" } else { "male" }
+        if random.jitter(50) { "female" } else { "male" }
     );
 }
 
 fn patient_resource(page: &mut Page<'_>, random: &mut Random, fate: Fate) {
     let (family, given, middle) = (*random.pick(&FAMILY), *random.pick(&GIVEN), *random.pick(&GIVEN));
     let (race_code, race) = *random.pick(&RACES);
-    let hispanic = random.chance(18);
+    let hispanic = random.jitter(18);
     let (city, state, zip) = *random.pick(&CITIES);
-    let gender = if random.chance(50) { "female" } else { "male" };
+    let gender = if random.jitter(50) { "female" } else { "male" };
     let birth =
         chrono::NaiveDate::from_ymd_opt(1930 + random.below(90) as i32, 1 + random.below(12) as u32, 1 + random.below(28) as u32)
             .unwrap_or_default();
@@ -306,7 +306,7 @@ fn encounter(page: &mut Page<'_>, random: &mut Random, number: u32) {
 
 fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate) {
     let (snomed, name, icd) = *random.pick(&CONDITIONS);
-    let status = if fate.version > 1 || random.chance(40) { "resolved" } else { "active" };
+    let status = if fate.version > 1 || random.jitter(40) { "resolved" } else { "active" };
     let time = page.encounter_time(number);
     put!(
         page,
@@ -377,7 +377,7 @@ fn observation(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate
                 r#""valueQuantity":{{"value":{}.{:0digits$},"unit":"{unit}","system":"http://unitsofmeasure.org","code":"{unit}"}},"interpretation":[{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/v3-ObservationInterpretation","code":"{}"}}]}}],"referenceRange":[{{"low":{{"value":{}.{:0digits$},"unit":"{unit}","system":"http://unitsofmeasure.org","code":"{unit}"}},"high":{{"value":{}.{:0digits$},"unit":"{unit}","system":"http://unitsofmeasure.org","code":"{unit}"}}}}]"#,
                 scaled / ten,
                 scaled % ten,
-                if random.chance(20) { "H" } else { "N" },
+                if random.jitter(20) { "H" } else { "N" },
                 least / ten,
                 least % ten,
                 (least + span / 2) / ten,

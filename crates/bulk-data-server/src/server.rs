@@ -19,7 +19,7 @@ use crate::files::{binary, elsewhere, file};
 use crate::manifest::manifest;
 use crate::population::{DEMO_TYPES, Population};
 use crate::tokens::{Registration, Tokens};
-use flow::{Crew, Stop, compute};
+use flow::{Cancellation, TaskGroup, compute};
 use foundation::error::{Context, ErrorKind, Result};
 
 /// What was asked of the server, for tests.
@@ -104,8 +104,8 @@ pub(crate) type Shared = Arc<Mutex<World>>;
 pub struct DemoServer {
     base: String,
     world: Shared,
-    stop: Stop,
-    _crew: Crew,
+    stop: Cancellation,
+    _crew: TaskGroup,
 }
 
 pub(crate) fn locked(world: &Shared) -> MutexGuard<'_, World> {
@@ -114,7 +114,7 @@ pub(crate) fn locked(world: &Shared) -> MutexGuard<'_, World> {
 
 impl Drop for DemoServer {
     fn drop(&mut self) {
-        self.stop.pull();
+        self.stop.cancel();
     }
 }
 
@@ -152,14 +152,14 @@ impl DemoServer {
         let listener = listener.tap_io(|stream| {
             let _ = stream.set_nodelay(true);
         });
-        let stop = Stop::default();
-        let mut crew = Crew::new(stop.clone());
+        let stop = Cancellation::default();
+        let mut tasks = TaskGroup::new(stop.clone());
         let pulled = stop.clone();
-        crew.spawn("demo server", async move {
-            let served = axum::serve(listener, app).with_graceful_shutdown(async move { pulled.pulled().await });
+        tasks.spawn("demo server", async move {
+            let served = axum::serve(listener, app).with_graceful_shutdown(async move { pulled.cancelled().await });
             served.await.context(ErrorKind::Network, "the demo server stopped")
         });
-        Ok(Self { base: format!("http://{address}/fhir"), world, stop, _crew: crew })
+        Ok(Self { base: format!("http://{address}/fhir"), world, stop, _crew: tasks })
     }
 
     /// The FHIR base.

@@ -22,11 +22,11 @@ pub use commit::upsert::{Commit, Copies, Merged, Upsert, Watermark, deletions_id
 pub use maintenance::optimize::{OptimizeSettings, Optimized};
 pub use maintenance::vacuum::{VacuumSettings, Vacuumed};
 pub use matching::deletions::{Deletions, Scratch};
-pub use matching::not_matched::Absent;
+pub use matching::not_matched::NotMatchedBySource;
 pub use matching::precedence::OrderRules;
-pub use row::{Arrival, EncodedBatch, FileRows, MAX_UNMAPPED_PATHS, RowKey, count_not_held, key_of};
+pub use row::{EncodedBatch, FileRows, MAX_UNMAPPED_PATHS, RowKey, RowPosition, count_unmapped, key_of};
 pub use staging::page_encoder::PageEncoder;
-pub use staging::{Fate, StagedFile, StagedParquet, StagingFile};
+pub use staging::{StagedFile, StagedFileState, StagedParquet, StagingFile};
 pub use table::schema_adapter::adapt;
 pub use table::schema_evolution::{same_types, widen};
 pub use table::{Table, TableSettings, Tables, delta_schema};

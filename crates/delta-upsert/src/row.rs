@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 /// Order of arrival: index of the file in the manifests, then line. Packed, since there is one for each row of a
 /// run: 24 bits for the file, 40 for the line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Arrival(u64);
+pub struct RowPosition(u64);
 
-impl Arrival {
+impl RowPosition {
     /// The place of line `line` in file `file`. Beyond 16 million files or a trillion lines, places coincide: then
     /// copies of equal version tie, and one of them wins.
     pub fn new(file: u32, line: u64) -> Self {
@@ -46,7 +46,7 @@ pub struct RowKey {
     /// `meta.versionId` where it is a number; [`RowKey::ABSENT`] where absent.
     pub version: i64,
     /// Order of arrival.
-    pub arrival: Arrival,
+    pub arrival: RowPosition,
     /// Whether `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
     pub subsetted: bool,
     /// Whether it was quarantined by an earlier run, so that it does not come from the newest export.
@@ -58,7 +58,7 @@ impl RowKey {
     pub const ABSENT: i64 = i64::MIN;
 
     /// Total order of the copies of a resource that one run brings; the newest is the greatest.
-    pub fn rank(&self) -> (bool, i64, i64, Arrival) {
+    pub fn rank(&self) -> (bool, i64, i64, RowPosition) {
         (!self.subsetted, self.last_updated, self.version, self.arrival)
     }
 }
@@ -81,7 +81,7 @@ pub struct EncodedBatch {
     pub metadata: ParquetMetaData,
     /// The rows' keys, in row order.
     pub keys: Vec<RowKey>,
-    /// Its rows by export file ([`Arrival::file`]).
+    /// Its rows by export file ([`RowPosition::file`]).
     pub by_file: BTreeMap<u32, FileRows>,
 }
 
@@ -93,7 +93,8 @@ pub struct FileRows {
     /// Bytes of NDJSON.
     pub json_bytes: u64,
     /// Values that the layout could not hold, by path.
-    pub not_held: BTreeMap<String, u64>,
+    #[serde(rename = "not_held")]
+    pub unmapped: BTreeMap<String, u64>,
 }
 
 impl FileRows {
@@ -101,7 +102,7 @@ impl FileRows {
     pub fn add(&mut self, more: &FileRows) {
         self.rows += more.rows;
         self.json_bytes += more.json_bytes;
-        more.not_held.iter().for_each(|(path, count)| count_not_held(&mut self.not_held, path, *count));
+        more.unmapped.iter().for_each(|(path, count)| count_unmapped(&mut self.unmapped, path, *count));
     }
 }
 
@@ -109,7 +110,7 @@ impl FileRows {
 pub const MAX_UNMAPPED_PATHS: usize = 1000;
 
 /// Counts values that a table's columns could not take, at most [`MAX_UNMAPPED_PATHS`] paths of them.
-pub fn count_not_held(counts: &mut BTreeMap<String, u64>, path: &str, more: u64) {
+pub fn count_unmapped(counts: &mut BTreeMap<String, u64>, path: &str, more: u64) {
     let is_full = counts.len() >= MAX_UNMAPPED_PATHS && !counts.contains_key(path);
     let other = || path.split('.').take(1).chain(["?"]).collect::<Vec<_>>().join(".");
     *counts.entry(if is_full { other() } else { path.to_owned() }).or_default() += more;

@@ -5,7 +5,7 @@
 //! * [`Layout`] is a tree that says which columns a resource type has and which element fills each.
 //!   [`Layout::pathling`] is the layout of Pathling's R4 encoders.
 //! * [`Encoder`] fills the columns of a layout from tapes. Columns that no row fills can be left out of a batch
-//!   ([`ColumnPruning`](Columns)).
+//!   ([`ColumnPruning`](ColumnPruning)).
 //!
 //! The cost of a row follows the values that it has, and not the columns of its type.
 
@@ -16,8 +16,8 @@ pub mod tape;
 mod ucum;
 
 pub use encode::attachments::for_each_attachment;
-pub use encode::{EncodedRows, Encoder, MAX_LOSS_PATHS};
+pub use encode::{EncodedRows, Encoder, MAX_UNMAPPED_PATHS};
 pub use layout::arrow_schema::{arrow_schema, conform, layout_for};
-pub use layout::present_columns::{Columns, Filled};
+pub use layout::present_columns::{ColumnPruning, PresentColumns};
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};
 pub use model::Model;

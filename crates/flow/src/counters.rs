@@ -8,14 +8,14 @@ type Key = (&'static str, Arc<str>);
 
 /// Counters by name and label. Names are constants of `telemetry`, labels are resource types.
 #[derive(Debug, Clone, Default)]
-pub struct Board {
+pub struct Counters {
     rows: Arc<RwLock<BTreeMap<Key, Arc<AtomicU64>>>>,
 }
 
-/// A reading of a [`Board`]: value by name and label.
+/// A reading of a [`Counters`]: value by name and label.
 pub type Counts = BTreeMap<Key, u64>;
 
-impl Board {
+impl Counters {
     /// Adds `by` to the counter `name` of `label`, and returns what it was before.
     pub fn add(&self, name: &'static str, label: &Arc<str>, by: u64) -> u64 {
         self.counter(name, label).fetch_add(by, Ordering::Relaxed)

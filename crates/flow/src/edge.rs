@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// What an item weighs in memory, in bytes, while it travels.
-pub trait Weighed {
+pub trait ByteSized {
     /// Bytes held by the item, its heap included.
     fn weight(&self) -> usize;
 }
 
-impl<T: Weighed + ?Sized> Weighed for std::sync::Arc<T> {
+impl<T: ByteSized + ?Sized> ByteSized for std::sync::Arc<T> {
     fn weight(&self) -> usize {
         T::weight(self)
     }
@@ -24,7 +24,7 @@ const UNIT: usize = 1024;
 /// How full an edge is at this moment. Cheap to clone; read by metrics and progress.
 #[derive(Debug, Clone)]
 pub struct EdgeGauge {
-    name: &'static str,
+    name: Arc<str>,
     max_items: usize,
     max_bytes: usize,
     items: Arc<AtomicU64>,
@@ -34,8 +34,8 @@ pub struct EdgeGauge {
 
 impl EdgeGauge {
     /// The edge's name, `from->to`.
-    pub fn name(&self) -> &'static str {
-        self.name
+    pub fn name(&self) -> &str {
+        &self.name
     }
     /// Items and bytes that wait on the edge or are in the hands of a receiver.
     pub fn level(&self) -> (u64, u64) {
@@ -54,7 +54,7 @@ impl EdgeGauge {
 /// An item together with its share of the edge's byte budget. The share goes back to the edge when
 /// the parcel is dropped, not when it is received: what a worker holds still counts.
 #[derive(Debug)]
-pub struct Parcel<T> {
+pub struct Weighted<T> {
     item: T,
     _share: Share,
 }
@@ -73,14 +73,14 @@ impl Drop for Share {
     }
 }
 
-impl<T> Parcel<T> {
+impl<T> Weighted<T> {
     /// The item; its share of the budget is given back now.
     pub fn into_inner(self) -> T {
         self.item
     }
 }
 
-impl<T> Deref for Parcel<T> {
+impl<T> Deref for Weighted<T> {
     type Target = T;
     fn deref(&self) -> &T {
         &self.item
@@ -90,7 +90,7 @@ impl<T> Deref for Parcel<T> {
 /// The sending end. Cloned by every worker that feeds the edge; the edge closes when the last clone
 /// is dropped.
 pub struct Sender<T> {
-    queue: async_channel::Sender<Parcel<T>>,
+    queue: async_channel::Sender<Weighted<T>>,
     budget: Arc<Semaphore>,
     gauge: EdgeGauge,
 }
@@ -103,7 +103,7 @@ impl<T> Clone for Sender<T> {
 
 /// The receiving end. Workers share it by cloning; each item goes to one of them.
 pub struct Receiver<T> {
-    queue: async_channel::Receiver<Parcel<T>>,
+    queue: async_channel::Receiver<Weighted<T>>,
 }
 
 impl<T> Clone for Receiver<T> {
@@ -113,10 +113,10 @@ impl<T> Clone for Receiver<T> {
 }
 
 /// A new edge that holds at most `max_items` items and `max_bytes` bytes.
-pub fn edge<T: Weighed>(name: &'static str, max_items: usize, max_bytes: usize) -> (Sender<T>, Receiver<T>, EdgeGauge) {
+pub fn edge<T: ByteSized>(name: impl Into<Arc<str>>, max_items: usize, max_bytes: usize) -> (Sender<T>, Receiver<T>, EdgeGauge) {
     let (sender, receiver) = async_channel::bounded(max_items.max(1));
     let gauge = EdgeGauge {
-        name,
+        name: name.into(),
         max_items: max_items.max(1),
         max_bytes,
         items: Arc::default(),
@@ -127,7 +127,7 @@ pub fn edge<T: Weighed>(name: &'static str, max_items: usize, max_bytes: usize) 
     (Sender { queue: sender, budget, gauge: gauge.clone() }, Receiver { queue: receiver }, gauge)
 }
 
-impl<T: Weighed> Sender<T> {
+impl<T: ByteSized> Sender<T> {
     /// Sends some items, one after the other; `Err` as for one.
     pub async fn send_all(&self, items: impl IntoIterator<Item = T>) -> Result<(), T> {
         for item in items {
@@ -150,7 +150,7 @@ impl<T: Weighed> Sender<T> {
         self.gauge.items.fetch_add(1, Ordering::Relaxed);
         self.gauge.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let share = Share { _permit: permit, gauge: self.gauge.clone(), bytes: bytes as u64 };
-        match self.queue.send(Parcel { item, _share: share }).await {
+        match self.queue.send(Weighted { item, _share: share }).await {
             Ok(()) => {
                 self.gauge.passed.fetch_add(1, Ordering::Relaxed);
                 Ok(())
@@ -162,7 +162,7 @@ impl<T: Weighed> Sender<T> {
 
 impl<T> Receiver<T> {
     /// The next item, or `None` when the edge is closed and empty.
-    pub async fn recv(&self) -> Option<Parcel<T>> {
+    pub async fn recv(&self) -> Option<Weighted<T>> {
         self.queue.recv().await.ok()
     }
 }
@@ -174,7 +174,7 @@ mod tests {
 
     #[derive(Debug)]
     struct Item(usize);
-    impl Weighed for Item {
+    impl ByteSized for Item {
         fn weight(&self) -> usize {
             self.0
         }

@@ -1,8 +1,8 @@
 //! Spawns, joins, counts and cancels. Knows neither FHIR nor Delta.
 //!
 //! An [`edge`] joins two stages and holds at most a number of items *and* a number of bytes; a full
-//! edge stops its sender. A [`Crew`] owns every worker of a run: nothing is detached, so nothing can
-//! be forgotten at the end. [`Board`] holds the counters that the workers move and that reports,
+//! edge stops its sender. A [`TaskGroup`] owns every worker of a run: nothing is detached, so nothing can
+//! be forgotten at the end. [`Counters`] holds the counters that the workers move and that reports,
 //! progress bars and metrics read.
 
 mod counters;
@@ -11,12 +11,12 @@ mod task_group;
 
 use std::future::Future;
 
-pub use counters::{Board, Counts};
-pub use edge::{EdgeGauge, Parcel, Receiver, Sender, Weighed, edge};
-pub use task_group::{Crew, Stop};
+pub use counters::{Counters, Counts};
+pub use edge::{ByteSized, EdgeGauge, Receiver, Sender, Weighted, edge};
+pub use task_group::{Cancellation, TaskGroup};
 
 /// A random part of one, from a UUID's bits: spreads clients, needs no crate.
-pub fn chance() -> f64 {
+pub fn random_fraction() -> f64 {
     let random = uuid::Uuid::new_v4().as_u128() as u32;
     f64::from(random) / f64::from(u32::MAX)
 }

@@ -13,32 +13,32 @@ use foundation::error::{Error, ErrorKind, Result};
 /// Asks the source to stop. Stages never look at it: they end when their input closes, so what is
 /// under way drains. Ctrl-C, SIGTERM and a failed worker all pull it.
 #[derive(Debug, Clone, Default)]
-pub struct Stop {
+pub struct Cancellation {
     token: CancellationToken,
     failed: Arc<AtomicBool>,
 }
 
-impl Stop {
+impl Cancellation {
     /// Pulls the stop; idempotent.
-    pub fn pull(&self) {
+    pub fn cancel(&self) {
         self.token.cancel();
     }
     /// Pulls it because a worker failed.
     fn fail(&self) {
         // Whoever asked for a stop before that did so himself.
-        self.failed.fetch_or(!self.is_pulled(), Ordering::Relaxed);
-        self.pull();
+        self.failed.fetch_or(!self.is_cancelled(), Ordering::Relaxed);
+        self.cancel();
     }
     /// Whether it was pulled on request, and not because a worker failed.
     pub fn is_requested(&self) -> bool {
-        self.is_pulled() && !self.failed.load(Ordering::Relaxed)
+        self.is_cancelled() && !self.failed.load(Ordering::Relaxed)
     }
     /// Whether it was pulled.
-    pub fn is_pulled(&self) -> bool {
+    pub fn is_cancelled(&self) -> bool {
         self.token.is_cancelled()
     }
     /// Resolves when it is pulled.
-    pub async fn pulled(&self) {
+    pub async fn cancelled(&self) {
         self.token.cancelled().await;
     }
     /// Runs `work` unless the stop is pulled first.
@@ -49,11 +49,11 @@ impl Stop {
 
 /// Workers of one run. The first error is the run's cause: it is recorded before the stop is pulled,
 /// so the errors that follow from it cannot take its place.
-pub struct Crew {
+pub struct TaskGroup {
     workers: JoinSet<&'static str>,
     at_work: Arc<Mutex<Vec<&'static str>>>,
     first: Arc<Mutex<Option<Error>>>,
-    stop: Stop,
+    stop: Cancellation,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -61,7 +61,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Keeps the first error, and pulls the stop. One that comes after it, full disks after Ctrl-C above all, goes to the log.
-fn note(first: &Mutex<Option<Error>>, stop: &Stop, error: Error) {
+fn note(first: &Mutex<Option<Error>>, stop: &Cancellation, error: Error) {
     let mut first = locked(first);
     match &*first {
         None => *first = Some(error),
@@ -72,14 +72,14 @@ fn note(first: &Mutex<Option<Error>>, stop: &Stop, error: Error) {
     stop.fail();
 }
 
-impl Crew {
+impl TaskGroup {
     /// An empty crew that pulls `stop` when one of its workers fails.
-    pub fn new(stop: Stop) -> Self {
+    pub fn new(stop: Cancellation) -> Self {
         Self { workers: JoinSet::new(), at_work: Arc::default(), first: Arc::default(), stop }
     }
 
     /// What a worker that fails pulls.
-    pub fn stop(&self) -> &Stop {
+    pub fn stop(&self) -> &Cancellation {
         &self.stop
     }
 
@@ -135,7 +135,7 @@ impl Crew {
                     }
                 },
                 // What failed says so itself: that others wait for its end is no news.
-                _ = tick.tick(), if self.stop.is_pulled() && locked(&self.first).is_none() => {
+                _ = tick.tick(), if self.stop.is_cancelled() && locked(&self.first).is_none() => {
                     let mut names = locked(&self.at_work).clone();
                     names.sort_unstable();
                     names.dedup();
@@ -157,17 +157,17 @@ mod tests {
     // Breaks if the stop is pulled before the cause is recorded, or if a later error replaces it.
     #[tokio::test]
     async fn the_first_error_is_the_cause() {
-        let stop = Stop::default();
-        let mut crew = Crew::new(stop.clone());
-        crew.spawn("follower", {
+        let stop = Cancellation::default();
+        let mut tasks = TaskGroup::new(stop.clone());
+        tasks.spawn("follower", {
             let stop = stop.clone();
             async move {
-                stop.pulled().await;
-                Err(Error::new(ErrorKind::Internal, "the edge was closed"))
+                stop.cancelled().await;
+                Err(Error::new(ErrorKind::Internal, "channel closed"))
             }
         });
-        crew.spawn("culprit", async { Err(Error::new(ErrorKind::Storage, "disk full")) });
-        let error = crew.join(|_| {}).await.unwrap_err();
+        tasks.spawn("culprit", async { Err(Error::new(ErrorKind::Storage, "disk full")) });
+        let error = tasks.join(|_| {}).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Storage);
         assert!(error.to_string().contains("disk full"));
     }
@@ -176,22 +176,22 @@ mod tests {
     #[tokio::test]
     async fn a_stop_on_request_is_told_from_a_failure() {
         for (requested, kind) in [(true, ErrorKind::Interrupted), (false, ErrorKind::Storage)] {
-            let stop = Stop::default();
+            let stop = Cancellation::default();
             if requested {
-                stop.pull();
+                stop.cancel();
             }
-            let mut crew = Crew::new(stop.clone());
-            crew.spawn("worker", async move { Err(Error::new(kind, "ended")) });
-            assert_eq!(crew.join(|_| {}).await.unwrap_err().kind(), kind);
-            assert_eq!((stop.is_pulled(), stop.is_requested()), (true, requested));
+            let mut tasks = TaskGroup::new(stop.clone());
+            tasks.spawn("worker", async move { Err(Error::new(kind, "ended")) });
+            assert_eq!(tasks.join(|_| {}).await.unwrap_err().kind(), kind);
+            assert_eq!((stop.is_cancelled(), stop.is_requested()), (true, requested));
         }
     }
 
     // Breaks if a panic in a computing worker is swallowed.
     #[tokio::test]
     async fn a_panic_is_an_error() {
-        let mut crew = Crew::new(Stop::default());
-        crew.spawn_cpu("parse", |_| panic!("boom"));
-        assert_eq!(crew.join(|_| {}).await.unwrap_err().kind(), ErrorKind::Internal);
+        let mut tasks = TaskGroup::new(Cancellation::default());
+        tasks.spawn_cpu("parse", |_| panic!("boom"));
+        assert_eq!(tasks.join(|_| {}).await.unwrap_err().kind(), ErrorKind::Internal);
     }
 }

@@ -67,7 +67,7 @@ pub struct Error {
     /// The status of the HTTP answer that it is about.
     status: Option<u16>,
     /// Whether it stays until somebody changes something, though its kind may pass.
-    is_lasting: bool,
+    is_permanent: bool,
     source: Option<Source>,
 }
 
@@ -76,7 +76,7 @@ type Source = Box<dyn std::error::Error + Send + Sync>;
 impl Error {
     /// An error of `kind`; `message` says what happened.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), places: Vec::new(), hint: None, status: None, is_lasting: false, source: None }
+        Self { kind, message: message.into(), places: Vec::new(), hint: None, status: None, is_permanent: false, source: None }
     }
     fn described(mut self, what: impl fmt::Display) -> Self {
         if let Some(source) = &self.source {
@@ -107,13 +107,13 @@ impl Error {
         self
     }
     /// Notes that it stays until somebody changes something: it is not tried again.
-    pub fn lasting(mut self) -> Self {
-        self.is_lasting = true;
+    pub fn permanent(mut self) -> Self {
+        self.is_permanent = true;
         self
     }
     /// Whether the same may succeed a little later, by itself.
-    pub fn passes(&self) -> bool {
-        self.kind == ErrorKind::Network && !self.is_lasting
+    pub fn is_transient(&self) -> bool {
+        self.kind == ErrorKind::Network && !self.is_permanent
     }
     /// The status of the HTTP answer that it is about.
     pub fn status(&self) -> Option<u16> {

@@ -57,7 +57,7 @@ pub fn private_new(path: &Path, content: &[u8]) -> Result<()> {
 /// A file without a name in `folder`: it goes with the process.
 pub fn unnamed_file(folder: &Path) -> Result<File> {
     private_dir(folder)?;
-    tempfile::tempfile_in(folder).context(ErrorKind::Storage, format!("nothing can be put on disk in {}", folder.display()))
+    tempfile::tempfile_in(folder).context(ErrorKind::Storage, format!("no temporary file can be created in {}", folder.display()))
 }
 
 /// An empty private file that is to take the place of `path`, and where it is until then.

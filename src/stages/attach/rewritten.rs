@@ -58,8 +58,7 @@ impl Gathered {
             let mut parsed = Vec::with_capacity(rows.len());
             for (row, new) in rows {
                 let root = parse_value(&mut tape, &bytes, new.start, new.end);
-                let root =
-                    root.map_err(|fault| Error::new(ErrorKind::Internal, format!("a row that was written anew: {fault}")))?;
+                let root = root.map_err(|fault| Error::new(ErrorKind::Internal, format!("a rewritten row: {fault}")))?;
                 parsed.push(ParsedRow { root, ..row });
             }
             by_type.push((name, parsed));

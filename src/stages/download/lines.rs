@@ -149,11 +149,11 @@ impl<'a> Lines<'a> {
         }
         self.passed.add(bytes);
         self.read += bytes.len() as u64;
-        if self.read > self.stage.max_file {
-            let why = format!("the file has more than stages.download.max_file ({} bytes)", self.stage.max_file);
+        if self.read > self.stage.settings.max_file.0 {
+            let why = format!("the file has more than stages.download.max_file ({} bytes)", self.stage.settings.max_file.0);
             return Err(Broken::Never(Error::new(ErrorKind::Data, why)));
         }
-        let chunk_bytes = self.stage.chunk_bytes;
+        let chunk_bytes = self.stage.settings.chunk.bytes();
         while !bytes.is_empty() {
             if self.oversized.is_some() {
                 bytes = self.skip(bytes)?;
@@ -229,7 +229,7 @@ impl<'a> Lines<'a> {
         let rest = self.buffer.split_off(end);
         let mut chunk = std::mem::replace(&mut self.buffer, rest);
         self.looked = self.looked.saturating_sub(end);
-        self.buffer.reserve(self.stage.chunk_bytes.saturating_sub(self.buffer.len()));
+        self.buffer.reserve(self.stage.settings.chunk.bytes().saturating_sub(self.buffer.len()));
         if chunk.is_empty() {
             return Ok(());
         }

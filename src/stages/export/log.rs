@@ -2,10 +2,11 @@
 
 use serde_json::json;
 
-use super::{Kickoff, ServerExport};
+use super::ServerExport;
 use crate::error::Result;
+use crate::jobs::Kickoff;
 use crate::messages::instant_text;
-use bulk_data_client::{KickOff, Manifest, Poll, shown};
+use bulk_data_client::{KickOff, Manifest, PollStatus, shown};
 
 impl ServerExport {
     pub(super) fn log_kick_off(&self, export: usize, kickoff: &Kickoff, answer: &Result<KickOff>) {
@@ -29,21 +30,21 @@ impl ServerExport {
         });
     }
 
-    pub(super) fn log_poll(&self, export: usize, answer: &Poll) {
+    pub(super) fn log_poll(&self, export: usize, answer: &PollStatus) {
         match answer {
-            Poll::Working { progress, wait, .. } => self.log.note(
+            PollStatus::InProgress { progress, wait, .. } => self.log.note(
                 export,
                 "status_progress",
                 || json!({ "body": null, "xProgress": progress, "retryAfter": wait.map(|wait| wait.as_secs()) }),
             ),
-            Poll::Troubled { error, .. } | Poll::Gone { error, .. } | Poll::Failed(error) => {
+            PollStatus::Transient { error, .. } | PollStatus::NotFound { error, .. } | PollStatus::Failed(error) => {
                 self.log.note(
                     export,
                     "status_error",
                     || json!({ "body": null, "code": error.status(), "message": error.to_string(), "responseHeaders": {} }),
                 );
             }
-            Poll::Done(_) => {}
+            PollStatus::Done(_) => {}
         }
     }
 

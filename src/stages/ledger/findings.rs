@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::books::FileBook;
-use super::{Ledger, Standing};
+use super::file_progress::FileProgress;
+use super::{Completeness, Ledger};
 use crate::messages::{ExportEnd, ExportFile, FileKind, LineId, ParsedChunk, ResourceType};
 
 impl Ledger {
@@ -51,7 +51,7 @@ impl Ledger {
 
     /// Whether the type failed.
     pub fn has_failed(&self, resource_type: &ResourceType) -> bool {
-        matches!(self.standing(resource_type), Standing::Failed(_))
+        matches!(self.standing(resource_type), Completeness::Failed(_))
     }
 
     /// Bad lines of the type.
@@ -63,10 +63,10 @@ impl Ledger {
     pub fn has_errors(&self, export: usize) -> bool {
         let of_export = self.files.values().filter(|book| book.file.export == export && !book.file.replayed);
         of_export.into_iter().any(|book| book.parsed.errors > 0 || book.is_broken_off())
-            || self.outcomes(export).any(FileBook::unread)
+            || self.outcomes(export).any(FileProgress::unread)
     }
 
-    fn outcomes(&self, export: usize) -> impl Iterator<Item = &FileBook> {
+    fn outcomes(&self, export: usize) -> impl Iterator<Item = &FileProgress> {
         self.files.values().filter(move |book| book.file.kind == FileKind::Outcome && book.file.export == export)
     }
 
@@ -150,12 +150,12 @@ impl Ledger {
     /// Lines out of quarantine that were read, and whose type was committed.
     pub fn replayed(&self) -> Vec<LineId> {
         let read = self.files.values().flat_map(|book| &book.parsed.replayed);
-        read.filter(|(_, name)| self.standing(name) == Standing::Done).map(|(line, _)| *line).collect()
+        read.filter(|(_, name)| self.standing(name) == Completeness::Done).map(|(line, _)| *line).collect()
     }
 
     /// Types that still wait for something, of a run that ended early.
     pub fn unfinished(&self) -> BTreeSet<ResourceType> {
-        let open = self.types.keys().filter(|name| !matches!(self.standing(name), Standing::Done | Standing::Failed(_)));
+        let open = self.types.keys().filter(|name| !matches!(self.standing(name), Completeness::Done | Completeness::Failed(_)));
         open.cloned().collect()
     }
 }

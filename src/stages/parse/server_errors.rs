@@ -216,7 +216,7 @@ fn types_in_url(names: &Names, file: &ExportFile, out: &mut Vec<ResourceType>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::messages::FilePlace;
+    use crate::messages::ManifestEntryId;
     use fhir_arrow::tape::{Tape, parse_value};
 
     fn file(kind: FileKind, url: &str, declared: Option<&str>) -> ExportFile {
@@ -231,7 +231,7 @@ mod tests {
             count: None,
             requires_access_token: false,
             replayed: false,
-            place: FilePlace { page: 0, kind, at: 0 },
+            place: ManifestEntryId { page: 0, kind, at: 0 },
         }
     }
 

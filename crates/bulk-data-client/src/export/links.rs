@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use url::Url;
 
-use crate::export::Poll;
+use crate::export::PollStatus;
 use crate::export::manifest::{Manifest, ManifestFile};
 use crate::http::Client;
 use foundation::error::{Error, ErrorKind, Result};
@@ -164,7 +164,7 @@ impl Links {
 
     /// A newer link of a file whose link `ended`; an error where the manifest has none.
     pub async fn refreshed(&self, client: &Client, place: LinkPlace, ended: &Url) -> Result<Url> {
-        let gone = |why: &str| Error::new(ErrorKind::Server, format!("the file's link has ended, and {why}"));
+        let gone = |why: &str| Error::new(ErrorKind::Server, format!("download URL expired and could not be refreshed: {why}"));
         let mut pages = self.pages.lock().await;
         let page = pages.get_mut(&(place.export, place.page)).ok_or_else(|| gone("its manifest is not known"))?;
         // Another file may have asked already.
@@ -176,7 +176,7 @@ impl Links {
         let signs_anew = first.is_some_and(|first| first.url != *ended);
         if let Some(asked) = page.asked.filter(|asked| asked.elapsed() < INTERVAL) {
             if !signs_anew {
-                return Err(gone("the manifest, asked for again a moment ago, has no newer one"));
+                return Err(gone("the refreshed manifest has the same URL"));
             }
             // A link of one use: there will be another.
             tokio::time::sleep(INTERVAL.saturating_sub(asked.elapsed())).await;
@@ -184,7 +184,7 @@ impl Links {
         let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
         page.asked = Some(Instant::now());
         page.newest = files(&manifest);
-        tracing::info!("links of files were asked for anew");
+        tracing::info!("download URLs were refreshed from the manifest");
         page.newer(place).filter(|fresh| fresh != ended).ok_or_else(|| gone("the manifest has no newer one"))
     }
 }
@@ -193,8 +193,8 @@ impl Links {
 async fn ask(client: &Client, page: &Page) -> Result<Option<Box<Manifest>>> {
     for _ in 0..TRIES {
         match client.poll(&page.url, page.separate).await? {
-            Poll::Done(manifest) | Poll::Working { partial: Some(manifest), .. } => return Ok(Some(manifest)),
-            Poll::Troubled { wait, .. } => {
+            PollStatus::Done(manifest) | PollStatus::InProgress { partial: Some(manifest), .. } => return Ok(Some(manifest)),
+            PollStatus::Transient { wait, .. } => {
                 let wait = wait.unwrap_or(client.settings().min_pause).min(client.settings().max_pause);
                 tokio::time::sleep(wait.max(Duration::from_millis(200))).await;
             }

@@ -234,7 +234,7 @@ impl Manifest {
         }
         let next = match next.map(|next| status.join(next)) {
             Some(Err(error)) => return Err(bad(&format!("its next page: {error}"))),
-            Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is no web address")),
+            Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is not an http URL")),
             next => next.and_then(std::result::Result::ok),
         };
         Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, findings, unusable })

@@ -2,6 +2,7 @@
 
 pub(crate) mod links;
 pub(crate) mod manifest;
+pub(crate) mod options;
 pub(crate) mod request;
 pub(crate) mod response;
 
@@ -14,10 +15,11 @@ use serde_json::Value;
 use url::Url;
 
 use crate::export::manifest::Manifest;
-use crate::export::request::{ExportRequest, Method as KickOffMethod};
+use crate::export::options::Method as KickOffMethod;
+use crate::export::request::ExportRequest;
 use crate::export::response::{one_line, refusal, refused_with, server_words};
 use crate::http::read_to_limit::MANIFEST;
-use crate::http::{Ask, Client, Judges};
+use crate::http::{Client, RequestSpec, RetryPolicy};
 use foundation::error::{Context, Error, ErrorKind, Result};
 use foundation::fault_points::reached;
 
@@ -42,9 +44,9 @@ pub enum KickOff {
 
 /// The answer to one poll.
 #[derive(Debug)]
-pub enum Poll {
+pub enum PollStatus {
     /// The server still works.
-    Working {
+    InProgress {
         /// Its own words on how far it is.
         progress: Option<String>,
         /// How long it asks us to wait.
@@ -53,7 +55,7 @@ pub enum Poll {
         partial: Option<Box<Manifest>>,
     },
     /// The poll failed, and the export may not have (S6, S7).
-    Troubled {
+    Transient {
         /// What went wrong.
         error: Error,
         /// How long the server asks us to wait.
@@ -64,11 +66,11 @@ pub enum Poll {
     /// The manifest.
     Done(Box<Manifest>),
     /// The server knows no such export, or whoever answers for it.
-    Gone {
+    NotFound {
         /// What was said.
         error: Error,
         /// Whether it is the server that says so.
-        surely: bool,
+        definitive: bool,
     },
     /// The export failed, and will not come.
     Failed(Error),
@@ -174,15 +176,16 @@ impl Client {
             }
             false => (Method::GET, request.url(self.base())?, None),
         };
-        let judges = Judges::Throttling(self.settings().max_kick_off_wait);
+        let judges = RetryPolicy::Throttling(self.settings().max_kick_off_wait);
         let body = body.as_ref();
-        self.send(&Ask { method, headers, body, judges, lost: Some(lost), ..Ask::get(&url, "", "the kick-off") }).await
+        self.send(&RequestSpec { method, headers, body, judges, lost: Some(lost), ..RequestSpec::get(&url, "", "the kick-off") })
+            .await
     }
 
     /// Asks once how an export stands, or what is on a page of its manifest. `separate` where the server said that the
     /// export's own status is apart.
-    pub async fn poll(&self, status: &Url, separate: bool) -> Result<Poll> {
-        let ask = Ask { judges: Judges::All, ..Ask::get(status, "application/json", "the export's status") };
+    pub async fn poll(&self, status: &Url, separate: bool) -> Result<PollStatus> {
+        let ask = RequestSpec { judges: RetryPolicy::All, ..RequestSpec::get(status, "application/json", "the export's status") };
         let response = self.send(&ask).await?;
         let own = response.headers().get("x-export-status").and_then(|code| code.to_str().ok()?.trim().parse::<u16>().ok());
         let own =
@@ -195,37 +198,37 @@ impl Client {
             StatusCode::ACCEPTED => {
                 let body = self.whole(response, MANIFEST, ask.what).await.unwrap_or_default();
                 let partial = Manifest::read_partial(&body, status).map(Box::new);
-                Ok(Poll::Working { progress, wait, partial })
+                Ok(PollStatus::InProgress { progress, wait, partial })
             }
             StatusCode::OK => {
                 let date = response.headers().get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
                 let body = match self.whole(response, MANIFEST, "the manifest").await {
                     Ok(body) => body,
-                    Err(error) if !error.passes() => return Err(error),
-                    Err(error) => return Ok(Poll::Troubled { error, wait: None, throttled: false }),
+                    Err(error) if !error.is_transient() => return Err(error),
+                    Err(error) => return Ok(PollStatus::Transient { error, wait: None, throttled: false }),
                 };
                 let manifest = Manifest::read(&body, status)?;
                 manifest.check_time(date)?;
-                Ok(Poll::Done(Box::new(manifest)))
+                Ok(PollStatus::Done(Box::new(manifest)))
             }
             code if self.settings().retry_status.contains(&code.as_u16()) => {
-                Ok(Poll::Troubled { error: refusal(response, ask.what).await, wait, throttled: false })
+                Ok(PollStatus::Transient { error: refusal(response, ask.what).await, wait, throttled: false })
             }
             // A gateway's, or a server's that is overloaded: no word on the export, whatever stands below it.
             code if matches!(code.as_u16(), 408 | 425 | 502 | 503 | 504) && own.is_none() => {
-                Ok(Poll::Troubled { error: refusal(response, ask.what).await, wait, throttled: false })
+                Ok(PollStatus::Transient { error: refusal(response, ask.what).await, wait, throttled: false })
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => {
                 let status_is_gone = response.status() == StatusCode::GONE;
                 let (error, body) = refused_with(response, ask.what).await;
                 match is_transient(&body) {
-                    Some(true) => Ok(Poll::Troubled { error, wait, throttled: false }),
-                    of_server => Ok(Poll::Gone { error, surely: of_server.is_some() || status_is_gone }),
+                    Some(true) => Ok(PollStatus::Transient { error, wait, throttled: false }),
+                    of_server => Ok(PollStatus::NotFound { error, definitive: of_server.is_some() || status_is_gone }),
                 }
             }
             StatusCode::TOO_MANY_REQUESTS => {
                 let error = refusal(response, ask.what).await;
-                Ok(Poll::Troubled { error, wait, throttled: true })
+                Ok(PollStatus::Transient { error, wait, throttled: true })
             }
             code => {
                 let (error, body) = refused_with(response, ask.what).await;
@@ -240,9 +243,9 @@ impl Client {
                 // Without an outcome a 500 may be the poll's or the job's; whoever asks to come back is not done.
                 let passes = code == StatusCode::INTERNAL_SERVER_ERROR && own.is_none();
                 match is_transient(&body).unwrap_or(passes) || (wait.is_some() && code.is_server_error()) {
-                    true => Ok(Poll::Troubled { error, wait, throttled: false }),
+                    true => Ok(PollStatus::Transient { error, wait, throttled: false }),
                     // What we may not do is no word on the export.
-                    false if error.kind() == ErrorKind::Server && code.is_server_error() => Ok(Poll::Failed(error)),
+                    false if error.kind() == ErrorKind::Server && code.is_server_error() => Ok(PollStatus::Failed(error)),
                     false => Err(error),
                 }
             }
@@ -254,13 +257,13 @@ impl Client {
     /// to wait: it is asked once.
     pub async fn delete_export(&self, status: &Url) -> Result<()> {
         let what = "the export's end";
-        let ask = Ask { method: Method::DELETE, judges: Judges::Once, ..Ask::get(status, "", what) };
+        let ask = RequestSpec { method: Method::DELETE, judges: RetryPolicy::Once, ..RequestSpec::get(status, "", what) };
         reached("before the export is given back");
         let response = self.send(&ask).await?;
         reached("the export is given back");
         match response.status() {
             code if code.is_success() || matches!(code.as_u16(), 404 | 405 | 410 | 501) => Ok(()),
-            code if self.passes(code, false) || code == StatusCode::UNAUTHORIZED => Err(refusal(response, what).await),
+            code if self.is_transient(code, false) || code == StatusCode::UNAUTHORIZED => Err(refusal(response, what).await),
             code => {
                 tracing::warn!(status = %code, "the server does not take the export back");
                 Ok(())

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use url::Url;
 
+use crate::export::options::{ExportOptions, ListStyle, Method, PARAMETERS};
 use foundation::error::{Error, ErrorKind, Result};
 
 /// Whose data is exported (K1).
@@ -15,140 +16,6 @@ pub enum Level {
     /// `[base]/Group/[id]/$export`
     Group(String),
 }
-
-/// How the kick-off is sent (K2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Method {
-    /// POST where a parameter needs it, else GET.
-    #[default]
-    Auto,
-    /// GET.
-    Get,
-    /// POST.
-    Post,
-}
-
-/// What is asked beside types and time.
-#[derive(Debug, Clone, Default)]
-pub struct ExportOptions {
-    /// `_until`.
-    pub until: Option<String>,
-    /// `_elements`.
-    pub elements: Vec<String>,
-    /// `_typeFilter`, each a search, not encoded.
-    pub type_filters: Vec<String>,
-    /// `patient`: references.
-    pub patients: Vec<String>,
-    /// `includeAssociatedData`.
-    pub include_associated_data: Vec<String>,
-    /// `organizeOutputBy`.
-    pub organize_output_by: Option<String>,
-    /// `allowPartialManifests`.
-    pub allow_partial_manifests: bool,
-    /// `_outputFormat`.
-    pub output_format: Option<String>,
-    /// Others.
-    pub parameters: Vec<(String, String)>,
-    /// GET or POST.
-    pub method: Method,
-    /// Whether a list is a parameter that is repeated, rather than one with commas (K7).
-    pub repeats: bool,
-    /// `Prefer: handling=lenient` (K6).
-    pub lenient: bool,
-    /// `Prefer: separate-export-status` (K5).
-    pub separate_export_status: bool,
-}
-
-impl ExportOptions {
-    /// What narrows the answer, as a text that is the same for the same: part of a watermark's scope. Empty where nothing
-    /// does.
-    pub fn scope(&self) -> String {
-        let mut scope = String::new();
-        for parameter in &PARAMETERS {
-            let mut values = (parameter.values)(self);
-            if let Some(name) = parameter.scope.filter(|_| !values.is_empty()) {
-                values.sort();
-                scope.push_str(&format!("|{name}={}", values.join("\u{1f}")));
-            }
-        }
-        for (name, value) in &self.parameters {
-            scope.push_str(&format!("|{name}={value}"));
-        }
-        scope
-    }
-}
-
-/// A parameter of the kick-off that [`ExportOptions`] sets. The request, the scope of watermarks, `explain` and the export log
-/// all read this list.
-struct OptionParameter {
-    name: &'static str,
-    kind: &'static str,
-    /// Whether values may be joined by commas: a search may hold some.
-    joins: bool,
-    /// The name that it has in a watermark's scope, where it narrows the answer. Tables keep it: it must not change.
-    scope: Option<&'static str>,
-    values: fn(&ExportOptions) -> Vec<String>,
-}
-
-const PARAMETERS: [OptionParameter; 8] = [
-    OptionParameter {
-        name: "_until",
-        kind: "valueInstant",
-        joins: false,
-        scope: None,
-        values: |options| options.until.iter().cloned().collect(),
-    },
-    OptionParameter {
-        name: "_elements",
-        kind: "valueString",
-        joins: true,
-        scope: Some("elements"),
-        values: |options| options.elements.clone(),
-    },
-    OptionParameter {
-        name: "_typeFilter",
-        kind: "valueString",
-        // K15, K7: a search may have commas of its own, so each is a parameter.
-        joins: false,
-        scope: Some("filters"),
-        values: |options| options.type_filters.clone(),
-    },
-    OptionParameter {
-        name: "patient",
-        kind: "valueReference",
-        joins: true,
-        scope: Some("patients"),
-        values: |options| options.patients.clone(),
-    },
-    OptionParameter {
-        name: "includeAssociatedData",
-        kind: "valueCode",
-        joins: true,
-        scope: Some("with"),
-        values: |options| options.include_associated_data.clone(),
-    },
-    OptionParameter {
-        name: "organizeOutputBy",
-        kind: "valueString",
-        joins: false,
-        scope: None,
-        values: |options| options.organize_output_by.iter().cloned().collect(),
-    },
-    OptionParameter {
-        name: "allowPartialManifests",
-        kind: "valueBoolean",
-        joins: false,
-        scope: None,
-        values: |options| if options.allow_partial_manifests { vec!["true".to_owned()] } else { Vec::new() },
-    },
-    OptionParameter {
-        name: "_outputFormat",
-        kind: "valueString",
-        joins: false,
-        scope: None,
-        values: |options| options.output_format.iter().cloned().collect(),
-    },
-];
 
 /// What is asked of the server.
 #[derive(Debug, Clone)]
@@ -207,7 +74,7 @@ impl ExportRequest {
                 .ok_or_else(|| Error::new(ErrorKind::Config, "since is out of range"))?;
             add("_since", vec![time.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true)], "valueInstant", false);
         }
-        for parameter in &PARAMETERS {
+        for parameter in PARAMETERS {
             let mut values = (parameter.values)(options);
             match parameter.name {
                 // Of the types that this export is asked for: others may have one of their own.
@@ -220,8 +87,8 @@ impl ExportRequest {
             }
             add(parameter.name, values, parameter.kind, parameter.joins);
         }
-        for (name, value) in &options.parameters {
-            add(name, vec![value.clone()], "valueString", false);
+        for (name, value) in options.further() {
+            add(name, vec![value.to_owned()], "valueString", false);
         }
         Ok(found)
     }
@@ -235,9 +102,7 @@ impl ExportRequest {
                 continue;
             }
             let value = match (values.len(), joins) {
-                (1, _) if name != "_typeFilter" && !self.options.parameters.iter().any(|(other, _)| other == name) => {
-                    Value::from(values.remove(0))
-                }
+                (1, _) if name != "_typeFilter" && !self.options.parameters.contains_key(name) => Value::from(values.remove(0)),
                 (_, true) => Value::from(values.join(",")),
                 (_, false) => Value::from(values),
             };
@@ -262,7 +127,7 @@ impl ExportRequest {
         if !parameters.is_empty() {
             let mut query = url::form_urlencoded::Serializer::new(String::new());
             for parameter in &parameters {
-                if parameter.joins && !self.options.repeats {
+                if parameter.joins && self.options.lists == ListStyle::Comma {
                     query.append_pair(parameter.name, &parameter.values.join(","));
                 } else {
                     query.extend_pairs(parameter.values.iter().map(|value| (parameter.name, value)));
@@ -306,6 +171,7 @@ impl ExportRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::options::OneOrMore;
 
     fn request(options: ExportOptions) -> ExportRequest {
         ExportRequest {
@@ -341,7 +207,7 @@ mod tests {
             include_associated_data: vec!["LatestProvenanceResources".into()],
             organize_output_by: Some("Patient".into()),
             allow_partial_manifests: true,
-            parameters: vec![("_x".into(), "1".into())],
+            parameters: [("_x".into(), OneOrMore::One("1".into()))].into(),
             ..ExportOptions::default()
         };
         let query = |request: &ExportRequest| request.url(&base).unwrap().query().unwrap().to_owned();
@@ -351,7 +217,7 @@ mod tests {
              &_typeFilter=Patient%3Fcode%3Da%2Cb%26date%3Dgt2020&_typeFilter=Condition%3Fcode%3Dx%20y%2Bz\
              &includeAssociatedData=LatestProvenanceResources&organizeOutputBy=Patient&allowPartialManifests=true&_x=1"
         );
-        let repeated = query(&request(ExportOptions { repeats: true, ..options.clone() }));
+        let repeated = query(&request(ExportOptions { lists: ListStyle::Repeat, ..options.clone() }));
         assert!(repeated.starts_with("_type=Patient&_type=Condition&"), "{repeated}");
         let patients = ExportOptions { patients: vec!["7".into(), "Patient/8".into()], ..options };
         let request = request(patients);
@@ -378,7 +244,7 @@ mod tests {
             organize_output_by: Some("Patient".into()),
             allow_partial_manifests: true,
             output_format: Some("ndjson".into()),
-            parameters: vec![("_x".into(), "1".into()), ("_x".into(), "2".into())],
+            parameters: [("_x".into(), OneOrMore::More(vec!["1".into(), "2".into()]))].into(),
             ..ExportOptions::default()
         };
         let request = request(options);
@@ -402,7 +268,7 @@ mod tests {
             elements: vec!["id".into()],
             patients: vec!["7".into()],
             include_associated_data: vec!["X".into()],
-            parameters: vec![("_x".into(), "1".into())],
+            parameters: [("_x".into(), OneOrMore::One("1".into()))].into(),
             ..options
         };
         assert_eq!(all.scope(), "|elements=id|filters=A?y\u{1f}B?x|patients=7|with=X|_x=1");

@@ -11,7 +11,7 @@ const TROUBLE: Duration = Duration::from_secs(1);
 
 /// A number of places that follows how the server does. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Pace {
+pub struct AdaptiveConcurrency {
     shared: Arc<Shared>,
 }
 
@@ -32,11 +32,11 @@ struct State {
 
 /// A place that is taken; given back when dropped.
 #[derive(Debug)]
-pub struct Place {
-    pace: Pace,
+pub struct Permit {
+    pace: AdaptiveConcurrency,
 }
 
-impl Pace {
+impl AdaptiveConcurrency {
     /// So many places at most, and to begin with.
     pub fn new(most: usize) -> Self {
         let most = most.max(1);
@@ -49,7 +49,7 @@ impl Pace {
     }
 
     /// Waits for a place.
-    pub async fn enter(&self) -> Place {
+    pub async fn enter(&self) -> Permit {
         loop {
             let freed = self.shared.freed.notified();
             tokio::pin!(freed);
@@ -59,7 +59,7 @@ impl Pace {
                 let mut state = self.state();
                 if state.taken < state.places as usize {
                     state.taken += 1;
-                    return Place { pace: self.clone() };
+                    return Permit { pace: self.clone() };
                 }
             }
             freed.await;
@@ -67,7 +67,7 @@ impl Pace {
     }
 
     /// The server is in trouble: half as many places, one at least.
-    pub fn slower(&self) {
+    pub fn decrease(&self) {
         let mut state = self.state();
         if state.halved.is_some_and(|halved| halved.elapsed() < TROUBLE) {
             return;
@@ -78,7 +78,7 @@ impl Pace {
     }
 
     /// A file went well: a part of a place more.
-    pub fn faster(&self) {
+    pub fn increase(&self) {
         let mut state = self.state();
         if state.places < self.shared.most as f64 {
             state.places = (state.places + 1.0 / state.places).min(self.shared.most as f64);
@@ -93,7 +93,7 @@ impl Pace {
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.pace.state().taken -= 1;
         self.pace.shared.freed.notify_waiters();
@@ -106,23 +106,23 @@ mod tests {
 
     #[tokio::test]
     async fn places_halve_at_trouble_and_come_back_one_by_one() {
-        let pace = Pace::new(8);
-        let held: Vec<Place> = vec![pace.enter().await, pace.enter().await];
-        pace.slower();
-        pace.slower();
+        let pace = AdaptiveConcurrency::new(8);
+        let held: Vec<Permit> = vec![pace.enter().await, pace.enter().await];
+        pace.decrease();
+        pace.decrease();
         assert_eq!(pace.places(), 4, "one trouble halves once");
         for _ in 0..4 {
-            pace.faster();
+            pace.increase();
         }
         assert_eq!(pace.places(), 4);
-        pace.faster();
+        pace.increase();
         assert_eq!(pace.places(), 5, "about as many files as there are places make one place more");
         for _ in 0..100 {
-            pace.faster();
+            pace.increase();
         }
         assert_eq!(pace.places(), 8, "never more than was asked for");
         drop(held);
-        let pace = Pace::new(1);
+        let pace = AdaptiveConcurrency::new(1);
         let first = pace.enter().await;
         let waiting = pace.enter();
         tokio::pin!(waiting);

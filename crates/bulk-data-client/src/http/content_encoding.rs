@@ -41,7 +41,7 @@ impl Unpack {
             // Told apart from other bytes by their name only.
             () => match codings(encoding).find(|coding| UNREADABLE.contains(coding)) {
                 Some(coding) => {
-                    Err(Error::new(ErrorKind::Server, format!("the file has Content-Encoding {coding}, which was not asked for")))
+                    Err(Error::new(ErrorKind::Server, format!("the file has the unrequested Content-Encoding {coding}")))
                 }
                 // As of `aws-chunked`: to read what lies between the frames would lose the lines that they cut.
                 None if Self::is_unknown(encoding) => {

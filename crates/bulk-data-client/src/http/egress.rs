@@ -12,7 +12,7 @@ use foundation::error::{Error, ErrorKind, Result};
 
 /// What may be reached. Clones share it.
 #[derive(Debug, Clone)]
-pub(crate) struct Reach {
+pub(crate) struct SsrfGuard {
     inner: Arc<Inner>,
 }
 
@@ -26,22 +26,22 @@ struct Inner {
 
 /// Which addresses only this machine or its link has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Near {
+enum AddressScope {
     Machine,
     Link,
 }
 
-fn near(address: IpAddr) -> Option<Near> {
+fn near(address: IpAddr) -> Option<AddressScope> {
     match address {
-        IpAddr::V4(v4) if v4.is_loopback() || v4.octets()[0] == 0 => Some(Near::Machine),
+        IpAddr::V4(v4) if v4.is_loopback() || v4.octets()[0] == 0 => Some(AddressScope::Machine),
         // The others are the metadata services of three clouds.
         IpAddr::V4(v4) => (v4.is_link_local()
             || matches!(v4.octets(), [168, 63, 129, 16] | [100, 100, 100, 200] | [192, 0, 0, 192]))
-        .then_some(Near::Link),
-        IpAddr::V6(v6) if v6.is_loopback() || v6.is_unspecified() => Some(Near::Machine),
+        .then_some(AddressScope::Link),
+        IpAddr::V6(v6) if v6.is_loopback() || v6.is_unspecified() => Some(AddressScope::Machine),
         // The second is the metadata service of one cloud.
         IpAddr::V6(v6) if (v6.segments()[0] & 0xffc0) == 0xfe80 || v6 == Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x254) => {
-            Some(Near::Link)
+            Some(AddressScope::Link)
         }
         IpAddr::V6(v6) => near(v6.to_ipv4_mapped().or_else(|| embedded(v6))?.into()),
     }
@@ -66,7 +66,7 @@ fn host_of(url: &Url) -> String {
     url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase()
 }
 
-impl Reach {
+impl SsrfGuard {
     /// What may be reached when the server is at `base`, beside the `named` hosts.
     pub(crate) fn new(base: &Url, named: impl IntoIterator<Item = String>) -> Self {
         let named = named.into_iter().map(|host| host.to_ascii_lowercase()).collect();
@@ -101,15 +101,15 @@ impl Inner {
         host == self.server || self.named.iter().any(|named| named == host)
     }
 
-    fn near_by_name(&self) -> Option<Near> {
+    fn near_by_name(&self) -> Option<AddressScope> {
         match self.server.parse::<IpAddr>() {
             Ok(address) => near(address),
-            Err(_) => (self.server == "localhost" || self.server.ends_with(".localhost")).then_some(Near::Machine),
+            Err(_) => (self.server == "localhost" || self.server.ends_with(".localhost")).then_some(AddressScope::Machine),
         }
     }
 
     /// Whether the server itself is on this machine, or on its link.
-    async fn server_is_at(&self) -> Option<Near> {
+    async fn server_is_at(&self) -> Option<AddressScope> {
         if let Some(near) = self.near_by_name() {
             return Some(near);
         }
@@ -118,7 +118,7 @@ impl Inner {
     }
 }
 
-impl Resolve for Reach {
+impl Resolve for SsrfGuard {
     fn resolve(&self, name: Name) -> Resolving {
         let inner = self.inner.clone();
         Box::pin(async move {
@@ -143,8 +143,8 @@ impl Resolve for Reach {
 mod tests {
     use super::*;
 
-    fn reach(base: &str) -> Reach {
-        Reach::new(&Url::parse(base).unwrap(), ["files.lan".to_owned(), "127.0.0.9".to_owned()])
+    fn reach(base: &str) -> SsrfGuard {
+        SsrfGuard::new(&Url::parse(base).unwrap(), ["files.lan".to_owned(), "127.0.0.9".to_owned()])
     }
 
     // Breaks if a form of a near address is not known, or a server that is near cannot be used.
@@ -197,7 +197,7 @@ mod tests {
         let error = reach("https://192.0.2.2/fhir").resolve(name()).await.err().unwrap();
         assert!(error.to_string().contains("not followed"), "{error}");
         assert!(reach("http://127.0.0.1/fhir").resolve(name()).await.unwrap().count() > 0);
-        let named = Reach::new(&Url::parse("https://192.0.2.2/").unwrap(), ["localhost".to_owned()]);
+        let named = SsrfGuard::new(&Url::parse("https://192.0.2.2/").unwrap(), ["localhost".to_owned()]);
         assert!(named.resolve(name()).await.unwrap().count() > 0);
     }
 }

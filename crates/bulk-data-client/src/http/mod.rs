@@ -5,6 +5,7 @@ pub(crate) mod concurrency;
 pub mod content_encoding;
 pub(crate) mod egress;
 pub(crate) mod read_to_limit;
+pub(crate) mod settings;
 pub(crate) mod tls;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,81 +16,27 @@ use reqwest::header::{
 };
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
-use url::{Origin, Url};
+use url::Url;
 
 use crate::capabilities::Capabilities;
 use crate::export::response::{LONGEST_WAIT, Resume, file_refusal, is_whole, parse_retry_after, refusal};
-use crate::http::concurrency::Pace;
-use crate::http::egress::Reach;
+use crate::http::concurrency::AdaptiveConcurrency;
+use crate::http::egress::SsrfGuard;
 use crate::http::read_to_limit::{Bounds, METADATA, whole};
-use crate::http::tls::TlsSettings;
+use crate::http::settings::HttpSettings;
 use crate::metrics;
 use crate::smart::auth::{Auth, Granted};
-use flow::{Board, Stop, chance};
+use flow::{Cancellation, Counters, random_fraction};
 use foundation::error::{Context, Error, ErrorKind, Result};
 
 /// Longest pause between tries that a server did not ask for itself.
 const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// Pauses that a server asks for and that go beyond the time for trouble, for one request.
-const GRANTS: u32 = 3;
+const DEADLINE_EXTENSIONS: u32 = 3;
 /// Redirects that are followed for one request.
 const MAX_REDIRECTS: usize = 10;
 /// Refused tokens that are renewed for one request.
 const MAX_REFUSALS: usize = 3;
-
-/// How the client behaves.
-#[derive(Debug, Clone)]
-pub struct HttpSettings {
-    /// How long a request is tried again before it fails.
-    pub retry_for: Duration,
-    /// First pause; doubled each time.
-    pub min_pause: Duration,
-    /// Longest pause that we choose, and longest that a server may ask for.
-    pub max_pause: Duration,
-    /// How long a connection, or a response that has begun, may stand still.
-    pub stall: Duration,
-    /// Longest pause that a refused kick-off may ask for and is waited for.
-    pub max_kick_off_wait: Duration,
-    /// Headers of every request to the server.
-    pub headers: HeaderMap,
-    /// Origins beside the server's own that may get the token.
-    pub token_origins: Vec<Origin>,
-    /// Statuses of polls and files that pass by themselves with this server, beside the usual ones.
-    pub retry_status: Vec<u16>,
-    /// Files at the same time.
-    pub downloads: usize,
-    /// Whether no host is asked by a proxy, whatever the environment names.
-    pub no_proxy: bool,
-    /// Certificates beside the system's.
-    pub tls: TlsSettings,
-    /// Hosts that the pipeline file or the environment names, wherever they are.
-    pub named_hosts: Vec<String>,
-    /// The `User-Agent` of each request.
-    pub user_agent: &'static str,
-    /// Returns the W3C `traceparent` that requests to the server carry, where there is a trace.
-    pub traceparent: Option<fn() -> Option<String>>,
-}
-
-impl Default for HttpSettings {
-    fn default() -> Self {
-        Self {
-            retry_for: Duration::from_secs(15 * 60),
-            min_pause: Duration::from_millis(500),
-            max_pause: Duration::from_secs(60),
-            stall: Duration::from_secs(120),
-            max_kick_off_wait: Duration::from_secs(60),
-            headers: HeaderMap::new(),
-            token_origins: Vec::new(),
-            retry_status: Vec::new(),
-            downloads: 10,
-            no_proxy: false,
-            tls: TlsSettings::default(),
-            named_hosts: Vec::new(),
-            user_agent: concat!("bulk-data-client/", env!("CARGO_PKG_VERSION")),
-            traceparent: None,
-        }
-    }
-}
 
 /// A client of one FHIR server.
 #[derive(Debug, Clone)]
@@ -97,8 +44,8 @@ pub struct Client {
     web: Web,
     auth: Auth,
     settings: HttpSettings,
-    board: Board,
-    pace: Pace,
+    board: Counters,
+    pace: AdaptiveConcurrency,
 }
 
 /// What requests are sent by.
@@ -107,12 +54,12 @@ pub(crate) struct Web {
     pub http: reqwest::Client,
     /// The FHIR base, with a slash at its end.
     pub base: Url,
-    pub reach: Reach,
-    pub stop: Stop,
+    pub reach: SsrfGuard,
+    pub stop: Cancellation,
 }
 
 /// One request, as often as it is tried.
-pub(crate) struct Ask<'a> {
+pub(crate) struct RequestSpec<'a> {
     pub method: Method,
     pub url: &'a Url,
     pub headers: HeaderMap,
@@ -121,7 +68,7 @@ pub(crate) struct Ask<'a> {
     /// Whether the token goes with it.
     pub with_token: bool,
     /// Which answers the caller judges though they may be others soon.
-    pub judges: Judges,
+    pub judges: RetryPolicy,
     /// What it is, for errors: "the kick-off".
     pub what: &'a str,
     /// Where redirects may lead; anywhere by default.
@@ -134,7 +81,7 @@ pub(crate) struct Ask<'a> {
 
 /// Answers that are not tried again by themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Judges {
+pub(crate) enum RetryPolicy {
     /// Those that will not be others soon.
     Final,
     /// Throttling that asks for a longer pause than this, too.
@@ -145,18 +92,18 @@ pub(crate) enum Judges {
     Once,
 }
 
-impl<'a> Ask<'a> {
+impl<'a> RequestSpec<'a> {
     /// A GET with the token, tried again while it fails for a reason that passes.
     pub(crate) fn get(url: &'a Url, accept: &'static str, what: &'a str) -> Self {
         let accept = Some(accept).filter(|accept| !accept.is_empty());
         let headers = accept.map(|accept| (ACCEPT, HeaderValue::from_static(accept))).into_iter().collect();
         let (body, may_go, lost) = (None, None, None);
-        let judges = Judges::Final;
+        let judges = RetryPolicy::Final;
         Self { method: Method::GET, url, headers, body, with_token: true, judges, what, may_go, is_file: false, lost }
     }
 }
 
-impl Ask<'_> {
+impl RequestSpec<'_> {
     /// Where it went, for messages. The link of an attachment is an element of a resource: only its host is told.
     fn shown(&self, url: &Url) -> String {
         match self.may_go {
@@ -205,13 +152,13 @@ pub(crate) fn network(error: &reqwest::Error, what: &str) -> Error {
 
 impl Client {
     /// A client of the server at `base`.
-    pub fn new(base: Url, auth: Auth, settings: HttpSettings, board: Board, stop: Stop) -> Result<Self> {
+    pub fn new(base: Url, auth: Auth, settings: HttpSettings, board: Counters, stop: Cancellation) -> Result<Self> {
         let mut base = base;
         if !base.path().ends_with('/') {
             let path = format!("{}/", base.path());
             base.set_path(&path);
         }
-        let reach = Reach::new(&base, settings.named_hosts.iter().cloned());
+        let reach = SsrfGuard::new(&base, settings.named_hosts.iter().cloned());
         let builder = reqwest::Client::builder();
         let builder = if settings.no_proxy { builder.no_proxy() } else { builder };
         let http = settings
@@ -231,7 +178,7 @@ impl Client {
                     "the system's CA certificates are read from SSL_CERT_FILE, SSL_CERT_DIR or the package ca-certificates";
                 Error::new(ErrorKind::Config, why).with_hint(hint)
             })?;
-        let pace = Pace::new(settings.downloads);
+        let pace = AdaptiveConcurrency::new(settings.downloads);
         Ok(Self { web: Web { http, base, reach, stop }, auth, settings, board, pace })
     }
 
@@ -251,7 +198,7 @@ impl Client {
     }
 
     /// How many files may be read at a time now.
-    pub fn pace(&self) -> &Pace {
+    pub fn pace(&self) -> &AdaptiveConcurrency {
         &self.pace
     }
 
@@ -264,7 +211,7 @@ impl Client {
     pub async fn capabilities(&self) -> Result<Capabilities> {
         let url = self.web.base.join("metadata").context(ErrorKind::Config, "not a URL")?;
         let what = "the server's metadata";
-        let ask = Ask { with_token: false, ..Ask::get(&url, "application/fhir+json", what) };
+        let ask = RequestSpec { with_token: false, ..RequestSpec::get(&url, "application/fhir+json", what) };
         let response = self.once(&ask, None).await?.0;
         if !response.status().is_success() {
             return Err(refusal(response, what).await);
@@ -276,7 +223,7 @@ impl Client {
     /// The body of a file: from its first byte, or from `resume`'s on where it is the same file still.
     pub async fn open_file(&self, url: &Url, with_token: bool, resume: Option<&Resume>) -> Result<Response> {
         let accept = "application/fhir+ndjson, application/ndjson;q=0.9, */*;q=0.1";
-        let mut ask = Ask { with_token, is_file: true, ..Ask::get(url, accept, "the download") };
+        let mut ask = RequestSpec { with_token, is_file: true, ..RequestSpec::get(url, accept, "the download") };
         if let Some(resume) = resume {
             let range = HeaderValue::from_str(&format!("bytes={}-", resume.from));
             ask.headers.insert(RANGE, range.context(ErrorKind::Internal, "a range")?);
@@ -288,8 +235,8 @@ impl Client {
         let status = response.status();
         if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
-            if self.deviates("a file is said to need the token, and its host refuses it") {
-                tracing::warn!(%status, "a file of another host refused the token; files there are asked for again without it");
+            if self.deviates("a file requires the token, and its host rejects it") {
+                tracing::warn!(%status, "another host rejected the token; its files are requested without it");
             }
             ask.with_token = false;
             response = self.send(&ask).await?;
@@ -306,7 +253,7 @@ impl Client {
         content_type: &str,
         may_go: &(dyn Fn(&Url) -> bool + Sync),
     ) -> Result<Response> {
-        let mut ask = Ask { with_token, may_go: Some(may_go), ..Ask::get(url, "*/*", "the attachment") };
+        let mut ask = RequestSpec { with_token, may_go: Some(may_go), ..RequestSpec::get(url, "*/*", "the attachment") };
         ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
         if let Ok(accept) = HeaderValue::from_str(&format!("{content_type}, */*;q=0.1")).map_err(drop)
             && !content_type.is_empty()
@@ -322,12 +269,12 @@ impl Client {
 
     /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
     /// kind is the caller's to judge.
-    pub(crate) async fn send(&self, ask: &Ask<'_>) -> Result<Response> {
+    pub(crate) async fn send(&self, ask: &RequestSpec<'_>) -> Result<Response> {
         // A pause that the caller is ready to make has its time beside that for other trouble.
-        let most = if let Judges::Throttling(most) = ask.judges { most } else { Duration::ZERO };
+        let most = if let RetryPolicy::Throttling(most) = ask.judges { most } else { Duration::ZERO };
         let mut until = now_and(self.settings.retry_for);
         let throttled_until = now_and(self.settings.retry_for.max(most));
-        let mut grants = GRANTS;
+        let mut deadline_extensions = DEADLINE_EXTENSIONS;
         let mut pause = self.settings.min_pause;
         let mut refused: Option<HeaderValue> = None;
         let mut refusals = 0;
@@ -342,7 +289,7 @@ impl Client {
                     continue;
                 }
                 Ok((response, _)) if response.status() == StatusCode::UNAUTHORIZED && self.auth.is_none() => {
-                    let hint = "the server wants a token: set source.auth (fhirlake keygen makes a key)";
+                    let hint = "the server requires a token: set source.auth (`fhirlake keygen` generates a key)";
                     return Err(ask.refused(response).await.with_hint(hint));
                 }
                 Ok((response, None)) if response.status() == StatusCode::UNAUTHORIZED && ask.with_token => {
@@ -355,14 +302,15 @@ impl Client {
                     return Err(ask.refused(response).await.with_hint(hint));
                 }
                 Ok((response, _))
-                    if !self.passes(response.status(), ask.is_file) || matches!(ask.judges, Judges::All | Judges::Once) =>
+                    if !self.is_transient(response.status(), ask.is_file)
+                        || matches!(ask.judges, RetryPolicy::All | RetryPolicy::Once) =>
                 {
                     return Ok(response);
                 }
                 Ok((response, _)) => {
                     // "At once" is not meant: it would be a busy loop.
                     let asked = self.retry_after(response.headers()).filter(|asked| *asked >= self.settings.min_pause);
-                    if let Judges::Throttling(most) = ask.judges
+                    if let RetryPolicy::Throttling(most) = ask.judges
                         && response.status() == StatusCode::TOO_MANY_REQUESTS
                         && (asked.unwrap_or(most) >= most || now_and(asked.unwrap_or(pause)) > throttled_until)
                     {
@@ -378,19 +326,19 @@ impl Client {
                         lost.store(true, Ordering::Relaxed);
                     }
                     if ask.is_file {
-                        self.pace.slower();
+                        self.pace.decrease();
                     }
                     let asked = asked.map(|asked| asked.min(self.settings.max_pause.max(most)));
                     // A pause that the server itself asks for may be longer than the time for trouble.
                     if let Some(asked) = asked.filter(|asked| now_and(*asked) > until)
-                        && grants > 0
+                        && deadline_extensions > 0
                     {
-                        grants -= 1;
+                        deadline_extensions -= 1;
                         until = now_and(asked) + self.settings.retry_for / 2;
                     }
                     (asked, ask.refused(response).await)
                 }
-                Err(error) if error.passes() && ask.judges != Judges::Once => (None, error),
+                Err(error) if error.is_transient() && ask.judges != RetryPolicy::Once => (None, error),
                 Err(error) => return Err(error),
             };
             let wait = wait.unwrap_or_else(|| jitter(pause));
@@ -426,7 +374,7 @@ impl Client {
         wait
     }
 
-    pub(crate) fn stop(&self) -> &Stop {
+    pub(crate) fn stop(&self) -> &Cancellation {
         &self.web.stop
     }
 
@@ -437,13 +385,13 @@ impl Client {
     }
 
     /// Whether an answer of this status may be another one soon.
-    pub(crate) fn passes(&self, status: StatusCode, is_file: bool) -> bool {
+    pub(crate) fn is_transient(&self, status: StatusCode, is_file: bool) -> bool {
         let code = status.as_u16();
         matches!(code, 408 | 425 | 429 | 500 | 502 | 503 | 504) || is_file && self.settings.retry_status.contains(&code)
     }
 
     /// T12, F1, F2: the token goes where it is asked for, and to the server's own origin or those that were named only.
-    fn token_goes_to(&self, ask: &Ask<'_>, url: &Url) -> bool {
+    fn token_goes_to(&self, ask: &RequestSpec<'_>, url: &Url) -> bool {
         let origin = url.origin();
         ask.with_token && (origin == self.web.base.origin() || self.settings.token_origins.contains(&origin))
     }
@@ -454,7 +402,7 @@ impl Client {
     }
 
     /// One try, redirects followed by hand: the answer, and the token that went with the last request.
-    async fn once(&self, ask: &Ask<'_>, refused: Option<&HeaderValue>) -> Result<(Response, Option<HeaderValue>)> {
+    async fn once(&self, ask: &RequestSpec<'_>, refused: Option<&HeaderValue>) -> Result<(Response, Option<HeaderValue>)> {
         let mut url = ask.url.clone();
         for _ in 0..=MAX_REDIRECTS {
             self.web.reach.check(&url, ask.what).await?;
@@ -528,5 +476,5 @@ fn now_and(wait: Duration) -> tokio::time::Instant {
 
 fn jitter(pause: Duration) -> Duration {
     // Full jitter between half and all of it.
-    pause / 2 + pause.mul_f64(chance() / 2.0)
+    pause / 2 + pause.mul_f64(random_fraction() / 2.0)
 }

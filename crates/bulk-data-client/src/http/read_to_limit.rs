@@ -7,7 +7,7 @@ use reqwest::header::CONTENT_ENCODING;
 
 use crate::http::content_encoding::unpacked;
 use crate::http::network;
-use flow::Stop;
+use flow::Cancellation;
 use foundation::error::{Error, ErrorKind, Result};
 
 /// How much of a body is read, and for how long.
@@ -27,7 +27,7 @@ pub(crate) const METADATA: Bounds = Bounds { bytes: 16 << 20, time: Duration::fr
 pub(crate) const MANIFEST: Bounds = Bounds { bytes: 64 << 20, time: Duration::from_secs(600) };
 
 /// The body, or an error where it is more, slower, or broke off.
-pub(crate) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, what: &str) -> Result<Vec<u8>> {
+pub(crate) async fn whole(mut response: Response, bounds: Bounds, stop: &Cancellation, what: &str) -> Result<Vec<u8>> {
     let most = bounds.bytes;
     let encoding = response.headers().get(CONTENT_ENCODING).and_then(|encoding| encoding.to_str().ok());
     let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
@@ -37,7 +37,7 @@ pub(crate) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, w
     let read = async {
         let mut body = Vec::new();
         while let Some(bytes) =
-            response.chunk().await.map_err(|error| network(&error, &format!("{what}: the answer broke off")))?
+            response.chunk().await.map_err(|error| network(&error, &format!("{what}: connection closed early")))?
         {
             if body.len() + bytes.len() > most {
                 return Err(too_long(what, most));
@@ -56,5 +56,5 @@ pub(crate) async fn whole(mut response: Response, bounds: Bounds, stop: &Stop, w
 }
 
 fn too_long(what: &str, most: usize) -> Error {
-    Error::new(ErrorKind::Server, format!("{what}: the answer has more than {} MiB, which is no such answer", most >> 20))
+    Error::new(ErrorKind::Server, format!("{what}: response exceeds the {} MiB limit", most >> 20))
 }

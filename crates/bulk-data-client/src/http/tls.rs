@@ -96,7 +96,7 @@ pub(crate) fn fault(error: &reqwest::Error, what: &str) -> Option<Error> {
     while let Some(at) = cause {
         if let Some(tls) = at.downcast_ref::<rustls::Error>() {
             let (why, hint) = explained(tls, error.is_connect())?;
-            return Some(Error::new(ErrorKind::Network, format!("{what}: {why}")).with_hint(hint).lasting());
+            return Some(Error::new(ErrorKind::Network, format!("{what}: {why}")).with_hint(hint).permanent());
         }
         cause = inner(at);
     }
@@ -111,7 +111,7 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
             let said = bad.to_string();
             let (why, hint) = match bad {
                 Bad::UnknownIssuer => (
-                    "it is of a CA that is not trusted here (unknown issuer)",
+                    "its CA is not trusted (unknown issuer)",
                     "set source.tls.ca_file to a PEM of the CA that the server's certificate is of (SSL_CERT_FILE replaces the system's)",
                 ),
                 Bad::BadSignature => (

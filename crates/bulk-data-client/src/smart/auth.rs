@@ -243,7 +243,7 @@ impl TokenClient {
         if endpoint.scheme() != "https" && !is_here && !self.settings.plain_http {
             let why = format!("the server names a token endpoint without encryption: {}", shown(&endpoint));
             return Err(auth_error(why)
-                .with_hint("the client's secret would be readable on the way: https, or source.auth.plain_http: true"));
+                .with_hint("the client secret would be sent unencrypted: use https, or set source.auth.plain_http: true"));
         }
         Ok(endpoint)
     }

@@ -45,7 +45,7 @@ fn read_from(log_store: &LogStoreRef, descriptor: &DeletionVectorDescriptor) -> 
     let failed = |error: delta_kernel::Error| storage(error, "a deletion vector cannot be read");
     let kernel = KernelDescriptor::try_from(descriptor.clone()).map_err(failed)?;
     let bytes = match kernel.absolute_path(log_store.root_url()).map_err(failed)? {
-        None => z85::decode(&descriptor.path_or_inline_dv).map_err(|_| broken("it is no Base85"))?.into(),
+        None => z85::decode(&descriptor.path_or_inline_dv).map_err(|_| broken("it is not Base85"))?.into(),
         Some(path) => {
             let size = u64::try_from(descriptor.size_in_bytes).map_err(|_| broken("its size is negative"))?;
             let start = u64::try_from(descriptor.offset.unwrap_or(1)).map_err(|_| broken("its place is negative"))?;

@@ -80,7 +80,7 @@ pub(crate) async fn after_error(
     let run = info.get("run").and_then(Value::as_str).unwrap_or_default().to_owned();
     match table.find_commit_of(&run, before).await {
         Ok(Some(version)) => {
-            tracing::warn!(%error, version, "the commit was made, and something after it failed");
+            tracing::warn!(%error, version, "the commit succeeded, and a step after it failed");
             Ok(Attempt::Done(Some(version)))
         }
         // Two that create the same table: the loser goes on with the winner's.

@@ -16,12 +16,12 @@ use serde_json::{Value, json};
 use crate::commit::add_actions::{loose_bounds, staged_add};
 use crate::commit::deletion_vectors;
 use crate::commit::{self, Attempt};
-use crate::maintenance::rewrite::{Copies as RowCopies, Place, Shape};
+use crate::maintenance::rewrite::{Place, RowRewriter, Shape};
 use crate::matching::deletions::{Deletions, Scratch};
 use crate::matching::keys::DataFile;
-use crate::matching::not_matched::Absent;
+use crate::matching::not_matched::NotMatchedBySource;
 use crate::matching::precedence::OrderRules;
-use crate::matching::{Marks, Matching};
+use crate::matching::{Matching, MergePlan};
 use crate::staging::StagedFile;
 use crate::table::schema_evolution::{same_types, widen};
 use crate::table::snapshot_files::{TargetFile, targets};
@@ -66,7 +66,7 @@ pub struct Upsert {
     /// How its copies stand to the table's.
     pub order: OrderRules,
     /// What becomes of rows that the run does not bring.
-    pub absent: Absent,
+    pub absent: NotMatchedBySource,
     /// For keys that do not fit into memory.
     pub scratch: Scratch,
     /// For a table that does not exist yet.
@@ -184,7 +184,13 @@ impl Upsert {
     }
 
     /// Writes what the marks need and commits. `begun` is when, and the number of the attempt.
-    async fn write(&self, table: &mut Table, targets: Vec<TargetFile>, marks: Marks, begun: (Instant, usize)) -> Result<Written> {
+    async fn write(
+        &self,
+        table: &mut Table,
+        targets: Vec<TargetFile>,
+        marks: MergePlan,
+        begun: (Instant, usize),
+    ) -> Result<Written> {
         let mut merged = marks.merged;
         let mut out = Actions::default();
         let attempt = match self.prepare(table, &targets, &marks, begun.1, (&mut merged, &mut out)).await {
@@ -217,7 +223,7 @@ impl Upsert {
         &self,
         table: &Table,
         targets: &[TargetFile],
-        marks: &Marks,
+        marks: &MergePlan,
         attempt: usize,
         (merged, out): (&mut Merged, &mut Actions),
     ) -> Result<()> {
@@ -400,7 +406,7 @@ fn without_gone(place: &Place<'_>, schema: &SchemaRef, files: &[DataFile]) -> Re
     let adds = on_all_cores(files, |_, file| {
         handle.block_on(async {
             let shape = Shape::of(place.table, schema, &[file]).await?;
-            RowCopies::of(place, &shape, &[file]).await
+            RowRewriter::of(place, &shape, &[file]).await
         })
     });
     Ok(adds?.into_iter().flatten().collect())

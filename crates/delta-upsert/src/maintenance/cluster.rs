@@ -12,7 +12,7 @@ use arrow::ipc::reader::StreamReader;
 use arrow::ipc::writer::StreamWriter;
 use deltalake::kernel::Add;
 
-use crate::maintenance::rewrite::{Copies, GROUP_BYTES, GROUP_ROWS, Place, RowGroup, Shape, bytes_of};
+use crate::maintenance::rewrite::{GROUP_BYTES, GROUP_ROWS, Place, RowGroup, RowRewriter, Shape, bytes_of};
 use crate::matching::deletions::Scratch;
 use crate::matching::keys::{DataFile, OpenFile};
 use crate::table::reader::read_at;
@@ -57,7 +57,7 @@ pub(crate) async fn sorted(place: &Place<'_>, shape: &Shape, files: &[&DataFile]
     let handle = tokio::runtime::Handle::current();
     let runs = on_all_cores(&tasks, |_, files| handle.block_on(sorter.runs(files)))?;
     let parts: Vec<usize> = (0..=sorter.bounds.len()).collect();
-    let mut copies = Copies::new(place, shape);
+    let mut copies = RowRewriter::new(place, shape);
     for parts in parts.chunks(cores) {
         let work = match on_all_cores(parts, |_, part| sorter.part(*part, &runs)) {
             Ok(groups) => copies.append_all(groups.into_iter().flatten()).await,
@@ -161,7 +161,7 @@ impl Sorter<'_> {
 }
 
 fn failed(error: impl std::fmt::Display) -> Error {
-    storage(error, "rows that are being sorted cannot be put on disk")
+    storage(error, "sorted rows cannot be spilled")
 }
 
 impl Runs {
@@ -201,6 +201,6 @@ impl Runs {
         let mut bytes = Vec::new();
         zstd::stream::Decoder::new(&*packed).and_then(|mut decoder| decoder.read_to_end(&mut bytes)).map_err(failed)?;
         let reader = StreamReader::try_new(std::io::Cursor::new(bytes), None).map_err(failed)?;
-        reader.collect::<std::result::Result<_, _>>().context(ErrorKind::Storage, "rows that were sorted cannot be read back")
+        reader.collect::<std::result::Result<_, _>>().context(ErrorKind::Storage, "spilled rows cannot be read back")
     }
 }

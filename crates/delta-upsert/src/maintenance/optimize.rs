@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::commit::{self, Attempt};
 use crate::maintenance::cluster::sorted;
-use crate::maintenance::rewrite::{Copies, Place, Shape};
+use crate::maintenance::rewrite::{Place, RowRewriter, Shape};
 use crate::matching::deletions::Scratch;
 use crate::matching::keys::{DataFile, OpenFile};
 use crate::staging::new_file::id_range;
@@ -102,7 +102,7 @@ async fn groups<'a>(table: &Table, targets: &'a [TargetFile], settings: &Optimiz
     if settings.cluster {
         let id = table.schema()?.and_then(|schema| Some(schema.field_with_name("id").ok()?.data_type().clone()));
         if id != Some(DataType::Utf8) {
-            let why = "rows cannot be put in the order of their ids: the table has no column id of strings";
+            let why = "rows cannot be sorted by id: the table has no string column `id`";
             return Err(Error::new(ErrorKind::Table, why));
         }
         let smalls = targets.iter().filter(|file| small(file)).count();
@@ -163,7 +163,7 @@ impl Work<'_> {
             let adds = on_all_cores(&files, |_, files| {
                 handle.block_on(async {
                     let shape = Shape::of(place.table, &schema, files).await?;
-                    Copies::of(place, &shape, files).await
+                    RowRewriter::of(place, &shape, files).await
                 })
             })?;
             self.adds.extend(adds.into_iter().flatten());

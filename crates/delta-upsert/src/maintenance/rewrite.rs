@@ -80,7 +80,7 @@ impl Shape {
         let schemas: Vec<SchemaRef> = batches.iter().map(RecordBatch::schema).collect();
         let shape = Arc::new(union(&self.table, &schemas));
         let batches = batches.iter().map(|batch| adapt(batch, &shape)).collect::<Result<Vec<_>>>()?;
-        concat_batches(&shape, &batches).map_err(|error| storage(error, "rows cannot be put together"))
+        concat_batches(&shape, &batches).map_err(|error| storage(error, "record batches cannot be concatenated"))
     }
 
     /// Rows that were fitted, as a row group.
@@ -133,7 +133,7 @@ impl<'a> Place<'a> {
 }
 
 /// New files, one after the other.
-pub(crate) struct Copies<'a> {
+pub(crate) struct RowRewriter<'a> {
     place: &'a Place<'a>,
     shape: &'a Shape,
     /// Rows that are not yet in a row group, and the bytes of their columns.
@@ -143,7 +143,7 @@ pub(crate) struct Copies<'a> {
     adds: Vec<Add>,
 }
 
-impl<'a> Copies<'a> {
+impl<'a> RowRewriter<'a> {
     /// Nothing yet.
     pub(crate) fn new(place: &'a Place<'a>, shape: &'a Shape) -> Self {
         Self { place, shape, pending: Default::default(), open: None, updated: None, adds: Vec::new() }

@@ -188,7 +188,7 @@ impl Table {
                 return Ok(());
             }
         }
-        Err(Error::new(ErrorKind::Table, "other writers committed first, again and again"))
+        Err(Error::new(ErrorKind::Table, "other writers committed first in each attempt"))
     }
 }
 

@@ -39,7 +39,7 @@ impl Filter {
     }
 
     /// Whether the key may have been put in; never `false` for one that was.
-    pub(crate) fn may_have(&self, key: u128) -> bool {
+    pub(crate) fn might_contain(&self, key: u128) -> bool {
         let (block, bits) = self.place(key);
         self.bits(bits).all(|(word, bit)| self.blocks[block][word] & bit != 0)
     }
@@ -56,8 +56,8 @@ mod tests {
         for (limit, wrong) in [(usize::MAX, 0.02), (40_000, 0.35), (0, 1.0)] {
             let mut filter = Filter::new(100_000, limit);
             (0..100_000).for_each(|number| filter.put(key(number)));
-            assert!((0..100_000).all(|number| filter.may_have(key(number))));
-            let made_up = (100_000..200_000).filter(|number| filter.may_have(key(*number))).count();
+            assert!((0..100_000).all(|number| filter.might_contain(key(number))));
+            let made_up = (100_000..200_000).filter(|number| filter.might_contain(key(*number))).count();
             assert!(made_up as f64 <= wrong * 100_000.0, "{made_up} with {limit}");
         }
     }

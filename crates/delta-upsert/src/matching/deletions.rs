@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::row::{Arrival, RowKey, key_of};
+use crate::row::{RowKey, RowPosition, key_of};
 use crate::staging::spill::{KeyAt, Spill};
 use foundation::error::Result;
 
@@ -35,7 +35,7 @@ impl Deletions {
             key: key_of(id.as_bytes()),
             last_updated: RowKey::ABSENT,
             version: RowKey::ABSENT,
-            arrival: Arrival::default(),
+            arrival: RowPosition::default(),
             subsetted: false,
             replayed: false,
         });
@@ -62,9 +62,9 @@ impl Deletions {
     }
 
     /// Puts them on disk.
-    pub fn put_on_disk(&mut self) -> Result<()> {
+    pub fn spill(&mut self) -> Result<()> {
         self.ids = None;
-        self.keys.put_on_disk()
+        self.keys.spill()
     }
 }
 

@@ -13,7 +13,7 @@ use parquet::basic::Type;
 use parquet::file::metadata::RowGroupMetaData;
 use roaring::RoaringTreemap;
 
-use crate::row::{Arrival, RowKey, key_of};
+use crate::row::{RowKey, RowPosition, key_of};
 use crate::table::reader::{BATCH_BYTES, FileRows, LocalRows, StoreReader};
 use crate::table::{Table, storage};
 use foundation::error::{Error, ErrorKind, Result};
@@ -202,7 +202,7 @@ impl<'a> OpenFile<'a> {
             read_ranks(&batch, &mut ranks[from..])?;
         }
         if ranks.len() != rows.len() {
-            return Err(Error::new(ErrorKind::Storage, format!("{} gave other rows than asked for", file.path)));
+            return Err(Error::new(ErrorKind::Storage, format!("{} returned other rows than requested", file.path)));
         }
         Ok(ranks)
     }
@@ -345,7 +345,7 @@ const NO_RANK: RowKey = RowKey {
     key: 0,
     last_updated: RowKey::ABSENT,
     version: RowKey::ABSENT,
-    arrival: Arrival::from_bits(0),
+    arrival: RowPosition::from_bits(0),
     subsetted: false,
     replayed: false,
 };
@@ -364,7 +364,7 @@ fn read_ranks(batch: &RecordBatch, ranks: &mut [RowKey]) -> Result<()> {
     };
     if let Some(updated) = meta.column_by_name("lastUpdated") {
         let micros = arrow::compute::cast(updated, &DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())))
-            .map_err(|error| storage(error, "meta.lastUpdated of the table is no timestamp"))?;
+            .map_err(|error| storage(error, "meta.lastUpdated of the table is not a timestamp"))?;
         let micros = micros.as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
         for (at, rank) in ranks.iter_mut().enumerate() {
             if micros.is_valid(at) && meta.is_valid(at) {

@@ -21,8 +21,8 @@ use crate::commit::upsert::Merged;
 use crate::matching::bloom_filter::Filter;
 use crate::matching::deletions::{Deletions, MAX_IDS, Scratch};
 use crate::matching::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, selection};
-use crate::matching::not_matched::Absent;
-use crate::matching::precedence::{OrderRules, Verdict, is_undated, judge};
+use crate::matching::not_matched::NotMatchedBySource;
+use crate::matching::precedence::{OrderRules, Precedence, is_undated, judge};
 use crate::matching::row_equality::row_hashes;
 use crate::row::{RowKey, key_of};
 use crate::staging::StagedFile;
@@ -57,7 +57,7 @@ type ByKey<T> = HashMap<u128, T, BuildHasherDefault<Identity>>;
 
 /// Rows to be marked, before any file is written.
 #[derive(Debug, Default)]
-pub(crate) struct Marks {
+pub(crate) struct MergePlan {
     pub merged: Merged,
     /// By data file of the table.
     pub gone: BTreeMap<usize, RoaringTreemap>,
@@ -74,7 +74,7 @@ pub(crate) struct Marks {
     equal_held: BTreeMap<usize, RoaringTreemap>,
 }
 
-impl Marks {
+impl MergePlan {
     fn mark(&mut self, held: &KeyAt) {
         self.gone.entry(held.file as usize).or_default().insert(held.row());
     }
@@ -95,7 +95,7 @@ struct Seen {
 
 /// What the run brings in a part of the key space.
 #[derive(Default)]
-struct Brought {
+struct StagedRows {
     /// The newest copy of each id.
     winners: Vec<KeyAt>,
     /// Indexes of them.
@@ -108,7 +108,7 @@ struct Brought {
     deletions: ByKey<Option<RowKey>>,
 }
 
-impl Brought {
+impl StagedRows {
     fn winner(&self, key: u128) -> Option<usize> {
         self.by_key.find(key as u64, |at| self.winners[*at as usize].key == key).map(|at| *at as usize)
     }
@@ -155,8 +155,8 @@ impl Brought {
             let (new, old) = (staged.row_key(), best.row_key());
             // A line out of quarantine must show that it is newer than what the export brings.
             let newer = match (new.replayed, old.replayed) {
-                (true, false) => matches!(judge(&new, &old, OrderRules::default()), Verdict::Newer),
-                (false, true) => !matches!(judge(&old, &new, OrderRules::default()), Verdict::Newer),
+                (true, false) => matches!(judge(&new, &old, OrderRules::default()), Precedence::Newer),
+                (false, true) => !matches!(judge(&old, &new, OrderRules::default()), Precedence::Newer),
                 _ => new.rank() > old.rank(),
             };
             return Some(if newer { std::mem::replace(best, staged) } else { staged });
@@ -175,15 +175,15 @@ pub(crate) struct Matching<'a> {
     pub files: &'a [StagedFile],
     pub deletions: &'a Deletions,
     pub order: OrderRules,
-    pub absent: Absent,
+    pub absent: NotMatchedBySource,
     pub scratch: &'a Scratch,
 }
 
 impl Matching<'_> {
     /// The rows that go.
-    pub(crate) async fn marks(&self) -> Result<Marks> {
+    pub(crate) async fn marks(&self) -> Result<MergePlan> {
         let staged_gone = self.files.iter().map(|file| file.void.clone()).collect();
-        let mut marks = Marks { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..Marks::default() };
+        let mut marks = MergePlan { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..MergePlan::default() };
         let brought: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
         if brought * BYTES_A_ROW <= self.scratch.memory as u64 {
             self.at_once(&mut marks).await?;
@@ -192,7 +192,7 @@ impl Matching<'_> {
         }
         self.absent.check(marks.absent, marks.live)?;
         marks.merged.absent = marks.absent;
-        if let Absent::Replace(_) = self.absent {
+        if let NotMatchedBySource::Overwrite(_) = self.absent {
             marks.merged.updated = marks.live - marks.absent;
             marks.merged.inserted = marks.merged.inserted.saturating_sub(marks.merged.updated);
         }
@@ -200,10 +200,10 @@ impl Matching<'_> {
         Ok(marks)
     }
 
-    async fn at_once(&self, marks: &mut Marks) -> Result<()> {
+    async fn at_once(&self, marks: &mut MergePlan) -> Result<()> {
         let mut brought = self.brought(&Part::ALL, marks)?;
         brought.make_bits();
-        let stays = self.absent == Absent::Stay;
+        let stays = self.absent == NotMatchedBySource::Keep;
         let ids = if stays { self.ids().await? } else { None };
         // What a run without a row looks for, no file has.
         let targets = if stays && brought.winners.is_empty() && brought.deletions.is_empty() { &[] } else { self.targets };
@@ -220,7 +220,13 @@ impl Matching<'_> {
     }
 
     /// The rows of a file that the run brings, and what it does not bring.
-    async fn look(&self, index: usize, target: &TargetFile, brought: &Brought, ids: Option<&Ids>) -> Result<(Vec<KeyAt>, Seen)> {
+    async fn look(
+        &self,
+        index: usize,
+        target: &TargetFile,
+        brought: &StagedRows,
+        ids: Option<&Ids>,
+    ) -> Result<(Vec<KeyAt>, Seen)> {
         let mut seen = Seen::default();
         let (least, greatest) = &target.data.ids;
         if ids.is_some_and(|ids| ids.between(least.as_deref(), greatest.as_deref()).is_empty()) {
@@ -229,7 +235,7 @@ impl Matching<'_> {
         let file = self.open(target).await?;
         seen.rows = file.rows();
         let (mut found, mut keys) = (Vec::new(), Vec::new());
-        let stays = self.absent == Absent::Stay;
+        let stays = self.absent == NotMatchedBySource::Keep;
         let each = |row, key: Option<u128>| match key.filter(|key| brought.has(*key)) {
             Some(key) => {
                 found.push(row);
@@ -243,7 +249,7 @@ impl Matching<'_> {
         let mut live = found.iter().map(|row| !target.data.gone.contains(*row));
         keys.retain(|_| live.next().unwrap_or(false));
         found.retain(|row| !target.data.gone.contains(*row));
-        if found.is_empty() || matches!(self.absent, Absent::Replace(_)) {
+        if found.is_empty() || matches!(self.absent, NotMatchedBySource::Overwrite(_)) {
             return Ok((Vec::new(), seen));
         }
         let ranks = file.ranks(&found).await?;
@@ -253,7 +259,7 @@ impl Matching<'_> {
     }
 
     /// With memory for a part of the keys only.
-    async fn part_by_part(&self, brought: u64, marks: &mut Marks) -> Result<()> {
+    async fn part_by_part(&self, brought: u64, marks: &mut MergePlan) -> Result<()> {
         let quarter = self.scratch.memory / 4;
         let mut filter = Filter::new(brought, quarter);
         let mut rows = [0; PARTITIONS];
@@ -272,15 +278,15 @@ impl Matching<'_> {
             if brought * 4 < file.rows() {
                 let mut rows = RoaringTreemap::new();
                 let gone = &target.data.gone;
-                let each = |row, key: Option<u128>| match key.filter(|key| filter.may_have(*key)) {
+                let each = |row, key: Option<u128>| match key.filter(|key| filter.might_contain(*key)) {
                     Some(_) => drop(rows.insert(row)),
-                    None if self.absent == Absent::Stay || gone.contains(row) => {}
+                    None if self.absent == NotMatchedBySource::Keep || gone.contains(row) => {}
                     None => self.absent_row(index, row, marks),
                 };
                 file.for_each_id(None, each).await?;
                 maybe = Some(rows);
             }
-            let each = |row, key: Option<RowKey>| match key.filter(|key| filter.may_have(key.key)) {
+            let each = |row, key: Option<RowKey>| match key.filter(|key| filter.might_contain(key.key)) {
                 Some(key) => held.push(KeyAt::new(key, index as u32, row as u32)),
                 None => {
                     self.absent_row(index, row, marks);
@@ -291,7 +297,7 @@ impl Matching<'_> {
             self.count_live(index, file.rows(), marks);
         }
         drop(filter);
-        held.put_on_disk()?;
+        held.spill()?;
         for part in Part::of(&rows, self.scratch.memory as u64 / BYTES_A_ROW) {
             let brought = self.brought(&part, marks)?;
             let mut matches = Vec::new();
@@ -317,8 +323,8 @@ impl Matching<'_> {
     }
 
     /// A row of the table that the run neither brings nor deletes by name.
-    fn absent_row(&self, file: usize, row: u64, marks: &mut Marks) {
-        if self.absent == Absent::Stay {
+    fn absent_row(&self, file: usize, row: u64, marks: &mut MergePlan) {
+        if self.absent == NotMatchedBySource::Keep {
             return;
         }
         marks.absent += 1;
@@ -327,12 +333,12 @@ impl Matching<'_> {
     }
 
     /// Counts a file of so many rows, where it matters which of them the run does not bring.
-    fn count_live(&self, file: usize, rows: u64, marks: &mut Marks) {
-        if self.absent == Absent::Stay {
+    fn count_live(&self, file: usize, rows: u64, marks: &mut MergePlan) {
+        if self.absent == NotMatchedBySource::Keep {
             return;
         }
         marks.live += rows - self.targets[file].data.gone.len();
-        if let Absent::Replace(_) = self.absent {
+        if let NotMatchedBySource::Overwrite(_) = self.absent {
             marks.gone.entry(file).or_default().insert_range(0..rows);
         }
     }
@@ -351,8 +357,8 @@ impl Matching<'_> {
     }
 
     /// What the run brings in `part`: among its own copies the newest wins.
-    fn brought(&self, part: &Part, marks: &mut Marks) -> Result<Brought> {
-        let mut brought = Brought::default();
+    fn brought(&self, part: &Part, marks: &mut MergePlan) -> Result<StagedRows> {
+        let mut brought = StagedRows::default();
         if part.partitions.len() == PARTITIONS {
             let rows = self.files.iter().map(|file| file.rows as usize).sum();
             brought.winners.reserve_exact(rows);
@@ -397,9 +403,9 @@ impl Matching<'_> {
     }
 
     /// Decides about each id that the table has: `held` are its rows in the table.
-    fn settle(&self, brought: &Brought, mut held: Vec<KeyAt>, marks: &mut Marks) {
+    fn settle(&self, brought: &StagedRows, mut held: Vec<KeyAt>, marks: &mut MergePlan) {
         marks.merged.inserted += brought.by_key.len() as u64;
-        if let Absent::Replace(_) = self.absent {
+        if let NotMatchedBySource::Overwrite(_) = self.absent {
             return;
         }
         held.sort_unstable_by_key(|held| (held.key, held.file, held.row()));
@@ -409,7 +415,7 @@ impl Matching<'_> {
                 // The table may have what came after the version that says that it is gone.
                 let goes = |copy: &KeyAt| {
                     version.is_none_or(|version| {
-                        !matches!(judge(&version, &copy.row_key(), OrderRules::default()), Verdict::Older)
+                        !matches!(judge(&version, &copy.row_key(), OrderRules::default()), Precedence::Older)
                             || is_same(&version, &copy.row_key())
                     })
                 };
@@ -426,12 +432,12 @@ impl Matching<'_> {
             marks.merged.undated +=
                 u64::from(self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held));
             match judge(&staged, &held, self.order) {
-                Verdict::Newer => {
+                Precedence::Newer => {
                     marks.mark(best);
                     marks.merged.updated += 1;
                 }
-                Verdict::Older => marks.mark_staged(&winner),
-                Verdict::Compare => {
+                Precedence::Older => marks.mark_staged(&winner),
+                Precedence::Compare => {
                     marks.equal[winner.file as usize].insert(winner.row());
                     marks.equal_held.entry(best.file as usize).or_default().insert(best.row());
                 }
@@ -440,7 +446,7 @@ impl Matching<'_> {
     }
 
     /// Reads the rows that only their content can tell apart: those that say the same are skipped.
-    async fn compare(&self, marks: &mut Marks) -> Result<()> {
+    async fn compare(&self, marks: &mut MergePlan) -> Result<()> {
         let (equal, equal_held) = (std::mem::take(&mut marks.equal), std::mem::take(&mut marks.equal_held));
         let quarter = self.scratch.memory / 4;
         let (mut staged, mut held) = (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));

@@ -5,21 +5,21 @@ use foundation::error::{Error, ErrorKind, Result};
 
 /// What becomes of rows that a run does not bring.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Absent {
+pub enum NotMatchedBySource {
     /// They stay.
-    Stay,
+    Keep,
     /// They are deleted, up to so many.
     Delete(Limit),
     /// They are deleted, up to so many, and every other row is replaced by what the run brings, newer or not.
-    Replace(Limit),
+    Overwrite(Limit),
 }
 
-impl Absent {
+impl NotMatchedBySource {
     /// An error where more of a table's `live` rows are absent than may be deleted.
     pub(crate) fn check(self, absent: u64, live: u64) -> Result<()> {
         let allowed = match self {
-            Absent::Stay => return Ok(()),
-            Absent::Delete(most) | Absent::Replace(most) => most.of(live),
+            NotMatchedBySource::Keep => return Ok(()),
+            NotMatchedBySource::Delete(most) | NotMatchedBySource::Overwrite(most) => most.of(live),
         };
         if absent <= allowed {
             return Ok(());

@@ -3,7 +3,7 @@
 use crate::row::RowKey;
 
 /// How a staged row stands to the table's.
-pub(crate) enum Verdict {
+pub(crate) enum Precedence {
     /// It replaces it.
     Newer,
     /// It is skipped.
@@ -23,34 +23,34 @@ pub struct OrderRules {
 }
 
 /// A staged row against the table's, by DESIGN section 5 "Order".
-pub(crate) fn judge(staged: &RowKey, table: &RowKey, rules: OrderRules) -> Verdict {
+pub(crate) fn judge(staged: &RowKey, table: &RowKey, rules: OrderRules) -> Precedence {
     const ABSENT: i64 = RowKey::ABSENT;
     if staged.subsetted != table.subsetted {
-        return if staged.subsetted { Verdict::Older } else { Verdict::Newer };
+        return if staged.subsetted { Precedence::Older } else { Precedence::Newer };
     }
     // What lacks the order that the table's row has comes from the newer export.
     if rules.undated_is_older {
         if is_undated(staged, table) {
-            return Verdict::Older;
+            return Precedence::Older;
         }
         if staged.last_updated != table.last_updated && table.last_updated != ABSENT {
-            return if staged.last_updated > table.last_updated { Verdict::Newer } else { Verdict::Older };
+            return if staged.last_updated > table.last_updated { Precedence::Newer } else { Precedence::Older };
         }
     }
     let lacks = |staged: i64, table: i64| staged == ABSENT && table != ABSENT;
     if lacks(staged.last_updated, table.last_updated) || lacks(staged.version, table.version) {
         // Out of quarantine it comes from an older one: what has no order cannot say that it is newer.
-        return if staged.replayed { Verdict::Older } else { Verdict::Newer };
+        return if staged.replayed { Precedence::Older } else { Precedence::Newer };
     }
     let unknown = |staged: i64, table: i64| staged == ABSENT || table == ABSENT;
     if staged.replayed && (unknown(staged.last_updated, table.last_updated) && unknown(staged.version, table.version)) {
-        return Verdict::Older;
+        return Precedence::Older;
     }
     match (staged.last_updated, staged.version).cmp(&(table.last_updated, table.version)) {
-        std::cmp::Ordering::Less => Verdict::Older,
-        std::cmp::Ordering::Greater => Verdict::Newer,
-        std::cmp::Ordering::Equal if staged.version != ABSENT && !rules.full_refresh => Verdict::Older,
-        std::cmp::Ordering::Equal => Verdict::Compare,
+        std::cmp::Ordering::Less => Precedence::Older,
+        std::cmp::Ordering::Greater => Precedence::Newer,
+        std::cmp::Ordering::Equal if staged.version != ABSENT && !rules.full_refresh => Precedence::Older,
+        std::cmp::Ordering::Equal => Precedence::Compare,
     }
 }
 
@@ -64,19 +64,19 @@ pub(crate) fn is_undated(staged: &RowKey, table: &RowKey) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::Arrival;
+    use crate::row::RowPosition;
 
     fn key(last_updated: i64, version: i64, subsetted: bool) -> RowKey {
-        RowKey { key: 1, last_updated, version, arrival: Arrival::default(), subsetted, replayed: false }
+        RowKey { key: 1, last_updated, version, arrival: RowPosition::default(), subsetted, replayed: false }
     }
     const NONE: i64 = RowKey::ABSENT;
 
     // Every sentence of DESIGN section 5 "Order" that concerns the table.
     #[test]
     fn order_against_the_table() {
-        let newer = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Verdict::Newer);
-        let older = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Verdict::Older);
-        let compare = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Verdict::Compare);
+        let newer = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Precedence::Newer);
+        let older = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Precedence::Older);
+        let compare = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Precedence::Compare);
         assert!(older(key(1, 1, false), key(2, 2, false)), "older is skipped");
         assert!(newer(key(2, 1, false), key(1, 1, false)), "lastUpdated comes first");
         assert!(newer(key(1, 10, false), key(1, 9, false)), "versions are numbers");
@@ -93,16 +93,16 @@ mod tests {
         assert!(older(replayed(key(NONE, 1, false)), key(5, 1, false)), "out of quarantine, lacks the table's order");
         assert!(older(replayed(key(NONE, NONE, false)), key(NONE, NONE, false)), "out of quarantine, without order");
         let rules = OrderRules { full_refresh: true, ..OrderRules::default() };
-        assert!(matches!(judge(&key(1, 1, false), &key(1, 1, false), rules), Verdict::Compare), "full refresh compares");
+        assert!(matches!(judge(&key(1, 1, false), &key(1, 1, false), rules), Precedence::Compare), "full refresh compares");
         let rules = OrderRules { undated_is_older: true, ..OrderRules::default() };
         let of_folder = |staged, table| judge(&staged, &table, rules);
         assert!(
-            matches!(of_folder(key(NONE, NONE, false), key(5, 1, false)), Verdict::Older),
+            matches!(of_folder(key(NONE, NONE, false), key(5, 1, false)), Precedence::Older),
             "a folder's undated copy is not newer"
         );
-        assert!(matches!(of_folder(key(NONE, NONE, false), key(NONE, NONE, false)), Verdict::Compare));
-        assert!(matches!(of_folder(key(6, 1, false), key(5, 1, false)), Verdict::Newer));
-        assert!(matches!(of_folder(key(6, NONE, false), key(5, 1, false)), Verdict::Newer), "it is dated");
-        assert!(matches!(of_folder(key(4, NONE, false), key(5, 1, false)), Verdict::Older), "and older");
+        assert!(matches!(of_folder(key(NONE, NONE, false), key(NONE, NONE, false)), Precedence::Compare));
+        assert!(matches!(of_folder(key(6, 1, false), key(5, 1, false)), Precedence::Newer));
+        assert!(matches!(of_folder(key(6, NONE, false), key(5, 1, false)), Precedence::Newer), "it is dated");
+        assert!(matches!(of_folder(key(4, NONE, false), key(5, 1, false)), Precedence::Older), "and older");
     }
 }

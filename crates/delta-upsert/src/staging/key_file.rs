@@ -19,7 +19,7 @@ const HEADER: usize = MAGIC.len() + PARTITIONS * ENTRY + 8;
 
 /// The keys.
 #[derive(Debug)]
-pub(crate) struct KeptKeys {
+pub(crate) struct KeyFile {
     path: PathBuf,
     partitions: Vec<Partition>,
     /// Indexes of the export's files whose rows count; `None` for all.
@@ -34,7 +34,7 @@ struct Partition {
     hash: u64,
 }
 
-impl KeptKeys {
+impl KeyFile {
     /// Writes keys into a new file at `path`, durable when this returns.
     pub(crate) fn save(keys: &mut Spill<KeyAt>, path: &Path) -> Result<Self> {
         let failed = || format!("{} cannot be written", path.display());
@@ -136,7 +136,7 @@ impl KeptKeys {
 }
 
 fn damaged(path: &Path) -> Error {
-    Error::new(ErrorKind::Data, format!("{} is not what was written", path.display()))
+    Error::new(ErrorKind::Data, format!("{}: checksum mismatch", path.display()))
 }
 
 #[cfg(test)]
@@ -155,8 +155,8 @@ mod tests {
             for number in 0..10_000 {
                 spill.push(record(number)).unwrap();
             }
-            KeptKeys::save(&mut spill, &path).unwrap();
-            let read = |keys: &KeptKeys| {
+            KeyFile::save(&mut spill, &path).unwrap();
+            let read = |keys: &KeyFile| {
                 let mut found = Vec::new();
                 for first in (0..PARTITIONS).step_by(16) {
                     keys.read(first..first + 16, |record| {
@@ -170,7 +170,7 @@ mod tests {
             let expected = |wanted: &dyn Fn(u32) -> bool| -> Vec<String> {
                 (0..10_000).filter(|number| wanted(*number)).map(|number| format!("{:?}", record(number))).collect()
             };
-            let mut keys = KeptKeys::open(&path).unwrap();
+            let mut keys = KeyFile::open(&path).unwrap();
             assert_eq!((keys.rows(), read(&keys).unwrap()), (10_000, expected(&|_| true)));
             let mut void = 0;
             keys.count_only([0, 2].into(), |record| void += u64::from(record.arrival.file() == 1)).unwrap();
@@ -184,7 +184,7 @@ mod tests {
         };
         for wrong in [whole[..whole.len() - 5].to_vec(), whole[..100].to_vec(), changed(3), changed(100), changed(300_000)] {
             std::fs::write(&path, wrong).unwrap();
-            let error = KeptKeys::open(&path).and_then(|keys| keys.read(0..PARTITIONS, |_| Ok(()))).unwrap_err();
+            let error = KeyFile::open(&path).and_then(|keys| keys.read(0..PARTITIONS, |_| Ok(()))).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Data);
         }
     }

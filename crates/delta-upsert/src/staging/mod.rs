@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::maintenance::vacuum::data_path;
 use crate::row::{EncodedBatch, FileRows};
-use crate::staging::key_file::KeptKeys;
+use crate::staging::key_file::KeyFile;
 use crate::staging::new_file::NewFile;
 use crate::staging::spill::{KeyAt, Spill};
 use crate::table::{Table, storage};
@@ -35,7 +35,7 @@ pub struct StagedParquet {
     pub size: u64,
     /// Rows, those included that do not count.
     pub rows: u64,
-    /// Its rows by export file ([`Arrival::file`](crate::Arrival::file)).
+    /// Its rows by export file ([`RowPosition::file`](crate::RowPosition::file)).
     #[serde(default)]
     pub by_file: BTreeMap<u32, FileRows>,
     /// Least and greatest `lastUpdated`.
@@ -85,7 +85,7 @@ pub(crate) enum Keys {
     /// In memory, and on disk as long as the process lives.
     Fresh(Spill<KeyAt>),
     /// Written down.
-    Kept(KeptKeys),
+    Kept(KeyFile),
 }
 
 impl Keys {
@@ -108,13 +108,13 @@ impl Keys {
 
 /// What became of a file that an earlier run staged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub enum StagedFileState {
     /// It waits to be merged.
-    Waits,
+    Pending,
     /// A version of the table names it, or did.
     Merged,
     /// It is not there as it was.
-    Gone,
+    Missing,
 }
 
 impl StagingFile {
@@ -190,7 +190,7 @@ impl StagedFile {
     /// A file that an earlier run staged, with its keys in the file `keys`. Of its rows count those from the export's files
     /// with the indexes `held`. An error of kind `Data` says that the keys are not what was written.
     pub fn again(staged: StagedParquet, keys: &std::path::Path, held: &HashSet<u32>) -> Result<Self> {
-        let mut kept = KeptKeys::open(keys)?;
+        let mut kept = KeyFile::open(keys)?;
         let mut void = RoaringTreemap::new();
         let mut by_file = staged.by_file.clone();
         by_file.retain(|index, _| held.contains(index));
@@ -199,7 +199,7 @@ impl StagedFile {
             kept.count_only(by_file.keys().copied().collect(), |key| void.extend([key.row()]))?;
         }
         if kept.rows() != counted || kept.rows() + void.len() != staged.rows {
-            return Err(Error::new(ErrorKind::Data, format!("{} does not have the keys of its file", keys.display())));
+            return Err(Error::new(ErrorKind::Data, format!("{}: key file does not match its Parquet file", keys.display())));
         }
         Ok(Self {
             path: Path::from(staged.path.as_str()),
@@ -239,7 +239,7 @@ impl StagedFile {
     /// Writes the keys of its rows into a file, durably; they are read there from then on.
     pub fn save_keys(&mut self, path: &std::path::Path) -> Result<()> {
         if let Keys::Fresh(keys) = &mut self.keys {
-            self.keys = Keys::Kept(KeptKeys::save(keys, path)?);
+            self.keys = Keys::Kept(KeyFile::save(keys, path)?);
             reached("keys are saved");
         }
         Ok(())
@@ -254,9 +254,9 @@ impl StagedFile {
     }
 
     /// Puts the keys of its rows on disk.
-    pub fn put_keys_on_disk(&mut self) -> Result<()> {
+    pub fn spill_keys(&mut self) -> Result<()> {
         match &mut self.keys {
-            Keys::Fresh(keys) => keys.put_on_disk(),
+            Keys::Fresh(keys) => keys.spill(),
             Keys::Kept(_) => Ok(()),
         }
     }
@@ -270,7 +270,7 @@ impl StagedFile {
 impl Table {
     /// What became of files that an earlier run staged. One that a version named and a later one removed so long ago that the
     /// table does not know it any more waits, for all that can be told; its rows then lose against the table's.
-    pub async fn fates(&self, staged: &[StagedParquet]) -> Result<Vec<Fate>> {
+    pub async fn staged_file_states(&self, staged: &[StagedParquet]) -> Result<Vec<StagedFileState>> {
         let mut named: HashSet<Path> = HashSet::new();
         if let Some(delta) = &self.delta {
             let failed = |error| storage(error, "the table's log cannot be read");
@@ -282,17 +282,17 @@ impl Table {
             }
         }
         let store = self.store();
-        let mut fates = Vec::with_capacity(staged.len());
+        let mut staged_file_states = Vec::with_capacity(staged.len());
         for file in staged {
             let path = Path::from(file.path.as_str());
-            fates.push(match store.head(&path).await {
-                _ if named.contains(&path) => Fate::Merged,
-                Ok(found) if found.size == file.size => Fate::Waits,
-                Ok(_) | Err(object_store::Error::NotFound { .. }) => Fate::Gone,
-                Err(error) => return Err(storage(error, &format!("{path} cannot be looked at"))),
+            staged_file_states.push(match store.head(&path).await {
+                _ if named.contains(&path) => StagedFileState::Merged,
+                Ok(found) if found.size == file.size => StagedFileState::Pending,
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => StagedFileState::Missing,
+                Err(error) => return Err(storage(error, &format!("{path} cannot be read"))),
             });
         }
-        Ok(fates)
+        Ok(staged_file_states)
     }
 
     /// Makes the names of new files durable, where they are in a local folder.

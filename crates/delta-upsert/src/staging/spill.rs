@@ -8,7 +8,7 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::row::{Arrival, RowKey};
+use crate::row::{RowKey, RowPosition};
 use foundation::error::{Context, ErrorKind, Result};
 use foundation::secure_fs::unnamed_file;
 
@@ -33,7 +33,7 @@ pub(crate) struct KeyAt {
     pub key: u128,
     pub last_updated: i64,
     pub version: i64,
-    pub arrival: Arrival,
+    pub arrival: RowPosition,
     /// Index of its file among the run's or the table's.
     pub file: u32,
     /// The row in the file, [`KeyAt::SUBSETTED`] and [`KeyAt::REPLAYED`].
@@ -108,7 +108,7 @@ impl Record for KeyAt {
             key: u128::from_le_bytes(take(from)),
             last_updated: i64::from_le_bytes(take(from)),
             version: i64::from_le_bytes(take(from)),
-            arrival: Arrival::from_bits(u64::from_le_bytes(take(from))),
+            arrival: RowPosition::from_bits(u64::from_le_bytes(take(from))),
             file: u32::from_le_bytes(take(from)),
             row: u32::from_le_bytes(take(from)),
         }
@@ -228,7 +228,7 @@ impl<T: Record> Spill<T> {
     /// Adds a record.
     pub(crate) fn push(&mut self, record: T) -> Result<()> {
         if self.memory.len() * size_of::<T>() >= self.limit {
-            self.put_on_disk()?;
+            self.spill()?;
         }
         self.memory.push(record);
         self.sorted = false;
@@ -237,8 +237,8 @@ impl<T: Record> Spill<T> {
     }
 
     /// Puts what is in memory on disk.
-    pub(crate) fn put_on_disk(&mut self) -> Result<()> {
-        let failed = "keys cannot be put on disk";
+    pub(crate) fn spill(&mut self) -> Result<()> {
+        let failed = "keys cannot be spilled";
         if self.memory.is_empty() {
             return Ok(());
         }
@@ -283,7 +283,7 @@ impl<T: Record> Spill<T> {
                 let mut file = &disk.file;
                 file.seek(SeekFrom::Start(*at))
                     .and_then(|_| file.read_exact(&mut bytes))
-                    .context(ErrorKind::State, "keys cannot be read back from disk")?;
+                    .context(ErrorKind::State, "spilled keys cannot be read back")?;
                 bytes.chunks_exact(T::BYTES).try_for_each(|bytes| each(T::read(bytes)))?;
             }
         }
@@ -310,7 +310,7 @@ pub(crate) mod tests {
             key: key_of(&number.to_le_bytes()),
             last_updated: i64::from(number) - 7,
             version: RowKey::ABSENT,
-            arrival: Arrival::new(number % 3, u64::from(number)),
+            arrival: RowPosition::new(number % 3, u64::from(number)),
             subsetted: number.is_multiple_of(2),
             replayed: number.is_multiple_of(3),
         };

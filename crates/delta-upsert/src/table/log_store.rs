@@ -77,7 +77,7 @@ pub(crate) async fn without_checkpoints(
         }
         let why = format!("its checkpoint cannot be read, and older commits are no longer there as JSON: {words}");
         return Err(Error::new(ErrorKind::Table, why).with_hint(
-            "restore `_delta_log` from a backup, or let another engine repair the table; to load it anew, move its folder away and run with --full-refresh",
+            "restore `_delta_log` from a backup, or let another engine repair the table; to reload it, move its folder away and run with --full-refresh",
         ));
     }
     hidden.insert(prefix.parts().chain(Path::from(HINT).parts()).collect());

@@ -261,7 +261,7 @@ impl Table {
             Ok::<(), Error>(())
         };
         if let Err(error) = done.await {
-            tracing::warn!(%error, "the commit is made; its table's log could not be tidied");
+            tracing::warn!(%error, "the commit succeeded; old log files could not be removed");
         }
     }
 }
@@ -286,17 +286,17 @@ fn check_store(url: &Url) -> Result<()> {
         return Ok(());
     }
     let Some((_, feature, built_in)) = STORES.iter().find(|(schemes, _, _)| schemes.contains(&scheme)) else {
-        return bad(format!("{scheme}:// is no place for tables: a folder, s3://, abfss:// or gs://"));
+        return bad(format!("{scheme}:// is not supported for tables; use a folder, s3://, abfss:// or gs://"));
     };
     if !built_in {
         return bad(format!("{scheme}:// is not in this build; build it with `cargo build --release --features {feature}`"));
     }
     // What comes before @ is a container in abfss://, and elsewhere a key that is there by mistake.
     if url.password().is_some() || (*feature != "azure" && !url.username().is_empty()) {
-        return bad("no keys in the URL of the tables: it would be logged; they belong into the environment".into());
+        return bad("the URL of the tables must not have keys, since it is logged: set them in the environment".into());
     }
     if url.query().is_some() || url.fragment().is_some() {
-        return bad("no query in the URL of the tables; settings of the store belong into the environment".into());
+        return bad("the URL of the tables must not have a query: set the store's options in the environment".into());
     }
     Ok(())
 }
@@ -306,8 +306,8 @@ pub(crate) fn folder_url(location: &str) -> Result<Url> {
     let url = if location.contains("://") {
         Url::parse(location).context(ErrorKind::Config, "not a URL")?
     } else {
-        let path = std::path::absolute(location).context(ErrorKind::Config, format!("{location} is no path"))?;
-        Url::from_directory_path(&path).map_err(|()| Error::new(ErrorKind::Config, format!("{location} is no path")))?
+        let path = std::path::absolute(location).context(ErrorKind::Config, format!("{location} is not a path"))?;
+        Url::from_directory_path(&path).map_err(|()| Error::new(ErrorKind::Config, format!("{location} is not a path")))?
     };
     let mut url = url;
     if !url.path().ends_with('/') {
@@ -438,6 +438,6 @@ impl TableSettings {
 pub fn delta_schema(schema: &Schema) -> Result<StructType> {
     let delta: StructType = schema
         .try_into_kernel()
-        .map_err(|error| Error::new(ErrorKind::Internal, format!("the schema is none of Delta's: {error}")))?;
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("the schema cannot be a Delta schema: {error}")))?;
     Ok(delta)
 }

@@ -82,7 +82,7 @@ pub(crate) fn narrow(batch: &RecordBatch) -> Result<RecordBatch> {
         columns,
         &RecordBatchOptions::new().with_row_count(Some(batch.num_rows())),
     )
-    .map_err(|error| storage(error, "rows cannot be put together"))
+    .map_err(|error| storage(error, "record batches cannot be concatenated"))
 }
 
 fn narrowed(column: &ArrayRef) -> Result<ArrayRef> {
@@ -129,7 +129,7 @@ fn adapt_column(column: Option<&ArrayRef>, field: &Field, rows: usize) -> Result
         return Ok(column.clone());
     }
     let failed = |error| storage(error, &format!("column {} does not fit the table's", field.name()));
-    let wrong = || Error::new(ErrorKind::Table, format!("column {} of a file is no {}", field.name(), field.data_type()));
+    let wrong = || Error::new(ErrorKind::Table, format!("column {} of a file is not a {}", field.name(), field.data_type()));
     Ok(match field.data_type() {
         DataType::Struct(fields) => {
             let structs = column.as_struct_opt().ok_or_else(wrong)?;

@@ -35,7 +35,7 @@ impl Table {
             let actions = vec![Action::Protocol(protocol), Action::Metadata(metadata)];
             let operation = DeltaOperation::SetTableProperties { properties };
             if self.change(actions, info, operation).await? {
-                tracing::info!(resource_type = %self.resource_type, "deletion vectors are on from now on");
+                tracing::info!(resource_type = %self.resource_type, "deletion vectors are enabled");
             }
         }
         Err(too_often())
@@ -48,14 +48,14 @@ impl Table {
             let Some(widened) = widen(&now, ours) else { return Ok(()) };
             let snapshot = delta.snapshot().map_err(|error| storage(error, "no snapshot"))?;
             let widened = delta_schema(&widened)?;
-            // Top-level columns and those that columns were added to, as Spark's own history has them.
+            // Top-level columns and those that added columns to, as Spark's own history has them.
             let before = snapshot.schema();
             let fields = widened.fields().filter(|field| before.field(field.name()) != Some(*field)).cloned().collect();
             let metadata =
                 snapshot.metadata().clone().with_schema(&widened).context(ErrorKind::Table, "columns cannot be added")?;
             let operation = DeltaOperation::AddColumn { fields };
             if self.change(vec![Action::Metadata(metadata)], info, operation).await? {
-                tracing::info!(resource_type = %self.resource_type, "columns were added");
+                tracing::info!(resource_type = %self.resource_type, "added columns");
             }
         }
         Err(too_often())
@@ -63,7 +63,7 @@ impl Table {
 }
 
 fn too_often() -> Error {
-    Error::new(ErrorKind::Table, "other writers committed first, again and again")
+    Error::new(ErrorKind::Table, "other writers committed first in each attempt")
 }
 
 /// `table` with the columns of `ours` that it lacks behind its own, on every level; `None` where it lacks none. The values

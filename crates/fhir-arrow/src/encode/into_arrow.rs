@@ -12,11 +12,11 @@ use arrow::error::ArrowError;
 
 use crate::encode::columns::{Column, List, Structs, Values};
 use crate::layout::arrow_schema::{UTC, list_type, map_type};
-use crate::layout::present_columns::{Filled, filled_type};
+use crate::layout::present_columns::{PresentColumns, filled_type};
 
 impl Column {
     /// The column as an Arrow array of `len` slots.
-    fn finish(mut self, len: usize, filled: &Filled) -> Result<ArrayRef, ArrowError> {
+    fn finish(mut self, len: usize, filled: &PresentColumns) -> Result<ArrayRef, ArrowError> {
         self.pad(len);
         Ok(match self {
             Column::Boolean(mut values) => {
@@ -71,7 +71,7 @@ fn list_item(list: &DataType) -> DataType {
 }
 
 impl List {
-    fn finish(mut self, filled: &Filled) -> Result<ListArray, ArrowError> {
+    fn finish(mut self, filled: &PresentColumns) -> Result<ListArray, ArrowError> {
         let items_len = self.offsets.last().copied().unwrap_or(0) as usize;
         let items = self.items.finish(items_len, filled)?;
         let DataType::List(item_field) = list_type(items.data_type().clone()) else {
@@ -84,22 +84,22 @@ impl List {
 
 impl Structs {
     /// Which fields were filled, at every depth.
-    pub(crate) fn filled(&self) -> Filled {
+    pub(crate) fn filled(&self) -> PresentColumns {
         let children = self.children.iter().enumerate();
         let children =
             children.filter_map(|(index, child)| Some((index, child.as_deref().filter(|child| child.has_values())?.filled())));
-        Filled { children: children.collect() }
+        PresentColumns { children: children.collect() }
     }
 
     /// Those of the columns of `known` that have a place here. The others are null throughout.
-    pub(crate) fn made(&self, known: &Filled) -> Filled {
+    pub(crate) fn made(&self, known: &PresentColumns) -> PresentColumns {
         let children = known.children.iter();
         let children = children.filter_map(|(index, inner)| Some((*index, self.children.get(*index)?.as_deref()?.made(inner)?)));
-        Filled { children: children.collect() }
+        PresentColumns { children: children.collect() }
     }
 
     /// The struct array of `len` slots with the columns of `filled`, which holds at least what was filled here.
-    pub(crate) fn finish(mut self, len: usize, filled: &Filled) -> Result<StructArray, ArrowError> {
+    pub(crate) fn finish(mut self, len: usize, filled: &PresentColumns) -> Result<StructArray, ArrowError> {
         self.pad(len);
         let mut fields: Vec<ArrowField> = Vec::with_capacity(filled.children.len());
         let mut arrays: Vec<ArrayRef> = Vec::with_capacity(filled.children.len());
@@ -125,20 +125,20 @@ impl Column {
         }
     }
 
-    fn filled(&self) -> Filled {
+    fn filled(&self) -> PresentColumns {
         match self {
             Column::Structs(structs) => structs.filled(),
             Column::List(list) => list.items.filled(),
             Column::Map { offsets, .. } => match &offsets.items {
                 Column::List(per_key) => per_key.items.filled(),
-                _ => Filled::default(),
+                _ => PresentColumns::default(),
             },
-            _ => Filled::default(),
+            _ => PresentColumns::default(),
         }
     }
 
     /// See [`Structs::made`].
-    fn made(&self, known: &Filled) -> Option<Filled> {
+    fn made(&self, known: &PresentColumns) -> Option<PresentColumns> {
         let (inner, is_map) = match self {
             Column::List(list) => (&list.items, false),
             Column::Map { offsets, .. } => match &offsets.items {
@@ -147,12 +147,12 @@ impl Column {
             },
             column => (column, false),
         };
-        let Column::Structs(structs) = inner else { return Some(Filled::default()) };
+        let Column::Structs(structs) = inner else { return Some(PresentColumns::default()) };
         let made = structs.made(known);
         match (made.children.is_empty(), is_map) {
             (false, _) => Some(made),
             // No file can hold a group of nothing. An empty map says something, so it has its first column.
-            (true, true) => Some(Filled { children: vec![(0, Filled::default())] }),
+            (true, true) => Some(PresentColumns { children: vec![(0, PresentColumns::default())] }),
             (true, false) => None,
         }
     }

@@ -17,8 +17,8 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use crate::encode::columns::{Column, List, Structs};
 use crate::encode::scalars::{parse_decimal, parse_i32};
-use crate::layout::member_index::Key;
-use crate::layout::present_columns::{Columns, Filled};
+use crate::layout::member_index::MemberKey;
+use crate::layout::present_columns::{ColumnPruning, PresentColumns};
 use crate::layout::{Field, Group, Layout, Node, Source};
 use crate::model::Model;
 use crate::tape::{Kind, Value};
@@ -34,7 +34,7 @@ pub struct EncodedRows {
     /// All columns of the file that they are for; those that the batch lacks are null throughout.
     pub schema: SchemaRef,
     /// Which those are.
-    pub filled: Filled,
+    pub filled: PresentColumns,
     /// Of each leaf column of the batch, in Parquet's order: whether readers filter by it.
     pub filtered: Vec<bool>,
 }
@@ -73,7 +73,7 @@ struct Row {
     id: Option<usize>,
     meta: Option<usize>,
     /// What could not be held, by path.
-    losses: BTreeMap<String, u64>,
+    unmapped: BTreeMap<String, u64>,
     path: String,
     units: Units,
 }
@@ -95,20 +95,20 @@ impl Row {
             Ok(name) if looks_like_fhir(name) || Model::r4().is_element_name(name) => self.path.push_str(name),
             _ => self.path.push('?'),
         }
-        if let Some(count) = self.losses.get_mut(&self.path) {
+        if let Some(count) = self.unmapped.get_mut(&self.path) {
             *count += 1;
             return;
         }
-        if self.losses.len() >= MAX_LOSS_PATHS {
+        if self.unmapped.len() >= MAX_UNMAPPED_PATHS {
             self.path.truncate(path.len() + 1);
             self.path.push('?');
         }
-        *self.losses.entry(self.path.clone()).or_default() += 1;
+        *self.unmapped.entry(self.path.clone()).or_default() += 1;
     }
 }
 
 /// Paths of losses that are told apart for a type: far more than FHIR's own, far fewer than a server can invent.
-pub const MAX_LOSS_PATHS: usize = 1_000;
+pub const MAX_UNMAPPED_PATHS: usize = 1_000;
 
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
@@ -192,7 +192,7 @@ impl Encoder {
 
     /// The rows so far as a record batch with the columns of `known`, which grows by what these rows fill and by what
     /// `columns` asks for; the encoder is empty again.
-    pub fn finish(&mut self, known: &mut Filled, columns: Columns) -> Result<EncodedRows> {
+    pub fn finish(&mut self, known: &mut PresentColumns, columns: ColumnPruning) -> Result<EncodedRows> {
         let rows = std::mem::take(&mut self.rows);
         (self.json_bytes, self.measured_at, self.column_bytes) = (0, 0, 0);
         let next = Structs::new(self.layout.root.clone(), Some(Box::new(self.root.sizes())));
@@ -211,7 +211,7 @@ impl Encoder {
 
     /// What could not be held since the last call: count by path.
     pub fn take_losses(&mut self) -> BTreeMap<String, u64> {
-        std::mem::take(&mut self.row.losses)
+        std::mem::take(&mut self.row.unmapped)
     }
 }
 
@@ -236,7 +236,7 @@ fn put_group<const ROOT: bool>(row: &mut Row, group: &Group, structs: &mut Struc
     let mut has_extensions = false;
     let mut last = 0;
     for (name, value) in object.entries() {
-        let key = Key::new(name);
+        let key = MemberKey::new(name);
         let guess = usize::from(structs.followers[last]);
         let place = if group.names.is(guess, key) {
             guess

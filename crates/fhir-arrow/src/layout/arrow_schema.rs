@@ -63,7 +63,7 @@ pub fn conform(layout: &Layout, table: &Schema, add_columns: bool) -> Result<Lay
     if asked(&layout.root) && !asked(&root) {
         return Err(Error::new(
             ErrorKind::Table,
-            "the table has no column `_source`, which source_json asks for: turn source_json off, or move the table's folder away and run again, which makes it anew",
+            "the table has no column `_source`, which source_json asks for: turn source_json off, or move the table's folder away and run again, which creates a new table",
         ));
     }
     if !root.fields.iter().any(|field| field.name == "id" && field.source == Source::Member) {
@@ -76,7 +76,7 @@ pub fn conform(layout: &Layout, table: &Schema, add_columns: bool) -> Result<Lay
 /// as it goes. With `add_columns` that is a table to which the columns that it lacks are added.
 pub fn layout_for(resource_type: &str, options: &LayoutOptions, table: Option<&Schema>) -> Result<Layout> {
     let layout = Layout::pathling(resource_type, options)
-        .ok_or_else(|| Error::new(ErrorKind::Internal, format!("{resource_type} is no type of R4")))?;
+        .ok_or_else(|| Error::new(ErrorKind::Internal, format!("{resource_type} is not a resource type of R4")))?;
     let full = arrow_schema(&layout);
     match table {
         Some(table) if *table != full => {

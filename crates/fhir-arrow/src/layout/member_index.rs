@@ -5,7 +5,7 @@
 
 /// The names of a struct's members, by place.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Names {
+pub(crate) struct MemberIndex {
     names: Vec<Name>,
     /// Open addressing; place plus one, 0 for none. At most half full.
     table: Vec<u16>,
@@ -21,7 +21,7 @@ struct Name {
 
 /// A name to look for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Key<'a> {
+pub(crate) struct MemberKey<'a> {
     head: u64,
     tail: u64,
     text: &'a [u8],
@@ -40,7 +40,7 @@ fn ends(text: &[u8]) -> (u64, u64) {
     }
 }
 
-impl<'a> Key<'a> {
+impl<'a> MemberKey<'a> {
     /// The key of a member's name.
     #[inline]
     pub(crate) fn new(text: &'a [u8]) -> Self {
@@ -55,7 +55,7 @@ impl<'a> Key<'a> {
     }
 }
 
-impl Names {
+impl MemberIndex {
     /// The names in the order of their places. Of two equal ones the first is found.
     pub(crate) fn new<'a>(names: impl Iterator<Item = &'a str>) -> Self {
         let name = |text: &str| {
@@ -67,7 +67,7 @@ impl Names {
         let mut table = vec![0; 1 << bits];
         let shift = 64 - bits;
         for (place, name) in names.iter().enumerate() {
-            let mut at = Key::new(&name.text).hash(shift);
+            let mut at = MemberKey::new(&name.text).hash(shift);
             while table[at] != 0 {
                 at = (at + 1) & (table.len() - 1);
             }
@@ -79,7 +79,7 @@ impl Names {
 
     /// Whether `key` is the name at `place`.
     #[inline]
-    pub(crate) fn is(&self, place: usize, key: Key<'_>) -> bool {
+    pub(crate) fn is(&self, place: usize, key: MemberKey<'_>) -> bool {
         let Some(name) = self.names.get(place) else { return false };
         let length = key.text.len();
         name.head == key.head
@@ -90,7 +90,7 @@ impl Names {
 
     /// The place of `key`.
     #[inline]
-    pub(crate) fn find(&self, key: Key<'_>) -> Option<usize> {
+    pub(crate) fn find(&self, key: MemberKey<'_>) -> Option<usize> {
         let mut at = key.hash(self.shift);
         loop {
             let place = usize::from(self.table[at]).checked_sub(1)?;
@@ -115,13 +115,13 @@ mod tests {
             asked in prop::collection::vec("[ab]{0,3}|[ab]{4,8}|effective[A-C]{0,20}Time|[a-c]{15,18}|", 0..60),
         ) {
             let list: Vec<&str> = names.iter().map(String::as_str).collect();
-            let index = Names::new(list.iter().copied());
+            let index = MemberIndex::new(list.iter().copied());
             for (place, name) in list.iter().enumerate() {
-                prop_assert_eq!(index.find(Key::new(name.as_bytes())), Some(place));
-                prop_assert!(index.is(place, Key::new(name.as_bytes())));
+                prop_assert_eq!(index.find(MemberKey::new(name.as_bytes())), Some(place));
+                prop_assert!(index.is(place, MemberKey::new(name.as_bytes())));
             }
             for name in &asked {
-                prop_assert_eq!(index.find(Key::new(name.as_bytes())), list.iter().position(|known| known == name));
+                prop_assert_eq!(index.find(MemberKey::new(name.as_bytes())), list.iter().position(|known| known == name));
             }
         }
     }

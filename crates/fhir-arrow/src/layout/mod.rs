@@ -7,7 +7,7 @@ pub(crate) mod present_columns;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::layout::member_index::Names;
+use crate::layout::member_index::MemberIndex;
 use crate::model::{Element, Model};
 
 /// Types that the layout excludes: their lines are counted and reported.
@@ -74,7 +74,7 @@ pub struct Group {
     /// Fields that JSON members fill, in order: members of a resource mostly come in it.
     pub members: Vec<usize>,
     /// The names of `members`; aliases come last.
-    pub(crate) names: Names,
+    pub(crate) names: MemberIndex,
     /// For each field, the one derived from it (`_scale`, `_versioned`).
     pub derived: Vec<Option<usize>>,
     /// The `_fid` field.
@@ -93,7 +93,7 @@ impl Group {
             members.extend(field.aliases.iter().map(|_| at));
             names.extend(field.aliases.iter().map(String::as_str));
         }
-        let names = Names::new(names.into_iter());
+        let names = MemberIndex::new(names.into_iter());
         let has_derived = fields.iter().any(|field| matches!(field.source, Source::Scale | Source::Versioned));
         let derived = fields.iter().map(|field| {
             if !has_derived {

@@ -7,26 +7,26 @@ use crate::layout::{Field, Group, Node};
 
 /// Which columns a file has, of those that its rows leave empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Columns {
+pub enum ColumnPruning {
     /// A top-level column is there with all that is within it, or not at all. Spark before 4.1 takes a group for null where
     /// the file has none of those of its columns that a query asks for (SPARK-53535).
     #[default]
-    Whole,
+    TopLevel,
     /// Only what a row fills, at every depth.
-    Filled,
+    Nested,
     /// Every column.
-    All,
+    None,
 }
 
 /// Which columns of a layout hold anything, as a tree beside the layout's. Rows that were encoded apart
 /// are written with the union, so that they fit into one file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Filled {
+pub struct PresentColumns {
     /// Places of the fields of a struct that are here, ascending.
-    pub(crate) children: Vec<(usize, Filled)>,
+    pub(crate) children: Vec<(usize, PresentColumns)>,
 }
 
-impl Filled {
+impl PresentColumns {
     /// Every field of `group`, at every depth.
     pub(crate) fn all(group: &Group) -> Self {
         let below = |field: &Field| match &field.node {
@@ -37,9 +37,9 @@ impl Filled {
     }
 
     /// Adds what `columns` asks for beyond what is filled. `group` is the layout's root.
-    pub(crate) fn complete(&mut self, group: &Group, columns: Columns) {
+    pub(crate) fn complete(&mut self, group: &Group, columns: ColumnPruning) {
         match columns {
-            Columns::Filled => {
+            ColumnPruning::Nested => {
                 for (index, inner) in &mut self.children {
                     // DataFusion adapts structs and lists whose files lack fields to the table's type, but not maps
                     // ("Cannot cast column"), so the values of the map are always written whole.
@@ -48,8 +48,8 @@ impl Filled {
                     }
                 }
             }
-            Columns::All => *self = Self::all(group),
-            Columns::Whole => {
+            ColumnPruning::None => *self = Self::all(group),
+            ColumnPruning::TopLevel => {
                 for (index, inner) in &mut self.children {
                     if let Node::Group(group) | Node::Extensions(group) = &group.fields[*index].node {
                         *inner = Self::all(group);
@@ -91,7 +91,7 @@ impl Filled {
     }
 
     /// Adds what `other` has; whether anything was new.
-    pub fn merge(&mut self, other: &Filled) -> bool {
+    pub fn merge(&mut self, other: &PresentColumns) -> bool {
         let mut grew = false;
         for (index, theirs) in &other.children {
             match self.children.binary_search_by_key(index, |child| child.0) {
@@ -115,7 +115,7 @@ fn leaf_count(data_type: &DataType) -> usize {
 }
 
 /// The Arrow type of `field` with only the columns of `filled`.
-pub(crate) fn filled_type(field: &Field, filled: &Filled) -> DataType {
+pub(crate) fn filled_type(field: &Field, filled: &PresentColumns) -> DataType {
     let structs = |group: &Group| {
         let fields = filled.children.iter().map(|(index, inner)| {
             let field = &group.fields[*index];

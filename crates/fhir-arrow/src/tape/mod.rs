@@ -8,7 +8,7 @@
 mod column_expansion;
 mod parse;
 
-pub use column_expansion::{at_most as spread_at_most, spread};
+pub use column_expansion::{at_most as expanded_size_limit, spread};
 pub use parse::{Fault, MAX_DEPTH, parse_value};
 
 /// One node, packed: 4 bits kind, 28 bits length or count, 32 bits offset or end.

@@ -24,8 +24,21 @@ impl fmt::Display for Fault {
     }
 }
 
+impl std::error::Error for Fault {}
+
 /// Parses the one JSON value in `bytes[start..end]`, which must be UTF-8, and appends it to `tape`;
 /// returns the index of its node. On a fault the tape is as it was.
+///
+/// ```
+/// use fhir_arrow::tape::{Tape, parse_value};
+///
+/// let line = br#"{"resourceType":"Patient","multipleBirthInteger":2}"#;
+/// let mut tape = Tape::default();
+/// let root = parse_value(&mut tape, line, 0, line.len())?;
+/// let patient = tape.over(line).value(root);
+/// assert_eq!(patient.get(b"resourceType").and_then(|value| value.str_bytes()), Some(&b"Patient"[..]));
+/// # Ok::<(), fhir_arrow::tape::Fault>(())
+/// ```
 pub fn parse_value(tape: &mut Tape, bytes: &[u8], start: usize, end: usize) -> Result<usize, Fault> {
     let (nodes, text) = (tape.nodes.len(), tape.text.len());
     // No string or number is longer than its line, and no line has more nodes than bytes: what a node can hold is

@@ -1,0 +1,62 @@
+//! What those who watch a run see of it: counters, edges, events.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flow::{Counters, EdgeGauge};
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What happens in a run, for those who watch it.
+#[derive(Debug)]
+pub enum RunEvent<'a> {
+    /// The run knows what it asks for: everything, by its own choice or for want of a watermark, or changes.
+    Planned {
+        /// Whether it asks for everything.
+        full: bool,
+    },
+    /// The edges are made, in the order in which data crosses them.
+    Wired(Vec<EdgeGauge>),
+    /// The server said how far its export is.
+    ServerStatus(&'a str),
+    /// The run was stopped and waits for the workers of these stages.
+    Draining(&'a [&'static str]),
+}
+
+/// Hears of events in a run.
+type Listener = Arc<dyn Fn(&RunEvent<'_>) + Send + Sync>;
+
+/// What those who watch a run see of it.
+#[derive(Clone, Default)]
+pub struct Watch {
+    /// Counters by type.
+    pub board: Counters,
+    /// Edges, once the run has made them.
+    pub edges: Arc<Mutex<Vec<EdgeGauge>>>,
+    /// The server's last message on its export.
+    pub server: Arc<Mutex<Option<String>>>,
+    /// Whether the run asks for everything, by its own choice or for want of a watermark.
+    pub full: Arc<AtomicBool>,
+    listener: Option<Listener>,
+}
+
+impl Watch {
+    /// A watch that tells `listener` of each event too.
+    pub fn with_listener(listener: impl Fn(&RunEvent<'_>) + Send + Sync + 'static) -> Self {
+        Self { listener: Some(Arc::new(listener)), ..Self::default() }
+    }
+
+    pub(super) fn on(&self, event: RunEvent<'_>) {
+        if let Some(listener) = &self.listener {
+            listener(&event);
+        }
+        match event {
+            RunEvent::Planned { full } => self.full.store(full, Ordering::Relaxed),
+            RunEvent::Wired(gauges) => *locked(&self.edges) = gauges,
+            RunEvent::ServerStatus(text) => *locked(&self.server) = Some(text.to_owned()),
+            RunEvent::Draining(_) => {}
+        }
+    }
+}
