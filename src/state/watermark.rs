@@ -27,6 +27,8 @@ pub struct StateFile {
     pub runs_since_vacuum: u64,
     /// The scope that `last_sync_time` belongs to; absent in a file that the recipe wrote.
     pub scope: Option<String>,
+    /// Whether the run that it is of exported all types, and none by name.
+    pub all_types: bool,
 }
 
 impl StateFile {
@@ -66,6 +68,8 @@ impl StateFile {
             runs_since_optimize: json.get("runs_since_optimize").and_then(Value::as_u64).unwrap_or(0),
             runs_since_vacuum: json.get("runs_since_vacuum").and_then(Value::as_u64).unwrap_or(0),
             scope: json.get("scope").and_then(Value::as_str).map(str::to_owned),
+            // Files of earlier versions do not say so: then one full export makes sure.
+            all_types: json.get("all_types").and_then(Value::as_bool).unwrap_or(false),
         })
     }
 
@@ -86,6 +90,7 @@ impl StateFile {
         }
         if let Some(scope) = &self.scope {
             members.insert("scope".into(), json!(scope));
+            members.insert("all_types".into(), json!(self.all_types));
             let times = self.watermarks.iter().map(|(name, time)| (name.clone(), json!(python_time(time))));
             members.insert("watermarks".into(), Value::Object(times.collect()));
         }

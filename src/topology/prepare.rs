@@ -207,7 +207,7 @@ fn since(
 /// only be incremental when a run of this very scope for all types has brought all of them, and each table says so itself: a type
 /// that failed then, or that a run for some types did not ask for, has no table, and would get its changes only.
 fn since_of_all(plan: &RunPlan, options: RunOptions, groups: &Groups, (remembered, app_id): (&StateFile, &str)) -> Option<i64> {
-    let whole_before = remembered.scope.as_deref() == Some(app_id) || remembered.is_of_sync_script();
+    let whole_before = remembered.scope.as_deref() == Some(app_id) && remembered.all_types;
     let all_known = !groups.is_empty() && !groups.contains_key(&None);
     match plan.request.since {
         Instant::At(micros) if !options.full_refresh => Some(micros),

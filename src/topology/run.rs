@@ -455,7 +455,7 @@ impl Run {
         if report.is_merged() {
             // A run whose watermarks did not all move completes nothing, but its export has no more to give.
             if report.succeeded && !self.options.part {
-                remember_success(state, &report, &prepared.app_id)?;
+                remember_success(state, &report, &prepared.app_id, plan.types().is_all())?;
             }
             if let Some(client) = of_server_run {
                 jobs::merged(state, &prepared.app_id, &prepared.kickoffs, client, delete).await?;
@@ -481,12 +481,12 @@ impl Run {
     }
 }
 
-fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str) -> Result<()> {
+fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str, all_types: bool) -> Result<()> {
     let mut remembered = state.remembered()?;
     remembered.last_completed = Some(Utc::now());
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
         remembered.last_sync_time = Some(time.to_utc());
-        remembered.scope = Some(app_id.to_owned());
+        (remembered.scope, remembered.all_types) = (Some(app_id.to_owned()), all_types);
         // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made anew.
         let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
         remembered.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();

@@ -296,6 +296,22 @@ async fn without_types_a_type_that_failed_is_exported_in_full() {
     assert_is(&lake, &server.population(), &DEMO_TYPES).await;
 }
 
+// Breaks if a pipeline that asked for some types gets only the changes of the others once it asks for all.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_types_after_some_are_exported_in_full() {
+    let (server, lake) = (server(10).await, lake());
+    assert!(lake.run(&format!("{{ url: \"{}\", types: [Patient] }}", server.base()), "").await.unwrap().succeeded);
+    server.step(100, 0, 1);
+    let source = format!("{{ url: \"{}\" }}", server.base());
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+    server.step(100, 0, 0);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    let since: Vec<bool> = server.seen().kickoffs.iter().map(|query| query.contains_key("_since")).collect();
+    assert_eq!(since, [false, false, true]);
+    assert_is(&lake, &server.population(), &DEMO_TYPES).await;
+}
+
 // Breaks if a type that has no table is asked for by its changes only, or if types of one watermark are asked for apart.
 #[tokio::test(flavor = "multi_thread")]
 async fn types_of_one_watermark_share_a_kick_off() {
