@@ -8,7 +8,7 @@ const fn row(kind: ErrorKind) -> (u8, bool, &'static str) {
         ErrorKind::Internal => (1, false, "this is a fault of fhirlake: please report it with the log"),
         ErrorKind::Config => (2, false, "correct what is named above"),
         ErrorKind::Network => (3, true, "check that the server is up and reachable from here, then run again"),
-        ErrorKind::Auth => (4, false, "check the client id, its key and the scopes that the server deadline_extensions"),
+        ErrorKind::Auth => (4, false, "check the client id, its key and the scopes that the server grants"),
         ErrorKind::Server => (5, true, "read the server's message above; its administrator may have to help"),
         ErrorKind::Storage => (6, true, "check free space, permissions and credentials of the named place, then run again"),
         ErrorKind::Table => (7, false, "point `tables` elsewhere, or bring the table into a form that fhirlake writes"),

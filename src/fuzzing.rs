@@ -186,7 +186,7 @@ pub fn pipeline_file(data: &[u8]) {
     }
 }
 
-/// The files of a state, one after the other: what a disk gives back that is damaged.
+/// The files of a state, one after the other: what a disk releases that is damaged.
 pub fn state(data: &[u8]) {
     static FOLDER: LazyLock<Option<tempfile::TempDir>> = LazyLock::new(|| tempfile::tempdir().ok());
     let Some(folder) = FOLDER.as_ref().map(tempfile::TempDir::path) else { return };

@@ -77,7 +77,7 @@ pub struct ExportFile {
     pub count: Option<u64>,
     /// Whether the request needs the access token.
     pub requires_access_token: bool,
-    /// Whether these are lines that an earlier run quarantined, tried again.
+    /// Whether these are lines that an earlier run quarantined, retried.
     pub replayed: bool,
     /// Where the manifest lists it; a newer link may be had there.
     pub place: ManifestEntryId,
@@ -161,7 +161,7 @@ pub enum MergeInput {
     Batch(Box<EncodedBatch>),
     /// Ids that are gone.
     Deletions(Vec<Deletion>),
-    /// A fact for the books.
+    /// A fact for the ledger.
     ControlEvent(ControlEvent),
 }
 
@@ -372,7 +372,7 @@ impl std::fmt::Display for LineId {
     }
 }
 
-/// A line that an earlier run quarantined, to be tried again.
+/// A line that an earlier run quarantined, to be retried.
 #[derive(Debug)]
 pub struct ReplayedLine {
     /// The type that its file declared.
@@ -381,7 +381,7 @@ pub struct ReplayedLine {
     pub bytes: Vec<u8>,
 }
 
-/// Lines to be tried again, one after the other.
+/// Lines to be retried, one after the other.
 pub type ReplayedLines = Box<dyn Iterator<Item = crate::error::Result<ReplayedLine>> + Send>;
 
 /// Where bad lines go.
@@ -392,7 +392,7 @@ pub trait BadLines: Send + Sync {
     fn message(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> crate::error::Result<()>;
     /// Hears which ids the server says are gone: what lines in quarantine say of them is over.
     fn deleted(&self, ids: &[Deletion]) -> crate::error::Result<()>;
-    /// Makes what was kept durable: before the books hear of it, so before its type can commit.
+    /// Makes what was kept durable: before the ledger hear of it, so before its type can commit.
     fn sync(&self) -> crate::error::Result<()>;
 }
 

@@ -107,7 +107,7 @@ async fn start(plan: RunPlan, options: RunOptions, dry_run: bool, output: &Outpu
     drive(plan, options, output).await.map(|_| ())
 }
 
-/// The plan that the recipe's arguments stand for.
+/// The plan that the Python sync script's arguments stand for.
 fn sync_plan(args: SyncArgs) -> Result<RunPlan> {
     let text = |value: &str| serde_json::Value::String(value.to_owned()).to_string();
     let mut yaml = format!(
@@ -121,7 +121,7 @@ fn sync_plan(args: SyncArgs) -> Result<RunPlan> {
     let state = args.state_file.parent().map(|folder| folder.to_path_buf()).filter(|folder| !folder.as_os_str().is_empty());
     let state = state.unwrap_or_else(|| PathBuf::from("."));
     yaml.push_str(&format!("tables: {}\nstate: {}\n", text(&args.delta_path), text(&state.display().to_string())));
-    // Pathling's MERGE without extensions, as the recipe makes it, fails on a table that has `_fid` and `_extension`.
+    // Pathling's MERGE without extensions, as the Python sync script makes it, fails on a table that has `_fid` and `_extension`.
     yaml.push_str("stages: { encode: { extensions: false } }\n");
     let read = read_pipeline(&yaml, &args.sets).map_err(|problems| sync_error(&problems))?;
     let read = with_auth(read, args.auth_client_id.map(Text), args.auth_private_key, args.key_vault)?;
@@ -284,7 +284,7 @@ fn explain_memory(topology: &Topology, memory: &Memory, stages: &Stages) -> Stri
 mod tests {
     use super::*;
 
-    // Breaks if the secrets that the recipe keeps in a vault need a name, or if they win over what is said outright.
+    // Breaks if the secrets that the Python sync script keeps in a vault need a name, or if they win over what is said outright.
     #[test]
     fn the_recipes_vault_is_asked_for_its_names() {
         let read =

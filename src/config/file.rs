@@ -24,7 +24,7 @@ pub struct PipelineFile {
     /// How each stage works.
     #[serde(default)]
     pub stages: Stages,
-    /// Memory for what is under way: edges between stages and open batches.
+    /// Memory budget: edges between stages, open batches, keys and matching.
     #[serde(default = "defaults::memory")]
     pub memory: ByteSize,
     /// Folder (or URL) of the tables: `<tables>/<Type>.parquet`.
@@ -36,7 +36,7 @@ pub struct PipelineFile {
     /// as often. A folder's lock goes with its process.
     #[serde(default = "defaults::lock_expiry")]
     pub lock_expiry: Span,
-    /// Tidies the tables' files after some runs.
+    /// Compacts the tables' files after some runs.
     #[serde(default)]
     pub optimize: OptimizeSection,
     /// Removes old files after some runs.
@@ -45,7 +45,7 @@ pub struct PipelineFile {
     /// When `fhirlake serve` runs it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schedule: Vec<Schedule>,
-    /// When it is thought ill.
+    /// When a health check fails.
     #[serde(default)]
     pub health: HealthSection,
     /// Where traces, metrics and logs go.
@@ -53,7 +53,7 @@ pub struct PipelineFile {
     pub telemetry: Option<TelemetrySection>,
 }
 
-/// Tidies a table's files: small ones together, marked rows away.
+/// Compacts small files and purges deleted rows.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizeSection {
@@ -61,10 +61,10 @@ pub struct OptimizeSection {
     pub after: u64,
     /// Resource types; empty for all that have a table.
     pub types: Types,
-    /// Rows in the order of their ids, so that a later run reads less of a table that it changes little of. Writes the
-    /// whole table anew.
+    /// Sorts rows by id, so that a later run reads less of a table that it changes little of. Rewrites the
+    /// whole table.
     pub cluster: bool,
-    /// Rows of a file, or the share of them, that are marked as gone from which it is written anew.
+    /// Rows of a file, or the share of them, that are deleted by a deletion vector, from which it is rewritten.
     pub min_deleted: Limit,
 }
 

@@ -25,7 +25,7 @@ pub struct Schedule {
     /// A run begins up to so much later, at random: so that many pipelines do not ask one server at once.
     #[serde(default = "defaults::jitter")]
     pub jitter: Span,
-    /// How often a run that failed for a passing reason is made again before the next one is due.
+    /// How often a run that failed for a transient reason is retried before the next one is due.
     #[serde(default = "defaults::retries")]
     pub retries: u32,
     /// How long after its failure.
@@ -33,7 +33,7 @@ pub struct Schedule {
     pub retry_delay: Span,
 }
 
-/// When the pipeline is thought ill.
+/// When a health check fails.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthSection {

@@ -26,15 +26,15 @@ pub struct SourceSection {
     /// The group's id, for level `group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// Resource types; empty for all that the server has (`_type`). Those that the server refuses together are asked for
-    /// by halves: one that it does not give fails alone.
+    /// Resource types; empty for all that the server has (`_type`). If the server rejects the list, fhirlake bisects it: only
+    /// the rejected type fails.
     #[serde(default)]
     pub types: Types,
-    /// What is asked for: since the tables' watermark, everything, or since an instant (`_since`). Types whose
-    /// watermarks lie within an hour are asked for together, from the oldest of them.
+    /// From when changes are exported (`_since`): the tables' watermark, an instant, or none for everything. Types whose
+    /// watermarks lie within an hour share an export, from the oldest of them.
     #[serde(default = "defaults::since")]
     pub since: Instant,
-    /// Taken off the watermark before it is asked with.
+    /// Subtracted from the watermark for `_since`.
     #[serde(default = "defaults::overlap")]
     pub overlap: Span,
     /// What the kick-off asks for beside types and time.
@@ -43,7 +43,7 @@ pub struct SourceSection {
     /// Further headers of every request to the server.
     #[serde(default)]
     pub headers: BTreeMap<String, Text>,
-    /// Who we are to the server.
+    /// Authentication.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auth: Option<AuthSection>,
     /// Certificates: the CA that the server's is of, and ours where it asks for one.
@@ -55,23 +55,23 @@ pub struct SourceSection {
     /// How long the server may work on an export.
     #[serde(default = "defaults::timeout")]
     pub timeout: Span,
-    /// How long a request that fails for a passing reason is tried again.
+    /// How long a request that fails for a transient reason is retried.
     #[serde(default = "defaults::retry_for")]
     pub retry_for: Span,
-    /// Statuses of polls and files that pass by themselves with this server, beside 408, 425, 429, 500, 502, 503 and 504.
+    /// Further statuses of polls and files that are retried, beside 408, 425, 429, 500, 502, 503 and 504.
     #[serde(default)]
     pub retry_status: Vec<u16>,
     /// Longest pause between polls, and longest that a server may ask for.
     #[serde(default = "defaults::max_poll_interval")]
     pub max_poll_interval: Span,
-    /// Pauses before a kick-off that a server's refusal (429) may ask for within a run; a longer one ends the run, and the
-    /// next is not before it.
+    /// Longest pause before a kick-off that a rate limit (429) may ask for within a run. A longer one ends the run with exit
+    /// code 12, and no run starts a kick-off before it is over.
     #[serde(default = "defaults::max_kick_off_wait")]
     pub max_kick_off_wait: Span,
     /// Writes the log that Bulk Data clients share (`log.ndjson`, version 2) of each run into `export-logs` of the state.
     #[serde(default)]
     pub export_log: bool,
-    /// When the server is told that its files are no longer needed.
+    /// When the export job is deleted on the server.
     #[serde(default)]
     pub delete_export: DeleteExport,
     /// What an error that the server reports of its own export leads to: an issue of severity `error` or `fatal` in an error
@@ -91,7 +91,7 @@ pub enum ExportErrors {
     /// What came is merged, the watermarks of the types concerned stay, and the run ends with exit code 10.
     #[default]
     Hold,
-    /// It is reported, and watermarks move: what the server did not give is not asked for again.
+    /// The report counts it, and watermarks advance: what the server did not deliver is not requested again.
     Ignore,
 }
 
@@ -148,7 +148,7 @@ pub enum LevelName {
     Group,
 }
 
-/// When the server is told that its files are no longer needed.
+/// When the export job is deleted on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeleteExport {
@@ -159,11 +159,11 @@ pub enum DeleteExport {
     Never,
 }
 
-/// Who we are to the server: a client with a private key (a SMART backend service) or a secret, or the bearer of a token.
+/// Authentication: a client with a private key (a SMART backend service) or a secret, or a bearer token.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuthSection {
-    /// The client id that the server knows us by.
+    /// The registered client id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_id: Option<Text>,
     /// The private key: a JWK, a JWKS or a PEM.

@@ -1,6 +1,6 @@
 //! Secrets out of an Azure Key Vault: `${azure-key-vault:VAULT/SECRET}`. `VAULT` is its name or its host; the newest version counts.
 //!
-//! Who we are to the vault is found as Azure's other tools find it: a client secret or a federated token that the environment
+//! Authentication to the vault is found as Azure's other tools find it: a client secret or a federated token that the environment
 //! names, else the machine's managed identity, else (at a developer's desk) the `az` command.
 
 use std::sync::Arc;

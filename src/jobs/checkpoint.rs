@@ -1,4 +1,4 @@
-//! What runs have staged and no table has yet: written down, so that a run that is killed or fails does not let its successor
+//! What runs have staged and no table has yet: persisted, so that a run that is killed or fails does not let its successor
 //! download it again.
 //!
 //! One file, `index.json`, says all of it and is replaced as a whole; beside it lie the keys of each staged Parquet file's
@@ -140,7 +140,7 @@ impl CheckpointStore {
         self.folder.join(format!("{resource_type}-{path}.keys"))
     }
 
-    /// What is kept; `None` where nothing is. What another version of the program kept cannot be gone on with, and comes
+    /// What is kept; `None` where nothing is. What another version of the program kept cannot be resumed, and comes
     /// back with its files only, to be removed.
     pub fn read(&self) -> Result<Option<Checkpoint>> {
         let unreadable = || format!("{} cannot be read", self.index().display());

@@ -219,7 +219,8 @@ impl ExportJobs {
                 self.rejected.retain(|known| known.scope != scope || !kickoff.request.types.contains(&known.resource_type));
                 self.unconfirmed.retain(|kick_off| kick_off.scope != scope);
                 // A server that gives the same status URL again has the same job.
-                self.jobs.retain(|job| job.status != status.as_str());
+                let is_same = |job: &mut ExportJob| job.status == status.as_str();
+                let mixed_types = self.jobs.extract_if(.., is_same).flat_map(|job| job.mixed_types).collect();
                 self.jobs.push(ExportJob {
                     status: status.to_string(),
                     separate: *separate,
@@ -232,7 +233,7 @@ impl ExportJobs {
                     transaction_time: None,
                     failures: 0,
                     incomplete: false,
-                    mixed_types: Vec::new(),
+                    mixed_types,
                     merged: false,
                 });
             }

@@ -25,22 +25,22 @@ fn is_given_up(job: &ExportJob) -> bool {
     job.state() == JobState::GivenUp
 }
 
-/// Whether a run of `scope` may go on with an export.
+/// Whether a run of `scope` may resume an export.
 pub(crate) fn can_be_resumed(export: &ExportJob, scope: &str) -> bool {
     export.scope == scope && !export.merged && !is_given_up(export)
 }
 
-/// What a run asks for, and goes on with.
+/// What a run asks for, and resumes.
 pub(crate) struct Resumed {
     pub kickoffs: Vec<Kickoff>,
-    /// Whether an earlier run ended by itself without all of what it goes on with.
+    /// Whether an earlier run ended by itself without all of what it resumes.
     pub behind: bool,
     /// Whether a full refresh asked for some of it.
     pub full_refresh: bool,
 }
 
-/// The exports in flight that a run of `scope` can go on with, instead of asking for the same again. `kickoffs` are those
-/// that it would make; what it goes on with covers types of several of them.
+/// The exports in flight that a run of `scope` can resume, instead of asking for the same again. `kickoffs` are those
+/// that it would make; what it resumes covers types of several of them.
 pub(crate) fn resume(
     exports: &ExportJobs,
     scope: &str,
@@ -102,7 +102,7 @@ pub(crate) fn rejected_lately(exports: &ExportJobs, scope: &str, now: DateTime<U
     exports.all_rejected.iter().filter(lately).flat_map(|refused| refused.types.iter().cloned()).collect()
 }
 
-/// A server that was asked too often is not asked again before it may be: only what is in flight is gone on with then, and
+/// A server that was asked too often is not asked again before it may be: only what is in flight is resumed then, and
 /// where nothing is, there is nothing to do.
 pub(crate) fn check_throttled(state: &StateFolder, scope: &str, kickoffs: &mut Vec<Kickoff>) -> Result<()> {
     let Some(until) = state.exports()?.throttled.filter(|until| until.scope == scope && until.time > Utc::now()) else {
@@ -163,7 +163,7 @@ impl OfServer {
 }
 
 /// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not give some
-/// file of it does that count against an export: what fails here is made good from the same one, however often.
+/// file of it does that count against an export: what fails here is repaired from the same one, however often.
 pub(crate) fn failed(
     state: &StateFolder,
     scope: &str,
@@ -187,7 +187,7 @@ pub(crate) async fn merged(state: &StateFolder, scope: &str, kickoffs: &[Kickoff
     merge_and_release(state, scope, &done, client, delete).await
 }
 
-/// Some types failed: exports of which none did may be given back all the same.
+/// Some types failed: exports of which none did may be released all the same.
 pub(crate) async fn merged_in_part(
     state: &StateFolder,
     (scope, tables): (&str, &Tables),
@@ -268,9 +268,9 @@ pub(crate) fn note_floors(
     })
 }
 
-/// Before another kick-off is made: gives back what an earlier run could not, and what was given up, since what is asked for
+/// Before another kick-off is made: releases what an earlier run could not, and what was given up, since what is asked for
 /// now takes its place; and says what is not known of kick-offs.
-pub(crate) async fn settle(state: &StateFolder, scope: &str, client: &Client) -> Result<()> {
+pub(crate) async fn settle(state: &StateFolder, scope: &str, client: &Client, delete: bool) -> Result<()> {
     let exports = state.exports()?;
     let mut unanswered = exports.unconfirmed.iter().filter(|kick_off| kick_off.scope == scope);
     if let Some(kick_off) = unanswered.next_back() {
@@ -285,7 +285,10 @@ pub(crate) async fn settle(state: &StateFolder, scope: &str, client: &Client) ->
         .into_iter()
         .filter(|export| export.is_releasable() && export.scope == scope)
         .partition(|export| Utc::now() - export.accepted > FORGOTTEN_AFTER);
+    // One that was given up holds a slot that the next kick-off needs, whatever `delete_export` says.
+    let (kept, rest): (Vec<ExportJob>, Vec<ExportJob>) = rest.into_iter().partition(|job| job.merged && !delete);
     release(state, scope, &old, client, false).await?;
+    release(state, scope, &kept, client, false).await?;
     release(state, scope, &rest, client, true).await
 }
 

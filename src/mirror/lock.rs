@@ -1,4 +1,4 @@
-//! The lock of a folder in an object store: an object that is taken, renewed and given back by conditional puts, and judged by
+//! The lock of a folder in an object store: an object that is taken, renewed and released by conditional puts, and judged by
 //! the store's own clock.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,7 +46,7 @@ impl Held {
     }
 }
 
-/// The lock of a [`Mirror`]; given back when dropped.
+/// The lock of a [`Mirror`]; released when dropped.
 #[derive(Debug)]
 pub struct MirrorLock {
     mirror: Arc<Mirror>,
@@ -144,7 +144,7 @@ impl Mirror {
     }
 }
 
-/// Renews a lock until it is given back or lost.
+/// Renews a lock until it is released or lost.
 async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
     loop {
         tokio::time::sleep(expiry / 5).await;
@@ -160,7 +160,7 @@ async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
                 *locked(&held.renewed) = (began, SystemTime::now());
             }
             Err(object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. }) => {
-                // An answer that was lost, and the put tried again: then it is still ours.
+                // An answer that was lost, and the put retried: then it is still ours.
                 match look(store).await {
                     Ok(Some((text, newest, _))) if text.token == held.token && !text.free => *version = newest,
                     Ok(_) => {

@@ -1,4 +1,4 @@
-//! `/health`, as the recipe's: whether the last successful run is recent enough.
+//! `/health`, as the Python sync script's: whether the last successful run is recent enough.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ impl Health {
             Ok(state) if state.last_completed.or(state.last_sync_time).is_some_and(|last| last > now + AHEAD) => {
                 Health::Error { message: "the last sync lies in the future: one of the clocks is wrong".to_owned() }
             }
-            // A file that the recipe wrote says when its client began.
+            // A file that the Python sync script wrote says when its client began.
             Ok(state) => match state.last_completed.or(state.last_sync_time) {
                 Some(last_sync) if (now - last_sync).to_std().unwrap_or_default() < max_age => Health::Healthy { last_sync },
                 last_sync => Health::Unhealthy { last_sync },

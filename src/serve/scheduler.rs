@@ -16,7 +16,7 @@ use crate::state::StateFolder;
 use crate::topology::{self, RunEvent, RunOptions, RunOutcome, RunPlan, RunReport, TableState, Topology, Watch, table_states};
 use flow::{Cancellation, Counts, compute, random_fraction};
 
-/// Reads a pipeline file, for each run anew: secrets may have been replaced.
+/// Reads a pipeline file, for each run again: secrets may have been replaced.
 pub type PlanSource = Arc<dyn Fn() -> Result<RunPlan> + Send + Sync>;
 
 /// The wall clock may be set, and a machine may sleep: it is looked at this often.
@@ -188,7 +188,7 @@ impl PipelineScheduler {
     /// What is due next, or now; what was due since the last time, however often, is due once.
     fn due(&self) -> Result<Option<PendingRun>> {
         let now = Utc::now();
-        // Whatever was written down by a clock that was ahead is taken for now.
+        // Whatever was persisted by a clock that was ahead is taken for now.
         let (schedules, owed, retry) = {
             let live = self.live();
             (live.plan.schedules.clone(), live.owed.map(|tried| tried.min(now)), live.retry.clone().map(|retry| retry.by(now)))
@@ -212,7 +212,7 @@ impl PipelineScheduler {
                 && time <= now
                 && let Some(tried) = owed
             {
-                // It failed, and so often as it may be tried again at once.
+                // It failed, and so often as it may be retried at once.
                 time = next_of_all(tried).map_or(tried + OWED, |next| next.min(tried + OWED));
             }
             let time = time + self.jitter_of(&schedule, time);
@@ -234,7 +234,7 @@ impl PipelineScheduler {
         let started = Utc::now();
         let outcome = self.run_once(due.full, stop).await;
         if stop.is_cancelled() {
-            // Not done: whoever starts next goes on with it at once.
+            // Not done: whoever starts next resumes it at once.
             return Ok(());
         }
         // Types that the server never gives must not make every run a full one.
@@ -268,7 +268,7 @@ impl PipelineScheduler {
         self.state().set_schedule_times(&times)
     }
 
-    /// Whether the last run was this one, and was stopped on request: it is gone on with, and was not missed, nor was another since.
+    /// Whether the last run was this one, and was stopped on request: it is resumed, and was not missed, nor was another since.
     fn was_stopped_in(&self, due: &PendingRun) -> bool {
         let live = self.live();
         let last = live.reports.first().filter(|report| report.outcome() == RunOutcome::Stopped);
@@ -457,7 +457,7 @@ impl PipelineScheduler {
 const REPORTS: usize = 40;
 
 /// The state of `plan`, with its folder: whoever asks at once finds a new pipeline that never ran, not a state that is gone.
-/// Where it cannot be made that is told when something is due, and tried again.
+/// Where it cannot be made that is told when something is due, and retried.
 fn state_of(plan: &RunPlan) -> Result<StateFolder> {
     let state = topology::state_of(plan)?;
     let _ = state.make();

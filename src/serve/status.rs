@@ -66,7 +66,7 @@ pub struct RunningStatus {
     pub full: bool,
     /// The server's words on its export.
     pub server: Option<String>,
-    /// Requests that were tried again.
+    /// Requests that were retried.
     pub retries: u64,
     /// Edges, in the order in which data crosses them.
     pub edges: Vec<EdgeStatus>,

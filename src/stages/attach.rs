@@ -68,7 +68,7 @@ pub struct Attach {
     pub said: Arc<Mutex<HashSet<String>>>,
     /// Counters.
     pub board: Counters,
-    /// The run's stop.
+    /// The run's cancellation.
     pub stop: Cancellation,
 }
 

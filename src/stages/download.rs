@@ -59,7 +59,7 @@ pub struct Download {
     pub log: ExportLog,
     /// Counters.
     pub board: Counters,
-    /// The run's stop: this stage is part of the source.
+    /// The run's cancellation: this stage is part of the source.
     pub stop: Cancellation,
     /// One permit: of lines that are long, one is gathered at a time.
     pub long_lines: Arc<Semaphore>,
@@ -347,7 +347,7 @@ impl Reading {
     }
 }
 
-/// What there is of a file that broke off and can be gone on with.
+/// What there is of a file that broke off and can be resumed.
 struct SoFar {
     resume: Resume,
     unpack: Option<Unpack>,

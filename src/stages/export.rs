@@ -65,7 +65,7 @@ pub struct ServerExport {
     pub log: ExportLog,
     /// Counters.
     pub board: Counters,
-    /// The run's stop.
+    /// The run's cancellation.
     pub stop: Cancellation,
 }
 
@@ -87,8 +87,8 @@ impl From<Error> for Ended {
 }
 
 impl ServerExport {
-    /// Makes each kick-off, or goes on with what was asked for before, and sends its files on. Types of which some are refused
-    /// are asked for by halves: a type that the server does not give away must not hold back its neighbours.
+    /// Makes each kick-off, or resumes what was asked for before, and sends its files on. Types of which some are refused
+    /// are bisected: a type that the server does not give away must not hold back its neighbours.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index.max(FIRST_INDEX);
         let mut parting = TypeBisection::of(&self.kickoffs, self.refused_lately.clone());
@@ -301,7 +301,7 @@ impl ServerExport {
                         tracing::warn!(
                             "the server lists files before the export is complete; set source.allow_partial_manifests to download them early"
                         );
-                        self.board.add(telemetry::DEVIATIONS, &"an unrequested partial manifest".into(), 1);
+                        self.board.add(telemetry::DEVIATIONS, &"a partial manifest that was not asked for".into(), 1);
                     }
                     let words = progress.as_deref().unwrap_or("in progress");
                     tracing::debug!(progress = words, "the server is exporting");

@@ -186,7 +186,7 @@ impl FolderExport {
         };
         let is_wanted = |name: &ResourceType| self.types.is_empty() || self.types.contains(name);
         match &declared {
-            Some(name) if kind == FileKind::Output && !is_wanted(name) => return Ok(Err(Some("types that are not requested"))),
+            Some(name) if kind == FileKind::Output && !is_wanted(name) => return Ok(Err(Some("types that are not asked for"))),
             None if lower.len() == ending && !self.has_resource(object).await? => {
                 return Ok(Err(Some("no resourceType in the first 64 KiB")));
             }

@@ -56,13 +56,13 @@ pub struct MergeSettings {
     pub began: Instant,
 }
 
-/// Rows that encode still gathers are waited for so long before what is staged is written down without them.
+/// Rows that encode still gathers are waited for so long before what is staged is persisted without them.
 const FLUSH_FOR: Duration = Duration::from_secs(30);
 
 /// Hears of a type whose files hold rows of others, before it is merged.
 pub type Mixed = Arc<dyn Fn(&ResourceType) -> Result<()> + Send + Sync>;
 
-/// The merge stage: one worker owns the books and all staged files.
+/// The merge stage: one worker owns the ledger and all staged files.
 pub struct Merge {
     /// Everything comes here.
     pub input: Receiver<MergeInput>,
@@ -85,7 +85,7 @@ pub struct Merge {
 /// A commit's outcome: the type, what became of it, what was surely not merged, seconds.
 type Committed = (ResourceType, Result<Commit>, Option<Vec<StagedFile>>, f64);
 
-/// Rows of each type that are to be staged before what is staged is written down, and since when they are waited for.
+/// Rows of each type that are to be staged before what is staged is persisted, and since when they are waited for.
 type Flush = (BTreeMap<ResourceType, u64>, Instant);
 
 impl Merge {
@@ -124,7 +124,7 @@ impl Merge {
                     Some(parcel) => {
                         let input = parcel.into_inner();
                         if let Err(error) = self.take(input).await {
-                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged. The stop is
+                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged. The cancellation is
                             // pulled by whom this error is returned to, so that it is the run's cause.
                             outcome = Err(error);
                             open = false;
@@ -174,7 +174,7 @@ impl Merge {
         }
     }
 
-    /// Where it is time, asks encode for what it holds, and writes down what is staged once that has come.
+    /// Where it is time, asks encode for what it holds, and persists what is staged once that has come.
     async fn write_down(&mut self, flush: &mut Option<Flush>) {
         match flush {
             None if self.staging.is_due() => {
@@ -459,7 +459,7 @@ fn report_copies(board: &Counters, name: &ResourceType, outcome: &mut TypeOutcom
         resource_type = %name, copies, resources = outcome.resources, files = files.join(", "), of_files = outcome.copies.len(),
         "the server sent duplicate resources"
     );
-    board.add(telemetry::DEVIATIONS, &"duplicate resources".into(), copies);
+    board.add(telemetry::DEVIATIONS, &"the same resources came more than once".into(), copies);
 }
 
 /// Copies of resources within a run below which nothing is said, and files that are named in a log.

@@ -1,4 +1,4 @@
-//! Lines that earlier runs quarantined, tried again: a newer version may read them.
+//! Lines that earlier runs quarantined, retried: a newer version may read them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

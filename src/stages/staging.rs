@@ -67,7 +67,7 @@ impl TypeStage {
     }
 }
 
-/// Where and how often what is staged is written down.
+/// Where and how often what is staged is persisted.
 #[derive(Debug, Clone)]
 pub struct CheckpointPolicy {
     /// Where.
@@ -95,7 +95,7 @@ pub struct StagingSettings {
     pub scratch: PathBuf,
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
-    /// Whether a later run can go on with what is staged.
+    /// Whether a later run can resume what is staged.
     pub keep: Option<CheckpointPolicy>,
 }
 
@@ -104,7 +104,7 @@ pub struct StagingSettings {
 pub struct Earlier {
     /// What waits to be merged, and what was.
     pub ours: Checkpoint,
-    /// What belongs to exports that this run does not go on with.
+    /// What belongs to exports that this run does not resume.
     pub others: Checkpoint,
 }
 
@@ -114,7 +114,7 @@ pub struct Staging {
     tables: Tables,
     opened: HashMap<ResourceType, Table>,
     types: BTreeMap<ResourceType, TypeStage>,
-    /// What earlier runs staged, and is not yet taken up.
+    /// What earlier runs staged, and is not yet resumed.
     again: Checkpoint,
     others: Checkpoint,
     /// Files that this run has merged.
@@ -125,7 +125,7 @@ pub struct Staging {
     lost: HashSet<u32>,
     /// Rows that were handed over to be merged.
     handed: BTreeMap<ResourceType, u64>,
-    /// Parquet files whose keys are written down.
+    /// Parquet files whose keys are persisted.
     saved: HashSet<String>,
     /// Parquet files that the list on disk names.
     listed: HashSet<String>,
@@ -195,7 +195,7 @@ impl Staging {
         self.held.insert(file.file, file.rows.clone());
     }
 
-    /// Something came that is not written down: rows, or the end of a file that no row follows.
+    /// Something came that is not persisted: rows, or the end of a file that no row follows.
     pub(super) fn hear(&mut self) {
         self.news_since.get_or_insert_with(Instant::now);
     }
@@ -264,7 +264,7 @@ impl Staging {
     }
 
     /// Hands over what is staged of a type, to be merged; what earlier runs staged of it among it. An error where that is not
-    /// all that the books say: a type is never merged in part.
+    /// all that the ledger say: a type is never merged in part.
     pub(super) async fn take(&mut self, name: &ResourceType, ledger: &Ledger) -> Result<(Vec<StagedFile>, Option<Deletions>)> {
         let table = self.table(name).await?;
         self.of(name).close_open(&table).await?;
@@ -282,7 +282,7 @@ impl Staging {
             let why = format!("{expected} rows were staged, and {there} are there; nothing was merged");
             return Err(Error::new(ErrorKind::State, why).with_hint("run again: what is missing is downloaded again"));
         }
-        // Notes are for what is written down only.
+        // Notes are for what is persisted only.
         if self.settings.keep.is_some() {
             let columns = columns_of(name, &self.settings.layout, &table)?;
             stage.committing.extend(stage.staged.iter().map(|file| file.note(&table, &columns)));

@@ -22,7 +22,7 @@ pub enum JournalEntry {
         /// The types that it asks for.
         types: Vec<String>,
     },
-    /// The run ended; everything of it is committed, removed, or written down to be gone on with.
+    /// The run ended; everything of it is committed, removed, or persisted to be resumed.
     Ended {
         /// The run's id.
         run: String,

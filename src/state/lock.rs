@@ -10,7 +10,7 @@ use std::path::Path;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mirror::MirrorLock;
 
-/// The lock; given back when dropped or when the process ends.
+/// The lock; released when dropped or when the process ends.
 #[derive(Debug)]
 pub struct Lock {
     _held: Held,

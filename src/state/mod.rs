@@ -177,7 +177,7 @@ impl StateFolder {
         quarantine::lines(&self.quarantine_folder())
     }
 
-    /// How many lines a run can try again, by the type that their file declared.
+    /// How many lines a run can retry, by the type that their file declared.
     pub fn to_be_tried(&self) -> Result<BTreeMap<Option<ResourceType>, u64>> {
         quarantine::to_be_tried(&self.quarantine_folder())
     }

@@ -44,7 +44,7 @@ pub struct QuarantinedLine {
     /// Its full length, where only its beginning is kept because it is longer than `max_line`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub full_length: Option<u64>,
-    /// What kind of file it came in, where not resources: `deleted` or `outcome`. Such a line is not tried again: a
+    /// What kind of file it came in, where not resources: `deleted` or `outcome`. Such a line is not retried: a
     /// deletion has no order, and might take what came back since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
@@ -158,7 +158,7 @@ pub(super) fn lines(folder: &Path) -> impl Iterator<Item = Result<(String, Quara
     })
 }
 
-/// Lines that a later run can try again, by the type that their file declared; how many of each.
+/// Lines that a later run can retry, by the type that their file declared; how many of each.
 pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>, u64>> {
     let mut found: BTreeMap<Option<ResourceType>, u64> = BTreeMap::new();
     for line in lines(folder) {

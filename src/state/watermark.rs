@@ -1,4 +1,4 @@
-//! `state.json`: the watermark for people, health checks and those who come from the recipe.
+//! `state.json`: the watermark for people, health checks and those who come from the Python sync script.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,9 +15,9 @@ const REBUILT: &str = "move the file away: the tables have their own watermarks,
 /// What `state.json` says.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StateFile {
-    /// `last_sync_time`: the server's `transactionTime`, or, in a file that the recipe wrote, its client's clock.
+    /// `last_sync_time`: the server's `transactionTime`, or, in a file that the Python sync script wrote, its client's clock.
     pub last_sync_time: Option<DateTime<Utc>>,
-    /// When the last run completed, by our clock; absent in a file that the recipe wrote.
+    /// When the last run completed, by our clock; absent in a file that the Python sync script wrote.
     pub last_completed: Option<DateTime<Utc>>,
     /// `transactionTime` by type: what the tables' own transactions say, repeated.
     pub watermarks: BTreeMap<String, DateTime<Utc>>,
@@ -25,14 +25,14 @@ pub struct StateFile {
     pub runs_since_optimize: u64,
     /// See `runs_since_optimize`.
     pub runs_since_vacuum: u64,
-    /// The scope that `last_sync_time` belongs to; absent in a file that the recipe wrote.
+    /// The scope that `last_sync_time` belongs to; absent in a file that the Python sync script wrote.
     pub scope: Option<String>,
     /// Whether the run that it is of exported all types, and none by name.
     pub all_types: bool,
 }
 
 impl StateFile {
-    /// Whether the recipe wrote it: its time is a client's clock.
+    /// Whether the Python sync script wrote it: its time is a client's clock.
     pub fn is_of_sync_script(&self) -> bool {
         self.last_sync_time.is_some() && self.scope.is_none()
     }
@@ -108,7 +108,7 @@ fn python_time(time: &DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::AutoSi, false)
 }
 
-/// An instant, or Python's `isoformat()` or `str()` of a naive time, which the recipe may have written in UTC.
+/// An instant, or Python's `isoformat()` or `str()` of a naive time, which the Python sync script may have written in UTC.
 fn parse_time(text: &str) -> Option<DateTime<Utc>> {
     let text = text.replacen(' ', "T", 1);
     let zoned = DateTime::parse_from_rfc3339(&text).ok().map(|time| time.to_utc());

@@ -23,7 +23,7 @@ pub struct OptimizeOptions {
     pub types: Types,
     /// Rows in the order of their ids.
     pub cluster: bool,
-    /// From how many marked rows a file is written anew.
+    /// From how many marked rows a file is rewritten.
     pub min_deleted: Limit,
 }
 

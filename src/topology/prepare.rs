@@ -26,7 +26,7 @@ const CLOSE_MICROS: i64 = 60 * 60 * 1_000_000;
 /// Runs before this one among which the last is looked for that was not stopped.
 const REPORT_HISTORY: usize = 10;
 
-/// What is taken off the time in the recipe's state file: it is a client's clock.
+/// What is taken off the time in the Python sync script's state file: it is a client's clock.
 const CLIENT_CLOCK_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
 
 /// What a run is about to do, drawn up before anything is asked of the server.
@@ -40,7 +40,7 @@ pub struct Prepared {
     pub(super) app_id: String,
     pub(super) full: bool,
     pub(super) full_refresh: bool,
-    /// Whether it goes on with an export that an earlier run ended without.
+    /// Whether it resumes an export that an earlier run ended without.
     pub(super) behind: bool,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
     pub(super) until: Option<i64>,
@@ -66,7 +66,7 @@ impl Prepared {
     }
 }
 
-/// Pipeline and scope: a changed scope has a watermark of its own and starts anew.
+/// Pipeline and scope: a changed scope has a watermark of its own and starts again.
 pub(super) fn app_id(plan: &RunPlan) -> String {
     let scope = match &plan.source {
         SourcePlan::Server { base, level, options, .. } => {
@@ -293,7 +293,7 @@ pub(super) fn check_table(table: &Table, plan: &RunPlan) -> Result<()> {
     layout_of(&table.resource_type, table, &plan.layout()).map(drop)
 }
 
-/// The watermark of a type by the state file: the recipe's one time for all, or ours for this type.
+/// The watermark of a type by the state file: the Python sync script's one time for all, or ours for this type.
 fn from_state(state: &StateFile, app_id: &str, resource_type: &str) -> Option<i64> {
     if state.is_of_sync_script() {
         return Some(state.last_sync_time?.timestamp_micros() - CLIENT_CLOCK_OVERLAP_MICROS);

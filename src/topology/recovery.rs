@@ -1,4 +1,4 @@
-//! What earlier runs left: lines in quarantine, to be tried again, and what a run that was killed had staged.
+//! What earlier runs left: lines in quarantine, to be retried, and what a run that was killed had staged.
 
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ pub(super) fn replay(plan: &RunPlan, state: &StateFolder) -> Result<Option<Repla
     Ok(Some(Replayed { files, lines: state.replayed_lines() }))
 }
 
-/// Removes what a run left that was killed: staged files that no table's log names, and that are not written down to be gone
+/// Removes what a run left that was killed: staged files that no table's log names, and that are not persisted to be gone
 /// on with.
 pub(super) async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&Checkpoint>) -> Result<()> {
     let steps = journal.unfinished()?;

@@ -32,10 +32,10 @@ pub struct RunReport {
     pub seconds: f64,
     /// Whether every type succeeded.
     pub succeeded: bool,
-    /// Whether it was stopped on request before its end; the next run goes on with it.
+    /// Whether it was stopped on request before its end; the next run resumes it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stopped: bool,
-    /// Whether everything was asked for, by the run's own choice or for want of a watermark.
+    /// Whether it was a full export, by the run's own choice or for want of a watermark.
     pub full: bool,
     /// The server's `transactionTime`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,7 +72,7 @@ pub struct RunReport {
     /// Ways in which the server differs from what the Bulk Data guide asks, and how often each was met.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub server_deviations: BTreeMap<String, u64>,
-    /// Requests that were tried again.
+    /// Requests that were retried.
     pub retries: u64,
     /// Files of a source folder that were not read, by the reason.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]

@@ -1,4 +1,4 @@
-//! What earlier runs staged and no table has yet: looked through before a run goes on with it.
+//! What earlier runs staged and no table has yet: looked through before a run resumes it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -12,18 +12,18 @@ use crate::stages::merge::{CheckpointPolicy, Earlier, columns_of};
 use crate::state::StateFolder;
 use delta_upsert::StagedFileState;
 
-/// What a run goes on with.
+/// What a run resumes.
 #[derive(Default)]
 pub(super) struct ResumePoint {
     /// What earlier runs staged.
     pub earlier: Earlier,
     /// Index of the first file that no earlier run has listed.
     pub first_index: u32,
-    /// Where the run writes down what it stages itself.
+    /// Where the run persists what it stages itself.
     pub keep: Option<CheckpointPolicy>,
 }
 
-/// Looks through what earlier runs staged of the exports that are gone on with, and tells the kick-offs of it. What belongs
+/// Looks through what earlier runs staged of the exports that are resumed, and tells the kick-offs of it. What belongs
 /// to no export any more is removed.
 pub(super) async fn resume_point(
     state: &StateFolder,
@@ -37,7 +37,7 @@ pub(super) async fn resume_point(
     let accepted: Vec<_> = prepared.kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref()).collect();
     let going_on: HashSet<String> = accepted.iter().map(|accepted| accepted.status.to_string()).collect();
     let mut ours = others.split(|file| going_on.contains(&file.status));
-    // Of what a later run may go on with, nothing is touched.
+    // Of what a later run may resume, nothing is touched.
     let alive = |file: &CheckpointEntry| {
         let export = exports.iter().find(|export| export.status == file.status);
         export.is_some_and(|export| jobs::can_be_resumed(export, &prepared.app_id))

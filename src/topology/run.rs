@@ -187,6 +187,9 @@ struct Run {
     _lock: Lock,
 }
 
+/// The source of a run, which ends when all of its files are sent.
+type Source = std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>>;
+
 /// What came of a run's stages.
 struct Ended {
     /// The first error, which ended them early.
@@ -209,9 +212,15 @@ impl Run {
         let staged = state.staged().read()?;
         clean_up(&journal, &tables_of(&plan, &state)?, staged.as_ref()).await?;
         let client = if options.replay_only { None } else { client(&plan, &watch.board, &stop)? };
+        let mut plan = plan;
+        if client.is_none() {
+            // Whom attachments are downloaded from is not there.
+            Arc::make_mut(&mut plan.stages).attachments = None;
+        }
         let mut prepared = prepare(plan, options).await?;
         if let Some(client) = &client {
-            jobs::settle(&state, &prepared.app_id, client).await?;
+            let delete = prepared.plan.request.delete_export == DeleteExport::AfterCommit;
+            jobs::settle(&state, &prepared.app_id, client, delete).await?;
             jobs::check_throttled(&state, &prepared.app_id, &mut prepared.kickoffs)?;
         }
         let resume = match client {
@@ -257,11 +266,16 @@ impl Run {
         let replays = plan.stages.merge.mode == Mode::Merge || self.options.replay_only;
         let replayed: Option<Replayed> = if replays { replay(plan, &self.state)? } else { None };
         let first_index = replayed.as_ref().map_or(0, |replayed| replayed.files.len() as u32);
-        let mut tasks = TaskGroup::new(self.stop.clone());
+        let tasks = TaskGroup::new(self.stop.clone());
         let sink = jobs::sink(self.state.clone(), prepared.app_id.clone(), prepared.full_refresh, self.expired.clone());
-        let (origin, exports) = self.spawn_source(&mut tasks, files, &control, first_index, &log, &sink)?;
+        let (origin, exports, source) = self.source(files, &control, first_index, &log, &sink)?;
         let requests = FlushRequests::default();
         let bad_lines: BadLineSink = Arc::new(self.state.quarantine(&self.id)?);
+        // A folder was not asked to cut resources down.
+        let elements = match &plan.source {
+            SourcePlan::Server { options, .. } => options.elements.clone(),
+            SourcePlan::Folder(_) => Vec::new(),
+        };
         let mut context = RunContext {
             tasks,
             stages: plan.stages.clone(),
@@ -274,7 +288,7 @@ impl Run {
             layouts: prepare::layouts(plan, &prepared.tables, &prepared.opened)?,
             requests: requests.clone(),
             bad_lines,
-            elements: plan.request.export.elements.clone().into(),
+            elements: elements.into(),
             ignored_codes: plan.request.ignored_issue_codes.clone().into(),
             log: log.clone(),
             counters: self.watch.board.clone(),
@@ -282,6 +296,10 @@ impl Run {
         spawn_between(&mut context, &mut edges, files_out)?;
         let merge = self.merge_stage(merge, requests, exports, sink);
         let mut tasks = context.into_tasks();
+        // Last: nothing is requested from the server where the rest of the run cannot be set up.
+        if let Some(source) = source {
+            tasks.spawn("export", source.in_current_span());
+        }
         self.watch.on(RunEvent::Wired(edges.gauges.into_iter().chain([merge_gauge]).collect()));
         let (report_in, report_out) = tokio::sync::oneshot::channel();
         tasks.spawn("merge", async move { merge.run(report_in).await }.in_current_span());
@@ -289,19 +307,18 @@ impl Run {
         Ok(Ended { outcome, merged: report_out.await.ok(), log, took: self.began.elapsed() })
     }
 
-    /// Starts the source. Returns where files are read from, and how many exports there are.
-    fn spawn_source(
+    /// Returns where files are read from, how many exports there are, and the source that is still to be started.
+    fn source(
         &self,
-        tasks: &mut TaskGroup,
         files: Sender<Arc<crate::messages::ExportFile>>,
         control: &Sender<MergeInput>,
         first_index: u32,
         log: &ExportLog,
         sink: &ExportEventSink,
-    ) -> Result<(Origin, usize)> {
+    ) -> Result<(Origin, usize, Option<Source>)> {
         let (prepared, plan) = (&self.prepared, &self.prepared.plan);
         match (&plan.source, self.client.clone()) {
-            _ if self.options.replay_only => Ok((Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0)),
+            _ if self.options.replay_only => Ok((Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0, None)),
             (SourcePlan::Server { timeout, .. }, Some(client)) => {
                 let (watch, links) = (self.watch.clone(), Links::default());
                 let source = ServerExport {
@@ -320,8 +337,8 @@ impl Run {
                     board: self.watch.board.clone(),
                     stop: self.stop.clone(),
                 };
-                tasks.spawn("export", async move { source.run().await }.in_current_span());
-                Ok((Origin::Server(Box::new(client), links), prepared.kickoffs.len()))
+                let exports = prepared.kickoffs.len();
+                Ok((Origin::Server(Box::new(client), links), exports, Some(Box::pin(source.run()))))
             }
             (SourcePlan::Folder(url), _) => {
                 let store = source_folder(url)?;
@@ -337,8 +354,7 @@ impl Run {
                     merge: control.clone(),
                     stop: self.stop.clone(),
                 };
-                tasks.spawn("export", async move { source.run().await }.in_current_span());
-                Ok((Origin::Store(store), 1))
+                Ok((Origin::Store(store), 1, Some(Box::pin(source.run()))))
             }
             _ => Err(Error::new(ErrorKind::Internal, "a server without a client")),
         }
@@ -487,7 +503,7 @@ fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str, all_t
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
         remembered.last_sync_time = Some(time.to_utc());
         (remembered.scope, remembered.all_types) = (Some(app_id.to_owned()), all_types);
-        // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made anew.
+        // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made again.
         let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
         remembered.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
     }

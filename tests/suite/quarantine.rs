@@ -44,6 +44,18 @@ async fn a_line_is_kept_once_and_tried_until_it_can_be_read() {
     assert_eq!(lake.ids("Patient").await, ["a", "b", "c"]);
 }
 
+// Breaks if a retry, which has no server to download from, is given a stage that needs one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_where_attachments_are_downloaded() {
+    let lake = lake();
+    let (_data, source) = folder(&[("Patient.ndjson", &patient("a", 1, ",!"))]);
+    assert!(lake.run(&source, "").await.unwrap().types["Patient"].quarantined == 1);
+    mend(&lake, ",!", r#",\"gender\":\"other\""#);
+    let plan = lake.plan("{ url: \"http://127.0.0.1:9/fhir\" }", "stages: { attachments: { concurrency: 2 } }\n");
+    let report = lake.run_with(plan, RunOptions { replay_only: true, ..RunOptions::default() }).await.unwrap();
+    assert_eq!((report.replayed, report.types["Patient"].inserted, kept(&lake)), (1, 1, 0), "{report:#?}");
+}
+
 // Breaks if a line out of quarantine overwrites what came since.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_superseded_leaves_quarantine_and_changes_nothing() {

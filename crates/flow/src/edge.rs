@@ -74,7 +74,7 @@ impl Drop for Share {
 }
 
 impl<T> Weighted<T> {
-    /// The item; its share of the budget is given back now.
+    /// The item; its share of the budget is released now.
     pub fn into_inner(self) -> T {
         self.item
     }
@@ -180,7 +180,7 @@ mod tests {
         }
     }
 
-    // Breaks if the byte budget stops binding, or if the permit is given back on receive.
+    // Breaks if the byte budget stops binding, or if the permit is released on receive.
     #[tokio::test]
     async fn bytes_hold_the_sender_until_the_parcel_is_dropped() {
         let (tx, rx, gauge) = edge("a->b", 100, 10 * 1024);

@@ -60,7 +60,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keeps the first error, and pulls the stop. One that comes after it, full disks after Ctrl-C above all, goes to the log.
+/// Keeps the first error, and cancels the source. One that comes after it, full disks after Ctrl-C above all, goes to the log.
 fn note(first: &Mutex<Option<Error>>, stop: &Cancellation, error: Error) {
     let mut first = locked(first);
     match &*first {

@@ -106,7 +106,7 @@ impl Error {
         self.status = Some(status);
         self
     }
-    /// Notes that it stays until somebody changes something: it is not tried again.
+    /// Notes that it stays until somebody changes something: it is not retried.
     pub fn permanent(mut self) -> Self {
         self.is_permanent = true;
         self

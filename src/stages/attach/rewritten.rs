@@ -1,4 +1,4 @@
-//! Resources that are written anew, with what was fetched in the place of links.
+//! Resources that are rewritten, with what was fetched in the place of links.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use fhir_arrow::tape::{Kind, Tape, Value, parse_value};
 /// A row, and where its new JSON stands.
 type Written = (ParsedRow, std::ops::Range<usize>);
 
-/// Rows that were written anew.
+/// Rows that were rewritten.
 pub(super) struct Gathered {
     file: Arc<ExportFile>,
     pub bytes: Vec<u8>,
@@ -126,7 +126,7 @@ mod tests {
 
     use super::*;
 
-    // Breaks if anything but the link changes when a row is written anew: numbers keep their digits, texts their letters.
+    // Breaks if anything but the link changes when a row is rewritten: numbers keep their digits, texts their letters.
     #[test]
     fn a_row_is_written_as_it_was_but_for_the_links() {
         let json =

@@ -15,7 +15,7 @@ use crate::telemetry;
 use crate::values::{ByteSize, Findings, section};
 use flow::{Receiver, Sender};
 
-// Ten is the recipe's. A chunk of 1 MiB keeps a worker busy for milliseconds, so that edges of a few
+// Ten is the Python sync script's. A chunk of 1 MiB keeps a worker busy for milliseconds, so that edges of a few
 // dozen chunks even out; much smaller ones would pay more for the edge than for the parsing.
 section! {
     /// Files to bytes.
@@ -28,14 +28,14 @@ section! {
         /// How often a file that breaks off is read from its start.
         #[schemars(range(min = 1))]
         pub tries: usize = 5,
-        /// Most that a file may have, unpacked: a server whose file never ends is cut off there, and its type fails.
+        /// Largest file, decompressed. A larger one fails its type.
         pub max_file: ByteSize = ByteSize(100 << 30),
-        /// What it leads to when a file has fewer resources than the manifest's `count`: many servers count wrong.
+        /// What happens to a file with fewer resources than the manifest's `count`. Many servers count wrong.
         pub on_short_file: ShortFile = ShortFile::Report,
     }
 }
 
-/// What a file leads to that has fewer resources than the manifest promises.
+/// What happens to a file with fewer resources than the manifest's `count`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShortFile {

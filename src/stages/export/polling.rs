@@ -9,10 +9,10 @@ use bulk_data_client::{HttpSettings, Manifest, PollStatus};
 const ABSENCES: u32 = 3;
 
 /// Longest pause between polls that is our own choice.
-const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 /// The first pause where the server asks for a longer one: servers ask for minutes of an export that takes seconds.
-const EARLY_POLL: Duration = Duration::from_secs(2);
+const EARLY_POLL: Duration = Duration::from_secs(5);
 
 /// What comes next.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(super) enum Next {
         /// The pause.
         pause: Duration,
     },
-    /// The poll failed for a reason that passes, or may: the next one after the pause.
+    /// The poll failed for a transient reason, or may: the next one after the pause.
     Retry(Error, Retry, Duration),
     /// Polls fail for longer than requests are retried.
     Fail {
@@ -171,7 +171,7 @@ mod tests {
         let pauses: Vec<u64> = [Some(120), Some(120), Some(5), None, None, None, None, None]
             .map(|wait| pause(polls.on(working(wait), now)).as_millis() as u64)
             .to_vec();
-        assert_eq!(pauses, [2_000, 60_000, 5_000, 4_000, 8_000, 10_000, 10_000, 10_000]);
+        assert_eq!(pauses, [5_000, 60_000, 5_000, 4_000, 8_000, 16_000, 32_000, 60_000]);
         let mut later = Polls::new(&settings, false, false);
         assert_eq!(pause(later.on(working(Some(120)), now)), Duration::from_secs(60), "a later page is not looked at early");
     }

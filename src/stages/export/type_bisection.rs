@@ -1,4 +1,4 @@
-//! Kick-offs of several types of which the server takes some and refuses others: asked for by halves, until it is known which.
+//! Kick-offs of several types of which the server takes some and refuses others: bisected, until it is known which.
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
 
@@ -75,7 +75,7 @@ impl TypeBisection {
         self.exports == 1
     }
 
-    /// An export of an earlier run is gone on with.
+    /// An export of an earlier run is resumed.
     pub(crate) fn goes_on(&mut self) {
         self.held += 1;
     }

@@ -1,4 +1,4 @@
-//! What the books have to say at the end, and to whoever writes down what is staged.
+//! What the ledger have to say at the end, and to whoever persists what is staged.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ impl Ledger {
             let name = &book.file.name;
             match book.file.kind {
                 FileKind::Outcome if book.unread() => return Some(format!("the error file {name} could not be read")),
-                // What is deleted is said once, and a line in quarantine that says so is not tried again.
+                // What is deleted is said once, and a line in quarantine that says so is not retried.
                 FileKind::Deleted if book.bad() > 0 => {
                     return Some(format!("{} lines of the deletion file {name} could not be read", book.bad()));
                 }

@@ -157,7 +157,7 @@ fn a_failed_export_fails_the_types_that_it_was_asked_for() {
 }
 
 // Breaks if a type that was merged before, of which another export's files bring a stray row, fails for an export that did
-// not come: its row would be lost when the export that brought it is given back.
+// not come: its row would be lost when the export that brought it is released.
 #[test]
 fn a_failed_export_fails_no_type_that_it_was_not_asked_for() {
     let mut ledger = Ledger::new(2, None);

@@ -15,28 +15,27 @@ section! {
         /// Tables that are matched and committed at the same time.
         #[schemars(range(min = 1, max = 64))]
         pub tables_at_once: usize = 2,
-        /// What becomes of rows that the export does not name.
+        /// What happens to rows that the export does not contain.
         pub mode: Mode = Mode::Merge,
         /// How many rows of a table `reconcile` and `overwrite` may delete: a number, or a share such as `10%`. More fail the type.
         pub max_deleted: Limit = Limit::Percent(10.0),
         /// Size at which a Parquet file is closed.
         pub target_file: ByteSize = ByteSize(128 << 20),
-        /// How often at least what is staged is closed and written down: a run that is killed is gone on with from there. Each
-        /// time closes a file of each type.
+        /// Longest time between checkpoints, from which the next run resumes. Each checkpoint closes a file of each type.
         pub checkpoint: Span = Span(std::time::Duration::from_secs(300)),
-        /// Bytes of Parquet after which it is, if that is sooner.
+        /// Bytes of Parquet after which a checkpoint is persisted, if that is sooner.
         pub checkpoint_size: ByteSize = ByteSize(1 << 30),
         /// Deletion vectors in tables that are created.
         pub deletion_vectors: bool = true,
         /// Turns deletion vectors on in tables that exist and have them off. Raises their protocol: older readers cannot read
         /// them any more.
         pub upgrade_deletion_vectors: bool = false,
-        /// What becomes of columns that an existing table lacks.
+        /// What happens to columns that an existing table lacks.
         pub schema_evolution: SchemaEvolution = SchemaEvolution::None,
     }
 }
 
-/// What becomes of columns that an existing table lacks.
+/// What happens to columns that an existing table lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SchemaEvolution {
@@ -47,7 +46,7 @@ pub enum SchemaEvolution {
     AddColumns,
 }
 
-/// What becomes of rows that the export does not name.
+/// What happens to rows that the export does not contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {

@@ -29,7 +29,7 @@ pub(super) fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<Deletion>
         return Err("not a Bundle, in a file of deletions");
     }
     // A line of which some entries cannot be read goes to quarantine, and what can be read of it is applied: deletions are
-    // not tried again.
+    // not retried.
     let mut wrong = Ok(());
     for entry in value.get(b"entry").iter().flat_map(Value::items) {
         let request = entry.get(b"request");

@@ -1,4 +1,4 @@
-//! Writing down what is staged, for a run that goes on with it.
+//! Writing down what is staged, for a run that resumes it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -23,14 +23,14 @@ enum WrittenDown {
 }
 
 impl Staging {
-    /// Whether it is time to write down what is staged.
+    /// Whether it is time to persist what is staged.
     pub(in super::super) fn is_due(&self) -> bool {
         let (Some(since), Some(keep)) = (self.news_since, &self.settings.keep) else { return false };
         self.bytes_since >= keep.bytes || since.elapsed() >= keep.every
     }
 
-    /// Closes what is open and writes down what is staged. Types whose files cannot be closed have lost rows: they come back,
-    /// to fail. That nothing can be written down is no reason to end a run.
+    /// Closes what is open and persists what is staged. Types whose files cannot be closed have lost rows: they come back,
+    /// to fail. That nothing can be persisted is no reason to end a run.
     pub(in super::super) async fn write_down(&mut self, ledger: &Ledger) -> Vec<(ResourceType, Error)> {
         self.write(ledger, false).await.1
     }
@@ -150,7 +150,7 @@ impl Staging {
         Ok(())
     }
 
-    /// The export's files, and which of them are held by the Parquet files that are written down and the tables.
+    /// The export's files, and which of them are held by the Parquet files that are persisted and the tables.
     fn list<'a>(&self, ledger: &Ledger, files: impl Iterator<Item = &'a StagedParquet>, last: bool) -> Vec<CheckpointEntry> {
         let mut rows: HashMap<u32, u64> = HashMap::new();
         for (index, of) in files.flat_map(|file| &file.by_file) {
@@ -187,7 +187,7 @@ impl Staging {
         listed
     }
 
-    /// Ends it. What is staged and not merged is written down for the next run where that is to `keep`, else removed.
+    /// Ends it. What is staged and not merged is persisted for the next run where that is to `keep`, else removed.
     pub(in super::super) async fn end(mut self, ledger: &Ledger, keep: bool) -> BTreeMap<ResourceType, TypeOutcome> {
         let written = if keep { self.write(ledger, true).await.0 } else { WrittenDown::Nothing };
         match written {

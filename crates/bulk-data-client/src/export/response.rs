@@ -62,7 +62,7 @@ pub struct Resume {
 }
 
 impl Resume {
-    /// The validator of a response whose file can be gone on with: a strong entity tag, of bytes that are not packed for
+    /// The validator of a response whose file can be resumed: a strong entity tag, of bytes that are not packed for
     /// the way.
     pub fn validator(response: &Response) -> Option<HeaderValue> {
         let headers = response.headers();

@@ -30,7 +30,7 @@ struct State {
     halved: Option<Instant>,
 }
 
-/// A place that is taken; given back when dropped.
+/// A place that is taken; released when dropped.
 #[derive(Debug)]
 pub struct Permit {
     pace: AdaptiveConcurrency,

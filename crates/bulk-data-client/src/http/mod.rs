@@ -79,7 +79,7 @@ pub(crate) struct RequestSpec<'a> {
     pub lost: Option<&'a AtomicBool>,
 }
 
-/// Answers that are not tried again by themselves.
+/// Answers that are not retried by themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RetryPolicy {
     /// Those that will not be others soon.
@@ -93,7 +93,7 @@ pub(crate) enum RetryPolicy {
 }
 
 impl<'a> RequestSpec<'a> {
-    /// A GET with the token, tried again while it fails for a reason that passes.
+    /// A GET with the token, retried while it fails for a transient reason.
     pub(crate) fn get(url: &'a Url, accept: &'static str, what: &'a str) -> Self {
         let accept = Some(accept).filter(|accept| !accept.is_empty());
         let headers = accept.map(|accept| (ACCEPT, HeaderValue::from_static(accept))).into_iter().collect();
@@ -235,7 +235,7 @@ impl Client {
         let status = response.status();
         if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
             // A signed URL of a store refuses a second authorization beside its own.
-            if self.deviates("a file requires the token, and its host rejects it") {
+            if self.deviates("a file is said to need the token, and its host refuses it") {
                 tracing::warn!(%status, "another host rejected the token; its files are requested without it");
             }
             ask.with_token = false;
@@ -267,7 +267,7 @@ impl Client {
         }
     }
 
-    /// Sends a request, and again while it fails for a reason that passes. Any answer that is not of that
+    /// Sends a request, and again while it fails for a transient reason. Any answer that is not of that
     /// kind is the caller's to judge.
     pub(crate) async fn send(&self, ask: &RequestSpec<'_>) -> Result<Response> {
         // A pause that the caller is ready to make has its time beside that for other trouble.

@@ -10,7 +10,7 @@ use crate::http::tls::TlsSettings;
 /// How the client behaves.
 #[derive(Debug, Clone)]
 pub struct HttpSettings {
-    /// How long a request is tried again before it fails.
+    /// How long a request is retried before it fails.
     pub retry_for: Duration,
     /// First pause; doubled each time.
     pub min_pause: Duration,

@@ -69,7 +69,7 @@ impl Table {
     }
 }
 
-/// What an error of a commit upon version `before` means. A store that tries again may call a commit of our own another's,
+/// What an error of a commit upon version `before` means. A store that retries may call a commit of our own another's,
 /// and what fails may come after the commit: only the log knows.
 pub(crate) async fn after_error(
     table: &mut Table,
@@ -83,7 +83,7 @@ pub(crate) async fn after_error(
             tracing::warn!(%error, version, "the commit succeeded, and a step after it failed");
             Ok(Attempt::Done(Some(version)))
         }
-        // Two that create the same table: the loser goes on with the winner's.
+        // Two that create the same table: the loser resumes the winner's.
         Ok(None) if is_conflict(&error) || (before.is_none() && table.version().is_some()) => Ok(Attempt::Conflict),
         Ok(None) => Err(storage(error, "the commit failed")),
         Err(_) => Ok(Attempt::Unknown(storage(error, "the commit failed"))),

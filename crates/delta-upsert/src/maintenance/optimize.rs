@@ -29,7 +29,7 @@ use foundation::error::{Error, ErrorKind, Result};
 pub struct OptimizeSettings {
     /// Bytes that a file should have.
     pub target_file_bytes: u64,
-    /// Rows of a file, or the share of them, that are marked as gone from which it is written anew.
+    /// Rows of a file, or the share of them, that are marked as deleted from which it is rewritten.
     pub min_deleted: Limit,
     /// Whether rows are laid out in the order of their ids, so that a later match reads less.
     pub cluster: bool,
@@ -52,13 +52,13 @@ pub struct Optimized {
     pub bytes_removed: u64,
     /// See `bytes_removed`.
     pub bytes_added: u64,
-    /// Rows that were marked as gone and are no longer in any file.
+    /// Rows that were marked as deleted and are no longer in any file.
     pub rows_purged: u64,
     /// The table's version, where it was changed.
     pub version: Option<u64>,
 }
 
-/// How often it is begun anew when other writers changed the files in between.
+/// How often it is begun again when other writers changed the files in between.
 const MAX_ATTEMPTS: usize = 3;
 
 impl Table {

@@ -28,7 +28,7 @@ pub struct VacuumSettings {
     pub below_the_tables: bool,
     /// Whether files are removed, or only named.
     pub delete: bool,
-    /// Files that runs have staged and go on with: they stay.
+    /// Files that runs have staged and resume: they stay.
     pub staged: Vec<StagedParquet>,
     /// Further members of the commits' info.
     pub info: BTreeMap<String, Value>,

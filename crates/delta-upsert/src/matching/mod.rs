@@ -424,7 +424,7 @@ impl Matching<'_> {
                 continue;
             };
             marks.merged.inserted -= 1;
-            // A table may hold an id twice, by the recipe's doing: the best copy stays at most.
+            // A table may hold an id twice, by the Python sync script's doing: the best copy stays at most.
             let best = |a: &&KeyAt, b: &&KeyAt| (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()));
             let Some(best) = copies.iter().max_by(best) else { continue };
             copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| marks.mark(copy));

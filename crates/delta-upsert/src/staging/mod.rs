@@ -119,7 +119,7 @@ pub enum StagedFileState {
 
 impl StagingFile {
     /// Begins a file at `path` in the table's folder for row groups with these columns. Keys of its rows that
-    /// are put on disk go into the folder `scratch`.
+    /// are spilled go into the folder `scratch`.
     pub async fn create(table: &Table, path: Path, columns: SchemaRef, scratch: &std::path::Path) -> Result<Self> {
         let file = NewFile::create(table, path).await?;
         let keys = Spill::new(scratch, usize::MAX);

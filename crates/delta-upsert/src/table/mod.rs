@@ -42,7 +42,7 @@ impl std::fmt::Debug for Tables {
 /// How tables are set up.
 #[derive(Debug, Clone)]
 pub struct TableSettings {
-    /// Whether rows are marked as gone by deletion vectors, so that nothing is rewritten.
+    /// Whether rows are marked as deleted by deletion vectors, so that nothing is rewritten.
     pub deletion_vectors: bool,
     /// Whether deletion vectors are turned on in tables that exist and have them off.
     pub upgrade: bool,

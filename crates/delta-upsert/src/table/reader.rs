@@ -169,7 +169,7 @@ impl LocalRows {
         self.given += batch.num_rows();
         let a_row = batch.get_array_memory_size() as u64 / batch.num_rows().max(1) as u64 + 1;
         let fits = (BATCH_BYTES / a_row).clamp(1, self.most as u64) as usize;
-        // To begin anew costs the pages before: only for what makes a difference.
+        // To begin again costs the pages before: only for what makes a difference.
         if fits >= self.at_once * 4 || fits <= self.at_once / 4 {
             self.at_once = fits;
             self.reader = Self::reader(&self.file, &self.metadata, self.wanted.as_ref(), self.given, fits)?;
