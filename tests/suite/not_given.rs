@@ -276,7 +276,7 @@ async fn many_copies_of_the_same_resources_are_reported_with_their_files() {
     let files = [("1.Patient.ndjson", rows.as_str()), ("2.Patient.ndjson", &rows), ("3.Patient.ndjson", &rows)];
     let (_data, source) = folder(&files);
     let report = lake().run(&source, "").await.unwrap();
-    assert_eq!(report.server_deviations["duplicate resources"], 400);
+    assert_eq!(report.server_deviations["the same resources came more than once"], 400);
     let copies = &report.types["Patient"].copies;
     assert_eq!((copies.len(), copies.values().sum::<u64>()), (2, 400), "{copies:?}");
     let few = lines("Patient", "p", 5);

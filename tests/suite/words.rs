@@ -42,7 +42,7 @@ fn folder_with(files: &[(&str, &str)]) -> tempfile::TempDir {
     folder
 }
 
-const FOLDER: &str = "version: 1\nname: archive\nsource: { url: \"file://FOLDER/in\" }\ntables: FOLDER/lake\nstages: { parse: { workers: 1 }, encode: { workers: 1 } }\n";
+const FOLDER: &str = "version: 1\nname: archive\nsource: { url: \"file://FOLDER/in\" }\ntables: FOLDER/lake\nstages: { download: { concurrency: 1 }, parse: { workers: 1 }, encode: { workers: 1 } }\n";
 const SERVER: &str = "version: 1\nname: hospital\nsource: { url: \"http://127.0.0.1:9/fhir\", types: [Patient, Claim], retry_for: 0s }\ntables: FOLDER/lake\nstages: { parse: { workers: 2 }, encode: { workers: 2 } }\nschedule: []\n";
 
 #[test]

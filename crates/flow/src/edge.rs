@@ -113,6 +113,26 @@ impl<T> Clone for Receiver<T> {
 }
 
 /// A new edge that holds at most `max_items` items and `max_bytes` bytes.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// struct Line(String);
+/// impl flow::ByteSized for Line {
+///     fn weight(&self) -> usize {
+///         self.0.len()
+///     }
+/// }
+///
+/// let (sender, receiver, gauge) = flow::edge("read->print", 64, 1 << 20);
+/// assert!(sender.send(Line("a line".into())).await.is_ok());
+/// drop(sender);
+/// while let Some(line) = receiver.recv().await {
+///     // What a worker holds counts until it is dropped.
+///     assert_eq!((line.0.as_str(), gauge.level()), ("a line", (1, 6)));
+/// }
+/// # }
+/// ```
 pub fn edge<T: ByteSized>(name: impl Into<Arc<str>>, max_items: usize, max_bytes: usize) -> (Sender<T>, Receiver<T>, EdgeGauge) {
     let (sender, receiver) = async_channel::bounded(max_items.max(1));
     let gauge = EdgeGauge {

@@ -6,6 +6,13 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 /// How many of a number of lines or rows something may happen to. As text: `100`, or `0.5%`.
+///
+/// ```
+/// use foundation::Limit;
+///
+/// assert_eq!(Limit::Percent(0.5).of(1_000), 5);
+/// assert_eq!(Limit::CountOrPercent(100, 1.0).of(1_000), 100);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
 pub enum Limit {

@@ -18,6 +18,20 @@ pub enum Level {
 }
 
 /// What is asked of the server.
+///
+/// ```
+/// use bulk_data_client::{ExportOptions, ExportRequest, Level};
+///
+/// let request = ExportRequest {
+///     level: Level::Group("diabetes".into()),
+///     types: vec!["Patient".into()],
+///     since: None,
+///     options: ExportOptions::default(),
+/// };
+/// let base = url::Url::parse("https://fhir.example.org/fhir/")?;
+/// assert_eq!(request.url(&base)?.path(), "/fhir/Group/diabetes/$export");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct ExportRequest {
     /// Whose data.

@@ -35,7 +35,8 @@ impl std::error::Error for Fault {}
 /// let line = br#"{"resourceType":"Patient","multipleBirthInteger":2}"#;
 /// let mut tape = Tape::default();
 /// let root = parse_value(&mut tape, line, 0, line.len())?;
-/// let patient = tape.over(line).value(root);
+/// let document = tape.over(line);
+/// let patient = document.value(root);
 /// assert_eq!(patient.get(b"resourceType").and_then(|value| value.str_bytes()), Some(&b"Patient"[..]));
 /// # Ok::<(), fhir_arrow::tape::Fault>(())
 /// ```
