@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use chrono::{SecondsFormat, Utc};
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ impl ExportLog {
             "eventId": event,
             "eventDetail": detail(),
         });
-        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = flow::locked(file);
         // A log that cannot be written is no reason to lose an export.
         if let Err(error) = file.write_all(format!("{line}\n").as_bytes()) {
             tracing::warn!(%error, event, "the export log could not be written");

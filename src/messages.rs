@@ -1,7 +1,7 @@
 //! What travels on each edge, named by what has been done to the data, and the facts that travel with it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -318,7 +318,7 @@ impl Default for FlushRequests {
 impl FlushRequests {
     /// Asks for the first `rows` rows of the run's `resource_type`.
     pub fn request(&self, resource_type: &ResourceType, rows: u64) {
-        let mut wanted = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = flow::locked(&self.rows);
         if wanted.insert(resource_type.clone(), rows) != Some(rows) {
             drop(wanted);
             self.changed.send_modify(|version| *version += 1);
@@ -326,11 +326,11 @@ impl FlushRequests {
     }
     /// The requests so far.
     pub fn wanted(&self) -> HashMap<ResourceType, u64> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        flow::locked(&self.rows).clone()
     }
     /// Takes a request back: what is gathered from now on can wait again.
     pub fn withdraw(&self, resource_type: &ResourceType) {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner).remove(resource_type);
+        flow::locked(&self.rows).remove(resource_type);
     }
     /// Sees every later request.
     pub fn watch(&self) -> watch::Receiver<u64> {

@@ -1,7 +1,7 @@
 //! Drives a run: signals, progress, report.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
@@ -28,7 +28,7 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
     let at_the_end = ended.clone();
     output.telemetry().observe(Arc::new(move || {
         let mut samples = of_counts(&name, &board.read());
-        samples.extend(at_the_end.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned());
+        samples.extend(flow::locked(&at_the_end).iter().cloned());
         samples
     }));
     let name = plan.name.clone();
@@ -50,8 +50,7 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
         }
     };
     progress.end();
-    *ended.lock().unwrap_or_else(PoisonError::into_inner) =
-        of_ended(&name, began.elapsed(), outcome.as_ref().is_ok_and(|report| report.succeeded));
+    *flow::locked(&ended) = of_ended(&name, began.elapsed(), outcome.as_ref().is_ok_and(|report| report.succeeded));
     let outcome = outcome?;
     if output.is_json() {
         let report = serde_json::to_string(&outcome).context(ErrorKind::Internal, "the report")?;
@@ -170,7 +169,7 @@ impl Progress {
     fn show(&mut self, watch: &Watch) {
         self.ticks += 1;
         let counts = watch.board.read();
-        let words = watch.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let words = flow::locked(&watch.server).clone();
         if !self.output.shows_bars() {
             if self.ticks.is_multiple_of(50) {
                 let sum =

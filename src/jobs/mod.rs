@@ -23,9 +23,10 @@ use crate::error::{Context, ErrorKind, Result};
 use foundation::secure_fs::write_atomically;
 
 pub use events::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
-pub use tracking::{OfServer, cancel};
+pub use tracking::OfServer;
 pub(crate) use tracking::{
-    Resumed, can_be_resumed, check_throttled, failed, merged, merged_in_part, note_floors, rejected_lately, resume, settle, sink,
+    Resumed, can_be_resumed, check_throttled, failed, merged, merged_in_part, note, note_floors, rejected_lately, resume, settle,
+    sink,
 };
 
 /// Runs in which the server may fail to give all of an export before another is started: it may never give the rest.

@@ -9,25 +9,17 @@ use url::Url;
 
 use super::events::fingerprint;
 use super::{
-    AllRejected, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER, Floor, JobState, Kickoff,
-    Origin,
+    AllRejected, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER, Floor, Kickoff, Origin,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, watermark_of};
-use crate::stages::merge::MergeReport;
 use crate::state::StateFolder;
-use crate::topology::RunPlan;
 use bulk_data_client::{Client, ExportRequest};
 use delta_upsert::Tables;
-use flow::{Cancellation, Counters};
-
-fn is_given_up(job: &ExportJob) -> bool {
-    job.state() == JobState::GivenUp
-}
 
 /// Whether a run of `scope` may resume an export.
 pub(crate) fn can_be_resumed(export: &ExportJob, scope: &str) -> bool {
-    export.scope == scope && !export.merged && !is_given_up(export)
+    export.scope == scope && !export.is_releasable()
 }
 
 /// What a run asks for, and resumes.
@@ -54,8 +46,9 @@ pub(crate) fn resume(
     for export in exports.jobs.iter().filter(|export| export.scope == scope && !export.merged) {
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
-        if fingerprint(&request) != export.fingerprint || is_given_up(export) || (full_refresh && export.since.is_some()) {
-            let why = match is_given_up(export) {
+        let given_up = export.is_releasable();
+        if given_up || fingerprint(&request) != export.fingerprint || (full_refresh && export.since.is_some()) {
+            let why = match given_up {
                 true => "too many runs failed with it",
                 false => "its request differs from this run's",
             };
@@ -129,7 +122,7 @@ pub(crate) fn sink(state: StateFolder, scope: String, full_refresh: bool, expire
 }
 
 /// Persists an event that is no run's own.
-fn note(state: &StateFolder, scope: &str, event: &ExportEvent<'_>) -> Result<()> {
+pub(crate) fn note(state: &StateFolder, scope: &str, event: &ExportEvent<'_>) -> Result<()> {
     state.change_exports(|jobs| jobs.apply(event, Origin { scope, full_refresh: false, now: Utc::now() }))
 }
 
@@ -149,17 +142,6 @@ pub enum OfServer {
     FilesFailed,
     /// It says of each file that it did not give that it is gone for good.
     FilesGone,
-}
-
-impl OfServer {
-    /// Returns what merge found.
-    pub(crate) fn of(merged: &MergeReport) -> Self {
-        match (merged.files_failed > 0, merged.files_gone) {
-            (false, _) => OfServer::Nothing,
-            (true, false) => OfServer::FilesFailed,
-            (true, true) => OfServer::FilesGone,
-        }
-    }
 }
 
 /// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not give some
@@ -290,41 +272,4 @@ pub(crate) async fn settle(state: &StateFolder, scope: &str, client: &Client, de
     release(state, scope, &old, client, false).await?;
     release(state, scope, &kept, client, false).await?;
     release(state, scope, &rest, client, true).await
-}
-
-/// Cancels exports in flight, by their numbers from 1, or all of them; how many. With all, what else is remembered of the server
-/// is forgotten too: a time to wait for, kick-offs without an answer, types that it refuses. Where the
-/// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
-pub async fn cancel(plan: &RunPlan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
-    let state = crate::topology::state_of(plan)?;
-    let _lock = state.lock()?;
-    let exports = state.exports()?;
-    if let Some(unknown) = numbers.into_iter().flatten().find(|number| **number == 0 || **number > exports.jobs.len()) {
-        return Err(Error::new(ErrorKind::Config, format!("no export job #{unknown}; see `fhirlake jobs list`")));
-    }
-    let chosen = exports.jobs.iter().enumerate();
-    let chosen = chosen.filter(|(at, _)| numbers.is_none_or(|numbers| numbers.contains(&(at + 1))));
-    let chosen: Vec<String> = chosen.map(|(_, export)| export.status.clone()).collect();
-    let (mut gone, mut failed) = (Vec::new(), None);
-    let client = if forget { None } else { crate::topology::client(plan, &Counters::default(), &Cancellation::default())? };
-    for status in chosen {
-        if let (Some(client), Ok(url)) = (&client, Url::parse(&status))
-            && let Err(error) = client.delete_export(&url).await
-        {
-            failed = Some(error);
-            continue;
-        }
-        gone.push(status);
-    }
-    let cancelled: Vec<&str> = gone.iter().map(String::as_str).collect();
-    note(&state, "", &ExportEvent::Cancelled { jobs: &cancelled })?;
-    if numbers.is_none() && failed.is_none() {
-        note(&state, "", &ExportEvent::Forgotten)?;
-    }
-    match failed {
-        None => Ok(gone.len()),
-        Some(error) => Err(error.with_hint(
-            "the server still has the export, so it is still listed: try again, or forget it without telling the server (--forget)",
-        )),
-    }
 }

@@ -9,8 +9,9 @@ use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
 use serde::{Deserialize, Serialize};
 
-use super::{CLOCK, LOCK, Mirror, locked};
+use super::{CLOCK, LOCK, Mirror};
 use crate::error::{Context, Error, ErrorKind, Result};
+use flow::locked;
 
 /// What the lock's object says.
 #[derive(Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use std::future::Future;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::{StreamExt, TryStreamExt};
@@ -21,6 +21,7 @@ use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
 
 use self::lock::Held;
 use crate::error::{Context, Error, ErrorKind, Result};
+use flow::locked;
 use foundation::secure_fs::{new_beside, private_dir};
 
 /// What of the folder is never in the store: what does not fit into memory, and goes with the run.
@@ -73,10 +74,6 @@ impl Drop for Mirror {
             runtime.shutdown_background();
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Mirror {

@@ -267,7 +267,7 @@ impl RunningStatus {
             let rate = total.saturating_sub(sum(&before, metric)) as f64 / since.as_secs_f64();
             StageStatus { name: node.spec.name, rate, unit, total }
         };
-        let edges = running.watch.edges.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let edges = flow::locked(&running.watch.edges);
         let edges = edges.iter().map(|edge| {
             let ((items, bytes), (max_items, max_bytes)) = (edge.level(), edge.capacity());
             EdgeStatus { name: edge.name().to_owned(), items, max_items, bytes, max_bytes }
@@ -286,7 +286,7 @@ impl RunningStatus {
             bad: value(telemetry::BAD_LINES, name),
             committed: value(telemetry::COMMITTED, name),
         });
-        let server = running.watch.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let server = flow::locked(&running.watch.server).clone();
         Self {
             began: running.began,
             seconds: (now - running.began).as_seconds_f64(),

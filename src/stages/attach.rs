@@ -191,7 +191,7 @@ impl Attach {
     /// Says once of a host that its attachments stay links; no.
     fn say_left(&self, url: &Url) -> bool {
         let host = url.origin().ascii_serialization();
-        let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut said = flow::locked(&self.said);
         if said.len() < 100 && said.insert(host.clone()) {
             tracing::warn!(host, "attachments there stay links: stages.attachments.origins does not name the host");
         }

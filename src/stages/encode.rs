@@ -8,7 +8,7 @@ mod settings;
 
 pub use self::settings::{EncodeSection, FileColumns, OPEN_BATCHES};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::runtime::Handle;
 
@@ -90,7 +90,7 @@ impl Shared {
     }
 
     fn bench(&self) -> MutexGuard<'_, Bench> {
-        self.bench.lock().unwrap_or_else(PoisonError::into_inner)
+        flow::locked(&self.bench)
     }
 
     fn take(&self, resource_type: &ResourceType) -> Result<OpenBatch> {

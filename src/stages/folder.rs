@@ -1,7 +1,7 @@
 //! The source, as a folder of NDJSON.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use futures::StreamExt;
 use object_store::{ObjectStore, ObjectStoreExt};
@@ -10,7 +10,7 @@ use url::Url;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
-use flow::{Cancellation, Sender};
+use flow::{Cancellation, Sender, locked};
 
 /// Files of a folder or object store of NDJSON.
 pub struct FolderExport {
@@ -216,10 +216,6 @@ pub fn place_of(url: &Url) -> String {
 fn type_named(name: &str) -> Option<ResourceType> {
     let mut words = name.split(|letter: char| !letter.is_ascii_alphanumeric());
     words.find(|word| Model::r4().is_resource_type(word)).map(Into::into)
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -103,6 +103,16 @@ pub enum EdgeBytes {
     SplitsNext,
 }
 
+impl EdgeBytes {
+    /// Returns the percent of `memory` that is an edge's own share; 0 where it has none.
+    pub fn percent(self) -> u64 {
+        match self {
+            EdgeBytes::Percent(percent) => percent,
+            EdgeBytes::Fixed(_) | EdgeBytes::SplitsNext => 0,
+        }
+    }
+}
+
 /// A share of `memory` that a stage holds itself.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Share {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::jobs::OfServer;
 use crate::messages::{LineId, ResourceType};
 
 /// Why a type is not whole whose run was stopped.
@@ -116,4 +117,15 @@ pub struct MergeReport {
     pub held: Vec<ResourceType>,
     /// `transactionTime` of the exports that ended, microseconds since the epoch; the oldest.
     pub transaction_time: Option<i64>,
+}
+
+impl MergeReport {
+    /// Returns what the server did not give.
+    pub(crate) fn of_server(&self) -> OfServer {
+        match (self.files_failed > 0, self.files_gone) {
+            (false, _) => OfServer::Nothing,
+            (true, false) => OfServer::FilesFailed,
+            (true, true) => OfServer::FilesGone,
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -262,7 +262,7 @@ impl BadLines for Quarantine {
         };
         let mut json = serde_json::to_vec(&kept).context(ErrorKind::Internal, "a quarantined line")?;
         json.push(b'\n');
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = flow::locked(&self.inner);
         if !inner.known.insert(LineId::of(bad.bytes)) {
             // A deletion before this run is older than what the line says.
             return match self.list(&mut inner)? {
@@ -289,7 +289,7 @@ impl BadLines for Quarantine {
     }
 
     fn deleted(&self, ids: &[Deletion]) -> Result<()> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = flow::locked(&self.inner);
         if ids.is_empty() {
             return Ok(());
         }
@@ -300,7 +300,7 @@ impl BadLines for Quarantine {
     }
 
     fn sync(&self) -> Result<()> {
-        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = flow::locked(&self.inner);
         reached("before the quarantine is synced");
         let mut files = inner.file.iter().chain(&inner.deleted);
         files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))?;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -45,7 +45,7 @@ impl ServerMessages {
         let message = Message { file: &file.name, line, text, base64: text.is_none().then(|| STANDARD.encode(bytes)) };
         let mut json = serde_json::to_vec(&message).context(ErrorKind::Internal, "a server's message")?;
         json.push(b'\n');
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut written = flow::locked(&self.written);
         let (to, length) = match &mut *written {
             Some(open) => open,
             none => {
@@ -67,7 +67,7 @@ impl ServerMessages {
 
     /// Makes them durable.
     pub(crate) fn sync(&self) -> Result<()> {
-        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = flow::locked(&self.written);
         let synced = written.as_ref().map_or(Ok(()), |(file, _)| file.sync_all());
         synced.context(ErrorKind::State, format!("{} cannot be synced", self.path.display()))
     }

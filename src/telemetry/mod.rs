@@ -49,7 +49,7 @@ impl Metric {
 }
 
 macro_rules! metrics {
-    ($($constant:ident, $name:literal, $instrument:ident, $unit:literal, $label:expr, $what:literal;)+) => {
+    ($($constant:ident, $name:expr, $instrument:ident, $unit:literal, $label:expr, $what:literal;)+) => {
         $(#[doc = $what]
         pub const $constant: &str = $name;)+
         /// Every metric there is.
@@ -89,14 +89,14 @@ metrics! {
     COMMITTED, "fhirlake.resources.committed", Counter, "{resource}", TYPE, "Resources of types that were committed.";
     BAD_LINES, "fhirlake.lines.bad", Counter, "{line}", TYPE, "Lines that could not be read.";
     EXCLUDED, "fhirlake.lines.excluded", Counter, "{line}", TYPE, "Lines of types that have no table.";
-    RETRIES, "fhirlake.http.retries", Counter, "{request}", None, "Requests that were tried again.";
+    RETRIES, bulk_data_client::metrics::RETRIES, Counter, "{request}", None, "Requests that were tried again.";
     ATTACHMENTS, "fhirlake.attachments", Counter, "{attachment}", Some("outcome"), "Attachments by what came of them: files, inline, left (links that are not to be followed), failed; unlike: fetched, and not of the size or hash that their resource says.";
     OUTCOME_ISSUES, "fhirlake.export.outcome_issues", Counter, "{issue}", Some("issue"), "Issues in the export's error files, by severity and code.";
-    DEVIATIONS, "fhirlake.server.deviations", Counter, "{deviation}", Some("deviation"), "Ways in which the server differs from what the Bulk Data guide asks.";
+    DEVIATIONS, bulk_data_client::metrics::DEVIATIONS, Counter, "{deviation}", Some("deviation"), "Ways in which the server differs from what the Bulk Data guide asks.";
 }
 
 /// Label of what belongs to no type.
-pub const NO_TYPE: &str = "(none)";
+pub const NO_TYPE: &str = bulk_data_client::metrics::NO_LABEL;
 
 /// A line of the process's own status in bytes, where the system tells: `VmRSS` is the memory that it holds, `VmHWM` the most
 /// that it held.

@@ -2,7 +2,7 @@
 //! endpoint is for whoever has none.
 
 use std::sync::Arc;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use opentelemetry::metrics::MeterProvider as _;
@@ -118,7 +118,7 @@ impl Otlp {
         let meter = provider.meter_with_scope(InstrumentationScope::builder("fhirlake").build());
         let last: Arc<Mutex<Option<Reading>>> = Arc::default();
         let now = move || {
-            let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut last = flow::locked(&last);
             match &*last {
                 Some((at, samples)) if at.elapsed() < FRESH => samples.clone(),
                 _ => {

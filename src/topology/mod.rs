@@ -4,6 +4,7 @@
 //! The list of stages is here and nowhere else. Spawning, the split of `memory`, `explain`, the status page, metrics and the
 //! diagrams of the documents walk it.
 
+mod exports;
 mod inspect;
 mod maintenance;
 mod prepare;
@@ -23,7 +24,7 @@ use crate::stages::merge::MERGE;
 use crate::stages::{EdgeBytes, Memory, RunContext, Stage, StageSpec, Stages, attach, download, encode, parse};
 use flow::{ByteSized, EdgeGauge, Receiver, Sender, edge};
 
-pub use crate::jobs::cancel as cancel_exports;
+pub use exports::cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintenance::{ByTable, OptimizeOptions, VacuumOptions, optimize, run_id, vacuum};
 pub use prepare::{Prepared, prepare};
@@ -82,6 +83,18 @@ pub struct Node {
     pub workers: usize,
     /// The edge that it receives from; the source has none.
     pub input: Option<Edge>,
+}
+
+impl Node {
+    /// Returns the percent of `memory` that is its input edge's; 0 where the edge has no share of its own.
+    fn edge_percent(&self) -> u64 {
+        self.spec.input.as_ref().map_or(0, |input| input.bytes.percent())
+    }
+
+    /// Returns the percent of `memory` that it holds itself.
+    fn own_percent(&self) -> u64 {
+        self.spec.shares.iter().map(|share| share.percent).sum()
+    }
 }
 
 /// An edge between two stages.
@@ -143,11 +156,10 @@ impl Topology {
     /// Draws the pipeline, at most 100 columns wide: what crosses each edge with its share of `memory`, the stages, and what
     /// each does.
     pub fn diagram(&self) -> String {
-        let percent = |node: &Node| match node.spec.input.as_ref().map(|input| input.bytes) {
-            Some(EdgeBytes::Percent(percent)) => format!(" {percent} %"),
-            _ => String::new(),
+        let percent = |node: &Node| match node.edge_percent() {
+            0 => String::new(),
+            percent => format!(" {percent} %"),
         };
-        let own: Vec<u64> = self.nodes.iter().map(|node| node.spec.shares.iter().map(|share| share.percent).sum()).collect();
         let mut lines = vec![String::new(), String::new()];
         let rows = self.nodes.iter().map(|node| node.spec.summary.len()).max().unwrap_or_default() + 1;
         lines.resize(2 + rows, String::new());
@@ -156,8 +168,9 @@ impl Topology {
             let label = next.and_then(|next| Some(format!("{}{}", next.input.as_ref()?.carries, percent(next))));
             let label = label.unwrap_or_default();
             let mut below: Vec<String> = node.spec.summary.iter().map(|line| (*line).to_owned()).collect();
-            if own[at] > 0 {
-                below.push(format!("({} %)", own[at]));
+            match node.own_percent() {
+                0 => {}
+                percent => below.push(format!("({percent} %)")),
             }
             let name = node.spec.name.chars().count();
             let widest = below.iter().map(|line| line.chars().count() + 2).max().unwrap_or_default();
@@ -178,6 +191,14 @@ impl Topology {
     }
 }
 
+/// Makes an edge; one that no stage declares holds one item at a time.
+fn wire<T: ByteSized>(planned: Option<&Edge>) -> (Sender<T>, Receiver<T>, EdgeGauge) {
+    match planned {
+        Some(planned) => edge(planned.name.clone(), planned.items, planned.bytes),
+        None => edge("", 1, 0),
+    }
+}
+
 /// The edges of a run that is being wired.
 struct Edges {
     planned: Vec<Edge>,
@@ -187,12 +208,7 @@ struct Edges {
 impl Edges {
     /// Makes the next edge.
     fn next<T: ByteSized>(&mut self) -> (Sender<T>, Receiver<T>) {
-        let at = self.gauges.len();
-        let (name, items, bytes) = match self.planned.get(at) {
-            Some(edge) => (edge.name.clone(), edge.items, edge.bytes),
-            None => ("".into(), 1, 0),
-        };
-        let (sender, receiver, gauge) = edge(name, items, bytes);
+        let (sender, receiver, gauge) = wire(self.planned.get(self.gauges.len()));
         self.gauges.push(gauge);
         (sender, receiver)
     }
@@ -218,8 +234,7 @@ impl Ends {
         let last = planned.pop();
         let mut edges = Edges { planned, gauges: Vec::new() };
         let (files, files_out) = edges.next();
-        let (name, items, bytes) = last.map_or_else(|| ("".into(), 1, 0), |edge| (edge.name, edge.items, edge.bytes));
-        let (control, merge, merge_gauge) = edge(name, items, bytes);
+        let (control, merge, merge_gauge) = wire(last.as_ref());
         Self { files, files_out, edges, control, merge, merge_gauge }
     }
 }
@@ -252,11 +267,6 @@ mod tests {
     #[test]
     fn the_shares_are_all_of_memory() {
         let topology = Topology::new(&Stages::default(), &Memory::new(1 << 30));
-        let edge = |node: &Node| match node.spec.input.as_ref().map(|input| input.bytes) {
-            Some(EdgeBytes::Percent(percent)) => percent,
-            _ => 0,
-        };
-        let own = |node: &Node| node.spec.shares.iter().map(|share| share.percent).sum::<u64>();
-        assert_eq!(topology.nodes.iter().map(|node| edge(node) + own(node)).sum::<u64>(), 100);
+        assert_eq!(topology.nodes.iter().map(|node| node.edge_percent() + node.own_percent()).sum::<u64>(), 100);
     }
 }

@@ -1,7 +1,7 @@
 //! A run: export → download → parse → encode → merge.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use chrono::{DateTime, Utc};
@@ -17,8 +17,8 @@ use super::{Ends, RunPlan, SourcePlan, maintenance, spawn_between};
 use crate::config::{DeleteExport, ExportErrors};
 use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::jobs::{self, ExportEvent, ExportEventSink, OfServer};
-use crate::messages::{BadLineSink, FlushRequests, MergeInput, instant_text};
+use crate::jobs::{self, ExportEvent, ExportEventSink};
+use crate::messages::{BadLineSink, ExportFile, FlushRequests, MergeInput, instant_text};
 use crate::mirror::Mirror;
 use crate::stages::download::{Origin, ShortFile};
 use crate::stages::export::ServerExport;
@@ -32,7 +32,7 @@ use crate::telemetry;
 use crate::values::Types;
 use bulk_data_client::{Auth, Client, Links};
 use delta_upsert::{NotMatchedBySource, OrderRules, TableSettings, Tables};
-use flow::{Cancellation, Counters, Receiver, Sender, TaskGroup};
+use flow::{Cancellation, Counters, Receiver, Sender, TaskGroup, locked};
 
 /// What a run may be told on the command line.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,10 +45,6 @@ pub struct RunOptions {
     pub replay_only: bool,
     /// This is a part of a run whose other types failed: it completes nothing.
     pub part: bool,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The state of a plan: a folder, or this process's copy of one in an object store.
@@ -310,7 +306,7 @@ impl Run {
     /// Returns where files are read from, how many exports there are, and the source that is still to be started.
     fn source(
         &self,
-        files: Sender<Arc<crate::messages::ExportFile>>,
+        files: Sender<Arc<ExportFile>>,
         control: &Sender<MergeInput>,
         first_index: u32,
         log: &ExportLog,
@@ -432,10 +428,9 @@ impl Run {
         }
         let merged = ended.merged.unwrap_or_default();
         report::log_exports(&ended.log, merged.exports, &self.watch.board, ended.took);
-        let of_server = OfServer::of(&merged);
+        let of_server = merged.of_server();
         self.settle_quarantine(&merged)?;
-        let of_server_run = self.client.as_ref().filter(|_| !self.options.replay_only);
-        if of_server_run.is_some() {
+        if self.client.is_some() {
             let is_whole = |name: &str| {
                 let of = merged.types.get(name);
                 of.is_some_and(|of| of.answered_for && of.error.is_none() && of.watermark_hold.is_none())
@@ -463,7 +458,7 @@ impl Run {
             return Err(Error::new(ErrorKind::Interrupted, what));
         }
         let delete = plan.request.delete_export == DeleteExport::AfterCommit;
-        if let (Some(client), false) = (of_server_run, report.is_merged()) {
+        if let (Some(client), false) = (&self.client, report.is_merged()) {
             jobs::failed(state, &prepared.app_id, &prepared.kickoffs, self.started, of_server)?;
             let what = (prepared.app_id.as_str(), &prepared.tables);
             jobs::merged_in_part(state, what, prepared.until, client, delete).await?;
@@ -473,7 +468,7 @@ impl Run {
             if report.succeeded && !self.options.part {
                 remember_success(state, &report, &prepared.app_id, plan.types().is_all())?;
             }
-            if let Some(client) = of_server_run {
+            if let Some(client) = &self.client {
                 jobs::merged(state, &prepared.app_id, &prepared.kickoffs, client, delete).await?;
             }
             self.journal.clear()?;

@@ -1,13 +1,9 @@
 //! What those who watch a run see of it: counters, edges, events.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use flow::{Counters, EdgeGauge};
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use flow::{Counters, EdgeGauge, locked};
 
 /// What happens in a run, for those who watch it.
 #[derive(Debug)]

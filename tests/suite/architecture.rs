@@ -40,6 +40,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("export_log", &["error"]),
     ("mirror", &["error"]),
     ("values", &["config", "values"]),
+    ("jobs", &["error", "messages", "mirror", "state"]),
     ("state", &["error", "jobs", "messages", "mirror", "state"]),
     ("stages", &["error", "export_log", "jobs", "messages", "stages", "telemetry", "values"]),
     ("config", &["config", "error", "stages", "values"]),

@@ -11,7 +11,8 @@ use serde_json::json;
 use crate::faults::Faults;
 use crate::manifest::elsewhere as elsewhere_of;
 use crate::population::DEMO_TYPES;
-use crate::server::{Job, Shared, Shop, locked, outcome, refuse};
+use crate::server::{Job, Shared, Shop, outcome, refuse};
+use flow::locked;
 
 /// Bytes of a file are made and sent in pieces of about this size.
 const PIECE: usize = 256 * 1024;

@@ -1,7 +1,7 @@
 //! The embedded Bulk Data server: kick-off, status, manifest, files, over real HTTP on loopback.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
@@ -19,7 +19,7 @@ use crate::files::{binary, elsewhere, file};
 use crate::manifest::manifest;
 use crate::population::{DEMO_TYPES, Population};
 use crate::tokens::{Registration, Tokens};
-use flow::{Cancellation, TaskGroup, compute};
+use flow::{Cancellation, TaskGroup, compute, locked};
 use foundation::error::{Context, ErrorKind, Result};
 
 /// What was asked of the server, for tests.
@@ -106,10 +106,6 @@ pub struct DemoServer {
     world: Shared,
     stop: Cancellation,
     _crew: TaskGroup,
-}
-
-pub(crate) fn locked(world: &Shared) -> MutexGuard<'_, World> {
-    world.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for DemoServer {

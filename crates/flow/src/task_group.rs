@@ -2,12 +2,13 @@
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::locked;
 use foundation::error::{Error, ErrorKind, Result};
 
 /// Asks the source to stop. Stages never look at it: they end when their input closes, so what is
@@ -54,10 +55,6 @@ pub struct TaskGroup {
     at_work: Arc<Mutex<Vec<&'static str>>>,
     first: Arc<Mutex<Option<Error>>>,
     stop: Cancellation,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Keeps the first error, and cancels the source. One that comes after it, full disks after Ctrl-C above all, goes to the log.

@@ -1,7 +1,7 @@
 //! How many files are read at a time: fewer when the server is in trouble, and slowly more again
 //! (additive increase, multiplicative decrease).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -45,7 +45,7 @@ impl AdaptiveConcurrency {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+        flow::locked(&self.shared.state)
     }
 
     /// Waits for a place.

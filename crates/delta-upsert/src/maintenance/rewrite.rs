@@ -114,7 +114,7 @@ impl<'a> Place<'a> {
 
     fn next_path(&self) -> Path {
         let path = Path::from(format!("part-{}-{}.zstd.parquet", self.run, uuid::Uuid::new_v4()));
-        self.begun.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
+        flow::locked(&self.begun).push(path.clone());
         path
     }
 
