@@ -1,4 +1,4 @@
-//! What the embedded server does wrong, or in another way: for tests, and for whoever wants to see what a client does then.
+//! Faults and ways of the embedded server: for tests, and for whoever wants to see what a client does then.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -25,19 +25,19 @@ pub struct Faults {
     /// Statuses of the first polls, in their order: 202, 404 with an outcome, others with an outcome of code `processing`;
     /// 503 with `Retry-After: 1`.
     pub polls_script: Vec<u16>,
-    /// Whether the manifest grows, where the client sends `allowPartialManifests`: a first poll is answered 202 with the last file alone.
+    /// True if the manifest grows, where the client sends `allowPartialManifests`: a first poll is answered 202 with the last file alone.
     pub growing: bool,
     /// Kick-offs that make an export, and whose connection is then closed without an answer.
     pub kickoffs_lost: usize,
     /// Requests to delete an export that are answered 503.
     pub deletes_refused: usize,
-    /// Whether each page of a manifest lists its files in the reverse of the last one's order.
+    /// True if each page of a manifest lists its files in the reverse of the last one's order.
     pub reordered: bool,
     /// Groups that there are, where not every name is one: of others the export is empty.
     pub groups: Option<Vec<String>>,
     /// The export itself fails: 500 with an OperationOutcome of code `processing`.
     pub export_fails: bool,
-    /// Whether `Prefer: separate-export-status` is in effect.
+    /// True if `Prefer: separate-export-status` is in effect.
     pub separate_status: bool,
     /// File requests that are answered 503.
     pub files_unavailable: usize,
@@ -52,21 +52,21 @@ pub struct Faults {
     /// Content of every Binary, where it is not as many letters as its id says.
     #[serde(deserialize_with = "text::bytes")]
     pub binary: Vec<u8>,
-    /// Whether a Binary is answered as a resource, with its content in `data`, though the content itself was asked for.
+    /// True if a Binary is answered as a resource, with its content in `data`, though the content itself was asked for.
     pub binaries_as_fhir: bool,
-    /// Whether files have an entity tag and `Range` is understood.
+    /// True if files have an entity tag and `Range` is understood.
     pub ranges: bool,
     /// Links of files that were given out end: files are answered 403 until the manifest is asked for again.
     pub links_end: bool,
-    /// Whether files are answered by a redirect to another origin, which refuses an `Authorization`.
+    /// True if files are answered by a redirect to another origin, which refuses an `Authorization`.
     pub redirect: bool,
-    /// Whether the manifest lists links to another origin that are signed, and refuse an `Authorization`.
+    /// True if the manifest lists links to another origin that are signed, and refuse an `Authorization`.
     pub signed_links: bool,
     /// Kick-offs that are answered 429.
     pub kickoffs_throttled: usize,
     /// `Retry-After` of those; `1` by default.
     pub kickoff_retry_after: Option<String>,
-    /// Whether a GET is no kick-off, as in STU 4.
+    /// True if a GET is no kick-off, as in STU 4.
     pub post_only: bool,
     /// Parameters that the server does not support: 400, or an outcome where `handling=lenient` is preferred.
     pub unsupported: Vec<String>,
@@ -75,7 +75,7 @@ pub struct Faults {
     pub junk: HashMap<String, Vec<u8>>,
     /// The manifest promises that many more resources a file than there are.
     pub count_off_by: u64,
-    /// Whether files are sent with gzip encoding.
+    /// True if files are sent with gzip encoding.
     pub gzip: bool,
     /// Pause between two pieces of a file.
     #[serde(with = "millis")]
@@ -93,9 +93,9 @@ pub struct Faults {
     pub also_deleted: Vec<String>,
     /// Files a page of the manifest, where the client sends `allowPartialManifests`; 0 for one page. Each page but the last is there while the server still works.
     pub page_files: usize,
-    /// Whether the manifest is of STU 4: `outcome` and no `request`.
+    /// True if the manifest is of STU 4: `outcome` and no `request`.
     pub stu4: bool,
-    /// Whether manifests leave out what they may not, `error` and `requiresAccessToken`, have relative URLs, an empty
+    /// True if manifests leave out what they may not, `error` and `requiresAccessToken`, have relative URLs, an empty
     /// `outputOrganizedBy`, and file names alone in `continuesInFile`.
     pub sloppy_manifest: bool,
     /// Seconds that a token lives, where the server has registered keys.
@@ -109,7 +109,12 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Whether one of `files` is the file `name`.
+    /// Returns true if manifests are not as the handler draws them up.
+    pub(crate) fn distort_manifests(&self) -> bool {
+        self.sloppy_manifest || self.reordered || self.count_off_by > 0
+    }
+
+    /// Returns true if one of `files` is the file `name`.
     pub(crate) fn names(files: &[String], name: &str) -> bool {
         files.iter().any(|file| file.trim_end_matches(".ndjson") == name.trim_end_matches(".ndjson"))
     }

@@ -1,59 +1,30 @@
 //! The embedded server's files, made as they are sent.
 
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use bytes::Bytes;
 use serde_json::json;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 
 use crate::faults::Faults;
-use crate::manifest::elsewhere as elsewhere_of;
 use crate::population::DEMO_TYPES;
-use crate::server::{Job, Shared, Shop, outcome, refuse};
-use flow::locked;
+use crate::server::{Job, Shared, Shop, outcome};
 
 /// Bytes of a file are made and sent in pieces of about this size.
 const PIECE: usize = 256 * 1024;
 
-/// What a link says behind its question mark.
-#[derive(serde::Deserialize)]
-pub(crate) struct Signed {
-    /// Which links it is one of: each manifest gives out new ones.
-    #[serde(default)]
-    expires: usize,
+/// Sends a file.
+pub(crate) async fn file(shop: Shop, Path((id, name)): Path<(usize, String)>, headers: HeaderMap) -> Response {
+    send_file(shop, id, &name, &headers)
 }
 
-/// A file, or where it is.
-pub(crate) async fn file(
-    shop: Shop,
-    Path((id, name)): Path<(usize, String)>,
-    Query(signed): Query<Signed>,
-    headers: HeaderMap,
-) -> Response {
-    let links = signed.expires;
-    let State((world, base)) = &shop;
-    {
-        let mut world = locked(world);
-        world.seen.accepts("file", &headers);
-        if let Some(refusal) = refuse(&world, &headers) {
-            return refusal;
-        }
-        if world.faults.redirect {
-            let to = format!("{}/{id}/{name}?expires={links}&signature=secret", elsewhere_of(base));
-            return (StatusCode::TEMPORARY_REDIRECT, [("location", to)]).into_response();
-        }
-    }
-    send_file(shop, (id, links), &name, &headers)
-}
-
-/// What an Attachment links to: `Binary/100` has a hundred bytes, others are not there.
-pub(crate) async fn binary(State((world, _)): Shop, Path(id): Path<String>, headers: HeaderMap) -> Response {
-    let mut world = locked(&world);
-    if let Some(refusal) = refuse(&world, &headers) {
-        return refusal;
-    }
+/// Sends the content that an Attachment links to: `Binary/100` has a hundred bytes, others are not there.
+pub(crate) async fn binary(State((world, _)): Shop, Path(id): Path<String>) -> Response {
+    let mut world = world.lock();
     world.seen.binaries.push(id.clone());
     let Ok(size) = id.parse::<usize>() else { return outcome(StatusCode::NOT_FOUND, "not-found", "no such Binary") };
     let content = match world.faults.binary.is_empty() {
@@ -76,20 +47,13 @@ pub(crate) async fn binary(State((world, _)): Shop, Path(id): Path<String>, head
     ([("content-type", "text/plain")], content).into_response()
 }
 
-/// The files' other origin: it takes no token beside the signature in its links.
-pub(crate) async fn elsewhere(
-    shop: Shop,
-    Path((id, name)): Path<(usize, String)>,
-    Query(signed): Query<Signed>,
-    headers: HeaderMap,
-) -> Response {
-    let links = signed.expires;
+/// Sends a file from the other origin, which takes no token beside the signature in its links.
+pub(crate) async fn elsewhere(shop: Shop, Path((id, name)): Path<(usize, String)>, headers: HeaderMap) -> Response {
     if headers.contains_key("authorization") {
-        locked(&shop.0.0).seen.leaked += 1;
         let body = "<Error><Code>InvalidArgument</Code><Message>Only one auth mechanism allowed</Message></Error>";
         return (StatusCode::BAD_REQUEST, [("content-type", "application/xml")], body).into_response();
     }
-    send_file(shop, (id, links), &name, &headers)
+    send_file(shop, id, &name, &headers)
 }
 
 /// Counts a file while it is sent.
@@ -97,37 +61,24 @@ struct Sending(Shared);
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        locked(&self.0).sending -= 1;
+        self.0.lock().sending -= 1;
     }
 }
 
-fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, headers: &HeaderMap) -> Response {
-    let (job, faults, per_file, cut, sending) = {
-        let mut world = locked(&shared);
-        world.seen.files.push(name.to_owned());
-        world.seen.jobs.push(id);
+fn send_file(State((shared, _)): Shop, id: usize, name: &str, headers: &HeaderMap) -> Response {
+    let (job, faults, per_file, sending) = {
+        let mut world = shared.lock();
+        world.seen.asked(id, name);
         let Some(Some(job)) = world.jobs.get(id).cloned() else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
-        if world.faults.links_end && links < 2 {
-            return (StatusCode::FORBIDDEN, [("content-type", "application/xml")], "<Error>Request has expired</Error>")
-                .into_response();
-        }
-        if world.faults.files_unavailable > 0 {
-            world.faults.files_unavailable -= 1;
-            return (StatusCode::SERVICE_UNAVAILABLE, "try again").into_response();
-        }
-        let cut = world.faults.files_cut > 0;
-        world.faults.files_cut = world.faults.files_cut.saturating_sub(1);
         world.sending += 1;
         world.seen.at_once = world.seen.at_once.max(world.sending);
-        (job, world.faults.clone(), world.patients_per_file, cut, Sending(shared.clone()))
+        (job, world.faults.clone(), world.patients_per_file, Sending(shared.clone()))
     };
     let mut parts = name.split('.');
     let (kind, part) = (parts.next().unwrap_or_default().to_owned(), parts.next().and_then(|part| part.parse::<u32>().ok()));
-    let missing = faults.missing_type.as_deref() == Some(kind.as_str()) || Faults::names(&faults.missing_files, name);
-    let hangs = Faults::names(&faults.hanging_files, name);
-    let Some(part) = part.filter(|_| !missing) else {
+    let Some(part) = part else {
         return outcome(StatusCode::NOT_FOUND, "not-found", "no such file");
     };
     let tag = format!("\"{id}-{name}\"");
@@ -136,18 +87,21 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
     let same = headers.get("if-range").is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
     let from: Option<usize> = range.filter(|_| faults.ranges && same);
     if from.is_some() {
-        locked(&shared).seen.ranges += 1;
+        shared.lock().seen.ranges += 1;
     }
     let (pieces, body) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(4);
     let (gzip, ranges) = (faults.gzip, faults.ranges);
     let work = async move {
-        let writer = FileWriter { _sending: sending, job, faults, pieces, cut, hangs, skip: from.unwrap_or(0), packer: None };
+        let writer = FileWriter { job, faults, pieces, skip: from.unwrap_or(0), packer: None };
         writer.write(&kind, part, per_file).await;
     };
     // The task ends by itself when the client goes away: its channel closes.
     flow::detach_response(work);
-    let stream = futures::stream::unfold(body, |mut body| async move { body.recv().await.map(|piece| (piece, body)) });
-    let mut answer = Response::new(Body::from_stream(stream));
+    // Counted until the client has its end, and not only until it is written.
+    let sent = futures::stream::unfold((ReceiverStream::new(body), sending), |(mut body, sending)| async move {
+        body.next().await.map(|piece| (piece, (body, sending)))
+    });
+    let mut answer = Response::new(Body::from_stream(sent));
     let mut set = |name: &'static str, value: &str| {
         if let Ok(value) = HeaderValue::from_str(value) {
             answer.headers_mut().insert(name, value);
@@ -170,13 +124,9 @@ fn send_file(State((shared, _)): Shop, (id, links): (usize, usize), name: &str, 
 }
 
 struct FileWriter {
-    /// Goes before the pieces' sender does: whoever sees the file's end, and asks for the next, finds it sent.
-    _sending: Sending,
     job: Job,
     faults: Faults,
     pieces: tokio::sync::mpsc::Sender<std::io::Result<Bytes>>,
-    cut: bool,
-    hangs: bool,
     /// Bytes that the client has.
     skip: usize,
     packer: Option<flate2::write::GzEncoder<Vec<u8>>>,
@@ -264,7 +214,7 @@ impl FileWriter {
         }
     }
 
-    /// Whether to go on.
+    /// Returns false if the client is gone.
     async fn send(&mut self, bytes: &[u8]) -> bool {
         use std::io::Write;
         let bytes = match &mut self.packer {
@@ -274,28 +224,11 @@ impl FileWriter {
             }
             None => bytes.to_vec(),
         };
-        if let Some(pause) = self.faults.slow {
-            tokio::time::sleep(pause).await;
-        }
         let skipped = self.skip.min(bytes.len());
         self.skip -= skipped;
-        let mut bytes = Bytes::from(bytes).slice(skipped..);
+        let bytes = Bytes::from(bytes).slice(skipped..);
         if bytes.is_empty() {
             return true;
-        }
-        if self.cut && bytes.len() > 1 {
-            bytes.truncate(bytes.len() / 2);
-            let _ = self.pieces.send(Ok(bytes)).await;
-            // Long enough for what was sent to be on its way.
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            let _ = self.pieces.send(Err(std::io::Error::other("cut"))).await;
-            return false;
-        }
-        if self.hangs {
-            bytes.truncate(bytes.len() / 2);
-            let _ = self.pieces.send(Ok(bytes)).await;
-            self.pieces.closed().await;
-            return false;
         }
         self.pieces.send(Ok(bytes)).await.is_ok()
     }

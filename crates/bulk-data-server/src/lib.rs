@@ -4,6 +4,7 @@
 mod faults;
 mod files;
 mod manifest;
+mod middleware;
 mod population;
 mod resources;
 mod server;

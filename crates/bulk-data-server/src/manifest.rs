@@ -1,4 +1,4 @@
-//! What the embedded server's exports consist of.
+//! Manifests of the embedded server.
 
 use chrono::SecondsFormat;
 use serde_json::{Value, json};
@@ -23,18 +23,16 @@ pub(crate) fn manifest(
 ) -> Value {
     let (mut output, mut deleted) = (Vec::new(), false);
     let links = job.links;
-    let url = |name: &str| match (faults.sloppy_manifest, faults.signed_links) {
-        (true, _) => format!("/fhir/files/{id}/{name}?expires={links}"),
-        (false, true) => format!("{}/{id}/{name}?expires={links}&signature=secret", elsewhere(base)),
-        (false, false) => format!("{base}/files/{id}/{name}?expires={links}"),
+    let url = |name: &str| match faults.signed_links {
+        true => format!("{}/{id}/{name}?expires={links}&signature=secret", elsewhere(base)),
+        false => format!("{base}/files/{id}/{name}?expires={links}"),
     };
     if job.organized {
         let parts = job.population.patients().div_ceil(per_file);
         output.extend((0..parts).map(|part| {
             let mut file = json!({"url": url(&format!("organized.{part}.ndjson"))});
             if part + 1 < parts {
-                let next = format!("organized.{}.ndjson", part + 1);
-                file["continuesInFile"] = if faults.sloppy_manifest { next } else { url(&next) }.into();
+                file["continuesInFile"] = url(&format!("organized.{}.ndjson", part + 1)).into();
             }
             file
         }));
@@ -52,7 +50,7 @@ pub(crate) fn manifest(
             }
             if count > 0 {
                 let url = url(&format!("{name}.{part}.ndjson"));
-                output.push(json!({"type": name, "url": url, "count": count + faults.count_off_by}));
+                output.push(json!({"type": name, "url": url, "count": count}));
             }
         }
     }
@@ -70,11 +68,8 @@ pub(crate) fn manifest(
             manifest["link"] = json!([{ "relation": "next", "url": format!("{base}/jobs/{id}/{}", page + 1) }]);
         }
     }
-    if faults.reordered && job.links.is_multiple_of(2) {
-        output.reverse();
-    }
-    if job.organized || faults.sloppy_manifest {
-        manifest["outputOrganizedBy"] = if job.organized { "Patient" } else { "" }.into();
+    if job.organized {
+        manifest["outputOrganizedBy"] = "Patient".into();
     }
     let last = manifest.get("link").is_none();
     manifest["output"] = output.into();
@@ -87,11 +82,44 @@ pub(crate) fn manifest(
         manifest["request"] = format!("{base}/$export").into();
         manifest["error"] = errors;
     }
-    if faults.sloppy_manifest
-        && let Some(members) = manifest.as_object_mut()
-    {
+    manifest
+}
+
+/// Distorts a manifest as the faults say.
+pub(crate) fn distort(manifest: &mut Value, faults: &Faults) {
+    let organized = manifest.get("outputOrganizedBy").is_some();
+    if let Some(output) = manifest.get_mut("output").and_then(Value::as_array_mut) {
+        for count in output.iter_mut().filter_map(|file| file.get_mut("count")) {
+            *count = (count.as_u64().unwrap_or(0) + faults.count_off_by).into();
+        }
+        // Each time the manifest is asked for, its links have another number.
+        let number =
+            output.first().and_then(|file| file["url"].as_str()?.split("expires=").nth(1)?.split('&').next()?.parse().ok());
+        if faults.reordered && number.is_some_and(|number: usize| number.is_multiple_of(2)) {
+            output.reverse();
+        }
+    }
+    if !faults.sloppy_manifest {
+        return;
+    }
+    for list in ["output", "deleted", "error", "outcome"] {
+        for file in manifest.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            // A relative link, and for the next file its name alone.
+            let path = |url: &Value| Some(url::Url::parse(url.as_str()?).ok()?[url::Position::BeforePath..].to_owned());
+            if let Some(relative) = path(&file["url"]) {
+                file["url"] = relative.into();
+            }
+            if let Some(next) = path(&file["continuesInFile"]) {
+                let name = next.rsplit('/').next().unwrap_or_default();
+                file["continuesInFile"] = name.split('?').next().unwrap_or_default().into();
+            }
+        }
+    }
+    if let Some(members) = manifest.as_object_mut() {
         members.remove("error");
         members.remove("requiresAccessToken");
+        if !organized {
+            members.insert("outputOrganizedBy".to_owned(), "".into());
+        }
     }
-    manifest
 }

@@ -1,4 +1,4 @@
-//! Who is in the synthetic population, and what became of them. Everything follows from the seed: a resource's
+//! The synthetic population and its history. Everything follows from the seed: a resource's
 //! content from (seed, type, patient, number), its fate from the steps that the population went through.
 
 use chrono::{DateTime, TimeZone, Utc};
@@ -71,14 +71,14 @@ pub struct Population {
     steps: Vec<Step>,
 }
 
-/// How a resource stands.
+/// State of a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fate {
     /// `meta.versionId`.
     pub version: u32,
     /// `meta.lastUpdated`, or when it was deleted.
     pub updated: DateTime<Utc>,
-    /// Whether it is gone.
+    /// True if it is gone.
     pub deleted: bool,
 }
 
@@ -109,7 +109,7 @@ impl Population {
         Random::new(&[self.seed, tag, u64::from(patient), u64::from(number)])
     }
 
-    /// What became of a resource; `None` before its patient came.
+    /// Returns the state of a resource; `None` before its patient came.
     pub fn fate(&self, kind: usize, patient: u32, number: u32) -> Option<Fate> {
         let born = self.steps.iter().position(|step| patient < step.patients)?;
         let mut fate = Fate { version: 1, updated: self.steps[born].time, deleted: false };

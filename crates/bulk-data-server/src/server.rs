@@ -1,12 +1,14 @@
 //! The embedded Bulk Data server: kick-off, status, manifest, files, over real HTTP on loopback.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Path, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
+use axum::extract::{Extension, Path, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
@@ -17,12 +19,13 @@ use tokio::net::TcpListener;
 use crate::faults::Faults;
 use crate::files::{binary, elsewhere, file};
 use crate::manifest::manifest;
+use crate::middleware::{Parameters, pass};
 use crate::population::{DEMO_TYPES, Population};
 use crate::tokens::{Registration, Tokens};
-use flow::{Cancellation, TaskGroup, compute, locked};
+use flow::{Cancellation, TaskGroup, compute};
 use foundation::error::{Context, ErrorKind, Result};
 
-/// What was asked of the server, for tests.
+/// Requests that the server has seen, for tests.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
     /// Query of each kick-off.
@@ -56,6 +59,12 @@ pub struct Seen {
 }
 
 impl Seen {
+    /// Notes that a file of an export was asked for.
+    pub(crate) fn asked(&mut self, job: usize, name: &str) {
+        self.files.push(name.to_owned());
+        self.jobs.push(job);
+    }
+
     /// Notes the `Accept` of a request.
     pub(crate) fn accepts(&mut self, what: &'static str, headers: &HeaderMap) {
         let text = |name: &str| headers.get(name).and_then(|text| text.to_str().ok()).unwrap_or_default().to_owned();
@@ -76,12 +85,12 @@ pub(crate) struct Job {
     pub since: Option<DateTime<Utc>>,
     pub time: DateTime<Utc>,
     polls: usize,
-    separate: bool,
+    pub separate: bool,
     /// Parameters that were passed over.
     pub ignored: Vec<String>,
-    /// Whether its files are organised by patients.
+    /// True if its files are organised by patients.
     pub organized: bool,
-    /// Whether its manifest may have pages.
+    /// True if its manifest may have pages.
     pub paged: bool,
     /// Which of its links are good: those that the newest manifest gave out.
     pub links: usize,
@@ -131,6 +140,7 @@ impl DemoServer {
             patients_per_file: patients_per_file.max(1),
         };
         let world: Shared = Arc::new(Mutex::new(world));
+        let shop = (world.clone(), format!("http://{address}/fhir"));
         let app = Router::new()
             .route("/fhir/metadata", get(metadata))
             .route("/fhir/.well-known/smart-configuration", get(smart_configuration))
@@ -143,7 +153,8 @@ impl DemoServer {
             .route("/fhir/files/{job}/{name}", get(file))
             .route("/fhir/Binary/{id}", get(binary))
             .route("/elsewhere/{job}/{name}", get(elsewhere))
-            .with_state((world.clone(), format!("http://{address}/fhir")));
+            .layer(from_fn_with_state(shop.clone(), pass))
+            .with_state(shop);
         // A small file is two writes, and without this the second waits 40 ms for the client's word on the first.
         let listener = listener.tap_io(|stream| {
             let _ = stream.set_nodelay(true);
@@ -165,43 +176,43 @@ impl DemoServer {
 
     /// Lets time pass in the population.
     pub fn step(&self, changed: u64, deleted: u64, arrivals: u32) {
-        locked(&self.world).population.step(changed, deleted, arrivals, Utc::now());
+        self.world.lock().population.step(changed, deleted, arrivals, Utc::now());
     }
 
     /// The population as it is now.
     pub fn population(&self) -> Population {
-        locked(&self.world).population.clone()
+        self.world.lock().population.clone()
     }
 
     /// Sets what goes wrong from now on.
     pub fn set_faults(&self, faults: Faults) {
-        locked(&self.world).faults = faults;
+        self.world.lock().faults = faults;
     }
 
-    /// What was asked so far.
+    /// Returns the requests so far.
     pub fn seen(&self) -> Seen {
-        let world = locked(&self.world);
+        let world = self.world.lock();
         Seen { tokens: world.tokens.issued, scope: world.tokens.scope.clone(), ..world.seen.clone() }
     }
 
     /// Lets the exports that are under way be done.
     pub fn finish_polls(&self) {
-        locked(&self.world).jobs.iter_mut().flatten().for_each(|job| job.polls = 0);
+        self.world.lock().jobs.iter_mut().flatten().for_each(|job| job.polls = 0);
     }
 
     /// Forgets all exports.
     pub fn lose_exports(&self) {
-        locked(&self.world).jobs.iter_mut().for_each(|job| *job = None);
+        self.world.lock().jobs.iter_mut().for_each(|job| *job = None);
     }
 
-    /// How many exports it has: those that were neither deleted nor lost.
+    /// Returns the number of its exports: those that were neither deleted nor lost.
     pub fn exports(&self) -> usize {
-        locked(&self.world).jobs.iter().flatten().count()
+        self.world.lock().jobs.iter().flatten().count()
     }
 
     /// Registers a client: from now on nothing is answered without its token.
     pub fn register(&self, client: Registration) {
-        locked(&self.world).tokens.registered = Some(client);
+        self.world.lock().tokens.registered = Some(client);
     }
 }
 
@@ -229,23 +240,8 @@ async fn metadata() -> Response {
     ([("content-type", "application/fhir+json")], body.to_string()).into_response()
 }
 
-/// What every protected answer begins with; `None` where the request may be answered.
-pub(crate) fn refuse(world: &World, headers: &HeaderMap) -> Option<Response> {
-    (!world.tokens.allow(headers)).then(|| outcome(StatusCode::UNAUTHORIZED, "login", "no valid token"))
-}
-
-/// `Date` as the server's clock has it: hyper leaves one that is there alone.
-fn dated(mut answer: Response, ahead: i64) -> Response {
-    let seconds = u64::try_from(Utc::now().timestamp() + ahead).unwrap_or(0);
-    let time = std::time::UNIX_EPOCH + Duration::from_secs(seconds);
-    if let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(time)) {
-        answer.headers_mut().insert("date", date);
-    }
-    answer
-}
-
 async fn smart_configuration(State((world, base)): Shop) -> Response {
-    let world = locked(&world);
+    let world = world.lock();
     if world.tokens.registered.is_none() {
         return StatusCode::NOT_FOUND.into_response();
     }
@@ -257,80 +253,30 @@ async fn smart_configuration(State((world, base)): Shop) -> Response {
         "scopes_supported": scopes,
         "capabilities": ["client-confidential-asymmetric", "permission-v1", "permission-v2"],
     });
-    dated(([("content-type", "application/json")], body.to_string()).into_response(), world.faults.clock_ahead)
+    ([("content-type", "application/json")], body.to_string()).into_response()
 }
 
 async fn token(State((world, base)): Shop, headers: HeaderMap, body: String) -> Response {
     let form: HashMap<String, String> = url::form_urlencoded::parse(body.as_bytes()).into_owned().collect();
-    let mut world = locked(&world);
+    let mut world = world.lock();
     let World { tokens, faults, .. } = &mut *world;
-    let ahead = faults.clock_ahead;
-    dated(tokens.issue(&format!("{base}/token"), &headers, &form, faults), ahead)
-}
-
-/// The parameters of a kick-off: of a GET's query, or of a POST's `Parameters`; what is repeated is joined by commas, but
-/// for `_typeFilter`, whose values may have some.
-fn parameters(query: &str, body: &str) -> HashMap<String, String> {
-    let mut all: Vec<(String, String)> = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
-    let json: Value = serde_json::from_str(body).unwrap_or_default();
-    for parameter in json.get("parameter").and_then(Value::as_array).into_iter().flatten() {
-        let name = parameter.get("name").and_then(Value::as_str).unwrap_or_default();
-        let value = parameter.as_object().into_iter().flatten().find(|(key, _)| key.starts_with("value")).map(|(_, value)| value);
-        let value = match value {
-            Some(Value::String(text)) => text.clone(),
-            Some(Value::Object(reference)) => reference.get("reference").and_then(Value::as_str).unwrap_or_default().to_owned(),
-            other => other.map(ToString::to_string).unwrap_or_default(),
-        };
-        all.push((name.to_owned(), value));
-    }
-    let mut joined: HashMap<String, String> = HashMap::new();
-    for (name, value) in all {
-        let separator = if name == "_typeFilter" { "\n" } else { "," };
-        joined.entry(name).and_modify(|known| *known = format!("{known}{separator}{value}")).or_insert(value);
-    }
-    joined
+    tokens.issue(&format!("{base}/token"), &headers, &form, faults)
 }
 
 async fn kick_off(
     State((world, base)): Shop,
-    method: Method,
     path: axum::extract::RawPathParams,
-    axum::extract::RawQuery(query): axum::extract::RawQuery,
+    Extension(Parameters(query)): Extension<Parameters>,
     headers: HeaderMap,
-    body: String,
 ) -> Response {
-    let mut world = locked(&world);
-    if let Some(refusal) = refuse(&world, &headers) {
-        return refusal;
-    }
-    if world.faults.post_only && method != Method::POST {
-        return outcome(StatusCode::METHOD_NOT_ALLOWED, "not-supported", "the kick-off is a POST");
-    }
-    let query = parameters(query.as_deref().unwrap_or_default(), &body);
-    world.seen.kickoffs.push(query.clone());
-    world.seen.accepts("kick-off", &headers);
-    let prefers = headers.get("prefer").and_then(|text| text.to_str().ok()).unwrap_or_default().to_owned();
-    world.seen.prefer.push(prefers.clone());
-    if world.faults.kickoffs_throttled > 0 {
-        world.faults.kickoffs_throttled -= 1;
-        let mut answer = outcome(StatusCode::TOO_MANY_REQUESTS, "throttled", "one export at a time");
-        let wait = world.faults.kickoff_retry_after.clone().unwrap_or_else(|| "1".to_owned());
-        if let Ok(wait) = HeaderValue::from_str(&wait) {
-            answer.headers_mut().insert("retry-after", wait);
-        }
-        return answer;
-    }
+    let mut world = world.lock();
+    let prefers = headers.get("prefer").and_then(|text| text.to_str().ok()).unwrap_or_default();
     if !prefers.contains("respond-async") {
         return outcome(StatusCode::BAD_REQUEST, "invalid", "the header Prefer must contain respond-async");
     }
     let ignored: Vec<String> = world.faults.unsupported.iter().filter(|name| query.contains_key(*name)).cloned().collect();
     if let (Some(name), false) = (ignored.first(), prefers.contains("handling=lenient")) {
         return outcome(StatusCode::BAD_REQUEST, "not-supported", &format!("the parameter {name} is not supported"));
-    }
-    if let (Some(forbidden), Some(asked)) = (&world.faults.forbidden_type, query.get("_type"))
-        && asked.split(',').any(|name| name == forbidden)
-    {
-        return outcome(StatusCode::FORBIDDEN, "forbidden", "not for this client");
     }
     let asked: Option<Vec<&str>> = query.get("_type").map(|types| types.split(',').collect());
     let mut kinds = Vec::new();
@@ -354,12 +300,6 @@ async fn kick_off(
     let organized = query.get("organizeOutputBy").is_some_and(|name| name == "Patient");
     let paged = query.get("allowPartialManifests").is_some_and(|value| value == "true");
     world.jobs.push(Some(Job { population, kinds, since, time, polls, separate, ignored, organized, paged, links: 0 }));
-    if world.faults.kickoffs_lost > 0 {
-        world.faults.kickoffs_lost -= 1;
-        // A body that fails before its first byte takes the head with it.
-        let nothing = futures::stream::once(async { Err::<bytes::Bytes, _>(std::io::Error::other("lost")) });
-        return Response::new(axum::body::Body::from_stream(nothing));
-    }
     let location = format!("{base}/jobs/{}", world.jobs.len() - 1);
     let mut answer = (StatusCode::ACCEPTED, [("content-location", location)]).into_response();
     if separate {
@@ -368,61 +308,22 @@ async fn kick_off(
     answer
 }
 
-async fn status(shop: Shop, Path(id): Path<usize>, headers: HeaderMap) -> Response {
-    answer_status(shop, id, 0, headers).await
+async fn status(shop: Shop, Path(id): Path<usize>) -> Response {
+    answer_status(shop, id, 0).await
 }
 
-async fn page(shop: Shop, Path((id, page)): Path<(usize, usize)>, headers: HeaderMap) -> Response {
-    answer_status(shop, id, page, headers).await
+async fn page(shop: Shop, Path((id, page)): Path<(usize, usize)>) -> Response {
+    answer_status(shop, id, page).await
 }
 
-async fn answer_status(State((world, base)): Shop, id: usize, page: usize, headers: HeaderMap) -> Response {
+/// Answers a poll, or with a page of the manifest.
+async fn answer_status(State((world, base)): Shop, id: usize, page: usize) -> Response {
     let (job, faults, per_file) = {
-        let mut world = locked(&world);
-        if let Some(refusal) = refuse(&world, &headers) {
-            return refusal;
-        }
-        world.seen.accepts("status", &headers);
+        let mut world = world.lock();
         let World { faults, jobs, patients_per_file, .. } = &mut *world;
         let Some(Some(job)) = jobs.get_mut(id) else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
-        if !faults.polls_script.is_empty() {
-            let code = StatusCode::from_u16(faults.polls_script.remove(0)).unwrap_or(StatusCode::ACCEPTED);
-            return match code {
-                StatusCode::ACCEPTED => code.into_response(),
-                StatusCode::NOT_FOUND => outcome(code, "not-found", "no such export, it seems"),
-                StatusCode::SERVICE_UNAVAILABLE => {
-                    let mut answer = outcome(code, "processing", "busy");
-                    answer.headers_mut().insert("retry-after", HeaderValue::from_static("1"));
-                    answer
-                }
-                code => outcome(code, "processing", "scripted"),
-            };
-        }
-        let played = |count: &mut usize| std::mem::replace(count, count.saturating_sub(1)) > 0;
-        if played(&mut faults.polls_missing) {
-            return outcome(StatusCode::NOT_FOUND, "not-found", "no such export, it seems");
-        }
-        if played(&mut faults.polls_transient) {
-            return outcome(StatusCode::INTERNAL_SERVER_ERROR, "exception", "the status cannot be told now");
-        }
-        if played(&mut faults.polls_bad_gateway) {
-            return (StatusCode::BAD_GATEWAY, [("content-type", "text/html")], "<html>Bad Gateway</html>").into_response();
-        }
-        if played(&mut faults.polls_throttled) {
-            let mut answer = outcome(StatusCode::TOO_MANY_REQUESTS, "throttled", "not so often");
-            answer.headers_mut().insert("retry-after", HeaderValue::from_static("1"));
-            return answer;
-        }
-        if faults.export_fails {
-            let code = StatusCode::INTERNAL_SERVER_ERROR;
-            let mut answer = outcome(if job.separate { StatusCode::OK } else { code }, "processing", "the export failed");
-            if job.separate {
-                answer.headers_mut().insert("x-export-status", HeaderValue::from_static("500"));
-            }
-            return answer;
-        }
         if job.polls > 0 && page == 0 {
             job.polls -= 1;
             let progress = format!("{} more polls", job.polls);
@@ -440,7 +341,7 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
     let separate = job.separate;
     let (page_files, growing, job_links) =
         (if job.paged { faults.page_files } else { 0 }, faults.growing && job.paged, job.links);
-    let protected = locked(&world).tokens.registered.is_some();
+    let protected = world.lock().tokens.registered.is_some();
     // Counting the population is work: not for the reactor.
     let made =
         compute(tracing::Span::none(), async move { manifest(&job, &faults, per_file, &base, (id, page), protected) }).await;
@@ -466,11 +367,7 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize, heade
 }
 
 async fn forget(State((world, _)): Shop, Path(id): Path<usize>) -> StatusCode {
-    let mut world = locked(&world);
-    if world.faults.deletes_refused > 0 {
-        world.faults.deletes_refused -= 1;
-        return StatusCode::SERVICE_UNAVAILABLE;
-    }
+    let mut world = world.lock();
     match world.jobs.get_mut(id) {
         Some(job @ Some(_)) => {
             *job = None;

@@ -43,7 +43,7 @@ fn oauth(code: &str, why: &str) -> Response {
 }
 
 impl Tokens {
-    /// Whether a request may be answered.
+    /// Returns true if a request may be answered.
     pub(crate) fn allow(&self, headers: &HeaderMap) -> bool {
         if self.registered.is_none() {
             return true;
@@ -58,12 +58,8 @@ impl Tokens {
         endpoint: &str,
         headers: &HeaderMap,
         form: &HashMap<String, String>,
-        faults: &mut Faults,
+        faults: &Faults,
     ) -> Response {
-        if faults.tokens_refused > 0 {
-            faults.tokens_refused -= 1;
-            return StatusCode::BAD_REQUEST.into_response();
-        }
         let Some(registered) = self.registered.clone() else { return oauth("invalid_client", "nobody is registered") };
         if form.get("grant_type").map(String::as_str) != Some("client_credentials") {
             return oauth("unsupported_grant_type", "client_credentials only");
