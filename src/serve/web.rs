@@ -30,9 +30,9 @@ use flow::Cancellation;
 
 /// Connections at the same time; for one more the oldest has to go, so that whoever holds many keeps nobody out.
 const CONNECTIONS: usize = 128;
-/// How long a request's head may take, and a connection may stand idle: whoever is slower is cut off.
+/// Time that a request's head may take, and a connection may stand idle: whoever is slower is cut off.
 const HEAD: Duration = Duration::from_secs(10);
-/// How long a connection may last.
+/// Time that a connection may last.
 const CONNECTION: Duration = Duration::from_secs(60);
 
 /// Answers until `until` is pulled.
@@ -77,7 +77,7 @@ pub(super) async fn run(listener: TcpListener, served: Arc<Served>, until: Cance
 
 type Shared = State<Arc<Served>>;
 
-/// Whether a request's `Host` is one of ours: another that leads here is somebody else's page (DNS rebinding).
+/// Returns true if a request's `Host` is one of ours: another that leads here is somebody else's page (DNS rebinding).
 fn is_for_us(headers: &HeaderMap, served: &Served) -> bool {
     let mut hosts = headers.get_all(header::HOST).iter();
     let (Some(host), None) = (hosts.next().and_then(|host| host.to_str().ok()), hosts.next()) else { return false };
@@ -99,7 +99,7 @@ fn is_ours(authority: &str, names: &[String]) -> bool {
         || names.iter().any(|known| known.eq_ignore_ascii_case(name))
 }
 
-/// Whether a page of another origin sent the request.
+/// Returns true if a page of another origin sent the request.
 fn is_foreign(headers: &HeaderMap) -> bool {
     let text = |name: header::HeaderName| headers.get(name).and_then(|text| text.to_str().ok()).map(str::to_owned);
     let foreign_site = headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site" || site == "same-site");
@@ -110,7 +110,7 @@ fn is_foreign(headers: &HeaderMap) -> bool {
     foreign_origin || foreign_site && !navigates
 }
 
-/// Whether a request brings the token: as a bearer, or as the password that a browser asks for.
+/// Returns true if a request brings the token: as a bearer, or as the password that a browser asks for.
 fn has_token(headers: &HeaderMap, token: &str) -> bool {
     let Some(text) = headers.get(header::AUTHORIZATION).and_then(|text| text.to_str().ok()) else { return false };
     let Some((scheme, rest)) = text.split_once(' ') else { return false };
@@ -167,7 +167,7 @@ async fn guard(State(served): Shared, request: Request, next: Next) -> Response 
     answer
 }
 
-/// How everything stands.
+/// Returns the status of everything.
 fn stand(served: &Served) -> ServerStatus {
     let now = Utc::now();
     ServerStatus {
@@ -179,7 +179,7 @@ fn stand(served: &Served) -> ServerStatus {
 }
 
 async fn index(State(served): Shared) -> Response {
-    ([("content-type", "text/html; charset=utf-8")], page::html(&stand(&served))).into_response()
+    ([("content-type", "text/html; charset=utf-8")], page::page(&stand(&served)).into_string()).into_response()
 }
 
 async fn status(State(served): Shared) -> Response {
