@@ -1,4 +1,4 @@
-//! What a server says that it can do (T15, "Server Capability Documentation"): its CapabilityStatement, read for what an
+//! A server's own description (T15, "Server Capability Documentation"): its CapabilityStatement, read for what an
 //! export needs. Servers say less than they can, so what is missing is remarked on, and refuses nothing.
 
 use serde_json::Value;
@@ -26,13 +26,13 @@ impl Capabilities {
         Self { statement }
     }
 
-    /// Whether it is one of FHIR, by its own words; its software's name and version where it tells.
+    /// Returns true if it is one of FHIR, by its own words; its software's name and version where it tells.
     pub fn software(&self) -> Option<String> {
         let software = self.statement.get("software")?;
         Some(format!("{} {}", text(software, "name"), text(software, "version")).trim().to_owned())
     }
 
-    /// What the statement does not name of what a pipeline asks for, in words.
+    /// Returns, in words, parts of a pipeline's request that the statement does not name.
     pub fn remarks(&self, level: &Level, options: &ExportOptions) -> Vec<String> {
         if text(&self.statement, "resourceType") != "CapabilityStatement" {
             return vec!["its metadata is not a CapabilityStatement".to_owned()];

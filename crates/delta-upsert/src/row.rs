@@ -1,4 +1,4 @@
-//! What merging needs to know of rows: their keys and ranks, and the row groups that they come in.
+//! Rows as a merge sees them: their keys and ranks, and the row groups that they come in.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl RowPosition {
     }
 }
 
-/// What merging needs to know of a row: which resource it is and how it ranks among its copies.
+/// A row as a merge sees it: which resource it is and how it ranks among its copies.
 #[derive(Debug, Clone, Copy)]
 pub struct RowKey {
     /// 128-bit hash of the logical id.
@@ -47,9 +47,9 @@ pub struct RowKey {
     pub version: i64,
     /// Order of arrival.
     pub arrival: RowPosition,
-    /// Whether `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
+    /// True if `meta.tag` says SUBSETTED: an incomplete copy, which ranks below every complete one.
     pub subsetted: bool,
-    /// Whether it was quarantined by an earlier run, so that it does not come from the newest export.
+    /// True if it was quarantined by an earlier run, so that it does not come from the newest export.
     pub replayed: bool,
 }
 

@@ -66,7 +66,7 @@ pub struct Error {
     hint: Option<&'static str>,
     /// The status of the HTTP answer that it is about.
     status: Option<u16>,
-    /// Whether it stays until somebody changes something, though its kind may pass.
+    /// True if it stays until somebody changes something, though its kind may pass.
     is_permanent: bool,
     source: Option<Source>,
 }
@@ -111,7 +111,7 @@ impl Error {
         self.is_permanent = true;
         self
     }
-    /// Whether the same may succeed a little later, by itself.
+    /// Returns true if the same may succeed a little later, by itself.
     pub fn is_transient(&self) -> bool {
         self.kind == ErrorKind::Network && !self.is_permanent
     }

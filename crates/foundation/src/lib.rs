@@ -1,4 +1,4 @@
-//! What every other crate stands on, and what knows neither FHIR nor Delta.
+//! Base of every other crate, which knows neither FHIR nor Delta.
 //!
 //! * [`Error`] says what happened, to what, and what to do about it; its [`ErrorKind`] says what kind of fault it is.
 //! * [`secure_fs`] creates files and folders that only their owner can read, and replaces files atomically.

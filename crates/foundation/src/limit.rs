@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-/// How many of a number of lines or rows something may happen to. As text: `100`, or `0.5%`.
+/// Bound for a number of lines or rows. As text: `100`, or `0.5%`.
 ///
 /// ```
 /// use foundation::Limit;

@@ -15,7 +15,7 @@ use foundation::error::{Error, ErrorKind, Result};
 /// Asking for a page again sooner gives no newer links.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Where a file stands: its export, the page of the manifest, the list of the page, and its place in that.
+/// Place of a file: its export, the page of the manifest, the list of the page, and its place in that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LinkPlace {
     /// Which of the run's exports.
@@ -69,7 +69,7 @@ pub fn unsigned(link: &Url) -> String {
     format!("{} {} {query:?}", link.host_str().unwrap_or_default(), link.path())
 }
 
-/// Whether a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
+/// Returns true if a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
 /// not. A name that is missing here costs a download, no more.
 fn is_of_signature(name: &str, azure: bool) -> bool {
     let name = name.to_ascii_lowercase();
@@ -204,7 +204,7 @@ async fn ask(client: &Client, page: &Page) -> Result<Option<Box<Manifest>>> {
     Ok(None)
 }
 
-/// How often a manifest is asked for again while the server is busy.
+/// Number of requests for a manifest while the server is busy.
 const TRIES: usize = 10;
 
 #[cfg(test)]

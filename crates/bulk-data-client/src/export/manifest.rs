@@ -19,7 +19,7 @@ pub struct ManifestFile {
     pub resource_type: Option<String>,
     /// Its absolute URL.
     pub url: Url,
-    /// How many resources it should hold.
+    /// Number of resources it should hold.
     pub count: Option<u64>,
 }
 
@@ -28,7 +28,7 @@ pub struct ManifestFile {
 pub struct Manifest {
     /// `transactionTime`, microseconds since the epoch.
     pub transaction_time: i64,
-    /// Whether files need the access token.
+    /// True if files need the access token.
     pub requires_access_token: bool,
     /// Files of resources.
     pub output: Vec<ManifestFile>,
@@ -38,7 +38,7 @@ pub struct Manifest {
     pub outcomes: Vec<ManifestFile>,
     /// The next page of it (`link` with relation `next`).
     pub next: Option<Url>,
-    /// What was missing or odd, for the log.
+    /// Missing or odd members, for the log.
     pub findings: Vec<String>,
     /// Files that cannot be asked for: their types have not all that they should.
     pub unusable: Vec<Unusable>,
@@ -139,7 +139,7 @@ fn text(value: &Option<Value>) -> Option<&str> {
     value.as_ref().and_then(Value::as_str)
 }
 
-/// How far ahead of both clocks a server's time may be.
+/// Lead that a server's time may have over both clocks.
 const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
 impl Manifest {

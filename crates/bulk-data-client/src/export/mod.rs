@@ -28,14 +28,14 @@ use foundation::fault_points::reached;
 pub enum KickOff {
     /// The server works on it.
     Accepted {
-        /// Where its status is asked for.
+        /// Status URL.
         status: Url,
-        /// Whether a poll's own status and the export's are apart (K5).
+        /// True if a poll's own status and the export's are apart (K5).
         separate: bool,
     },
     /// Not now.
     Later {
-        /// How long the server asks to wait, where it says.
+        /// Wait that the server asks for, where it says.
         wait: Option<Duration>,
         /// Its words.
         why: String,
@@ -49,27 +49,27 @@ pub enum PollStatus {
     InProgress {
         /// Its own words on how far it is.
         progress: Option<String>,
-        /// How long it asks us to wait.
+        /// Wait that it asks for.
         wait: Option<Duration>,
         /// Files that are final already (S8).
         partial: Option<Box<Manifest>>,
     },
     /// The poll failed, and the export may not have (S6, S7).
     Transient {
-        /// What went wrong.
+        /// Error.
         error: Error,
-        /// How long the server asks us to wait.
+        /// Wait that the server asks for.
         wait: Option<Duration>,
-        /// Whether the server only wants to be asked less often.
+        /// True if the server only wants to be asked less often.
         throttled: bool,
     },
     /// The manifest.
     Done(Box<Manifest>),
     /// The server knows no such export, or whoever answers for it.
     NotFound {
-        /// What was said.
+        /// Its text.
         error: Error,
-        /// Whether it is the server that says so.
+        /// True if it is the server that says so.
         definitive: bool,
     },
     /// The export failed, and will not come.
@@ -79,7 +79,7 @@ pub enum PollStatus {
 /// Issue types of the hierarchy `transient`: what was asked failed, and may not the next time.
 const TRANSIENT: [&str; 7] = ["transient", "lock-error", "no-store", "exception", "timeout", "incomplete", "throttled"];
 
-/// Whether an OperationOutcome says that the trouble passes; `None` where the body is none.
+/// Returns true if an OperationOutcome says that the trouble passes; `None` where the body is none.
 fn is_transient(body: &[u8]) -> Option<bool> {
     let json: Value = serde_json::from_slice(body).ok()?;
     let issues = json.get("issue")?.as_array()?;
@@ -284,7 +284,7 @@ const BUSY_PAUSE: Duration = Duration::from_secs(15);
 /// And by the next run.
 const BUSY_WAIT: Duration = Duration::from_secs(120);
 
-/// Whether a kick-off's refusal says that it may be taken later, whatever its status: by the code of an issue, or in words.
+/// Returns true if a kick-off's refusal says that it may be taken later, whatever its status: by the code of an issue, or in words.
 fn is_busy(body: &[u8]) -> bool {
     const CODES: [&str; 5] = ["throttled", "too-costly", "transient", "lock-error", "timeout"];
     const WORDS: [&str; 16] = [

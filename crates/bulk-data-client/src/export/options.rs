@@ -1,4 +1,4 @@
-//! What a kick-off asks for beside types and time: each parameter once, with its documentation, its name in the request, its
+//! Parameters of a kick-off beside types and time: each parameter once, with its documentation, its name in the request, its
 //! FHIR type and its part in the scope of watermarks.
 
 use std::collections::BTreeMap;
@@ -34,7 +34,7 @@ pub(crate) struct OptionParameter {
     pub name: &'static str,
     /// Its member of `Parameters.parameter` in a POST.
     pub kind: &'static str,
-    /// Whether values may be joined by commas: a search may hold some.
+    /// True if values may be joined by commas: a search may hold some.
     pub joins: bool,
     /// The name that it has in a watermark's scope, where it narrows the answer. Tables keep it: it must not change.
     pub scope: Option<&'static str>,
@@ -43,7 +43,7 @@ pub(crate) struct OptionParameter {
 
 macro_rules! options {
     ($($(#[$doc:meta])* $key:ident: $type:ty => $name:literal, $kind:literal, joins: $joins:literal, scope: $scope:expr;)+) => {
-        /// What is asked beside types and time.
+        /// Parameters beside types and time.
         #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
         #[serde(default)]
@@ -51,9 +51,9 @@ macro_rules! options {
             $($(#[$doc])* pub $key: $type,)+
             /// Further parameters of the kick-off.
             pub parameters: BTreeMap<String, OneOrMore>,
-            /// How the kick-off is sent; `auto`: POST where a parameter needs it, else GET.
+            /// Method of the kick-off; `auto`: POST where a parameter needs it, else GET.
             pub method: Method,
-            /// How a parameter with several values is written; a POST always repeats it.
+            /// Form of a parameter with several values; a POST always repeats it.
             pub lists: ListStyle,
             /// Lets the server ignore what it does not support (`Prefer: handling=lenient`). What it ignored is read back and
             /// reported.
@@ -143,7 +143,7 @@ impl OneOrMore {
     }
 }
 
-/// How the kick-off is sent (K2).
+/// Method of the kick-off (K2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
@@ -157,7 +157,7 @@ pub enum Method {
     Post,
 }
 
-/// How a parameter with several values is written in a GET (K7).
+/// Form of a parameter with several values in a GET (K7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]

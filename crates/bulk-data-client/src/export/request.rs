@@ -1,4 +1,4 @@
-//! What an export is asked for with: the kick-off's parameters of STU 1 to 4 (Bulk Data "Kick-off Request").
+//! A request for an export: the kick-off's parameters of STU 1 to 4 (Bulk Data "Kick-off Request").
 
 use serde_json::{Value, json};
 use url::Url;
@@ -17,7 +17,7 @@ pub enum Level {
     Group(String),
 }
 
-/// What is asked of the server.
+/// A request for an export.
 ///
 /// ```
 /// use bulk_data_client::{ExportOptions, ExportRequest, Level};
@@ -49,7 +49,7 @@ struct Parameter<'a> {
     name: &'a str,
     values: Vec<String>,
     kind: &'static str,
-    /// Whether values may be joined by commas: a search may hold some.
+    /// True if values may be joined by commas: a search may hold some.
     joins: bool,
 }
 
@@ -125,7 +125,7 @@ impl ExportRequest {
         Ok(logged.into())
     }
 
-    /// Whether the kick-off is a POST: where that is asked for, or for patients, whom a GET cannot name (K13).
+    /// Returns true if the kick-off is a POST: where that is asked for, or for patients, whom a GET cannot name (K13).
     pub fn is_post(&self) -> bool {
         match self.options.method {
             Method::Auto => !self.options.patients.is_empty(),

@@ -1,4 +1,4 @@
-//! What answers say: when to come again, why not, and where a file goes on.
+//! Contents of responses: when to come again, why not, and where a file goes on.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,9 +10,9 @@ use crate::http::shown;
 use crate::http::tls::WANTS_CERTIFICATE;
 use foundation::error::{Error, ErrorKind};
 
-/// How much of an error's body is read.
+/// Bytes of an error's body that are read.
 const ERROR_BODY: usize = 4096;
-/// How long it is waited for.
+/// Time for which it is waited for.
 const ERROR_PATIENCE: Duration = Duration::from_secs(5);
 /// A `Retry-After` of more seconds is a time: nobody asks for 30 years.
 pub(crate) const LONGEST_WAIT: f64 = 1e9;
@@ -52,7 +52,7 @@ pub const ISSUE_TYPES: [&str; 31] = [
     "informational",
 ];
 
-/// Where a file that broke off goes on.
+/// Position from which a file that broke off is resumed.
 #[derive(Debug, Clone)]
 pub struct Resume {
     /// Bytes that are here.
@@ -71,7 +71,7 @@ impl Resume {
         tag.filter(|_| !packed).cloned()
     }
 
-    /// Whether a response goes on where we are.
+    /// Returns true if a response goes on where we are.
     pub fn is_taken_up_by(&self, response: &Response) -> bool {
         let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
         let from = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok());
@@ -79,7 +79,7 @@ impl Resume {
     }
 }
 
-/// Whether a response has a file from its first byte to its last: a part that nobody asked for is no file.
+/// Returns true if a response has a file from its first byte to its last: a part that nobody asked for is no file.
 pub fn is_whole(response: &Response) -> bool {
     match response.status().as_u16() {
         200 | 203 | 204 => true,
@@ -162,7 +162,7 @@ pub(crate) fn instead_of_manifest(body: &[u8]) -> String {
     }
 }
 
-/// What an error's body says: an OperationOutcome's diagnostics, or the beginning of its text.
+/// Returns the message in an error's body: an OperationOutcome's diagnostics, or the beginning of its text.
 pub fn server_words(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body) {
@@ -188,7 +188,7 @@ pub(crate) fn one_line(text: &str, most: usize) -> String {
     clean.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(most).collect()
 }
 
-/// What a store or server says where a file cannot be had: a code only, since anything else may be about the file's content.
+/// Returns the code that a store or server gives where a file cannot be read: a code only, since anything else may be about the file's content.
 fn code_of(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
@@ -199,7 +199,7 @@ fn code_of(body: &[u8]) -> String {
     if ISSUE_TYPES.contains(&code) || STORE_CODES.contains(&code) { code.to_owned() } else { String::new() }
 }
 
-/// What the clouds' stores say.
+/// Error codes of the clouds' stores.
 const STORE_CODES: [&str; 26] = [
     "AccessDenied",
     "AuthenticationFailed",

@@ -1,7 +1,8 @@
-//! How many files are read at a time: fewer when the server is in trouble, and slowly more again
+//! Number of files that are read at a time: fewer when the server is in trouble, and slowly more again
 //! (additive increase, multiplicative decrease).
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -45,7 +46,7 @@ impl AdaptiveConcurrency {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        flow::locked(&self.shared.state)
+        self.shared.state.lock()
     }
 
     /// Waits for a place.
@@ -87,7 +88,7 @@ impl AdaptiveConcurrency {
         }
     }
 
-    /// How many places there are now.
+    /// Returns the number of permits.
     pub fn places(&self) -> usize {
         self.state().places as usize
     }

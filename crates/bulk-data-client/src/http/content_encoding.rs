@@ -19,7 +19,7 @@ pub enum Unpack {
 }
 
 impl Unpack {
-    /// What the first bytes of a file ask for, and `Content-Encoding` where they say nothing. A coding that nobody knows, such as
+    /// Returns the coding that the first bytes of a file ask for, and `Content-Encoding` where they say nothing. A coding that nobody knows, such as
     /// `UTF-8` or the `aws-chunked` that stores keep by mistake, says nothing of bytes that can be read as they are.
     pub fn of(encoding: &str, first: &[u8]) -> Result<Self> {
         if first.starts_with(&[0x1f, 0x8b]) {
@@ -54,7 +54,7 @@ impl Unpack {
         }
     }
 
-    /// Whether a `Content-Encoding` names a coding that HTTP does not have.
+    /// Returns true if a `Content-Encoding` names a coding that HTTP does not have.
     pub fn is_unknown(encoding: &str) -> bool {
         codings(encoding).any(|coding| !KNOWN.contains(&coding) && !UNREADABLE.contains(&coding))
     }

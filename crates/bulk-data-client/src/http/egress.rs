@@ -1,4 +1,4 @@
-//! Where a server's words may lead us: not to this machine, nor to its link, unless the server itself is there. Links of a
+//! Hosts that a server's URLs may lead to: not to this machine, nor to its link, unless the server itself is there. Links of a
 //! manifest, redirects, status URLs and token endpoints come from outside, and what answers on a loopback or link-local address
 //! (a cloud's metadata service, an administrator's port) trusts whoever can reach it.
 
@@ -10,7 +10,7 @@ use url::{Host, Url};
 
 use foundation::error::{Error, ErrorKind, Result};
 
-/// What may be reached. Clones share it.
+/// Hosts that may be reached. Clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct SsrfGuard {
     inner: Arc<Inner>,
@@ -67,7 +67,7 @@ fn host_of(url: &Url) -> String {
 }
 
 impl SsrfGuard {
-    /// What may be reached when the server is at `base`, beside the `named` hosts.
+    /// Returns the hosts that may be reached when the server is at `base`, beside the `named` hosts.
     pub(crate) fn new(base: &Url, named: impl IntoIterator<Item = String>) -> Self {
         let named = named.into_iter().map(|host| host.to_ascii_lowercase()).collect();
         Self { inner: Arc::new(Inner { named, server: host_of(base) }) }
@@ -108,7 +108,7 @@ impl Inner {
         }
     }
 
-    /// Whether the server itself is on this machine, or on its link.
+    /// Returns true if the server itself is on this machine, or on its link.
     async fn server_is_at(&self) -> Option<AddressScope> {
         if let Some(near) = self.near_by_name() {
             return Some(near);

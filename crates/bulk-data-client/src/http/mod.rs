@@ -48,7 +48,7 @@ pub struct Client {
     pace: AdaptiveConcurrency,
 }
 
-/// What requests are sent by.
+/// Client that sends requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Web {
     pub http: reqwest::Client,
@@ -65,15 +65,15 @@ pub(crate) struct RequestSpec<'a> {
     pub headers: HeaderMap,
     /// A body of JSON, where there is one.
     pub body: Option<&'a Value>,
-    /// Whether the token goes with it.
+    /// True if the token goes with it.
     pub with_token: bool,
     /// Which answers the caller judges though they may be others soon.
     pub judges: RetryPolicy,
-    /// What it is, for errors: "the kick-off".
+    /// Name of the request, for errors: "the kick-off".
     pub what: &'a str,
-    /// Where redirects may lead; anywhere by default.
+    /// Hosts that redirects may lead to; anywhere by default.
     pub may_go: Option<&'a (dyn Fn(&Url) -> bool + Sync)>,
-    /// Whether it is a file of the export: trouble with one slows all of them.
+    /// True if it is a file of the export: trouble with one slows all of them.
     pub is_file: bool,
     /// Set where a request may have reached the server, and its answer did not reach us.
     pub lost: Option<&'a AtomicBool>,
@@ -104,7 +104,7 @@ impl<'a> RequestSpec<'a> {
 }
 
 impl RequestSpec<'_> {
-    /// Where it went, for messages. The link of an attachment is an element of a resource: only its host is told.
+    /// Returns its URL, for messages. The link of an attachment is an element of a resource: only its host is told.
     fn shown(&self, url: &Url) -> String {
         match self.may_go {
             Some(_) => format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default()),
@@ -197,7 +197,7 @@ impl Client {
         whole(response, bounds, &self.web.stop, what).await
     }
 
-    /// How many files may be read at a time now.
+    /// Returns the number of files may be read at a time now.
     pub fn pace(&self) -> &AdaptiveConcurrency {
         &self.pace
     }
@@ -207,7 +207,7 @@ impl Client {
         self.auth.check(&self.web).await
     }
 
-    /// What the server says that it can do: asked once, without a token.
+    /// Returns the server's CapabilityStatement: asked once, without a token.
     pub async fn capabilities(&self) -> Result<Capabilities> {
         let url = self.web.base.join("metadata").context(ErrorKind::Config, "not a URL")?;
         let what = "the server's metadata";
@@ -384,7 +384,7 @@ impl Client {
         self.board.add(metrics::DEVIATIONS, &how.into(), 1) == 0
     }
 
-    /// Whether an answer of this status may be another one soon.
+    /// Returns true if an answer of this status may be another one soon.
     pub(crate) fn is_transient(&self, status: StatusCode, is_file: bool) -> bool {
         let code = status.as_u16();
         matches!(code, 408 | 425 | 429 | 500 | 502 | 503 | 504) || is_file && self.settings.retry_status.contains(&code)

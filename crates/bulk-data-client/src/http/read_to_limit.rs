@@ -10,7 +10,7 @@ use crate::http::network;
 use flow::Cancellation;
 use foundation::error::{Error, ErrorKind, Result};
 
-/// How much of a body is read, and for how long.
+/// Bounds of a body: bytes and time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
     /// Most bytes.
@@ -21,7 +21,7 @@ pub(crate) struct Bounds {
 
 /// Answers of a token endpoint, and of discovery.
 pub(crate) const SMALL: Bounds = Bounds { bytes: 1 << 20, time: Duration::from_secs(60) };
-/// What a server says of itself.
+/// A server's CapabilityStatement.
 pub(crate) const METADATA: Bounds = Bounds { bytes: 16 << 20, time: Duration::from_secs(120) };
 /// A page of a manifest: some 300,000 files. A server with more has pages, or larger files.
 pub(crate) const MANIFEST: Bounds = Bounds { bytes: 64 << 20, time: Duration::from_secs(600) };

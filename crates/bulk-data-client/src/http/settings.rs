@@ -1,4 +1,4 @@
-//! How requests are sent: retries, pauses, headers, certificates, proxies.
+//! Settings of requests: retries, pauses, headers, certificates, proxies.
 
 use std::time::Duration;
 
@@ -7,16 +7,16 @@ use url::Origin;
 
 use crate::http::tls::TlsSettings;
 
-/// How the client behaves.
+/// Settings of the client.
 #[derive(Debug, Clone)]
 pub struct HttpSettings {
-    /// How long a request is retried before it fails.
+    /// Time for which a request is retried before it fails.
     pub retry_for: Duration,
     /// First pause; doubled each time.
     pub min_pause: Duration,
     /// Longest pause that we choose, and longest that a server may ask for.
     pub max_pause: Duration,
-    /// How long a connection, or a response that has begun, may stand still.
+    /// Time for which a connection, or a response that has begun, may stand still.
     pub stall: Duration,
     /// Longest pause that a refused kick-off may ask for and is waited for.
     pub max_kick_off_wait: Duration,
@@ -28,7 +28,7 @@ pub struct HttpSettings {
     pub retry_status: Vec<u16>,
     /// Files at the same time.
     pub downloads: usize,
-    /// Whether no host is asked by a proxy, whatever the environment names.
+    /// True if no host is asked by a proxy, whatever the environment names.
     pub no_proxy: bool,
     /// Certificates beside the system's.
     pub tls: TlsSettings,

@@ -82,7 +82,7 @@ pub(crate) fn root<'a>(error: &'a (dyn StdError + 'static)) -> &'a (dyn StdError
     cause
 }
 
-/// What an error is about. An I/O error passes over the one that it was made of.
+/// Returns the subject of an error. An I/O error passes over the one that it was made of.
 fn inner<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 'static)> {
     match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
         Some(inner) => Some(inner),
@@ -90,7 +90,7 @@ fn inner<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 
     }
 }
 
-/// What TLS failed for, where it will again until somebody changes a certificate or a setting.
+/// Returns the reason for which TLS failed, where it will again until somebody changes a certificate or a setting.
 pub(crate) fn fault(error: &reqwest::Error, what: &str) -> Option<Error> {
     let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(at) = cause {
@@ -103,7 +103,7 @@ pub(crate) fn fault(error: &reqwest::Error, what: &str) -> Option<Error> {
     None
 }
 
-/// What it means, and what to do; `None` for what may pass.
+/// Returns its meaning, and what to do; `None` for what may pass.
 fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'static str)> {
     use CertificateError as Bad;
     Some(match error {

@@ -1,4 +1,4 @@
-//! Who we are to the server: nobody, the bearer of a token, a client with a secret, or a SMART backend service
+//! Authentication: nobody, the bearer of a token, a client with a secret, or a SMART backend service
 //! (SMART App Launch 2.2, "Backend Services").
 
 use std::sync::Arc;
@@ -24,10 +24,10 @@ pub type Secret = SecretString;
 
 /// A token's life where the server does not say (T10 recommends it as the longest).
 const DEFAULT_TOKEN_LIFE: u64 = 300;
-/// How often an answer that is no OAuth error is asked for again: some servers refuse without a reason, and then do not.
+/// Number of requests where an answer is not an OAuth error: some servers refuse without a reason, and then do not.
 const TRIES: usize = 4;
 
-/// How to authenticate, as resolved from the pipeline file.
+/// Authentication, as resolved from the pipeline file.
 #[derive(Clone)]
 pub enum AuthSettings {
     /// Not at all.
@@ -43,7 +43,7 @@ pub enum AuthSettings {
 pub struct ClientSettings {
     /// The registered client id.
     pub client_id: Secret,
-    /// How it proves who it is.
+    /// Its credentials.
     pub proof: Proof,
     /// The scopes to ask for; `None` for those that the server supports.
     pub scope: Option<String>,
@@ -51,13 +51,13 @@ pub struct ClientSettings {
     pub token_url: Option<Url>,
     /// The assertion's audience, where the server wants another than the token endpoint.
     pub audience: Option<String>,
-    /// Whether it may be without encryption.
+    /// True if it may be without encryption.
     pub plain_http: bool,
-    /// What is going to be read.
+    /// Types and level that are going to be read.
     pub access: Access,
 }
 
-/// How a client proves who it is.
+/// Credentials of a client.
 #[derive(Clone)]
 pub enum Proof {
     /// A private key: a PEM, a JWK or a JWKS, and which of its keys.
@@ -92,7 +92,7 @@ struct State {
     token: Option<Token>,
     /// Asked for once.
     server: Option<SmartConfiguration>,
-    /// Whether a scope that is less than was asked for has been told.
+    /// True if a scope that is less than was asked for has been told.
     told: bool,
 }
 
@@ -103,12 +103,12 @@ struct Token {
     granted: Option<String>,
 }
 
-/// What a check of the authentication found, without the token.
+/// Result of a check of the authentication, without the token.
 #[derive(Debug, Clone)]
 pub struct Granted {
-    /// Where the token came from; `None` where none is asked for.
+    /// Token endpoint; `None` where none is asked for.
     pub endpoint: Option<Url>,
-    /// What the server says of its authorization.
+    /// The server's SMART configuration.
     pub server: Option<SmartConfiguration>,
     /// The algorithm and the id of the key.
     pub key: Option<(String, Option<String>)>,
@@ -118,7 +118,7 @@ pub struct Granted {
     pub granted: Option<String>,
     /// Types that were asked for and cannot be read.
     pub missing: Vec<String>,
-    /// How long the token lives.
+    /// Lifetime of the token.
     pub life: Duration,
 }
 
@@ -156,12 +156,12 @@ impl Auth {
         Ok(Self { method: Arc::new(method) })
     }
 
-    /// Whether a refused token can be renewed.
+    /// Returns true if a refused token can be renewed.
     pub(crate) fn is_none(&self) -> bool {
         matches!(*self.method, Method::None)
     }
 
-    /// Whether a new token can be had.
+    /// Returns true if a new token can be had.
     pub(crate) fn renews(&self) -> bool {
         matches!(*self.method, Method::Client(_))
     }
@@ -343,7 +343,7 @@ impl TokenClient {
     }
 }
 
-/// What a token endpoint says.
+/// Response of a token endpoint.
 enum Answer {
     Token(Token),
     /// `final_word` where it gives an OAuth error's code.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use foundation::error::{Error, ErrorKind, Result};
 
-/// How long an assertion lives, in seconds; T7 allows five minutes at most.
+/// Lifetime of an assertion, in seconds; T7 allows five minutes at most.
 const ASSERTION_SECONDS: i64 = 240;
 
 /// Object identifiers of keys and curves, in DER.
@@ -180,7 +180,7 @@ fn pem(text: &str) -> Result<(String, Vec<u8>)> {
     first.ok_or_else(|| bad("it is neither a JWK, nor a JWKS, nor a PEM"))
 }
 
-/// What lies within a DER value that is made of others.
+/// Returns the content of a DER value that is made of others.
 fn der_parts(der: &[u8]) -> Option<Vec<&[u8]>> {
     let mut parts = Vec::new();
     let mut rest = der;

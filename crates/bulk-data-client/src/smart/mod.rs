@@ -1,4 +1,4 @@
-//! What a server says of its authorization (SMART App Launch 2.2, `.well-known/smart-configuration`), and the scopes that
+//! A server's SMART configuration (SMART App Launch 2.2, `.well-known/smart-configuration`), and the scopes that
 //! follow from it.
 
 pub(crate) mod auth;
@@ -16,7 +16,7 @@ use foundation::error::{Context, Error, ErrorKind, Result};
 /// A server's SMART configuration.
 #[derive(Debug, Clone, Default)]
 pub struct SmartConfiguration {
-    /// Where tokens are asked for.
+    /// Token endpoint.
     pub token_endpoint: Option<Url>,
     /// `scopes_supported`.
     pub scopes: Vec<String>,
@@ -30,17 +30,17 @@ pub struct SmartConfiguration {
     pub skew: i64,
 }
 
-/// What scopes are for: which types, and whether a group is read too.
+/// Subject of scopes: which types, and whether a group is read too.
 #[derive(Debug, Clone, Default)]
 pub struct Access {
     /// Types; empty for all.
     pub types: Vec<String>,
-    /// Whether the export is of a group (T14).
+    /// True if the export is of a group (T14).
     pub group: bool,
 }
 
 impl Access {
-    /// What an export of `types` at `level` reads.
+    /// Returns the scopes' subject for an export of `types` at `level`.
     pub fn of(level: &Level, types: &[String]) -> Self {
         Self { types: types.to_vec(), group: matches!(level, Level::Group(_)) }
     }

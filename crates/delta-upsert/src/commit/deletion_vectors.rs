@@ -36,7 +36,7 @@ pub(crate) fn read(table: &Table, descriptor: &DeletionVectorDescriptor) -> Resu
     read_from(&table.log_store, descriptor)
 }
 
-/// What vectors begin with, in the one form that the protocol allows in files ("Deletion Vector Format").
+/// First bytes of vectors, in the one form that the protocol allows in files ("Deletion Vector Format").
 const MAGIC: u32 = 1_681_511_377;
 
 /// The kernel's own reader ends the process where a vector is cut, and does not look at checksums.
@@ -112,12 +112,12 @@ pub(crate) fn file_id(run: &str, resource_type: &str, attempt: usize) -> Uuid {
     uuid::Builder::from_random_bytes(twox_hash::XxHash3_128::oneshot(seed.as_bytes()).to_be_bytes()).into_uuid()
 }
 
-/// Where the file of that id is, in the table's folder.
+/// Returns the path of the file of that id, in the table's folder.
 pub(crate) fn file_path(id: Uuid) -> Path {
     Path::from(format!("deletion_vector_{id}.bin"))
 }
 
-/// How a descriptor names it.
+/// Returns its name in a descriptor.
 pub(crate) fn encoded(id: Uuid) -> String {
     z85::encode(id.as_bytes())
 }

@@ -10,14 +10,14 @@ use deltalake::DeltaTableError;
 use deltalake::kernel::transaction::{CommitBuilder, CommitProperties, TransactionError};
 use deltalake::kernel::{Action, Transaction};
 use deltalake::protocol::DeltaOperation;
-use futures::TryStreamExt;
 use serde_json::Value;
+use tokio_stream::StreamExt;
 
 use crate::table::{Table, storage};
 use foundation::error::{Error, ErrorKind, Result};
 use foundation::fault_points::reached;
 
-/// What became of it.
+/// Its outcome.
 pub(crate) enum Attempt {
     /// It is this version.
     Done(Option<u64>),
@@ -27,7 +27,7 @@ pub(crate) enum Attempt {
     Unknown(Error),
 }
 
-/// How every commit of ours is made.
+/// Returns the settings of every commit.
 pub(crate) fn properties(info: &BTreeMap<String, Value>, transactions: Vec<Transaction>) -> CommitProperties {
     CommitProperties::default()
         .with_metadata(info.clone())
@@ -39,7 +39,7 @@ pub(crate) fn properties(info: &BTreeMap<String, Value>, transactions: Vec<Trans
         .with_application_transactions(transactions)
 }
 
-/// Whether an error says that another writer was faster.
+/// Returns true if an error says that another writer was faster.
 fn is_conflict(error: &DeltaTableError) -> bool {
     matches!(
         error,
@@ -69,7 +69,7 @@ impl Table {
     }
 }
 
-/// What an error of a commit upon version `before` means. A store that retries may call a commit of our own another's,
+/// Classifies an error of a commit upon version `before`. A store that retries may call a commit of our own another's,
 /// and what fails may come after the commit: only the log knows.
 pub(crate) async fn after_error(
     table: &mut Table,

@@ -1,4 +1,4 @@
-//! What a run brings for one type, merged into its table in one commit (DESIGN section 5).
+//! Rows of a run for one type, merged into its table in one commit (DESIGN section 5).
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -30,7 +30,7 @@ use flow::on_all_cores;
 use foundation::error::{Error, ErrorKind, Result};
 use foundation::fault_points::reached;
 
-/// How often a match is made again when another writer committed in between.
+/// Number of matches when another writer committed in between.
 pub(crate) const MAX_ATTEMPTS: usize = 10;
 
 /// The server's `transactionTime` as an application transaction of the table.
@@ -40,7 +40,7 @@ pub struct Watermark {
     pub app_id: String,
     /// Microseconds since the epoch.
     pub transaction_time: i64,
-    /// Whether the run knows what was deleted until then: a full export only names what there is.
+    /// True if the run knows what was deleted until then: a full export only names what there is.
     pub knows_deletions: bool,
 }
 
@@ -50,7 +50,7 @@ pub fn deletions_id(app_id: &str) -> String {
     format!("{app_id}|deletions")
 }
 
-/// What a run brings for one type.
+/// Rows of a run for one type.
 #[derive(Debug)]
 pub struct Upsert {
     /// Staged files.
@@ -59,13 +59,13 @@ pub struct Upsert {
     pub deletions: Deletions,
     /// Columns of the rows: those of the table where it exists.
     pub schema: SchemaRef,
-    /// Whether the table gets those of them that it lacks.
+    /// True if the table gets those of them that it lacks.
     pub add_columns: bool,
     /// Watermark to set; `None` leaves it.
     pub watermark: Option<Watermark>,
-    /// How its copies stand to the table's.
+    /// Order of its copies and the table's.
     pub order: OrderRules,
-    /// What becomes of rows that the run does not bring.
+    /// Treatment of rows that the run does not bring.
     pub absent: NotMatchedBySource,
     /// For keys that do not fit into memory.
     pub scratch: Scratch,
@@ -79,7 +79,7 @@ pub struct Upsert {
     pub earlier_commits: usize,
 }
 
-/// What a merge did.
+/// Counts of a merge.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Merged {
     /// Resources that the table did not have.
@@ -96,7 +96,7 @@ pub struct Merged {
     pub undated: u64,
     /// The table's version after it.
     pub version: Option<u64>,
-    /// Whether it made a commit.
+    /// True if it made a commit.
     pub committed: bool,
     /// Bytes of data files and deletion vectors that the commit added.
     pub bytes_written: u64,
@@ -112,7 +112,7 @@ pub enum Commit {
     Done(Merged, Copies),
     /// The commit failed in a way that leaves open whether it was made: its files must stay.
     Unknown {
-        /// What went wrong.
+        /// Error.
         error: Error,
     },
     /// The table's watermark is newer than this export: nothing was changed.
@@ -156,7 +156,7 @@ impl Upsert {
         Err(Error::new(ErrorKind::Table, format!("other writers committed first {MAX_ATTEMPTS} times in a row")))
     }
 
-    /// Whether the staged rows still fit a table that another writer has changed.
+    /// Returns true if the staged rows still fit a table that another writer has changed.
     fn check_fits(&self, table: &Table) -> Result<()> {
         table.check_writable()?;
         let Some(now) = table.schema()? else { return Ok(()) };
@@ -412,7 +412,7 @@ fn without_gone(place: &Place<'_>, schema: &SchemaRef, files: &[DataFile]) -> Re
     Ok(adds?.into_iter().flatten().collect())
 }
 
-/// What became of an attempt.
+/// Outcome of an attempt.
 enum Written {
     Done(Merged),
     /// Another writer was faster.
@@ -434,7 +434,7 @@ impl Actions {
 struct Actions {
     removes: Vec<Remove>,
     adds: Vec<Add>,
-    /// How many of the run's own files carry a deletion vector.
+    /// Number of of the run's own files carry a deletion vector.
     staged_vectors: usize,
     /// Rows that were copied into rewritten files.
     copied: u64,

@@ -75,7 +75,7 @@ impl Sorter<'_> {
         self.place.table
     }
 
-    /// Where to cut the ids, so that each part is about `bytes` long.
+    /// Returns the ids at which to cut, so that each part is about `bytes` long.
     fn cut(&self, files: &[&DataFile]) -> Result<Vec<Box<str>>> {
         let handle = tokio::runtime::Handle::current();
         let every = self.shape.rows.div_ceil(SAMPLES).max(1);

@@ -1,6 +1,6 @@
 //! Maintenance of a table's files: small ones together, marked rows away, rows in the order of their ids.
 //!
-//! What a query answers does not change: the commit says so (`dataChange: false`), rows keep their values, and files are
+//! A query's answers do not change: the commit says so (`dataChange: false`), rows keep their values, and files are
 //! exchanged in one commit or not at all.
 
 use std::collections::BTreeMap;
@@ -24,14 +24,14 @@ use flow::on_all_cores;
 use foundation::Limit;
 use foundation::error::{Error, ErrorKind, Result};
 
-/// How a table is optimized.
+/// Settings of `optimize`.
 #[derive(Debug, Clone)]
 pub struct OptimizeSettings {
     /// Bytes that a file should have.
     pub target_file_bytes: u64,
     /// Rows of a file, or the share of them, that are marked as deleted from which it is rewritten.
     pub min_deleted: Limit,
-    /// Whether rows are laid out in the order of their ids, so that a later match reads less.
+    /// True if rows are laid out in the order of their ids, so that a later match reads less.
     pub cluster: bool,
     /// Memory for sorting, and a folder for what does not fit.
     pub scratch: Scratch,
@@ -41,7 +41,7 @@ pub struct OptimizeSettings {
     pub info: BTreeMap<String, Value>,
 }
 
-/// What optimizing a table did.
+/// Counts of `optimize`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Optimized {
     /// Files that were exchanged.
@@ -58,7 +58,7 @@ pub struct Optimized {
     pub version: Option<u64>,
 }
 
-/// How often it is begun again when other writers changed the files in between.
+/// Number of attempts when other writers changed the files in between.
 const MAX_ATTEMPTS: usize = 3;
 
 impl Table {
@@ -128,7 +128,7 @@ async fn groups<'a>(table: &Table, targets: &'a [TargetFile], settings: &Optimiz
     Ok(groups)
 }
 
-/// Whether no id can be in two row groups, by their statistics.
+/// Returns true if no id can be in two row groups, by their statistics.
 async fn is_clustered(table: &Table, targets: &[TargetFile]) -> Result<bool> {
     let mut ranges = Vec::new();
     for target in targets {
@@ -173,7 +173,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// What was done, without the version.
+    /// Returns the counts, without the version.
     fn done(&self, groups: &[Vec<&TargetFile>]) -> Optimized {
         let files = || groups.iter().flatten();
         Optimized {

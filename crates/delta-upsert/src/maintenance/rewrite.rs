@@ -3,8 +3,9 @@
 //! Most columns of a file hold nothing. Rows lose them as soon as they are read; whatever is done with the rows is done with
 //! the columns that they fill, and the rest is put back as pages of nulls when a row group is made.
 
+use parking_lot::Mutex;
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch, StructArray};
 use arrow::compute::concat_batches;
@@ -28,7 +29,7 @@ use foundation::error::Result;
 pub(crate) const GROUP_ROWS: usize = 16 * 1024;
 pub(crate) const GROUP_BYTES: usize = 16 << 20;
 
-/// What the new files look like.
+/// Form of the new files.
 #[derive(Debug)]
 pub(crate) struct Shape {
     /// The table's columns.
@@ -95,7 +96,7 @@ impl Shape {
     }
 }
 
-/// Where new files go, and those that were begun: all of them go when the work fails.
+/// Place of new files, and those that were begun: all of them go when the work fails.
 pub(crate) struct Place<'a> {
     /// The table.
     pub table: &'a Table,
@@ -114,13 +115,13 @@ impl<'a> Place<'a> {
 
     fn next_path(&self) -> Path {
         let path = Path::from(format!("part-{}-{}.zstd.parquet", self.run, uuid::Uuid::new_v4()));
-        flow::locked(&self.begun).push(path.clone());
+        self.begun.lock().push(path.clone());
         path
     }
 
     /// The files that were begun.
     pub(crate) fn begun(self) -> Vec<Path> {
-        self.begun.into_inner().unwrap_or_else(PoisonError::into_inner)
+        self.begun.into_inner()
     }
 
     /// Removes the files that were begun.

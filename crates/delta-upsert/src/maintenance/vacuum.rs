@@ -9,24 +9,24 @@ use delta_kernel::actions::deletion_vector::DeletionVectorDescriptor as KernelDe
 use deltalake::kernel::DeletionVectorDescriptor;
 use deltalake::protocol::DeltaOperation;
 use deltalake::table::config::TablePropertiesExt;
-use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use serde_json::{Value, json};
+use tokio_stream::StreamExt;
 
 use crate::staging::StagedParquet;
 use crate::table::{Table, storage};
 use foundation::error::{Error, ErrorKind, Result};
 use foundation::fault_points::reached;
 
-/// How a table is vacuumed.
+/// Settings of `vacuum`.
 #[derive(Debug, Clone)]
 pub struct VacuumSettings {
-    /// How long files stay after the last version that names them; `None` for the table's own setting, a week by default.
+    /// Time for which files stay after the last version that names them; `None` for the table's own setting, a week by default.
     pub retention: Option<Duration>,
-    /// Whether a retention below the table's own is allowed.
+    /// True if a retention below the table's own is allowed.
     pub below_the_tables: bool,
-    /// Whether files are removed, or only named.
+    /// True if files are removed, or only named.
     pub delete: bool,
     /// Files that runs have staged and resume: they stay.
     pub staged: Vec<StagedParquet>,
@@ -34,14 +34,14 @@ pub struct VacuumSettings {
     pub info: BTreeMap<String, Value>,
 }
 
-/// What vacuum found.
+/// Files that vacuum found.
 #[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Vacuumed {
     /// Files that no version within the retention names, by their path in the table's folder.
     pub files: Vec<String>,
     /// Their bytes.
     pub bytes: u64,
-    /// Whether they were removed.
+    /// True if they were removed.
     pub deleted: bool,
 }
 
@@ -98,7 +98,7 @@ impl Table {
             };
             let metrics = json!({ "numFilesToDelete": due.len(), "sizeOfDataToDelete": found.bytes });
             self.note(settings, begin, metrics).await?;
-            let paths = futures::stream::iter(due.into_iter().map(|file| Ok(file.location))).boxed();
+            let paths = Box::pin(tokio_stream::iter(due.into_iter().map(|file| Ok(file.location))));
             reached("before files are vacuumed");
             let mut deleted = store.delete_stream(paths);
             let mut count = 0u64;
@@ -170,7 +170,7 @@ impl Table {
         Ok(named)
     }
 
-    /// Where a vector's file is in the table's folder; `None` for one that is inline or elsewhere.
+    /// Returns the path of a vector's file in the table's folder; `None` for one that is inline or elsewhere.
     fn vector_path(&self, vector: DeletionVectorDescriptor) -> Result<Option<Path>> {
         let failed = |error: delta_kernel::Error| storage(error, "a deletion vector's place cannot be read");
         let root = self.log_store.root_url();
@@ -202,13 +202,13 @@ pub(crate) struct Named {
 }
 
 impl Named {
-    /// Whether some version names, or named, the file.
+    /// Returns true if some version names, or named, the file.
     pub(crate) fn has(&self, path: &Path) -> bool {
         self.kept.contains(path) || self.ever.contains(path)
     }
 }
 
-/// What a line of the log says of files.
+/// File actions of a line of the log.
 #[derive(serde::Deserialize)]
 struct LogLine {
     add: Option<LogFile>,

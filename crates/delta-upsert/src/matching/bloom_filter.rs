@@ -38,7 +38,7 @@ impl Filter {
         }
     }
 
-    /// Whether the key may have been put in; never `false` for one that was.
+    /// Returns true if the key may have been put in; never `false` for one that was.
     pub(crate) fn might_contain(&self, key: u128) -> bool {
         let (block, bits) = self.place(key);
         self.bits(bits).all(|(word, bit)| self.blocks[block][word] & bit != 0)

@@ -51,7 +51,7 @@ impl Deletions {
         (entry.file == 1).then(|| entry.row_key())
     }
 
-    /// Whether there are none.
+    /// Returns true if there are none.
     pub fn is_empty(&self) -> bool {
         self.keys.rows() == 0
     }

@@ -1,10 +1,9 @@
-//! What the table's files say of their rows' keys and ranks.
+//! Keys and ranks of rows, read from the table's files.
 
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
 use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
-use futures::TryStreamExt;
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
@@ -12,6 +11,7 @@ use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
 use parquet::basic::Type;
 use parquet::file::metadata::RowGroupMetaData;
 use roaring::RoaringTreemap;
+use tokio_stream::StreamExt;
 
 use crate::row::{RowKey, RowPosition, key_of};
 use crate::table::reader::{BATCH_BYTES, FileRows, LocalRows, StoreReader};
@@ -89,7 +89,7 @@ impl<'a> OpenFile<'a> {
         self.read_rows((!gone.is_empty()).then(|| selection((0..self.rows()).filter(|row| !gone.contains(*row)))))
     }
 
-    /// How many rows are not gone.
+    /// Returns the number of rows that are not gone.
     pub(crate) fn live(&self) -> u64 {
         self.rows().saturating_sub(self.file.gone.len())
     }
@@ -240,7 +240,7 @@ impl<'a> OpenFile<'a> {
     }
 }
 
-/// What other writers say of their Arrow types (large lists, views) is passed over: Parquet's own types are Delta's.
+/// Passes over other writers' Arrow types (large lists, views): Parquet's own types are Delta's.
 fn options() -> ArrowReaderOptions {
     ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }

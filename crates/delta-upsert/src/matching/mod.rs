@@ -1,6 +1,6 @@
 //! Which rows go: copies that lose within the run, and rows of the table that are replaced or deleted.
 //!
-//! Where the keys that the run brings fit into memory, they are indexed, and the table's ids go by once. Where they do
+//! Keys of the run that fit into memory are indexed, and the table's ids go by once. Where they do
 //! not, both sides are laid out by partitions of the key space on disk, and the same is done partition by partition.
 
 pub(crate) mod bloom_filter;
@@ -93,7 +93,7 @@ struct Seen {
     absent: RoaringTreemap,
 }
 
-/// What the run brings in a part of the key space.
+/// Rows of the run in a part of the key space.
 #[derive(Default)]
 struct StagedRows {
     /// The newest copy of each id.
@@ -356,7 +356,7 @@ impl Matching<'_> {
         Ok(Some(Ids::new(ids)))
     }
 
-    /// What the run brings in `part`: among its own copies the newest wins.
+    /// Returns the rows of the run in `part`: among its own copies the newest wins.
     fn brought(&self, part: &Part, marks: &mut MergePlan) -> Result<StagedRows> {
         let mut brought = StagedRows::default();
         if part.partitions.len() == PARTITIONS {
@@ -490,7 +490,7 @@ impl Matching<'_> {
     }
 }
 
-/// Whether two copies have one version.
+/// Returns true if two copies have one version.
 fn is_same(a: &RowKey, b: &RowKey) -> bool {
     (a.last_updated, a.version) == (b.last_updated, b.version)
 }

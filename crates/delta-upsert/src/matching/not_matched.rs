@@ -3,7 +3,7 @@
 use foundation::Limit;
 use foundation::error::{Error, ErrorKind, Result};
 
-/// What becomes of rows that a run does not bring.
+/// Treatment of rows that a run does not bring.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum NotMatchedBySource {
     /// They stay.

@@ -15,7 +15,7 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 use parquet::schema::types::{ColumnDescPtr, SchemaDescriptor};
 
-/// Where the values of a group are, by Parquet's levels (Dremel): one entry for each of its places.
+/// Places of the values of a group, by Parquet's levels (Dremel): one entry for each of its places.
 struct Levels {
     repetition: Vec<u8>,
     definition: Vec<u8>,
@@ -277,7 +277,7 @@ fn leaves(data_type: &DataType) -> usize {
     }
 }
 
-/// Whether an array has all the columns of the file's type, which are in the same order.
+/// Returns true if an array has all the columns of the file's type, which are in the same order.
 fn same_leaves(file: &DataType, array: &DataType) -> bool {
     leaves(file) == leaves(array)
 }

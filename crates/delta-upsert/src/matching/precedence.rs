@@ -2,7 +2,7 @@
 
 use crate::row::RowKey;
 
-/// How a staged row stands to the table's.
+/// Order of a staged row and the table's.
 pub(crate) enum Precedence {
     /// It replaces it.
     Newer,
@@ -12,7 +12,7 @@ pub(crate) enum Precedence {
     Compare,
 }
 
-/// What a run says of the order of its copies.
+/// Rules for the order of copies.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OrderRules {
     /// Copies of equal version are compared, and rewritten where they differ.
@@ -54,7 +54,7 @@ pub(crate) fn judge(staged: &RowKey, table: &RowKey, rules: OrderRules) -> Prece
     }
 }
 
-/// Whether a staged row says nothing of its age, and the table's row does.
+/// Returns true if a staged row says nothing of its age, and the table's row does.
 pub(crate) fn is_undated(staged: &RowKey, table: &RowKey) -> bool {
     let lacks = |staged: i64, table: i64| staged == RowKey::ABSENT && table != RowKey::ABSENT;
     lacks(staged.last_updated, table.last_updated)

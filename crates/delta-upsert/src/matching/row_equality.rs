@@ -1,6 +1,6 @@
-//! Whether two rows say the same, whichever columns their files have and whoever wrote them.
+//! Equality of rows, whichever columns their files have and whoever wrote them.
 //!
-//! What differs in form only is the same: a canonical quantity of 25 at scale 2 and of 25e36 at scale 38; a `_scale` beyond the
+//! A difference in form only is none: a canonical quantity of 25 at scale 2 and of 25e36 at scale 38; a `_scale` beyond the
 //! six places that the decimal has; the numbers that link an element to its extensions (`_fid`), which Pathling draws at
 //! random. So two writers of one table do not rewrite each other's rows.
 
@@ -16,7 +16,7 @@ use foundation::error::{Error, ErrorKind, Result};
 /// Places after the point that a decimal column has: beyond them `_scale` says nothing of the value that is there.
 const PLACES: i32 = 6;
 
-/// How deep extensions of extensions are followed; in a row whose numbers lead round in a circle, too.
+/// Depth to which extensions of extensions are followed; in a row whose numbers lead round in a circle, too.
 const MAX_DEPTH: usize = 32;
 
 /// One hash a row over what is not null, by column name: a column that a file leaves out and a column of
@@ -60,7 +60,7 @@ fn put(said: &mut Vec<u8>, bytes: &[u8]) {
     said.extend_from_slice(bytes);
 }
 
-/// What one row says, unambiguously.
+/// Meaning of one row, unambiguously.
 struct Content {
     said: Vec<u8>,
     /// The row's extensions, by the `_fid` of the element that has them.

@@ -10,7 +10,7 @@ use twox_hash::XxHash3_64;
 
 use crate::staging::spill::{KeyAt, PARTITIONS, Record, Spill};
 use foundation::error::{Context, Error, ErrorKind, Result};
-use foundation::secure_fs::private_append;
+use foundation::secure_fs::{private_append, private_dir};
 
 const MAGIC: &[u8; 8] = b"fhlkeys1";
 /// Of each partition: where it begins, its records, and the hash of its bytes.
@@ -38,6 +38,9 @@ impl KeyFile {
     /// Writes keys into a new file at `path`, durable when this returns.
     pub(crate) fn save(keys: &mut Spill<KeyAt>, path: &Path) -> Result<Self> {
         let failed = || format!("{} cannot be written", path.display());
+        if let Some(folder) = path.parent() {
+            private_dir(folder)?;
+        }
         // What a killed run left under the name.
         let _ = std::fs::remove_file(path);
         drop(private_append(path)?);

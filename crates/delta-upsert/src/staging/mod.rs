@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use arrow::datatypes::SchemaRef;
-use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 use roaring::RoaringTreemap;
 use serde::{Deserialize, Serialize};
+use tokio_stream::StreamExt;
 
 use crate::maintenance::vacuum::data_path;
 use crate::row::{EncodedBatch, FileRows};
@@ -42,7 +42,7 @@ pub struct StagedParquet {
     pub updated: Option<(i64, i64)>,
     /// Least and greatest `id`, where the file's statistics know.
     pub id_range: Option<(String, String)>,
-    /// What the table's columns were: the rows fit no other.
+    /// The table's columns at that time: the rows fit no other.
     pub columns: String,
 }
 
@@ -75,7 +75,7 @@ pub struct StagedFile {
     pub(crate) void: RoaringTreemap,
     /// Its rows by export file, without those in `void`.
     pub by_file: BTreeMap<u32, FileRows>,
-    /// What an earlier run wrote down of it, where that staged it.
+    /// An earlier run's record of it, where that staged it.
     noted: Option<StagedParquet>,
 }
 
@@ -106,7 +106,7 @@ impl Keys {
     }
 }
 
-/// What became of a file that an earlier run staged.
+/// State of a file that an earlier run staged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StagedFileState {
     /// It waits to be merged.
@@ -126,7 +126,7 @@ impl StagingFile {
         Ok(Self { file, columns, keys, updated: None, by_file: BTreeMap::new() })
     }
 
-    /// Whether row groups with these columns fit into the file: all of a file's have the same.
+    /// Returns true if row groups with these columns fit into the file: all of a file's have the same.
     pub fn takes(&self, columns: &SchemaRef) -> bool {
         self.columns == *columns
     }
@@ -214,7 +214,7 @@ impl StagedFile {
         })
     }
 
-    /// What is to be known of it to read it [again](Self::again). `columns` says what the table's were.
+    /// Returns the record that it takes to read it [again](Self::again). `columns` says what the table's were.
     pub fn note(&self, table: &Table, columns: &str) -> StagedParquet {
         if let Some(noted) = &self.noted {
             return StagedParquet { by_file: self.by_file.clone(), ..noted.clone() };
@@ -268,7 +268,7 @@ impl StagedFile {
 }
 
 impl Table {
-    /// What became of files that an earlier run staged. One that a version named and a later one removed so long ago that the
+    /// Returns the states of files that an earlier run staged. One that a version named and a later one removed so long ago that the
     /// table does not know it any more waits, for all that can be told; its rows then lose against the table's.
     pub async fn staged_file_states(&self, staged: &[StagedParquet]) -> Result<Vec<StagedFileState>> {
         let mut named: HashSet<Path> = HashSet::new();

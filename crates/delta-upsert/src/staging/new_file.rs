@@ -23,7 +23,7 @@ pub(crate) struct NewFile {
     path: Path,
     offset: u64,
     row_groups: Vec<RowGroupMetaData>,
-    /// Whether its end was written, or was to be.
+    /// True if its end was written, or was to be.
     ended: bool,
 }
 

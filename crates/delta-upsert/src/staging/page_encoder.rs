@@ -18,7 +18,7 @@ use foundation::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Default)]
 pub struct PageEncoder;
 
-/// What all data files have in common; statistics and bloom filters are asked for column by column.
+/// Returns the settings that all data files have in common; statistics and bloom filters are asked for column by column.
 fn usual_properties() -> WriterPropertiesBuilder {
     WriterProperties::builder()
         .set_created_by(CREATED_BY.to_owned())
@@ -29,7 +29,7 @@ fn usual_properties() -> WriterPropertiesBuilder {
         .set_max_row_group_row_count(None)
 }
 
-/// What the footer and the writer's settings hold of each column costs more than an empty column's data, so settings
+/// The footer's and the writer's part of each column costs more than an empty column's data, so settings
 /// are made only for the columns that are there. `filtered` says of each leaf whether readers filter by it.
 fn properties(schema: &SchemaDescriptor, batch: &RecordBatch, filtered: &[bool]) -> WriterProperties {
     let mut builder = usual_properties();
@@ -61,7 +61,7 @@ fn leaves(array: &ArrayRef, out: &mut Vec<ArrayRef>) {
 const BLOCKS: usize = 16;
 const BLOCK: usize = 64;
 
-/// Whether values are nearly all different (ids, instants, narratives): a dictionary of them would be work and bytes
+/// Returns true if values are nearly all different (ids, instants, narratives): a dictionary of them would be work and bytes
 /// for nothing. The same values give the same answer.
 fn hardly_repeats(array: &ArrayRef) -> bool {
     let hash_at: &dyn Fn(usize) -> u64 = match array.data_type() {

@@ -12,10 +12,10 @@ use crate::row::{RowKey, RowPosition};
 use foundation::error::{Context, ErrorKind, Result};
 use foundation::secure_fs::unnamed_file;
 
-/// How many parts the key space has: keys are hashes, so each part has about the same share.
+/// Number of parts of the key space: keys are hashes, so each part has about the same share.
 pub(crate) const PARTITIONS: usize = 256;
 
-/// What [`Spill`] holds.
+/// Record of a [`Spill`].
 pub(crate) trait Record: Copy {
     /// Length of a record on disk.
     const BYTES: usize;
@@ -27,7 +27,7 @@ pub(crate) trait Record: Copy {
     fn read(from: &[u8]) -> Self;
 }
 
-/// Where a row is and how it ranks.
+/// Place and rank of a row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyAt {
     pub key: u128,
@@ -115,7 +115,7 @@ impl Record for KeyAt {
     }
 }
 
-/// What a row says, to be compared with another's.
+/// Meaning of a row, to be compared with another's.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ContentAt {
     pub key: u128,
@@ -192,7 +192,7 @@ impl Part {
 pub(crate) struct Spill<T> {
     folder: PathBuf,
     memory: Vec<T>,
-    /// Whether those are in the order of partitions.
+    /// True if those are in the order of partitions.
     sorted: bool,
     /// Bytes that records may take in memory before they go to disk.
     limit: usize,

@@ -70,7 +70,7 @@ impl Table {
             .at(self.resource_type.to_string()))
     }
 
-    /// Whether the table has deletion vectors on.
+    /// Returns true if the table has deletion vectors on.
     pub fn has_deletion_vectors(&self) -> bool {
         let on = |delta: &deltalake::DeltaTable| {
             let snapshot = delta.snapshot().ok()?;
@@ -142,7 +142,7 @@ fn unsupported(protocol: &Protocol, metadata: &Metadata) -> Option<String> {
     used.first().map(|(key, value)| format!("the setting {key}={value}"))
 }
 
-/// Whether a setting turns on what asks something of a commit that we do not do.
+/// Returns true if a setting turns on what asks something of a commit that we do not do.
 fn unsupported_setting(key: &str, value: &str) -> bool {
     match key {
         "delta.appendOnly"
@@ -159,7 +159,7 @@ fn unsupported_setting(key: &str, value: &str) -> bool {
     }
 }
 
-/// What a column, or one within it, asks that we do not do.
+/// Returns the feature of a column, or of one within it, that fhirlake does not write.
 fn unsupported_column(field: &StructField, within: &str) -> Option<String> {
     use deltalake::kernel::DataType;
     fn inner(data_type: &DataType, path: &str) -> Option<String> {

@@ -1,4 +1,4 @@
-//! Where a table's log is read: any folder of the file system, and logs whose checkpoints cannot be.
+//! Reading of a table's log: any folder of the file system, and logs whose checkpoints cannot be.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -6,12 +6,13 @@ use std::sync::Arc;
 use deltalake::DeltaTableBuilder;
 use deltalake::logstore::{LogStoreRef, StorageConfig, logstore_with};
 use futures::stream::BoxStream;
-use futures::{StreamExt, TryFutureExt, TryStreamExt};
+use futures::{TryFutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme,
     PutMultipartOptions, PutOptions, PutPayload, PutResult,
 };
+use tokio_stream::StreamExt as _;
 use url::Url;
 
 use crate::table::{storage, table_folder};
@@ -38,7 +39,7 @@ pub(crate) fn open(root: &Url, below: &str) -> Result<LogStoreRef> {
     DeltaTableBuilder::from_url(url).and_then(|builder| builder.build_storage()).map_err(failed)
 }
 
-/// Whether a path is the same after the kernel has made a URL of it, which takes `%20` and `\` for something else.
+/// Returns true if a path is the same after the kernel has made a URL of it, which takes `%20` and `\` for something else.
 fn survives(path: &std::path::Path) -> bool {
     let Some((text, mut url)) = path.to_str().zip(Url::parse("file:///").ok()) else { return false };
     url.set_path(text);
@@ -60,7 +61,12 @@ pub(crate) async fn without_checkpoints(
     let prefix = ObjectStoreScheme::parse(url).map(|(_, path)| path);
     let prefix = prefix.or_else(|_| Path::from_url_path(url.path())).map_err(|error| storage(error, "not a place"))?;
     let log = prefix.clone().join("_delta_log");
-    let names: Vec<Path> = root.list(Some(&log)).map_ok(|object| object.location).try_collect().await.map_err(failed)?;
+    let names: Vec<Path> = root
+        .list(Some(&log))
+        .map(|object| object.map(|object| object.location))
+        .collect::<object_store::Result<_>>()
+        .await
+        .map_err(failed)?;
     let is_checkpoint =
         |path: &&Path| path.filename().is_some_and(|name| name.contains(".checkpoint") || name == "_last_checkpoint");
     let mut hidden: HashSet<Path> = names.iter().filter(is_checkpoint).cloned().collect();
@@ -124,10 +130,9 @@ impl Shown {
     ) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
         let hidden = self.hidden.clone();
         let seen = move |object: &object_store::Result<ObjectMeta>| {
-            let seen = object.as_ref().map_or(true, |object| !hidden.contains(&object.location));
-            std::future::ready(seen)
+            object.as_ref().map_or(true, |object| !hidden.contains(&object.location))
         };
-        listed.filter(seen).boxed()
+        Box::pin(listed.filter(seen))
     }
 }
 
@@ -170,9 +175,9 @@ impl ObjectStore for Shown {
         let listed = self.seen(self.inner.list_with_offset(prefix, offset)).try_collect::<Vec<_>>();
         let sorted = listed.map_ok(|mut objects| {
             objects.sort_unstable_by(|one, other| one.location.cmp(&other.location));
-            futures::stream::iter(objects.into_iter().map(Ok))
+            tokio_stream::iter(objects.into_iter().map(Ok))
         });
-        sorted.try_flatten_stream().boxed()
+        Box::pin(sorted.try_flatten_stream())
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {

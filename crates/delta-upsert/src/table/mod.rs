@@ -23,7 +23,7 @@ use crate::staging::StagedParquet;
 use foundation::error::{Context, Error, ErrorKind, Result};
 use foundation::fault_points::reached;
 
-/// Where the tables are.
+/// Place of the tables.
 #[derive(Clone)]
 pub struct Tables {
     root: Url,
@@ -39,12 +39,12 @@ impl std::fmt::Debug for Tables {
     }
 }
 
-/// How tables are set up.
+/// Settings of tables.
 #[derive(Debug, Clone)]
 pub struct TableSettings {
-    /// Whether rows are marked as deleted by deletion vectors, so that nothing is rewritten.
+    /// True if rows are marked as deleted by deletion vectors, so that nothing is rewritten.
     pub deletion_vectors: bool,
-    /// Whether deletion vectors are turned on in tables that exist and have them off.
+    /// True if deletion vectors are turned on in tables that exist and have them off.
     pub upgrade: bool,
 }
 
@@ -56,7 +56,7 @@ pub struct Table {
     pub(crate) log_store: LogStoreRef,
     /// The table's place, as others name it.
     pub(crate) root: Url,
-    /// Whether its checkpoints cannot be read: the next commit writes a good one.
+    /// True if its checkpoints cannot be read: the next commit writes a good one.
     wants_checkpoint: bool,
     /// The newest snapshot that was read; `None` where the table does not exist.
     pub(crate) delta: Option<DeltaTable>,
@@ -73,7 +73,7 @@ pub(crate) fn storage(error: impl std::fmt::Display, what: &str) -> Error {
     Error::new(ErrorKind::Storage, format!("{what}: {}", without_queries(&error.to_string())))
 }
 
-/// What a store's client says, without the query strings of URLs: a signature may be in one.
+/// Returns the message of a store's client, without the query strings of URLs: a signature may be in one.
 fn without_queries(said: &str) -> String {
     // Where RUST_BACKTRACE is set, some append where in themselves they failed.
     let said = said.split("backtrace:").next().unwrap_or_default().trim_end();
@@ -271,14 +271,14 @@ pub(crate) fn table_folder(path: &std::path::Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|error| storage(error, &format!("{} cannot be made", path.display())))
 }
 
-/// What the URL of an object store begins with, the cargo feature that brings the store, and whether it is built in.
+/// Schemes of an object store, the cargo feature that brings the store, and whether it is built in.
 const STORES: [(&[&str], &str, bool); 3] = [
     (&["s3", "s3a"], "s3", cfg!(feature = "s3")),
     (&["az", "azure", "adl", "abfs", "abfss"], "azure", cfg!(feature = "azure")),
     (&["gs"], "gcs", cfg!(feature = "gcs")),
 ];
 
-/// Whether tables can be at `url`.
+/// Returns true if tables can be at `url`.
 fn check_store(url: &Url) -> Result<()> {
     let bad = |message: String| Err(Error::new(ErrorKind::Config, message));
     let scheme = url.scheme();

@@ -9,7 +9,6 @@ use arrow::array::RecordBatch;
 use arrow::error::ArrowError;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::{
@@ -19,6 +18,7 @@ use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStream};
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length};
+use tokio_stream::StreamExt;
 
 use crate::table::Table;
 
@@ -190,31 +190,28 @@ impl FileRows {
 
 impl AsyncFileReader for StoreReader {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes>> {
-        async move {
+        Box::pin(async move {
             match &self.file {
                 Some(file) => read(file, range),
                 None => self.store.get_range(&self.path, range).await.map_err(external),
             }
-        }
-        .boxed()
+        })
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>>> {
-        async move {
+        Box::pin(async move {
             match &self.file {
                 Some(file) => ranges.into_iter().map(|range| read(file, range)).collect(),
                 None => self.store.get_ranges(&self.path, &ranges).await.map_err(external),
             }
-        }
-        .boxed()
+        })
     }
 
     fn get_metadata<'a>(&'a mut self, _: Option<&'a ArrowReaderOptions>) -> BoxFuture<'a, Result<Arc<ParquetMetaData>>> {
-        async move {
+        Box::pin(async move {
             let size = self.size;
             let metadata = ParquetMetaDataReader::new().with_prefetch_hint(Some(64 * 1024)).load_and_finish(self, size).await?;
             Ok(Arc::new(metadata))
-        }
-        .boxed()
+        })
     }
 }

@@ -91,7 +91,7 @@ fn widen_field(table: &Arc<ArrowField>, ours: &Arc<ArrowField>) -> Arc<ArrowFiel
     Arc::new(table.as_ref().clone().with_data_type(data_type))
 }
 
-/// Whether columns that both have are of the same types.
+/// Returns true if columns that both have are of the same types.
 pub fn same_types(table: &Fields, ours: &Fields) -> bool {
     fn same(table: &DataType, ours: &DataType) -> bool {
         match (table, ours) {

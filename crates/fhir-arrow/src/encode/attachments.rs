@@ -1,4 +1,4 @@
-//! Where a resource has attachments.
+//! Places of attachments in a resource.
 
 use crate::model::{Definition, Element, Model};
 use crate::tape::{Kind, Value};

@@ -11,7 +11,7 @@ use arrow::datatypes::DataType;
 
 use crate::layout::{Field, Group, Node};
 
-/// How large a column became in the batch before: the next one of its type is made that large at once, since growing
+/// Size of a column in the batch before: the next one of its type is made that large at once, since growing
 /// by doubling copies everything once more.
 #[derive(Debug, Default)]
 pub(crate) struct Sizes {
@@ -57,7 +57,7 @@ impl<T: Clone + Default> Values<T> {
         }
         free
     }
-    /// Whether the slot was free.
+    /// Returns true if the slot was free.
     #[inline]
     pub(crate) fn put(&mut self, slot: usize, value: T) -> bool {
         if slot != self.values.len() {
@@ -153,7 +153,7 @@ impl List {
             self.offsets.resize(slot + 1, self.end_of_items() as i32);
         }
     }
-    /// Where the items of the list that `slot` is about to get begin.
+    /// Returns the index at which the items of the list of `slot` begin.
     #[inline]
     pub(crate) fn begin(&mut self, slot: usize) -> usize {
         self.pad(slot);
@@ -170,7 +170,7 @@ impl List {
 /// A struct: its children are made when they are first filled.
 #[derive(Debug)]
 pub(crate) struct Structs {
-    /// What it is.
+    /// Its kind.
     pub group: Arc<Group>,
     len: usize,
     pub valid: NullBufferBuilder,
@@ -223,7 +223,7 @@ impl Structs {
     pub(crate) fn bytes(&self, len: usize, levels: usize) -> usize {
         len / 8 + self.children.iter().flatten().map(|child| child.bytes(len, levels)).sum::<usize>()
     }
-    /// How large it and its children are.
+    /// Returns the size of it and its children.
     pub(crate) fn sizes(&self) -> Sizes {
         let children = self.children.iter().map(|child| child.as_ref().map(|child| Box::new(child.sizes())));
         Sizes { slots: self.len, bytes: 0, children: children.collect() }

@@ -116,7 +116,7 @@ impl Structs {
 }
 
 impl Column {
-    /// Whether any slot has a value: a column may have been made for one that turned out not to be of its type.
+    /// Returns true if any slot has a value: a column may have been made for one that turned out not to be of its type.
     fn has_values(&self) -> bool {
         match self {
             Column::List(list) => list.items.has_values(),

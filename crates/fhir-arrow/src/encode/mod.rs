@@ -63,7 +63,7 @@ struct Places {
 /// JSON after which the size of the columns is looked at again.
 const MEASURE_EVERY: usize = 16 << 10;
 
-/// What is gathered while one row is encoded.
+/// State of the encoding of one row.
 #[derive(Debug, Default)]
 struct Row {
     next_fid: i32,
@@ -72,7 +72,7 @@ struct Row {
     /// Places of the resource's own `id` and `meta` on the tape.
     id: Option<usize>,
     meta: Option<usize>,
-    /// What could not be held, by path.
+    /// Unmapped values, by path.
     unmapped: BTreeMap<String, u64>,
     path: String,
     units: Units,
@@ -128,7 +128,7 @@ impl Encoder {
         Self { layout, root, rows: 0, json_bytes: 0, measured_at: 0, column_bytes: 0, row: Row::default(), places }
     }
 
-    /// What it fills.
+    /// Returns the column that it fills.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }
@@ -153,7 +153,7 @@ impl Encoder {
         self.column_bytes
     }
 
-    /// What it weighs beside others: its JSON, or its columns where those are far more than the usual once or twice of it.
+    /// Returns its weight beside others: its JSON, or its columns where those are far more than the usual once or twice of it.
     pub fn weight(&self) -> usize {
         self.json_bytes.max(self.column_bytes / 2)
     }
@@ -209,7 +209,7 @@ impl Encoder {
         Ok(EncodedRows { batch: RecordBatch::from(batch), schema, filled: known.clone(), filtered })
     }
 
-    /// What could not be held since the last call: count by path.
+    /// Returns the unmapped values since the last call: count by path.
     pub fn take_losses(&mut self) -> BTreeMap<String, u64> {
         std::mem::take(&mut self.row.unmapped)
     }
@@ -395,7 +395,7 @@ fn put_derived_list(list: &mut List, node: &Node, slot: usize, array: Value<'_>)
     list.end(place);
 }
 
-/// What became of one value.
+/// Outcome of one value.
 #[derive(Clone, Copy)]
 enum Put {
     Value,

@@ -7,7 +7,7 @@ pub(crate) struct Decimal {
     pub value: Option<i128>,
     /// Digits after the point as written, exponent applied; never negative.
     pub scale: i32,
-    /// Whether the value is all that was written.
+    /// True if the value is all that was written.
     pub exact: bool,
 }
 

@@ -77,7 +77,7 @@ impl MemberIndex {
         Self { names, table, shift }
     }
 
-    /// Whether `key` is the name at `place`.
+    /// Returns true if `key` is the name at `place`.
     #[inline]
     pub(crate) fn is(&self, place: usize, key: MemberKey<'_>) -> bool {
         let Some(name) = self.names.get(place) else { return false };

@@ -13,18 +13,18 @@ use crate::model::{Element, Model};
 /// Types that the layout excludes: their lines are counted and reported.
 pub const EXCLUDED_TYPES: [&str; 4] = ["Bundle", "Parameters", "StructureDefinition", "StructureMap"];
 
-/// What a layout can be told. The names and meanings are Pathling's.
+/// Options of a layout. The names and meanings are Pathling's.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct LayoutOptions {
     /// `_fid` columns and the `_extension` map.
     pub extensions: bool,
-    /// How many times a definition may nest in itself.
+    /// Number of times that a definition may nest in itself.
     pub max_nesting_level: usize,
     /// Types that a `value[x]` of type `*` may have.
     pub open_types: Vec<String>,
     /// A last column `_source` with the resource exactly as it came.
     pub source_json: bool,
-    /// Whether tables that exist get the columns that they lack.
+    /// True if tables that exist get the columns that they lack.
     pub add_columns: bool,
 }
 
@@ -117,20 +117,20 @@ impl Group {
 pub struct Field {
     /// The column's name.
     pub name: String,
-    /// Whether it is an array of [`Field::node`].
+    /// True if it is an array of [`Field::node`].
     pub repeats: bool,
     /// The type.
     pub node: Node,
-    /// Where its value comes from.
+    /// Source of its value.
     pub source: Source,
     /// Names of other JSON members that it takes in as well: `valuePositiveInt` for `valueInteger`, where the choice has
     /// no column of its own for it.
     pub aliases: Vec<String>,
-    /// Whether readers filter by it (ids, dates, codes, references), so that files keep statistics of it.
+    /// True if readers filter by it (ids, dates, codes, references), so that files keep statistics of it.
     pub filtered: bool,
 }
 
-/// Where a column's value comes from.
+/// Source of a column's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// The JSON member of the column's name.
@@ -223,7 +223,7 @@ fn field(name: impl Into<String>, repeats: bool, node: Node, source: Source) -> 
 struct Builder<'a> {
     model: &'a Model,
     options: &'a LayoutOptions,
-    /// How often each definition is on the current path.
+    /// Number of times that each definition is on the current path.
     on_path: HashMap<String, usize>,
 }
 

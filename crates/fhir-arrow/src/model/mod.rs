@@ -23,9 +23,9 @@ pub struct Definition {
 pub struct Element {
     /// Name without path and without `[x]`.
     pub name: String,
-    /// Whether it may repeat (`max` is not `1`).
+    /// True if it may repeat (`max` is not `1`).
     pub repeats: bool,
-    /// Whether its name ends in `[x]`.
+    /// True if its name ends in `[x]`.
     pub choice: bool,
     /// Type codes.
     pub types: Vec<String>,
@@ -90,7 +90,7 @@ impl Model {
         Model { definitions, resource_types }
     }
 
-    /// Whether some element of FHIR R4 has this name; of a choice, without its type.
+    /// Returns true if some element of FHIR R4 has this name; of a choice, without its type.
     pub fn is_element_name(&self, name: &str) -> bool {
         self.definitions.values().any(|definition| definition.elements.iter().any(|element| element.name == name))
     }
@@ -100,7 +100,7 @@ impl Model {
         &self.resource_types
     }
 
-    /// Whether `name` is a concrete resource type.
+    /// Returns true if `name` is a concrete resource type.
     pub fn is_resource_type(&self, name: &str) -> bool {
         self.resource_types.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }

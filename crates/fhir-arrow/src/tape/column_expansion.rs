@@ -1,4 +1,4 @@
-//! What the lists of a resource take as columns.
+//! Size of a resource's lists as columns.
 //!
 //! A column that one item of a list fills has a place for every other item of that list, filled or not. A line of nine
 //! megabytes, one item with all that FHIR allows and three million empty ones, would take six gigabytes.
@@ -33,7 +33,7 @@ struct Spread<'a> {
 const ROOT: usize = 0;
 const EXTENSIONS: usize = 1;
 
-/// What [`spread`] can give at most for a value of so many nodes: half of them items, half of them names.
+/// Returns the most that [`spread`] can give for a value of so many nodes: half of them items, half of them names.
 pub fn at_most(nodes: usize) -> usize {
     (nodes / 2).saturating_mul(nodes.div_ceil(2)).saturating_mul(PLACE + LEVEL)
 }

@@ -15,7 +15,7 @@ pub use parse::{Fault, MAX_DEPTH, parse_value};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Node(u64);
 
-/// What a node is.
+/// Kind of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
@@ -83,11 +83,11 @@ impl Tape {
     pub fn heap(&self) -> usize {
         self.nodes.capacity() * size_of::<Node>() + self.text.capacity()
     }
-    /// How many nodes there are; the index of the next line's first node.
+    /// Returns the number of nodes: the index of the next line's first node.
     pub fn len(&self) -> usize {
         self.nodes.len()
     }
-    /// Whether nothing was parsed yet.
+    /// Returns true if nothing was parsed yet.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
@@ -178,7 +178,7 @@ impl<'a> Value<'a> {
             _ => None,
         }
     }
-    /// Where a string stands, or `None` for another kind.
+    /// Returns the range of a string, or `None` for another kind.
     #[inline]
     pub fn text(&self) -> Option<Text<'a>> {
         let source = match self.kind() {

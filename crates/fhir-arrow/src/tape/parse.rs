@@ -12,7 +12,7 @@ pub const MAX_DEPTH: usize = 128;
 /// patient data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
-    /// What is wrong.
+    /// A problem.
     pub reason: &'static str,
     /// Bytes from the start of the line.
     pub offset: usize,

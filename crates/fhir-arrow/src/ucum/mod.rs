@@ -47,7 +47,7 @@ struct Unit {
     decimal: Option<(i64, i32)>,
 }
 
-/// How a value becomes a multiple of the factor.
+/// Conversion of a value into a multiple of the factor.
 #[derive(Debug)]
 enum Scale {
     /// It is one.

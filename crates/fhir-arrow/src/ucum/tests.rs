@@ -52,7 +52,7 @@ fn equals_the_reference() {
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
-/// Where the reference is not followed.
+/// Places in which the reference is not followed.
 const DIFFERENCES: [(&str, &str); 5] = [
     ("Oe", "the reference inverts the oersted (`/[pi].A/m` is read left to right, UCUM §7.4)"),
     ("Gb", "defined by the oersted"),
