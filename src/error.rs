@@ -25,7 +25,7 @@ const fn row(kind: ErrorKind) -> (u8, bool, &'static str) {
     }
 }
 
-/// What an error means to whoever ran the command.
+/// Meaning of an error to whoever ran the command.
 pub trait Advice {
     /// Returns the exit code of the process.
     fn exit_code(&self) -> u8;

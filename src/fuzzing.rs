@@ -1,4 +1,4 @@
-//! What fuzzers run (`fuzz/`), and the tests over the fuzzers' corpora. Each takes any bytes, and must not panic, hang, or hold
+//! Targets of the fuzzers (`fuzz/`), and the tests over the fuzzers' corpora. Each takes any bytes, and must not panic, hang, or hold
 //! more than the bytes warrant; what it asserts must hold of every input.
 
 use std::cell::RefCell;
@@ -9,9 +9,11 @@ use bytes::Bytes;
 use url::Url;
 
 use crate::error::Result;
+use crate::jobs::ExportJobs;
+use crate::jobs::checkpoint::CheckpointStore;
 use crate::messages::{BadLine, BadLines, Chunk, Deletion, ExportFile, FileKind, ManifestEntryId, ResourceType};
 use crate::stages::parse::ChunkParser;
-use crate::state::StateFolder;
+use crate::state::{ScheduleTimes, StateFile, StateStore};
 use bulk_data_client::{Manifest, parse_retry_after, unsigned};
 use delta_upsert::{PageEncoder, read_vector};
 use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, Model, PresentColumns};
@@ -190,7 +192,7 @@ pub fn pipeline_file(data: &[u8]) {
 pub fn state(data: &[u8]) {
     static FOLDER: LazyLock<Option<tempfile::TempDir>> = LazyLock::new(|| tempfile::tempdir().ok());
     let Some(folder) = FOLDER.as_ref().map(tempfile::TempDir::path) else { return };
-    let state = StateFolder::at(folder, None);
+    let state = StateStore::local(folder, None);
     let Some((choice, rest)) = data.split_first() else { return };
     let put = |name: &str| {
         let path = folder.join(name);
@@ -199,16 +201,16 @@ pub fn state(data: &[u8]) {
     };
     match choice % 6 {
         0 if put("journal.ndjson") => drop(state.journal().unfinished()),
-        1 if put("exports.json") => drop(state.exports()),
-        2 if put("state.json") => drop(state.remembered()),
-        3 if put("staged/index.json") => drop(state.staged().read()),
-        4 if put("schedule.json") => drop(state.schedule_times()),
+        1 if put("exports.json") => drop(state.read::<ExportJobs>()),
+        2 if put("state.json") => drop(state.read::<StateFile>()),
+        3 if put("staged/index.json") => drop(CheckpointStore::of(&state).read()),
+        4 if put("schedule.json") => drop(state.read::<ScheduleTimes>()),
         5 if put("quarantine/20250101T000000000Z-abcdef.ndjson") => {
             for line in state.quarantined().flatten() {
                 line.1.bytes();
                 line.1.id();
             }
-            drop(state.to_be_tried());
+            drop(state.retryable());
             drop(state.remove_superseded());
         }
         _ => {}

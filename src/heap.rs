@@ -1,4 +1,4 @@
-//! What is asked of glibc's allocator, where there is one.
+//! Requests to glibc's allocator, where there is one.
 
 /// Bounds what the allocator keeps: call it before any thread exists.
 ///

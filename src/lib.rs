@@ -6,8 +6,8 @@
 //!   the resolved plan, and a run.
 //! * [`stages`]: export, download, parse, attach, encode, merge, a file or folder each, and the ledger that decides when a type is
 //!   complete. They meet in [`messages`] and never import each other.
-//! * [`jobs`] is what outlives a run: export jobs and the checkpoint. [`state`] keeps that, reports and quarantine, and [`mirror`]
-//!   a state that is in an object store.
+//! * [`jobs`] is what outlives a run: export jobs and the checkpoint. They are documents of [`state`], which also has the lease,
+//!   reports and quarantine, in a folder or in an object store.
 //! * [`serve`] runs pipelines on their schedules, and shows their status. [`telemetry`] has logs and metric names, [`error`] exit
 //!   codes and hints, [`export_log`] the log that Bulk Data clients share.
 //! * [`fuzzing`] is what fuzzers, and the tests over their corpora, run.
@@ -23,7 +23,6 @@ pub mod fuzzing;
 pub mod heap;
 pub mod jobs;
 pub mod messages;
-pub mod mirror;
 pub mod serve;
 pub mod stages;
 pub mod state;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// What is made from here on, also by libraries, is the user's alone: it is about patients. Where a group reads the tables,
+/// Makes files from here on, also those of libraries, the user's alone: they are about patients. Where a group reads the tables,
 /// FHIRLAKE_UMASK says so, as `027`; the state stays the user's alone.
 fn private_files() {
     let asked = fhirlake::config::environment("FHIRLAKE_UMASK").and_then(|text| libc::mode_t::from_str_radix(&text, 8).ok());

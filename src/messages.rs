@@ -1,7 +1,8 @@
-//! What travels on each edge, named by what has been done to the data, and the facts that travel with it.
+//! Messages on each edge, named by what has been done to the data, and the facts that travel with it.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -33,7 +34,7 @@ pub fn watermark_of(transaction_time: i64, until: Option<i64>) -> i64 {
     until.map_or(transaction_time, |until| transaction_time.min(until))
 }
 
-/// What a file of an export holds.
+/// Content of a file of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileKind {
@@ -45,7 +46,7 @@ pub enum FileKind {
     Outcome,
 }
 
-/// Where a manifest lists a file.
+/// Place of a file in a manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ManifestEntryId {
     /// The page.
@@ -65,21 +66,21 @@ pub struct ExportFile {
     pub export: usize,
     /// A name for logs and quarantine: no query string, no host.
     pub name: String,
-    /// Where it is. May hold secrets in its query: never log it.
+    /// Its URL. May hold secrets in its query: never log it.
     pub url: Url,
     /// Its place in the store, for a file of a folder.
     pub location: Option<object_store::path::Path>,
-    /// What it holds.
+    /// Its content.
     pub kind: FileKind,
     /// The type that the manifest or the file's name declares.
     pub declared: Option<ResourceType>,
-    /// How many resources the manifest promises.
+    /// Number of resources that the manifest promises.
     pub count: Option<u64>,
-    /// Whether the request needs the access token.
+    /// True if the request needs the access token.
     pub requires_access_token: bool,
-    /// Whether these are lines that an earlier run quarantined, retried.
+    /// True if these are lines that an earlier run quarantined, retried.
     pub replayed: bool,
-    /// Where the manifest lists it; a newer link may be had there.
+    /// Its place in the manifest; a newer link may be had there.
     pub place: ManifestEntryId,
 }
 
@@ -154,7 +155,7 @@ pub struct Deletion {
     pub version: Option<RowKey>,
 }
 
-/// What merge receives.
+/// Input of merge.
 #[derive(Debug)]
 pub enum MergeInput {
     /// Rows to stage.
@@ -184,7 +185,7 @@ impl ByteSized for MergeInput {
 pub struct ManifestPage {
     /// Which export.
     pub export: usize,
-    /// Where its status is asked for, which names it to later runs. May hold a secret.
+    /// URL of its status, which names it to later runs. May hold a secret.
     pub status: Option<Arc<str>>,
     /// Files that it lists.
     pub files: Vec<Arc<ExportFile>>,
@@ -197,13 +198,13 @@ pub struct ExportEnd {
     pub export: usize,
     /// Types that were asked for by name, without those that are merged.
     pub asked: Vec<ResourceType>,
-    /// Whether all types were asked for, and none by name.
+    /// True if all types were asked for, and none by name.
     pub all_types: bool,
     /// Types that have a table already, where all were asked for: their watermark moves though nothing came.
     pub known: Vec<ResourceType>,
     /// The server's `transactionTime`, microseconds since the epoch; `None` for a folder.
     pub transaction_time: Option<i64>,
-    /// Whether it was a full export: no `since`.
+    /// True if it was a full export: no `since`.
     pub full: bool,
     /// Types that an earlier run merged out of this very export: they are left alone.
     pub merged: Vec<ResourceType>,
@@ -218,7 +219,7 @@ pub struct FileFinished {
     pub lines: u64,
 }
 
-/// What became of the lines of one chunk: lines = rows + bad + blank + headers.
+/// Counts of the lines of one chunk: lines = rows + bad + blank + headers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParsedChunk {
     /// [`ExportFile::index`].
@@ -265,7 +266,7 @@ pub struct ParsedChunk {
     pub replayed: Vec<(LineId, ResourceType)>,
 }
 
-/// What stages tell merge, so that it knows when a type is complete.
+/// News of stages for merge, so that it knows when a type is complete.
 #[derive(Debug)]
 pub enum ControlEvent {
     /// Files to expect.
@@ -282,7 +283,7 @@ pub enum ControlEvent {
     ExportBisected {
         /// Which export.
         export: usize,
-        /// How many others.
+        /// Number of others.
         parts: usize,
     },
     /// An export failed: its types fail.
@@ -318,7 +319,7 @@ impl Default for FlushRequests {
 impl FlushRequests {
     /// Asks for the first `rows` rows of the run's `resource_type`.
     pub fn request(&self, resource_type: &ResourceType, rows: u64) {
-        let mut wanted = flow::locked(&self.rows);
+        let mut wanted = self.rows.lock();
         if wanted.insert(resource_type.clone(), rows) != Some(rows) {
             drop(wanted);
             self.changed.send_modify(|version| *version += 1);
@@ -326,11 +327,11 @@ impl FlushRequests {
     }
     /// The requests so far.
     pub fn wanted(&self) -> HashMap<ResourceType, u64> {
-        flow::locked(&self.rows).clone()
+        self.rows.lock().clone()
     }
     /// Takes a request back: what is gathered from now on can wait again.
     pub fn withdraw(&self, resource_type: &ResourceType) {
-        flow::locked(&self.rows).remove(resource_type);
+        self.rows.lock().remove(resource_type);
     }
     /// Sees every later request.
     pub fn watch(&self) -> watch::Receiver<u64> {
@@ -347,7 +348,7 @@ pub struct BadLine<'a> {
     pub line: u64,
     /// Bytes before it in the (uncompressed) file.
     pub offset: u64,
-    /// What is wrong with it; says nothing of its content.
+    /// The problem; says nothing of its content.
     pub reason: String,
     /// Its bytes, without the line's end.
     pub bytes: &'a [u8],
@@ -384,7 +385,7 @@ pub struct ReplayedLine {
 /// Lines to be retried, one after the other.
 pub type ReplayedLines = Box<dyn Iterator<Item = crate::error::Result<ReplayedLine>> + Send>;
 
-/// Where bad lines go.
+/// Destination of bad lines.
 pub trait BadLines: Send + Sync {
     /// Keeps a line.
     fn keep(&self, bad: &BadLine<'_>) -> crate::error::Result<()>;

@@ -105,7 +105,7 @@ impl JsonSchema for Types {
     }
 }
 
-/// What a section's own check finds: each with the path of its key below the section.
+/// Findings of a section's own check: each with the path of its key below the section.
 #[derive(Debug, Default)]
 pub struct Findings {
     list: Vec<Finding>,
@@ -116,9 +116,9 @@ pub struct Findings {
 pub struct Finding {
     /// Path of the key, below the section that found it; from the root of the file once [`Findings::below`] has it.
     pub path: String,
-    /// What is wrong.
+    /// Problem.
     pub what: String,
-    /// What to do about it.
+    /// Hint.
     pub hint: Option<&'static str>,
 }
 
@@ -279,7 +279,7 @@ pub(crate) const TEXT: &str = "text-with-references";
 pub(crate) const RESOURCE_TYPE: &str = "resource-type";
 pub(crate) const INSTANT: &str = "instant";
 
-/// How a value of a format is written whose number needs a unit.
+/// Returns the pattern of a format whose number needs a unit.
 pub(crate) fn example_with_unit(format: &str) -> Option<&'static str> {
     match format {
         SIZE => Some("512MiB"),
@@ -288,7 +288,7 @@ pub(crate) fn example_with_unit(format: &str) -> Option<&'static str> {
     }
 }
 
-/// What is wrong with a text of a format; `None` where nothing is.
+/// Returns the problem of a text of a format; `None` where nothing is.
 pub(crate) fn check_format(format: &str, text: &str) -> Option<String> {
     match format {
         SIZE => ByteSize::try_from(text.to_owned()).err(),
@@ -386,7 +386,7 @@ pub fn warn_if_loose(path: &str) {
 pub fn warn_if_loose(_: &str) {}
 
 impl Text {
-    /// Whether a part of it is in a file or a vault.
+    /// Returns true if a part of it is in a file or a vault.
     pub fn refers_elsewhere(&self) -> bool {
         parts(&self.0).is_ok_and(|parts| parts.iter().any(|part| !matches!(part, Part::Plain(_) | Part::Env(_))))
     }

@@ -1,7 +1,8 @@
 //! Drives a run: signals, progress, report.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
@@ -28,7 +29,7 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
     let at_the_end = ended.clone();
     output.telemetry().observe(Arc::new(move || {
         let mut samples = of_counts(&name, &board.read());
-        samples.extend(flow::locked(&at_the_end).iter().cloned());
+        samples.extend(at_the_end.lock().iter().cloned());
         samples
     }));
     let name = plan.name.clone();
@@ -50,7 +51,7 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
         }
     };
     progress.end();
-    *flow::locked(&ended) = of_ended(&name, began.elapsed(), outcome.as_ref().is_ok_and(|report| report.succeeded));
+    *ended.lock() = of_ended(&name, began.elapsed(), outcome.as_ref().is_ok_and(|report| report.succeeded));
     let outcome = outcome?;
     if output.is_json() {
         let report = serde_json::to_string(&outcome).context(ErrorKind::Internal, "the report")?;
@@ -58,10 +59,10 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
     }
     output.remark(&report(&outcome));
     if outcome.other_bad_lines > 0 || outcome.types.values().any(|kept| kept.quarantined > 0) {
-        let place = state.quarantine_place(&outcome.run);
+        let place = state.quarantine_location(&outcome.run);
         output.remark(&format!("quarantined lines, each with its place and reason: {place}"));
     }
-    output.remark(&format!("report: {}", state.report_place(&outcome.run)));
+    output.remark(&format!("report: {}", state.report_location(&outcome.run)));
     if let Some(peak) = telemetry::memory("VmHWM") {
         output.remark(&format!("peak memory {:.0} MB", peak as f64 / 1e6));
     }
@@ -137,7 +138,7 @@ impl Signals {
     }
 }
 
-/// What there is to say of a run that ended.
+/// Returns the lines about a run that ended.
 fn of_ended(pipeline: &str, took: Duration, succeeded: bool) -> Vec<Sample> {
     let of = |metric, own: Option<(&'static str, &str)>, value| Sample {
         metric,
@@ -169,7 +170,7 @@ impl Progress {
     fn show(&mut self, watch: &Watch) {
         self.ticks += 1;
         let counts = watch.board.read();
-        let words = flow::locked(&watch.server).clone();
+        let words = watch.server.lock().clone();
         if !self.output.shows_bars() {
             if self.ticks.is_multiple_of(50) {
                 let sum =

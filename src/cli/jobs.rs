@@ -6,6 +6,8 @@ use clap::{Args, Subcommand};
 use super::PipelineArgs;
 use super::output::{Output, table};
 use crate::error::Result;
+use crate::jobs::ExportJobs;
+use crate::jobs::checkpoint::CheckpointStore;
 use crate::topology;
 
 #[derive(Debug, Args)]
@@ -44,7 +46,7 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
         JobsCommand::List { file } => {
             let plan = file.plan()?;
             let state = topology::state_of(&plan)?;
-            let (exports, staged) = (state.exports()?, state.staged().read()?.unwrap_or_default());
+            let (exports, staged) = (state.read::<ExportJobs>()?, CheckpointStore::of(&state).read()?.unwrap_or_default());
             if let Some(until) = exports.throttled.as_ref().filter(|until| until.time > chrono::Utc::now()) {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("rate limited until {time}: {}", until.why))?;

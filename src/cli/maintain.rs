@@ -32,7 +32,7 @@ pub(super) struct VacuumArgs {
     /// Resource types [default: all of the pipeline].
     #[arg(long, value_delimiter = ',', value_name = "TYPE")]
     types: Vec<String>,
-    /// How long to keep files of older versions, such as `7d` [default: each table's setting, else a week].
+    /// Age of files of older versions to keep, such as `7d` [default: each table's setting, else a week].
     #[arg(long, value_name = "SPAN")]
     retention: Option<String>,
     /// Allow a retention below the table's own. Readers of older versions lose their files.

@@ -1,10 +1,10 @@
-//! Where traces, metrics and logs are sent to: the standard `OTEL_*` variables, else the pipeline file.
+//! Receivers of traces, metrics and logs: the standard `OTEL_*` variables, else the pipeline file.
 
 use super::Command;
 use crate::config::{environment, read_pipeline};
 use crate::telemetry::{OtlpSettings, Signal};
 
-/// What a command sends, and where; `None` where nobody asks for it.
+/// Returns the telemetry of a command; `None` where nobody asks for it.
 pub(super) fn settings(command: &Command) -> Option<OtlpSettings> {
     let (files, sets) = match command {
         Command::Run(args) => (std::slice::from_ref(&args.file.pipeline), args.file.sets.as_slice()),

@@ -1,4 +1,4 @@
-//! What a person or a script sees: results on stdout, progress and errors on stderr. The only place that prints.
+//! Output for people and scripts: results on stdout, progress and errors on stderr. The only place that prints.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -12,7 +12,7 @@ use crate::error::{Advice, Context, Error, ErrorKind, Result};
 use crate::telemetry::Telemetry;
 use crate::topology::RunReport;
 
-/// Where output goes.
+/// Destination of output.
 #[derive(Debug, Clone)]
 pub(super) struct Output {
     telemetry: Arc<Telemetry>,
@@ -45,7 +45,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
-/// Whether colours may be used at all (<https://no-color.org>).
+/// Returns true if colours may be used at all (<https://no-color.org>).
 pub(super) fn colours() -> bool {
     environment("NO_COLOR").is_none_or(|value| value.is_empty())
 }
@@ -62,7 +62,7 @@ impl Output {
         Self { telemetry: Arc::new(telemetry), ..self }
     }
 
-    /// What sends telemetry.
+    /// Returns the senders of telemetry.
     pub(crate) fn telemetry(&self) -> &Telemetry {
         &self.telemetry
     }
@@ -76,12 +76,12 @@ impl Output {
         Self { telemetry: Arc::default(), quiet, json, bars: MultiProgress::with_draw_target(target), colour }
     }
 
-    /// Whether the result is one JSON document.
+    /// Returns true if the result is one JSON document.
     pub(crate) fn is_json(&self) -> bool {
         self.json
     }
 
-    /// Whether progress is drawn as bars.
+    /// Returns true if progress is drawn as bars.
     pub(crate) fn shows_bars(&self) -> bool {
         !self.bars.is_hidden()
     }
@@ -91,7 +91,7 @@ impl Output {
         &self.bars
     }
 
-    /// Where logs go.
+    /// Returns the destination of logs.
     pub(crate) fn log_writer(&self) -> LogWriter {
         LogWriter(self.bars.clone())
     }
@@ -240,7 +240,7 @@ fn counted(counts: &BTreeMap<String, u64>) -> String {
     counts.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")
 }
 
-/// What failed, was skipped, or is not complete, a line each.
+/// Returns a line for each part that failed, was skipped, or is not complete.
 fn problems_of(report: &RunReport) -> Vec<String> {
     let mut notes = Vec::new();
     for (name, error) in report.types.iter().filter_map(|(name, outcome)| Some((name, outcome.error.as_ref()?))) {
@@ -284,7 +284,7 @@ fn problems_of(report: &RunReport) -> Vec<String> {
     notes
 }
 
-/// What else there is to know, a line each.
+/// Returns a line for each remark.
 fn remarks_of(report: &RunReport) -> Vec<String> {
     let mut notes = Vec::new();
     if report.other_bad_lines > 0 {

@@ -8,7 +8,7 @@ use super::PipelineArgs;
 use super::drive::drive;
 use super::output::{Output, table};
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::StateFolder;
+use crate::state::StateStore;
 use crate::topology::RunOptions;
 
 #[derive(Debug, Args)]
@@ -86,7 +86,7 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
         }
         Action::Dismiss(args) => {
             let (_, state) = open(&args.pipeline)?;
-            let _lock = state.lock()?;
+            let _lock = state.acquire_lease()?;
             let gone = if args.all {
                 state.quarantined().map(|line| line.map(|(_, line)| line.id())).collect::<Result<HashSet<_>>>()?
             } else {
@@ -101,7 +101,7 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
     }
 }
 
-fn open(args: &PipelineArgs) -> Result<(crate::topology::RunPlan, StateFolder)> {
+fn open(args: &PipelineArgs) -> Result<(crate::topology::RunPlan, StateStore)> {
     let plan = args.plan()?;
     let state = crate::topology::state_of(&plan)?;
     Ok((plan, state))

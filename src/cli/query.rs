@@ -111,7 +111,7 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
     })
 }
 
-/// Whether a question has a path as FHIR writes it: `name[1].family`, `name.family`.
+/// Returns true if a question has a path as FHIR writes it: `name[1].family`, `name.family`.
 fn has_path(sql: &str) -> bool {
     let bytes = sql.as_bytes();
     let dots = bytes.windows(3).filter(|window| window[1] == b'.');

@@ -89,7 +89,7 @@ pub(super) async fn run(args: RunArgs, output: &Output) -> Result<()> {
     start(plan, options, args.dry_run, output).await
 }
 
-/// What a run would do.
+/// Prints what a run would do.
 pub(super) async fn explain_run(args: RunArgs, output: &Output) -> Result<()> {
     run(RunArgs { dry_run: true, ..args }, output).await
 }
@@ -243,7 +243,7 @@ async fn explain(plan: RunPlan, options: RunOptions, output: &Output) -> Result<
     output.line(&explain_memory(&topology_of_run, &memory, &stages))
 }
 
-/// How we say who we are; of secrets only that they are there.
+/// Returns the method of authentication; of secrets only that they are there.
 fn auth_words(auth: &AuthSettings) -> String {
     match auth {
         AuthSettings::None => "none".into(),

@@ -6,7 +6,8 @@ use clap::Args;
 use super::PipelineArgs;
 use super::output::{Output, table};
 use crate::error::Result;
-use crate::state::JournalEntry;
+use crate::jobs::ExportJobs;
+use crate::state::{JournalEntry, StateFile};
 use crate::topology::{self, RunReport};
 
 #[derive(Debug, Args)]
@@ -20,8 +21,8 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     let state = topology::state_of(&plan)?;
     output.line(&format!("pipeline    {}", plan.name))?;
     output.line(&format!("tables      {}", plan.tables))?;
-    output.line(&format!("state       {}", state.place(state.path())))?;
-    let running = state.lock_holder();
+    output.line(&format!("state       {}", state.location()))?;
+    let running = state.lease_holder();
     match &running {
         Some(who) => output.line(&format!("now         running: {who}"))?,
         None => match state.journal().unfinished()?.first() {
@@ -31,7 +32,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
             _ => output.line("now         idle")?,
         },
     }
-    let exports = state.exports()?;
+    let exports = state.read::<ExportJobs>()?;
     if let Some(until) = exports.throttled.as_ref().filter(|until| until.time > Utc::now()) {
         let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
         output.line(&format!("throttled   until {time}: {}", until.why))?;
@@ -39,7 +40,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     if !exports.jobs.is_empty() {
         output.line(&format!("in flight   {} (fhirlake jobs list)", exports.jobs.len()))?;
     }
-    let remembered = state.remembered()?;
+    let remembered = state.read::<StateFile>()?;
     let time =
         |time: Option<DateTime<Utc>>| time.map_or_else(|| "never".into(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true));
     output.line(&format!("last sync   {} (the server's time)", time(remembered.last_sync_time)))?;

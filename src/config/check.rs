@@ -17,11 +17,11 @@ pub struct Problem {
     pub place: Place,
     /// Dotted path of the key.
     pub path: String,
-    /// What is wrong.
+    /// Problem.
     pub what: String,
-    /// What may help.
+    /// Hint.
     pub hint: Option<String>,
-    /// Whether it is no fault of the file: a secret's file or vault cannot be read now.
+    /// True if it is no fault of the file: a secret's file or vault cannot be read now.
     pub passing: bool,
 }
 
@@ -155,7 +155,7 @@ fn mended(tree: &Tree, problems: &[Problem]) -> Value {
     json
 }
 
-/// What the schema cannot say: each section checks itself; here is what only makes sense together.
+/// Checks what the schema cannot say: each section checks itself; here is what only makes sense together.
 fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     let mut found = Findings::default();
     let source = &file.source;

@@ -19,9 +19,9 @@ pub struct PipelineFile {
     /// The pipeline's name: part of the tables' watermarks, so keep it.
     #[schemars(length(min = 1))]
     pub name: String,
-    /// Where resources come from.
+    /// Source of resources.
     pub source: SourceSection,
-    /// How each stage works.
+    /// Settings of each stage.
     #[serde(default)]
     pub stages: Stages,
     /// Memory budget: edges between stages, open batches, keys and matching.
@@ -32,7 +32,7 @@ pub struct PipelineFile {
     /// Folder (or URL) of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<Text>,
-    /// How long the lock of a state in an object store outlives a process that is gone. One that lives renews it five times
+    /// Time for which the lease of a state in an object store outlives a process that is gone. One that lives renews it five times
     /// as often. A folder's lock goes with its process.
     #[serde(default = "defaults::lock_expiry")]
     pub lock_expiry: Span,
@@ -42,13 +42,13 @@ pub struct PipelineFile {
     /// Removes old files after some runs.
     #[serde(default)]
     pub vacuum: VacuumSection,
-    /// When `fhirlake serve` runs it.
+    /// Times at which `fhirlake serve` runs it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schedule: Vec<Schedule>,
-    /// When a health check fails.
+    /// Bounds of health checks.
     #[serde(default)]
     pub health: HealthSection,
-    /// Where traces, metrics and logs go.
+    /// Receivers of traces, metrics and logs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub telemetry: Option<TelemetrySection>,
 }
@@ -74,7 +74,7 @@ pub struct OptimizeSection {
 pub struct VacuumSection {
     /// After so many successful runs; 0 for never.
     pub after: u64,
-    /// How long files stay that older versions name. Default: the table's own setting, a week where it has none.
+    /// Age of files that older versions name. Default: the table's own setting, a week where it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retention: Option<Span>,
 }
@@ -86,7 +86,7 @@ impl Default for OptimizeSection {
     }
 }
 
-/// Where traces, metrics and logs go. The standard `OTEL_*` variables do the same, and win.
+/// Receivers of traces, metrics and logs. The standard `OTEL_*` variables do the same, and win.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TelemetrySection {

@@ -1,4 +1,4 @@
-//! What servers of a kind need, as YAML in the binary: defaults for keys of `source`, each with its reason.
+//! Needs of servers of a kind, as YAML in the binary: defaults for keys of `source`, each with its reason.
 
 use serde_json::Value;
 

@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::values::Span;
 
-/// When `fhirlake serve` runs the pipeline.
+/// Times at which `fhirlake serve` runs the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Schedule {
     /// A cron expression: minute, hour, day of month, month, day of week; seconds may stand before.
     pub cron: String,
-    /// Whether that run asks for everything.
+    /// True if that run asks for everything.
     #[serde(default)]
     pub full_refresh: bool,
     /// Time zone of the expression, such as `Europe/Berlin`. Default: the machine's own, as with cron.
@@ -25,15 +25,15 @@ pub struct Schedule {
     /// A run begins up to so much later, at random: so that many pipelines do not ask one server at once.
     #[serde(default = "defaults::jitter")]
     pub jitter: Span,
-    /// How often a run that failed for a transient reason is retried before the next one is due.
+    /// Number of retries of a run that failed for a transient reason before the next one is due.
     #[serde(default = "defaults::retries")]
     pub retries: u32,
-    /// How long after its failure.
+    /// Pause after its failure.
     #[serde(default = "defaults::retry_delay")]
     pub retry_delay: Span,
 }
 
-/// When a health check fails.
+/// Bounds of health checks.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthSection {
@@ -86,15 +86,15 @@ fn machines_zone() -> Option<chrono_tz::Tz> {
 pub struct SchedulePlan {
     cron: Cron,
     zone: Option<chrono_tz::Tz>,
-    /// What was written, and the zone: a name that is the same for the same.
+    /// Its text and the zone: a name that is the same for the same.
     pub name: String,
-    /// Whether its runs ask for everything.
+    /// True if its runs ask for everything.
     pub full_refresh: bool,
     /// Up to so much later.
     pub jitter: Duration,
-    /// How often a failed run is made again.
+    /// Number of retries of a failed run.
     pub retries: u32,
-    /// How long after its failure.
+    /// Pause after its failure.
     pub retry_delay: Duration,
 }
 
@@ -149,7 +149,7 @@ impl SchedulePlan {
         }
     }
 
-    /// When it is due next after `time`; `None` where it never is.
+    /// Returns its next time after `time`; `None` where it never is.
     pub fn after(&self, time: DateTime<Utc>) -> Option<DateTime<Utc>> {
         match self.zone {
             Some(zone) => Some(self.cron.find_next_occurrence(&time.with_timezone(&zone), false).ok()?.to_utc()),

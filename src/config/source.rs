@@ -10,7 +10,7 @@ use crate::values::{Findings, Instant, Span, Text, Types, is_of_server, is_origi
 use bulk_data_client::{ExportOptions, Method};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
 
-/// Where resources come from.
+/// Source of resources.
 // serde cannot deny unknown keys where keys are flattened; the check of the whole file does.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[schemars(extend("additionalProperties" = false))]
@@ -37,7 +37,7 @@ pub struct SourceSection {
     /// Subtracted from the watermark for `_since`.
     #[serde(default = "defaults::overlap")]
     pub overlap: Span,
-    /// What the kick-off asks for beside types and time.
+    /// Parameters of the kick-off beside types and time.
     #[serde(flatten)]
     pub export: ExportOptions,
     /// Further headers of every request to the server.
@@ -52,10 +52,10 @@ pub struct SourceSection {
     /// Origins beside the server's own that may get the token for files that require it: `https://files.example.org`.
     #[serde(default)]
     pub token_origins: Vec<String>,
-    /// How long the server may work on an export.
+    /// Time for which the server may work on an export.
     #[serde(default = "defaults::timeout")]
     pub timeout: Span,
-    /// How long a request that fails for a transient reason is retried.
+    /// Time for which a request that fails for a transient reason is retried.
     #[serde(default = "defaults::retry_for")]
     pub retry_for: Span,
     /// Further statuses of polls and files that are retried, beside 408, 425, 429, 500, 502, 503 and 504.
@@ -71,10 +71,10 @@ pub struct SourceSection {
     /// Writes the log that Bulk Data clients share (`log.ndjson`, version 2) of each run into `export-logs` of the state.
     #[serde(default)]
     pub export_log: bool,
-    /// When the export job is deleted on the server.
+    /// Time at which the export job is deleted on the server.
     #[serde(default)]
     pub delete_export: DeleteExport,
-    /// What an error that the server reports of its own export leads to: an issue of severity `error` or `fatal` in an error
+    /// Treatment of errors that the server reports of its own export: an issue of severity `error` or `fatal` in an error
     /// file or among the rows, an error file that cannot be read, a file that breaks off.
     #[serde(default)]
     pub export_errors: ExportErrors,
@@ -84,11 +84,11 @@ pub struct SourceSection {
     pub ignored_issue_codes: Vec<String>,
 }
 
-/// What an error that the server reports of its own export leads to.
+/// Treatment of errors that the server reports of its own export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ExportErrors {
-    /// What came is merged, the watermarks of the types concerned stay, and the run ends with exit code 10.
+    /// Rows that came are merged, the watermarks of the types concerned stay, and the run ends with exit code 10.
     #[default]
     Hold,
     /// The report counts it, and watermarks advance: what the server did not deliver is not requested again.
@@ -148,7 +148,7 @@ pub enum LevelName {
     Group,
 }
 
-/// When the export job is deleted on the server.
+/// Time at which the export job is deleted on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeleteExport {
@@ -175,7 +175,7 @@ pub struct AuthSection {
     /// A secret, instead of a key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_secret: Option<Text>,
-    /// Where the secret goes.
+    /// Place of the secret.
     #[serde(default)]
     pub client_secret_in: SecretPlace,
     /// The scopes to ask for. Default: those that the server's SMART configuration supports.
@@ -196,7 +196,7 @@ pub struct AuthSection {
 }
 
 impl SourceSection {
-    /// What is wrong with the source's URL, and what may help: of one that is written out, and of what a reference stands for.
+    /// Returns the problem of the source's URL, with a hint: of one that is written out, and of what a reference stands for.
     pub(crate) fn wrong_with(&self, url: &url::Url) -> Option<(String, &'static str)> {
         if !is_of_server(url) && url.scheme() != "file" {
             // An object store's, where this build has it.
@@ -210,7 +210,7 @@ impl SourceSection {
         self.is_too_open(url).then(|| ("token and data would be sent unencrypted by http".to_owned(), hint))
     }
 
-    /// Whether a token would go unencrypted to another machine (T1) though nothing allows it.
+    /// Returns true if a token would go unencrypted to another machine (T1) though nothing allows it.
     fn is_too_open(&self, url: &url::Url) -> bool {
         let is_here = match url.host() {
             Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
@@ -272,7 +272,7 @@ impl SourceSection {
         found.add_if(named && self.export.method == Method::Get, "patients", what, Some("leave source.method out"));
     }
 
-    /// What is checked of a URL that is a reference is checked once it is resolved.
+    /// Checks nothing of a URL that is a reference: it is checked once it is resolved.
     fn check_url(&self, found: &mut Findings) {
         if self.url.0.contains("${") {
             return;
@@ -336,7 +336,7 @@ impl AuthSection {
     }
 }
 
-/// Where a client's secret goes.
+/// Place of a client's secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SecretPlace {

@@ -90,7 +90,7 @@ impl Tree {
         }
     }
 
-    /// Where the part at a dotted path stands; the nearest part around it where it is absent.
+    /// Returns the place of the part at a dotted path; the nearest part around it where it is absent.
     pub(crate) fn place_of(&self, path: &str) -> Option<Place> {
         let (mut at, mut found) = (self, None);
         for step in path.split('.').filter(|step| !step.is_empty()) {
@@ -346,21 +346,6 @@ impl<'a> Checker<'a> {
 
 /// The name that was probably meant.
 fn nearest<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Option<String> {
-    let best = names.map(|name| (distance(&text.to_lowercase(), &name.to_lowercase()), name)).min()?;
+    let best = names.map(|name| (strsim::levenshtein(&text.to_lowercase(), &name.to_lowercase()), name)).min()?;
     (best.0 <= 1 + text.len() / 4).then(|| format!("did you mean `{}`?", best.1))
-}
-
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let cost = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = cost.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }

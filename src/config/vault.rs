@@ -12,7 +12,7 @@ use azure_security_keyvault_secrets::{SecretClient, SecretClientOptions};
 
 use crate::values::environment;
 
-/// How long a vault may take.
+/// Time for which a vault may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The secret that `reference` (`VAULT/SECRET`) names. Errors name the reference, never a value.
@@ -78,7 +78,7 @@ fn ask(url: &str, name: &str, credential: Arc<dyn TokenCredential>, options: Sec
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use parking_lot::Mutex;
 
     use azure_core::credentials::{AccessToken, TokenRequestOptions};
     use azure_core::http::headers::Headers;

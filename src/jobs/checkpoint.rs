@@ -1,22 +1,20 @@
-//! What runs have staged and no table has yet: persisted, so that a run that is killed or fails does not let its successor
+//! Rows that runs have staged and no table has yet: persisted, so that a run that is killed or fails does not let its successor
 //! download it again.
 //!
-//! One file, `index.json`, says all of it and is replaced as a whole; beside it lie the keys of each staged Parquet file's
+//! One document, `index.json`, says all of it and is replaced as a whole; beside it lie the keys of each staged Parquet file's
 //! rows. A file of an export is *held* when every row of it is in a Parquet file that is closed, durable and listed here.
 //! Row groups mix files, so a Parquet file may have rows of files that are not held: those do not count, since they come again.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::Result;
 use crate::messages::{ExportFile, ParsedChunk};
-use crate::mirror::{Mirror, push};
+use crate::state::{Document, OnDamage, StateStore};
 use bulk_data_client::unsigned;
 use foundation::fault_points::reached;
-use foundation::secure_fs::{private_dir, write_atomically};
 
 pub use delta_upsert::StagedParquet;
 
@@ -29,7 +27,7 @@ pub struct CheckpointEntry {
     pub said: String,
     /// [`ExportFile::index`]: its rows' keys have it.
     pub index: u32,
-    /// What its lines were, where it is held.
+    /// Counts of its lines, where it is held.
     pub held: Option<ParsedChunk>,
 }
 
@@ -46,7 +44,7 @@ pub struct Checkpoint {
     pub in_tables: Vec<StagedParquet>,
 }
 
-/// What this program writes into [`Checkpoint::created_by`]: its version, and that of this file's own shape.
+/// The program's entry in [`Checkpoint::created_by`]: its version, and that of this file's own shape.
 const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"), ", 2");
 
 impl Checkpoint {
@@ -91,7 +89,7 @@ impl Checkpoint {
         taken
     }
 
-    /// What the export with this status URL listed, by what was said of each.
+    /// Returns the files that the export with this status URL listed, by what was said of each.
     pub fn of_export(&self, status: &str) -> HashMap<String, CheckpointEntry> {
         let mut found: HashMap<String, CheckpointEntry> = HashMap::new();
         let mut twice = HashSet::new();
@@ -114,86 +112,72 @@ pub fn said_of(file: &ExportFile) -> String {
     format!("{:032x}", twox_hash::XxHash3_128::oneshot(said.as_bytes()))
 }
 
-/// Where it is kept. Holds ids' hashes and statistics of rows: private.
+impl Document for Checkpoint {
+    const NAME: &'static str = "staged/index.json";
+    const ON_DAMAGE: OnDamage = OnDamage::Rebuild("the checkpoint is not readable; its files are downloaded again");
+}
+
+/// The folder of the checkpoint in the state.
+const FOLDER: &str = "staged";
+
+/// The checkpoint of a pipeline, with the keys of its files. Holds ids' hashes and statistics of rows: private.
 #[derive(Debug, Clone)]
 pub struct CheckpointStore {
-    folder: PathBuf,
-    mirror: Option<Arc<Mirror>>,
+    state: StateStore,
 }
 
 impl CheckpointStore {
-    /// In `folder`, which need not exist, and may be the copy of a mirror.
-    pub fn at(folder: PathBuf, mirror: Option<Arc<Mirror>>) -> Self {
-        Self { folder, mirror }
+    /// Returns that of a state.
+    pub fn of(state: &StateStore) -> Self {
+        Self { state: state.clone() }
     }
 
-    fn keep(&self) -> Result<()> {
-        push(self.mirror.as_ref())
+    fn keys_name(resource_type: &str, path: &str) -> String {
+        format!("{FOLDER}/{resource_type}-{path}.keys")
     }
 
-    fn index(&self) -> PathBuf {
-        self.folder.join("index.json")
+    /// Returns the local file of the keys of a staged Parquet file; it does not exist where there are none.
+    pub fn keys_of(&self, resource_type: &str, path: &str) -> Result<PathBuf> {
+        self.state.local_file(&Self::keys_name(resource_type, path))
     }
 
-    /// Where the keys of a staged Parquet file of a type are.
-    pub fn keys_of(&self, resource_type: &str, path: &str) -> PathBuf {
-        self.folder.join(format!("{resource_type}-{path}.keys"))
+    /// Makes keys durable that were written into their local file.
+    pub fn publish_keys(&self, resource_type: &str, path: &str) -> Result<()> {
+        self.state.publish(&Self::keys_name(resource_type, path))
     }
 
-    /// What is kept; `None` where nothing is. What another version of the program kept cannot be resumed, and comes
-    /// back with its files only, to be removed.
+    /// Reads the checkpoint; `None` where there is none. That of another version of the program cannot be resumed, and comes
+    /// with its files only, to be removed.
     pub fn read(&self) -> Result<Option<Checkpoint>> {
-        let unreadable = || format!("{} cannot be read", self.index().display());
-        let text = match std::fs::read(self.index()) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).context(ErrorKind::State, unreadable()),
-        };
-        let mut work: Checkpoint = match serde_json::from_slice(&text) {
-            Ok(work) => work,
-            Err(error) => {
-                tracing::warn!(%error, "the checkpoint is not readable; its files are downloaded again");
-                return Ok(None);
-            }
-        };
-        if work.created_by != CREATED_BY {
+        let mut work: Option<Checkpoint> = self.state.read_if_exists()?;
+        if let Some(work) = work.as_mut().filter(|work| work.created_by != CREATED_BY) {
             tracing::warn!(created_by = work.created_by, "another version wrote the checkpoint; its files are downloaded again");
             work.listed.clear();
         }
-        Ok(Some(work))
+        Ok(work)
     }
 
-    /// Replaces what is kept. Keys of files that are not named any more go.
+    /// Replaces the checkpoint. Keys of files that it does not name are removed.
     pub fn write(&self, work: &Checkpoint) -> Result<()> {
-        private_dir(&self.folder)?;
-        let text = serde_json::to_vec(work).context(ErrorKind::Internal, "what is staged")?;
-        write_atomically(&self.index(), &text)?;
-        let named: HashSet<PathBuf> = work.files.iter().map(|file| self.keys_of(&file.resource_type, &file.path)).collect();
-        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        for stray in entries.filter(|path| path.extension().is_some_and(|ext| ext == "keys") && !named.contains(path)) {
-            // What cannot be removed now is removed the next time, or with the folder.
-            let _ = std::fs::remove_file(stray);
+        self.state.write(work)?;
+        let named: HashSet<String> = work.files.iter().map(|file| Self::keys_name(&file.resource_type, &file.path)).collect();
+        // Those that cannot be removed now are removed with a later checkpoint.
+        let removed = self.state.list(FOLDER).and_then(|mut names| {
+            names.retain(|name| name.ends_with(".keys") && !named.contains(name));
+            self.state.remove_files(&names)
+        });
+        if let Err(error) = removed {
+            tracing::debug!(%error, "keys that no checkpoint names could not be removed");
         }
-        self.keep()
+        Ok(())
     }
 
-    /// Forgets all of it.
+    /// Removes the checkpoint.
     pub fn clear(&self) -> Result<()> {
-        // Without the index there is nothing, whatever happens to the rest.
-        for outcome in [std::fs::remove_file(self.index()), std::fs::remove_dir_all(&self.folder)] {
-            match outcome {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(error).context(ErrorKind::State, format!("{} cannot be removed", self.folder.display()));
-                }
-                _ => {}
-            }
-        }
+        // First: without it there is nothing, whatever happens to the keys.
+        self.state.remove::<Checkpoint>()?;
+        self.state.remove_folder(FOLDER)?;
         reached("the checkpoint is removed");
-        self.keep()
-    }
-
-    /// The folder.
-    pub fn path(&self) -> &Path {
-        &self.folder
+        Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! What is asked of a server, and what must be remembered of it.
+//! Kick-offs, and the events of exports.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use bulk_data_client::ExportRequest;
 /// One kick-off: types whose watermarks lie close together share it.
 #[derive(Debug, Clone)]
 pub struct Kickoff {
-    /// What is asked.
+    /// The request.
     pub request: ExportRequest,
     /// The types that it answers for; empty where all were asked for.
     pub asked: Vec<ResourceType>,
@@ -60,9 +60,9 @@ pub(crate) fn fingerprint(request: &ExportRequest) -> String {
 /// An export that the server accepted.
 #[derive(Debug, Clone)]
 pub struct ExportHandle {
-    /// Where its status is asked for.
+    /// Status URL.
     pub status: Url,
-    /// Whether a poll's own status and the export's are apart.
+    /// True if a poll's own status and the export's are apart.
     pub separate: bool,
     /// `transactionTime` of each type's table for this scope: a type whose table has the export's own, or a newer one's, was
     /// merged whole.
@@ -87,7 +87,7 @@ impl ExportHandle {
 /// Hears what must be remembered of an export before anything else happens.
 pub type ExportEventSink = Arc<dyn Fn(&ExportEvent<'_>) -> Result<()> + Send + Sync>;
 
-/// What is remembered.
+/// An event of an export.
 #[derive(Debug)]
 pub enum ExportEvent<'a> {
     /// A kick-off is about to be sent.
@@ -96,21 +96,21 @@ pub enum ExportEvent<'a> {
     NotAccepted,
     /// The server's answers are no use: it may have given the export up.
     Unusable {
-        /// Where its status is asked for.
+        /// Status URL.
         status: &'a Url,
     },
     /// The server accepted; its status URL.
     Accepted {
-        /// What was asked.
+        /// The kick-off.
         kickoff: &'a Kickoff,
-        /// Where its status is asked for.
+        /// Status URL.
         status: &'a Url,
-        /// Whether a poll's own status and the export's are apart.
+        /// True if a poll's own status and the export's are apart.
         separate: bool,
     },
     /// The manifest came.
     Complete {
-        /// Where its status was asked for.
+        /// Status URL.
         status: &'a Url,
         /// Microseconds since the epoch.
         transaction_time: i64,
@@ -121,7 +121,7 @@ pub enum ExportEvent<'a> {
     AllRejected(&'a [String]),
     /// The server has no such export any more, or gave it up.
     Expired {
-        /// Where its status was asked for.
+        /// Status URL.
         status: &'a Url,
     },
     /// Files of a type hold rows of other types too, and the type is about to be merged.
@@ -131,7 +131,7 @@ pub enum ExportEvent<'a> {
     },
     /// The server asks to come back later.
     Throttled {
-        /// How long it asks to wait, where it says.
+        /// Wait that it asks for, where it says.
         wait: Option<Duration>,
         /// Its message.
         why: &'a str,
@@ -140,7 +140,7 @@ pub enum ExportEvent<'a> {
     RunFailed {
         /// Their status URLs.
         jobs: &'a [&'a str],
-        /// What the server did not give.
+        /// Files that the server did not give.
         given: OfServer,
     },
     /// All of these jobs is merged.

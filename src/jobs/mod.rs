@@ -14,13 +14,10 @@ pub mod checkpoint;
 mod events;
 mod tracking;
 
-use std::path::Path;
-
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, ErrorKind, Result};
-use foundation::secure_fs::write_atomically;
+use crate::state::{Document, OnDamage};
 
 pub use events::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
 pub use tracking::OfServer;
@@ -32,13 +29,13 @@ pub(crate) use tracking::{
 /// Runs in which the server may fail to give all of an export before another is started: it may never give the rest.
 const MAX_FAILURES: u32 = 3;
 
-/// How long a job whose DELETE fails is tried to be released: what a server keeps so long it has forgotten itself.
+/// Time for which a job whose DELETE fails is tried to be released: what a server keeps so long it has forgotten itself.
 const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(30);
 
-/// How long a server that throttles without a time is left alone.
+/// Time for which a server that throttles without a time is left alone.
 const USUAL_WAIT: TimeDelta = TimeDelta::hours(1);
 
-/// Where a job is in its life. What is planned or requested has no status URL yet; what is released is forgotten.
+/// State of a job. What is planned or requested has no status URL yet; what is released is forgotten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobState {
     /// The server accepted the kick-off.
@@ -57,11 +54,11 @@ pub enum JobState {
 /// An export that the server accepted, and that is not yet released.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportJob {
-    /// Where its status is asked for. May hold a secret: the file is private.
+    /// Status URL. May hold a secret: the file is private.
     pub status: String,
-    /// Whether a poll's own status and the export's are apart.
+    /// True if a poll's own status and the export's are apart.
     pub separate: bool,
-    /// When the server accepted it.
+    /// Time at which the server accepted it.
     pub accepted: DateTime<Utc>,
     /// Pipeline and scope, as the watermark has them.
     pub scope: String,
@@ -72,14 +69,14 @@ pub struct ExportJob {
     pub types: Vec<String>,
     /// `_since`, microseconds since the epoch.
     pub since: Option<i64>,
-    /// Whether rows of equal version are to be rewritten where their content differs.
+    /// True if rows of equal version are to be rewritten where their content differs.
     #[serde(default)]
     pub full_refresh: bool,
     /// The server's `transactionTime`, microseconds since the epoch, once its manifest came.
     pub transaction_time: Option<i64>,
     /// Runs in which the server did not give all of it.
     pub failures: u32,
-    /// Whether a run ended by itself and did not merge all of it, whoever's fault it was.
+    /// True if a run ended by itself and did not merge all of it, whoever's fault it was.
     #[serde(default, rename = "behind")]
     pub incomplete: bool,
     /// Types whose files hold rows of other types: they are read again though the type is merged.
@@ -110,13 +107,13 @@ impl ExportJob {
 /// A kick-off to which no answer came: the server may have made an export whose status URL nobody knows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnconfirmedKickoff {
-    /// When it was sent.
+    /// Time at which it was sent.
     pub time: DateTime<Utc>,
     /// Pipeline and scope.
     pub scope: String,
 }
 
-/// When a server that throttled a kick-off takes the next.
+/// Time from which a server that throttled a kick-off takes the next.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ThrottledUntil {
     /// Not before.
@@ -134,7 +131,7 @@ pub struct RejectedType {
     pub resource_type: String,
     /// Pipeline and scope.
     pub scope: String,
-    /// When it was last rejected.
+    /// Time at which it was last rejected.
     pub time: DateTime<Utc>,
     /// The server's message.
     pub why: String,
@@ -155,7 +152,7 @@ pub struct Floor {
 /// A server that rejected every type, each by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AllRejected {
-    /// When.
+    /// Time.
     pub time: DateTime<Utc>,
     /// Pipeline and scope.
     pub scope: String,
@@ -170,7 +167,7 @@ impl AllRejected {
     }
 }
 
-/// What is persisted of a pipeline's exports: `exports.json`.
+/// The document of a pipeline's export jobs: `exports.json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportJobs {
     /// Jobs that are not released, the oldest first.
@@ -188,7 +185,7 @@ pub struct ExportJobs {
     /// Types that did not come whole, whatever the watermarks of their tables say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub floors: Vec<Floor>,
-    /// When the server last rejected every type.
+    /// Time at which the server last rejected every type.
     #[serde(default, skip_serializing_if = "Option::is_none", rename = "all_refused")]
     pub all_rejected: Option<AllRejected>,
 }
@@ -198,9 +195,9 @@ pub struct ExportJobs {
 pub struct Origin<'a> {
     /// Pipeline and scope of the run.
     pub scope: &'a str,
-    /// Whether the run rewrites rows of equal version.
+    /// True if the run rewrites rows of equal version.
     pub full_refresh: bool,
-    /// When.
+    /// Time.
     pub now: DateTime<Utc>,
 }
 
@@ -305,20 +302,14 @@ impl ExportJobs {
         let floor = self.floors.iter().find(|floor| floor.scope == scope && floor.resource_type == resource_type);
         floor.map_or(since, |floor| since.min(floor.since))
     }
+}
 
-    pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = match std::fs::read(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
-        };
-        serde_json::from_slice(&text).context(ErrorKind::State, format!("{} is damaged", path.display()))
-    }
-
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_vec_pretty(self).context(ErrorKind::Internal, "the export jobs")?;
-        write_atomically(path, &text)
-    }
+impl Document for ExportJobs {
+    const NAME: &'static str = "exports.json";
+    const ON_DAMAGE: OnDamage = OnDamage::Fail(
+        "restore the file from a backup, or move it away: the next run then starts a new export, and the server may hold jobs that \
+         fhirlake no longer knows of",
+    );
 }
 
 #[cfg(test)]

@@ -20,12 +20,12 @@ fn kickoff() -> Kickoff {
     Kickoff { request, asked: vec!["Patient".into()], known: Vec::new(), in_flight: None }
 }
 
-/// What the server, the disk or the operator does at the next step of a run.
+/// Action of the server, the disk or the operator at the next step of a run.
 #[derive(Debug, Clone, Copy)]
 enum Step {
     /// The process dies; another run begins.
     Crash,
-    /// What is asked for next succeeds.
+    /// The next request succeeds.
     Succeed,
     /// The server rejects, throttles, or loses what is asked for next.
     Refuse,

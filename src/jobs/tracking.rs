@@ -1,4 +1,4 @@
-//! What runs do with export jobs: resume them, persist their events, and release them once all of it is merged.
+//! A run's work with export jobs: resume them, persist their events, and release them once all of it is merged.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, watermark_of};
-use crate::state::StateFolder;
+use crate::state::StateStore;
 use bulk_data_client::{Client, ExportRequest};
 use delta_upsert::Tables;
 
-/// Whether a run of `scope` may resume an export.
+/// Returns true if a run of `scope` may resume an export.
 pub(crate) fn can_be_resumed(export: &ExportJob, scope: &str) -> bool {
     export.scope == scope && !export.is_releasable()
 }
 
-/// What a run asks for, and resumes.
+/// Kick-offs of a run, and the exports that it resumes.
 pub(crate) struct Resumed {
     pub kickoffs: Vec<Kickoff>,
-    /// Whether an earlier run ended by itself without all of what it resumes.
+    /// True if an earlier run ended by itself without all of what it resumes.
     pub behind: bool,
-    /// Whether a full refresh asked for some of it.
+    /// True if a full refresh asked for some of it.
     pub full_refresh: bool,
 }
 
@@ -97,8 +97,9 @@ pub(crate) fn rejected_lately(exports: &ExportJobs, scope: &str, now: DateTime<U
 
 /// A server that was asked too often is not asked again before it may be: only what is in flight is resumed then, and
 /// where nothing is, there is nothing to do.
-pub(crate) fn check_throttled(state: &StateFolder, scope: &str, kickoffs: &mut Vec<Kickoff>) -> Result<()> {
-    let Some(until) = state.exports()?.throttled.filter(|until| until.scope == scope && until.time > Utc::now()) else {
+pub(crate) fn check_throttled(state: &StateStore, scope: &str, kickoffs: &mut Vec<Kickoff>) -> Result<()> {
+    let Some(until) = state.read::<ExportJobs>()?.throttled.filter(|until| until.scope == scope && until.time > Utc::now())
+    else {
         return Ok(());
     };
     if kickoffs.iter().any(|kickoff| kickoff.in_flight.is_some()) {
@@ -112,28 +113,28 @@ pub(crate) fn check_throttled(state: &StateFolder, scope: &str, kickoffs: &mut V
 
 /// Returns what persists each event of a run before anything else happens. `expired` is set where a job that was resumed is
 /// there no more.
-pub(crate) fn sink(state: StateFolder, scope: String, full_refresh: bool, expired: Arc<AtomicBool>) -> ExportEventSink {
+pub(crate) fn sink(state: StateStore, scope: String, full_refresh: bool, expired: Arc<AtomicBool>) -> ExportEventSink {
     Arc::new(move |event| {
         if let ExportEvent::Expired { .. } = event {
             expired.store(true, Ordering::Relaxed);
         }
-        state.change_exports(|jobs| jobs.apply(event, Origin { scope: &scope, full_refresh, now: Utc::now() }))
+        state.change::<ExportJobs>(|jobs| jobs.apply(event, Origin { scope: &scope, full_refresh, now: Utc::now() }))
     })
 }
 
 /// Persists an event that is no run's own.
-pub(crate) fn note(state: &StateFolder, scope: &str, event: &ExportEvent<'_>) -> Result<()> {
-    state.change_exports(|jobs| jobs.apply(event, Origin { scope, full_refresh: false, now: Utc::now() }))
+pub(crate) fn note(state: &StateStore, scope: &str, event: &ExportEvent<'_>) -> Result<()> {
+    state.change::<ExportJobs>(|jobs| jobs.apply(event, Origin { scope, full_refresh: false, now: Utc::now() }))
 }
 
-/// Whether a run of `kickoffs` asks for all that an export was asked for, by itself or by newer ones.
+/// Returns true if a run of `kickoffs` asks for all that an export was asked for, by itself or by newer ones.
 fn is_covered(export: &ExportJob, scope: &str, kickoffs: &[Kickoff]) -> bool {
     let all = kickoffs.iter().any(|kickoff| kickoff.request.types.is_empty());
     let asked = |name: &String| kickoffs.iter().any(|kickoff| kickoff.request.types.contains(name));
     export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(asked))
 }
 
-/// What the server did not give of a run's exports.
+/// Files that the server did not give of a run's exports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OfServer {
     /// It gave all.
@@ -147,7 +148,7 @@ pub enum OfServer {
 /// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not give some
 /// file of it does that count against an export: what fails here is repaired from the same one, however often.
 pub(crate) fn failed(
-    state: &StateFolder,
+    state: &StateStore,
     scope: &str,
     kickoffs: &[Kickoff],
     began: DateTime<Utc>,
@@ -157,28 +158,28 @@ pub(crate) fn failed(
         let goes_on = kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref());
         export.accepted >= began || goes_on.into_iter().any(|accepted| accepted.status.as_str() == export.status)
     };
-    let jobs = state.exports()?.jobs;
+    let jobs = state.read::<ExportJobs>()?.jobs;
     let used: Vec<&str> = jobs.iter().filter(|job| used(job)).map(|job| job.status.as_str()).collect();
     note(state, scope, &ExportEvent::RunFailed { jobs: &used, given: of_server })
 }
 
 /// All is merged: the server may have its files back, and those of older exports of the same.
-pub(crate) async fn merged(state: &StateFolder, scope: &str, kickoffs: &[Kickoff], client: &Client, delete: bool) -> Result<()> {
+pub(crate) async fn merged(state: &StateStore, scope: &str, kickoffs: &[Kickoff], client: &Client, delete: bool) -> Result<()> {
     let done = |export: &ExportJob| is_covered(export, scope, kickoffs);
-    let done: Vec<ExportJob> = state.exports()?.jobs.into_iter().filter(done).collect();
+    let done: Vec<ExportJob> = state.read::<ExportJobs>()?.jobs.into_iter().filter(done).collect();
     merge_and_release(state, scope, &done, client, delete).await
 }
 
 /// Some types failed: exports of which none did may be released all the same.
 pub(crate) async fn merged_in_part(
-    state: &StateFolder,
+    state: &StateStore,
     (scope, tables): (&str, &Tables),
     until: Option<i64>,
     client: &Client,
     delete: bool,
 ) -> Result<()> {
     let mut done = Vec::new();
-    for export in state.exports()?.jobs.into_iter().filter(|export| export.scope == scope) {
+    for export in state.read::<ExportJobs>()?.jobs.into_iter().filter(|export| export.scope == scope) {
         if is_merged(&export, tables, until).await {
             done.push(export);
         }
@@ -186,7 +187,7 @@ pub(crate) async fn merged_in_part(
     merge_and_release(state, scope, &done, client, delete).await
 }
 
-/// Whether the tables of all types that an export was asked for are as new as it, by their own watermarks.
+/// Returns true if the tables of all types that an export was asked for are as new as it, by their own watermarks.
 async fn is_merged(export: &ExportJob, tables: &Tables, until: Option<i64>) -> bool {
     let Some(time) = export.transaction_time.filter(|_| !export.types.is_empty()) else { return false };
     for name in &export.types {
@@ -199,7 +200,7 @@ async fn is_merged(export: &ExportJob, tables: &Tables, until: Option<i64>) -> b
 }
 
 /// Deletes jobs on the server that are merged or given up, and forgets them.
-async fn release(state: &StateFolder, scope: &str, done: &[ExportJob], client: &Client, delete: bool) -> Result<()> {
+async fn release(state: &StateStore, scope: &str, done: &[ExportJob], client: &Client, delete: bool) -> Result<()> {
     let mut released = Vec::new();
     for job in done {
         match Url::parse(&job.status) {
@@ -215,7 +216,7 @@ async fn release(state: &StateFolder, scope: &str, done: &[ExportJob], client: &
 }
 
 /// Persists that jobs are merged, and releases them.
-async fn merge_and_release(state: &StateFolder, scope: &str, done: &[ExportJob], client: &Client, delete: bool) -> Result<()> {
+async fn merge_and_release(state: &StateStore, scope: &str, done: &[ExportJob], client: &Client, delete: bool) -> Result<()> {
     let merged: Vec<&str> = done.iter().map(|job| job.status.as_str()).collect();
     note(state, scope, &ExportEvent::Merged { jobs: &merged })?;
     release(state, scope, done, client, delete).await
@@ -224,7 +225,7 @@ async fn merge_and_release(state: &StateFolder, scope: &str, done: &[ExportJob],
 /// Records a floor for each type in `held`, whose error the server may have reported after the commit. Removes the floors of
 /// types that came whole in an export that asked from the floor or earlier.
 pub(crate) fn note_floors(
-    state: &StateFolder,
+    state: &StateStore,
     scope: &str,
     kickoffs: &[Kickoff],
     held: &[ResourceType],
@@ -234,7 +235,7 @@ pub(crate) fn note_floors(
         let of_type = kickoffs.iter().filter(|kickoff| kickoff.asked.is_empty() || kickoff.asked.iter().any(|of| **of == *name));
         of_type.map(|kickoff| kickoff.request.since).min().unwrap_or(None)
     };
-    state.change_exports(|exports| {
+    state.change::<ExportJobs>(|exports| {
         let came =
             |floor: &Floor| floor.scope == scope && is_whole(&floor.resource_type) && since(&floor.resource_type) <= floor.since;
         exports.floors.retain(|floor| !came(floor));
@@ -252,8 +253,8 @@ pub(crate) fn note_floors(
 
 /// Before another kick-off is made: releases what an earlier run could not, and what was given up, since what is asked for
 /// now takes its place; and says what is not known of kick-offs.
-pub(crate) async fn settle(state: &StateFolder, scope: &str, client: &Client, delete: bool) -> Result<()> {
-    let exports = state.exports()?;
+pub(crate) async fn settle(state: &StateStore, scope: &str, client: &Client, delete: bool) -> Result<()> {
+    let exports = state.read::<ExportJobs>()?;
     let mut unanswered = exports.unconfirmed.iter().filter(|kick_off| kick_off.scope == scope);
     if let Some(kick_off) = unanswered.next_back() {
         tracing::warn!(

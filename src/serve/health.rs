@@ -6,23 +6,23 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::state::StateFile;
+use crate::state::{StateFile, StateStore};
 
-/// How far clocks may be apart.
+/// Difference that clocks may have.
 const AHEAD: TimeDelta = TimeDelta::minutes(5);
 
-/// How a pipeline is.
+/// Health of a pipeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "status", rename_all = "lowercase")]
 pub enum Health {
     /// A run completed recently enough.
     Healthy {
-        /// When.
+        /// Time.
         last_sync: DateTime<Utc>,
     },
     /// None did.
     Unhealthy {
-        /// When the last one did.
+        /// Time at which the last one did.
         last_sync: Option<DateTime<Utc>>,
     },
     /// The state cannot be read.
@@ -33,13 +33,13 @@ pub enum Health {
 }
 
 impl Health {
-    /// Judges the state at `path`.
-    pub fn of(path: &std::path::Path, max_age: Duration, now: DateTime<Utc>) -> Self {
-        if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
+    /// Judges a pipeline by its state.
+    pub fn of(state: &StateStore, max_age: Duration, now: DateTime<Utc>) -> Self {
+        if state.is_missing() {
             // `serve` makes it when it begins: a disk is not mounted, or somebody took it away.
             return Health::Error { message: "the state's folder is not there".to_owned() };
         }
-        match StateFile::read(path) {
+        match state.read::<StateFile>() {
             Err(error) => Health::Error { message: error.to_string() },
             Ok(state) if state.last_completed.or(state.last_sync_time).is_some_and(|last| last > now + AHEAD) => {
                 Health::Error { message: "the last sync lies in the future: one of the clocks is wrong".to_owned() }
@@ -52,12 +52,12 @@ impl Health {
         }
     }
 
-    /// Whether it is well.
+    /// Returns true if it is well.
     pub fn is_healthy(&self) -> bool {
         matches!(self, Health::Healthy { .. })
     }
 
-    /// When the last run completed.
+    /// Returns the time at which the last run completed.
     pub fn last_sync(&self) -> Option<DateTime<Utc>> {
         match self {
             Health::Healthy { last_sync } => Some(*last_sync),
@@ -103,7 +103,7 @@ mod tests {
         let now = DateTime::parse_from_rfc3339("2026-01-01T12:00:00Z").unwrap().to_utc();
         let health = |text: &str| {
             std::fs::write(&path, text).unwrap();
-            Health::of(&path, Duration::from_secs(7200), now)
+            Health::of(&StateStore::local(folder.path(), None), Duration::from_secs(7200), now)
         };
         let (code, body) =
             health(r#"{"last_sync_time":"2025-12-31T00:00:00Z","last_completed":"2026-01-01T10:00:01Z"}"#).answer();
@@ -113,7 +113,7 @@ mod tests {
         let (code, body) = health("{").answer();
         assert_eq!((code, body["status"].as_str(), body["message"].is_string()), (503, Some("error"), true));
         std::fs::remove_file(&path).unwrap();
-        let never = Health::of(&path, Duration::from_secs(7200), now);
+        let never = Health::of(&StateStore::local(folder.path(), None), Duration::from_secs(7200), now);
         assert_eq!(never.answer(), (503, json!({"status": "unhealthy", "last_sync": null})));
         let well = Health::Healthy { last_sync: now };
         let (code, body) = Health::answer_of(&[("a", well.clone()), ("b", never)]);

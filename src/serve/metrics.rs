@@ -1,4 +1,4 @@
-//! What `/metrics` and an OTLP receiver get: Prometheus' text format, with OpenTelemetry's names and units as that format
+//! Metrics of `/metrics` and of an OTLP receiver: Prometheus' text format, with OpenTelemetry's names and units as that format
 //! writes them.
 
 use std::fmt::Write;
@@ -39,7 +39,7 @@ pub(super) fn text(samples: &[Sample]) -> String {
     text
 }
 
-/// What a pipeline's counters say.
+/// Returns a pipeline's metrics.
 pub fn of_counts(pipeline: &str, counts: &Counts) -> Vec<Sample> {
     let sample = |((name, label), value): (&(&'static str, std::sync::Arc<str>), &u64)| {
         let metric = METRICS.iter().find(|metric| metric.name == *name)?;

@@ -24,18 +24,18 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::telemetry::Telemetry;
 use flow::{Cancellation, TaskGroup};
 
-/// How the web listens, and to whom.
+/// Settings of the web server.
 #[derive(Debug, Clone)]
 pub struct WebSettings {
-    /// Where.
+    /// Address.
     pub listen: SocketAddr,
     /// Names beside addresses and `localhost` that requests may be for (`Host`).
     pub hosts: Vec<String>,
-    /// What a request must bring, but for health and readiness.
+    /// Token of requests, but for health and readiness.
     pub token: Option<bulk_data_client::Secret>,
 }
 
-/// What the web knows.
+/// State of the web server.
 #[derive(Debug)]
 struct Served {
     keepers: Vec<Arc<PipelineScheduler>>,

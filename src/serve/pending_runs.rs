@@ -1,4 +1,4 @@
-//! What a keeper has to make, and when.
+//! Pending runs of a pipeline.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ pub(super) struct PendingRun {
     pub time: DateTime<Utc>,
     pub full: bool,
     pub schedules: Vec<SchedulePlan>,
-    /// How often it was made before, and failed.
+    /// Number of earlier runs that failed.
     pub tried: u32,
 }
 
 /// A run that failed and is made again.
 #[derive(Debug, Clone)]
 pub(super) struct Retry {
-    /// When it was made last.
+    /// Time at which it was made last.
     pub since: DateTime<Utc>,
     pub due: PendingRun,
 }
@@ -29,7 +29,7 @@ impl PendingRun {
         self.schedules.iter().any(|own| own.name == schedule.name)
     }
 
-    /// How often it is made again, and how long after it failed.
+    /// Returns the number of retries, and the pause before each.
     pub(crate) fn retries(&self) -> (u32, Duration) {
         self.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max().unwrap_or_default()
     }

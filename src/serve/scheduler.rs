@@ -1,8 +1,9 @@
 //! One pipeline: waits for what is due, runs it, and knows how it stands.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -12,7 +13,7 @@ use super::health::Health;
 use super::pending_runs::{PendingRun, Retry};
 use crate::config::SchedulePlan;
 use crate::error::{Advice, Error, ErrorKind, Result};
-use crate::state::StateFolder;
+use crate::state::{ScheduleTimes, StateStore};
 use crate::topology::{self, RunEvent, RunOptions, RunOutcome, RunPlan, RunReport, TableState, Topology, Watch, table_states};
 use flow::{Cancellation, Counts, compute, random_fraction};
 
@@ -21,10 +22,10 @@ pub type PlanSource = Arc<dyn Fn() -> Result<RunPlan> + Send + Sync>;
 
 /// The wall clock may be set, and a machine may sleep: it is looked at this often.
 const LOOK: Duration = Duration::from_secs(5);
-/// How often a run's counters are noted, and for how long they are kept, to tell rates.
+/// Interval at which a run's counters are sampled, and the time for which samples are kept, to tell rates.
 const SAMPLE: Duration = Duration::from_secs(1);
 const SAMPLES: usize = 6;
-/// How long what is known of tables is good for while nothing runs here: others write too.
+/// Age of the tables' state at which it is read again while nothing runs here: others write too.
 const TABLES_AGE: Duration = Duration::from_secs(300);
 /// A full run that failed is owed. It is made up for with the next run, and after so long where none is due before.
 const OWED: TimeDelta = TimeDelta::hours(1);
@@ -43,13 +44,13 @@ impl std::fmt::Debug for PipelineScheduler {
     }
 }
 
-/// What is known of it now.
+/// Its state now.
 pub(super) struct Live {
     pub plan: RunPlan,
-    pub state: StateFolder,
+    pub state: StateStore,
     /// The run that is under way.
     pub running: Option<Running>,
-    /// When the next run is due, and whether it asks for everything.
+    /// Time of the next run, and true if it asks for everything.
     pub next: Option<(DateTime<Utc>, bool)>,
     /// A run that failed, and is made again.
     pub(super) retry: Option<Retry>,
@@ -61,7 +62,7 @@ pub(super) struct Live {
     pub ended: BTreeMap<&'static str, u64>,
     /// Resources by type and what came of them: `inserted`, `updated`, `deleted`, `skipped`.
     pub merged: BTreeMap<(String, &'static str), u64>,
-    /// When a full run that is still owed was last tried.
+    /// Time of the last try of a full refresh that is pending.
     owed: Option<DateTime<Utc>>,
     /// Length and time of the pipeline file when it was last read.
     file: Option<(u64, SystemTime)>,
@@ -97,10 +98,10 @@ impl Live {
 }
 
 impl PipelineScheduler {
-    /// How it is at `now`.
+    /// Returns its health at `now`.
     pub(super) fn health(&self, now: DateTime<Utc>) -> Health {
         let max_age = self.live().plan.max_age;
-        Health::of(self.state().state_file(), max_age, now)
+        Health::of(&self.state(), max_age, now)
     }
 
     /// A keeper of the pipeline that `source` reads.
@@ -135,10 +136,10 @@ impl PipelineScheduler {
     }
 
     pub(super) fn live(&self) -> MutexGuard<'_, Live> {
-        flow::locked(&self.live)
+        self.live.lock()
     }
 
-    pub(super) fn state(&self) -> StateFolder {
+    pub(super) fn state(&self) -> StateStore {
         let live = self.live();
         live.state.clone()
     }
@@ -175,7 +176,7 @@ impl PipelineScheduler {
         Ok(())
     }
 
-    /// How much later than `time` a run of `schedule` begins: chosen once for each time.
+    /// Returns the jitter by which a run of `schedule` begins after `time`: chosen once for each time.
     fn jitter_of(&self, schedule: &SchedulePlan, time: DateTime<Utc>) -> TimeDelta {
         let mut live = self.live();
         let (of, chosen) = live.jitter.entry(schedule.name.clone()).or_insert((time, random_fraction()));
@@ -185,7 +186,7 @@ impl PipelineScheduler {
         TimeDelta::from_std(schedule.jitter.mul_f64(*chosen)).unwrap_or_default()
     }
 
-    /// What is due next, or now; what was due since the last time, however often, is due once.
+    /// Returns the next pending run; what was due since the last time, however often, is due once.
     fn due(&self) -> Result<Option<PendingRun>> {
         let now = Utc::now();
         // Whatever was persisted by a clock that was ahead is taken for now.
@@ -193,18 +194,18 @@ impl PipelineScheduler {
             let live = self.live();
             (live.plan.schedules.clone(), live.owed.map(|tried| tried.min(now)), live.retry.clone().map(|retry| retry.by(now)))
         };
-        let mut done = self.state().schedule_times()?;
+        let mut done: ScheduleTimes = self.state().read()?;
         // Before a schedule was known nothing of it was missed; from then on it is, whoever serves it.
-        if schedules.iter().any(|schedule| !done.contains_key(&schedule.name)) {
+        if schedules.iter().any(|schedule| !done.times.contains_key(&schedule.name)) {
             for schedule in &schedules {
-                done.entry(schedule.name.clone()).or_insert(now);
+                done.times.entry(schedule.name.clone()).or_insert(now);
             }
-            self.state().set_schedule_times(&done)?;
+            self.state().write(&done)?;
         }
         let next_of_all = |time| schedules.iter().filter_map(|schedule| schedule.after(time)).min();
         let mut due: Option<PendingRun> = None;
         for schedule in schedules.iter().cloned() {
-            let last = done.get(&schedule.name).copied().unwrap_or(now).min(now);
+            let last = done.times.get(&schedule.name).copied().unwrap_or(now).min(now);
             // What is to be made again was made once; only a kill makes it due as if it had not been.
             let tried = retry.as_ref().filter(|retry| retry.due.has(&schedule)).map(|retry| retry.since);
             let Some(mut time) = schedule.after(tried.map_or(last, |tried| tried.max(last))) else { continue };
@@ -248,9 +249,9 @@ impl PipelineScheduler {
         let again = may_retry && due.tried < retries && !due_before;
         let (made_again, covered) = self.settle_retry(&due, started, succeeded, again.then_some(at));
         // What comes due while a run is under way is made up for, once.
-        let mut times = self.state().schedule_times()?;
+        let mut done: ScheduleTimes = self.state().read()?;
         let schedules = self.live().plan.schedules.clone();
-        times.retain(|name, _| schedules.iter().any(|schedule| schedule.name == *name));
+        done.times.retain(|name, _| schedules.iter().any(|schedule| schedule.name == *name));
         let of_this = match (made_again, due.full && succeeded) {
             (true, _) => Vec::new(),
             // A run that took everything is what the others would have been; one that failed to is owed.
@@ -258,17 +259,17 @@ impl PipelineScheduler {
             (false, false) => due.schedules.clone(),
         };
         let answered = of_this.iter().chain(&covered).filter(|schedule| succeeded || !schedule.full_refresh);
-        times.extend(answered.map(|schedule| (schedule.name.clone(), started)));
+        done.times.extend(answered.map(|schedule| (schedule.name.clone(), started)));
         if due.full && !made_again {
             self.live().owed = if succeeded { None } else { Some(Utc::now()) };
             if !succeeded {
                 tracing::warn!(pipeline = self.name(), "the full refresh is pending: the next run makes it");
             }
         }
-        self.state().set_schedule_times(&times)
+        self.state().write(&done)
     }
 
-    /// Whether the last run was this one, and was stopped on request: it is resumed, and was not missed, nor was another since.
+    /// Returns true if the last run was this one, and was stopped on request: it is resumed, and was not missed, nor was another since.
     fn was_stopped_in(&self, due: &PendingRun) -> bool {
         let live = self.live();
         let last = live.reports.first().filter(|report| report.outcome() == RunOutcome::Stopped);
@@ -277,7 +278,7 @@ impl PipelineScheduler {
         began.is_some_and(|began| began >= due.time && is_latest(began))
     }
 
-    /// What becomes of the run that waits to be made again, now that `due` was made: whether `due` is made again itself, at
+    /// Settles the run that waits for its retry, now that `due` was made: whether `due` is made again itself, at
     /// `again`, and schedules that need not wait any longer.
     fn settle_retry(
         &self,
@@ -335,7 +336,7 @@ impl PipelineScheduler {
         }
     }
 
-    fn read(&self) -> Result<(RunPlan, StateFolder)> {
+    fn read(&self) -> Result<(RunPlan, StateStore)> {
         let (plan, name) = (scheduled((self.source)()?)?, self.name());
         if plan.name != name {
             let what = format!("the pipeline's name was {name} and is {} now", plan.name);
@@ -458,9 +459,9 @@ const REPORTS: usize = 40;
 
 /// The state of `plan`, with its folder: whoever asks at once finds a new pipeline that never ran, not a state that is gone.
 /// Where it cannot be made that is told when something is due, and retried.
-fn state_of(plan: &RunPlan) -> Result<StateFolder> {
+fn state_of(plan: &RunPlan) -> Result<StateStore> {
     let state = topology::state_of(plan)?;
-    let _ = state.make();
+    let _ = state.create();
     Ok(state)
 }
 

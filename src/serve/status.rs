@@ -1,4 +1,4 @@
-//! How pipelines stand, as one document: what `/status.json` gives and the page shows. Nothing of a resource is in it.
+//! Status of pipelines, as one document: what `/status.json` gives and the page shows. Nothing of a resource is in it.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::health::Health;
 use super::scheduler::{PipelineScheduler, Running};
+use crate::jobs::ExportJobs;
 use crate::stages::merge::{STOPPED, TypeOutcome};
 use crate::telemetry;
 use crate::topology::{Node, RunOutcome, RunReport};
@@ -18,7 +19,7 @@ use flow::Counts;
 pub struct ServerStatus {
     /// fhirlake's version.
     pub version: &'static str,
-    /// When the service began.
+    /// Time at which the service began.
     pub started: DateTime<Utc>,
     /// Now.
     pub now: DateTime<Utc>,
@@ -31,13 +32,13 @@ pub struct ServerStatus {
 pub struct PipelineStatus {
     /// Its name.
     pub name: String,
-    /// Whether its last success is recent enough.
+    /// True if its last success is recent enough.
     pub health: Health,
-    /// When the next run is due.
+    /// Time of the next run.
     pub next_run: Option<DateTime<Utc>>,
-    /// Whether that one asks for everything.
+    /// True if that one asks for everything.
     pub next_is_full: bool,
-    /// When a run that failed is made again.
+    /// Time of the retry of a run that failed.
     pub again: Option<DateTime<Utc>>,
     /// The server does not want to be asked before.
     pub not_before: Option<DateTime<Utc>>,
@@ -62,7 +63,7 @@ pub struct RunningStatus {
     pub began: DateTime<Utc>,
     /// For how long, in seconds.
     pub seconds: f64,
-    /// Whether it asks for everything.
+    /// True if it asks for everything.
     pub full: bool,
     /// The server's words on its export.
     pub server: Option<String>,
@@ -92,7 +93,7 @@ pub struct EdgeStatus {
 }
 
 impl EdgeStatus {
-    /// How full it is, by items or bytes, whichever is more: 0 to 1. A single large item may be more than it holds.
+    /// Returns its fill, by items or bytes, whichever is more: 0 to 1. A single large item may be more than it holds.
     pub fn fullness(&self) -> f64 {
         let share = |level: u64, most: usize| level as f64 / most.max(1) as f64;
         share(self.items, self.max_items).max(share(self.bytes, self.max_bytes)).min(1.0)
@@ -104,11 +105,11 @@ impl EdgeStatus {
 pub struct StageStatus {
     /// Its name.
     pub name: &'static str,
-    /// How much a second, over the last seconds.
+    /// Rate a second, over the last seconds.
     pub rate: f64,
     /// Of what.
     pub unit: &'static str,
-    /// How much since the run began.
+    /// Total since the run began.
     pub total: u64,
 }
 
@@ -134,7 +135,7 @@ pub struct TypeStatus {
 }
 
 impl TypeStatus {
-    /// How far it is, 0 to 1, where that can be told.
+    /// Returns its progress, 0 to 1, where that can be told.
     pub fn share(&self) -> Option<f64> {
         let (done, all) = match (self.resources_expected, self.files_expected) {
             (0, 0) => return None,
@@ -156,9 +157,9 @@ pub struct TableStatus {
     pub rows: Option<u64>,
     /// The server's time that it is as new as.
     pub watermark: Option<DateTime<Utc>>,
-    /// How far it is behind our clock, in seconds.
+    /// Lag behind this machine's clock, in seconds.
     pub lag_seconds: Option<i64>,
-    /// When a run last changed it.
+    /// Time at which a run last changed it.
     pub changed: Option<DateTime<Utc>>,
 }
 
@@ -167,21 +168,21 @@ pub struct TableStatus {
 pub struct RunStatus {
     /// Its id.
     pub run: String,
-    /// When it began.
+    /// Time at which it began.
     pub started: Option<DateTime<Utc>>,
-    /// How long it took.
+    /// Duration.
     pub seconds: f64,
-    /// Whether every type succeeded.
+    /// True if every type succeeded.
     pub succeeded: bool,
     /// `succeeded`, `stopped` or `failed`.
     pub outcome: RunOutcome,
-    /// Whether everything was asked for.
+    /// True if everything was asked for.
     pub full: bool,
     /// Rows that it put in, replaced and took out.
     pub rows: u64,
-    /// What went wrong, by type or as a whole.
+    /// Errors, by type or as a whole.
     pub errors: Vec<String>,
-    /// What may help.
+    /// Hint.
     pub hint: Option<String>,
 }
 
@@ -212,10 +213,10 @@ impl RunStatus {
 }
 
 impl PipelineStatus {
-    /// How a pipeline stands at `now`.
+    /// Returns the status of a pipeline at `now`.
     pub(super) fn of(keeper: &PipelineScheduler, now: DateTime<Utc>) -> Self {
         let state = keeper.state();
-        let exports = state.exports().unwrap_or_default();
+        let exports = state.read::<ExportJobs>().unwrap_or_default();
         let live = keeper.live();
         let changed = |name: &str| {
             let committed = |report: &&RunReport| report.types.get(name).is_some_and(|of| of.committed);
@@ -235,7 +236,7 @@ impl PipelineStatus {
         });
         Self {
             name: live.plan.name.clone(),
-            health: Health::of(state.state_file(), live.plan.max_age, now),
+            health: Health::of(&state, live.plan.max_age, now),
             next_run: live.next.map(|(time, _)| time),
             next_is_full: live.next.is_some_and(|(_, full)| full),
             again: live.retry.as_ref().map(|retry| retry.due.time),
@@ -267,7 +268,7 @@ impl RunningStatus {
             let rate = total.saturating_sub(sum(&before, metric)) as f64 / since.as_secs_f64();
             StageStatus { name: node.spec.name, rate, unit, total }
         };
-        let edges = flow::locked(&running.watch.edges);
+        let edges = running.watch.edges.lock();
         let edges = edges.iter().map(|edge| {
             let ((items, bytes), (max_items, max_bytes)) = (edge.level(), edge.capacity());
             EdgeStatus { name: edge.name().to_owned(), items, max_items, bytes, max_bytes }
@@ -286,7 +287,7 @@ impl RunningStatus {
             bad: value(telemetry::BAD_LINES, name),
             committed: value(telemetry::COMMITTED, name),
         });
-        let server = flow::locked(&running.watch.server).clone();
+        let server = running.watch.server.lock().clone();
         Self {
             began: running.began,
             seconds: (now - running.began).as_seconds_f64(),

@@ -6,9 +6,10 @@ mod rewritten;
 mod settings;
 
 pub use self::settings::AttachmentsSection;
+use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aws_lc_rs::digest;
@@ -32,7 +33,7 @@ use fhir_arrow::for_each_attachment;
 use fhir_arrow::tape::{Tape, Value, parse_value};
 use flow::{Cancellation, Counters, Receiver, Sender};
 
-/// How attachments are treated.
+/// Settings of attachments.
 pub struct AttachSettings {
     /// Those of at most so many bytes are put into the resource as `data`; 0 for none.
     pub inline_up_to: u64,
@@ -50,9 +51,9 @@ pub struct AttachSettings {
 
 /// One worker; any number share `rows`.
 pub struct Attach {
-    /// Where rows come from.
+    /// Source of rows.
     pub rows: Receiver<Rows>,
-    /// Where they go.
+    /// Their destination.
     pub attached: Sender<Rows>,
     /// The server.
     pub client: Client,
@@ -74,7 +75,7 @@ pub struct Attach {
 
 /// Folder for attachments in the tables' folder.
 pub const ATTACHMENTS_FOLDER: &str = "attachments";
-/// How long one attachment may be asked for and read before it is left a link.
+/// Time for which one attachment may be asked for and read before it is left a link.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// After so many failures one after the other no more are asked for: the others' host would hold up the whole run.
 const MAX_FAILURES: u32 = 20;
@@ -89,16 +90,16 @@ struct Wanted {
     at: usize,
     url: Url,
     content_type: String,
-    /// What its resource says of it: its size in bytes, and the Base64 of its SHA-1.
+    /// Its resource's description: its size in bytes, and the Base64 of its SHA-1.
     size: Option<u64>,
     hash: Option<String>,
     /// Its file, should it become one.
     path: Path,
-    /// Whether a file there is surely of the same copy.
+    /// True if a file there is surely of the same copy.
     is_known: bool,
 }
 
-/// What comes of it.
+/// Its outcome.
 enum Fetched {
     /// A file in the tables' folder.
     File(Path),
@@ -191,14 +192,14 @@ impl Attach {
     /// Says once of a host that its attachments stay links; no.
     fn say_left(&self, url: &Url) -> bool {
         let host = url.origin().ascii_serialization();
-        let mut said = flow::locked(&self.said);
+        let mut said = self.said.lock();
         if said.len() < 100 && said.insert(host.clone()) {
             tracing::warn!(host, "attachments there stay links: stages.attachments.origins does not name the host");
         }
         false
     }
 
-    /// Whether an attachment may be asked for: links come with the data, so they lead to known hosts only.
+    /// Returns true if an attachment may be asked for: links come with the data, so they lead to known hosts only.
     fn may_ask(&self, file: &ExportFile, url: &Url) -> bool {
         let known = |origin: &Origin| *origin == self.client.base().origin() || *origin == file.url.origin();
         let named = |origin: &Origin| self.settings.origins.as_ref().is_none_or(|origins| origins.contains(origin));
@@ -214,7 +215,7 @@ impl Attach {
         self.settings.content_types.is_empty() || self.settings.content_types.iter().any(fits)
     }
 
-    /// What could be had of a resource's attachments, by their places; `None` where the run is stopping.
+    /// Returns a resource's attachments that could be read, by their places; `None` where the run is stopping.
     async fn fetch_all(&self, file: &ExportFile, wanted: Vec<Wanted>) -> Option<HashMap<usize, Fetched>> {
         let asked = wanted.into_iter().map(|wanted| async move {
             // The semaphore is never closed.

@@ -7,17 +7,17 @@ mod settings;
 
 pub use self::settings::{DownloadSection, ShortFile};
 use std::io::{ErrorKind as IoErrorKind, Read};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream::BoxStream;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt};
 use reqwest::header::HeaderValue;
 use serde_json::json;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio_stream::{Stream, StreamExt};
 use url::Url;
 
 use self::lines::Lines;
@@ -32,7 +32,7 @@ use flow::{Cancellation, Counters, Receiver, Sender};
 /// Bytes that are read of a local file at once: below the size from which the allocator maps and unmaps memory.
 const LOCAL_READ: usize = 64 << 10;
 
-/// Where files are read from.
+/// Origin of files.
 #[derive(Clone)]
 pub enum Origin {
     /// A FHIR server and whoever it sends us to, and where newer links come from.
@@ -43,13 +43,13 @@ pub enum Origin {
 
 /// One download worker; any number share `files`.
 pub struct Download {
-    /// Where files come from.
+    /// Source of files.
     pub files: Receiver<Arc<ExportFile>>,
-    /// Where chunks go.
+    /// Destination of chunks.
     pub chunks: Sender<Chunk>,
-    /// Where facts go.
+    /// Destination of control events.
     pub merge: Sender<MergeInput>,
-    /// How files are read.
+    /// Settings of reading files.
     pub origin: Origin,
     /// Longest line that is read.
     pub max_line: usize,
@@ -290,7 +290,7 @@ impl Download {
                         Error::new(ErrorKind::Network, format!("connection closed early: {}", error.without_url()))
                     })
                 });
-                Ok((Body::Stream(body.boxed()), encoding, validator))
+                Ok((Body::Stream(Box::pin(body)), encoding, validator))
             }
             Origin::Store(store) => {
                 let path = file.location.clone().unwrap_or_default();
@@ -305,13 +305,13 @@ impl Download {
                 let body = got.into_stream().map(move |bytes| {
                     bytes.map_err(|error| Error::new(ErrorKind::Storage, format!("{name} cannot be read: {error}")))
                 });
-                Ok((Body::Stream(body.boxed()), String::new(), Some(None)))
+                Ok((Body::Stream(Box::pin(body)), String::new(), Some(None)))
             }
         }
     }
 }
 
-/// How the export log calls a list of the manifest.
+/// Returns the export log's name for a list of the manifest.
 fn item_type(kind: FileKind) -> &'static str {
     match kind {
         FileKind::Output => "output",
@@ -324,12 +324,12 @@ fn packed_wrong(error: std::io::Error) -> Broken {
     Broken::Again(Error::new(ErrorKind::Server, format!("the file cannot be unpacked: {error}")))
 }
 
-/// Whether an error may only say that a link has ended: the store that it leads to forbids it, or no longer has it.
+/// Returns true if an error may only say that a link has ended: the store that it leads to forbids it, or no longer has it.
 fn link_may_have_ended(error: &Error) -> bool {
     matches!(error.status(), Some(401 | 403 | 404 | 410))
 }
 
-/// How far a file is, over its tries.
+/// Progress of a file, over its tries.
 struct Reading {
     /// Its link, which may be a newer one than the manifest's first.
     url: Url,
@@ -341,13 +341,13 @@ struct Reading {
 }
 
 impl Reading {
-    /// Whether the last try got further than those before it.
+    /// Returns true if the last try got further than those before it.
     fn got_on(&self, read: u64) -> bool {
         read > self.reached
     }
 }
 
-/// What there is of a file that broke off and can be resumed.
+/// State of a file that broke off and can be resumed.
 struct SoFar {
     resume: Resume,
     unpack: Option<Unpack>,
@@ -356,7 +356,7 @@ struct SoFar {
 
 /// The bytes of a file as they come.
 enum Body {
-    Stream(BoxStream<'static, Result<Bytes>>),
+    Stream(Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>),
     /// Read on this thread, which may block: the store's own stream hands each 8 KiB to another thread and back.
     Local(std::io::Take<std::fs::File>, String),
 }

@@ -7,8 +7,9 @@
 mod settings;
 
 pub use self::settings::{EncodeSection, FileColumns, OPEN_BATCHES};
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
@@ -63,7 +64,7 @@ struct Bench {
     known: HashMap<ResourceType, PresentColumns>,
 }
 
-/// What the encode workers share.
+/// State that the encode workers share.
 pub struct Shared {
     bench: Mutex<Bench>,
     layouts: Layouts,
@@ -90,7 +91,7 @@ impl Shared {
     }
 
     fn bench(&self) -> MutexGuard<'_, Bench> {
-        flow::locked(&self.bench)
+        self.bench.lock()
     }
 
     fn take(&self, resource_type: &ResourceType) -> Result<OpenBatch> {
@@ -191,11 +192,11 @@ impl Shared {
 
 /// One encode worker; any number share `rows`.
 pub struct Encode {
-    /// Where rows come from.
+    /// Source of rows.
     pub rows: Receiver<Rows>,
-    /// Where row groups go.
+    /// Destination of row groups.
     pub merge: Sender<MergeInput>,
-    /// What the workers share.
+    /// State that the workers share.
     pub shared: Arc<Shared>,
 }
 
@@ -265,7 +266,7 @@ impl Encode {
         Ok(())
     }
 
-    /// Whether merge still listens.
+    /// Returns true if merge still listens.
     fn close_all(&self, handle: &Handle, due: Vec<(ResourceType, OpenBatch)>) -> Result<bool> {
         for (resource_type, batch) in due {
             if let Some(batch) = self.shared.close(resource_type, batch)?

@@ -28,7 +28,7 @@ use fhir_arrow::Model;
 use flow::{Cancellation, Counters, Sender};
 use foundation::fault_points::reached;
 
-/// What the source declares of itself.
+/// Declaration of the source.
 pub const EXPORT: &StageSpec = &StageSpec {
     name: "export",
     summary: &["kick-off, polls,", "manifest"],
@@ -45,21 +45,21 @@ pub struct ServerExport {
     pub kickoffs: Vec<Kickoff>,
     /// Types that the server refused one by one not long ago: refused together, they are not asked for apart.
     pub refused_lately: HashSet<String>,
-    /// How long a server may work.
+    /// Time for which a server may work.
     pub timeout: Option<Duration>,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
     pub until: Option<i64>,
     /// Index of the first file that no earlier run has listed.
     pub first_index: u32,
-    /// Where files go.
+    /// Destination of files.
     pub files: Sender<Arc<ExportFile>>,
-    /// Where facts go.
+    /// Destination of control events.
     pub merge: Sender<MergeInput>,
     /// Hears of status URLs.
     pub remember: ExportEventSink,
     /// Shows the server's words on its progress.
     pub heard: Arc<dyn Fn(&str) + Send + Sync>,
-    /// Where links of files come from, should they end.
+    /// Source of new links of files, should they end.
     pub links: Links,
     /// The log that Bulk Data clients share.
     pub log: ExportLog,
@@ -130,7 +130,7 @@ impl ServerExport {
         Ok(())
     }
 
-    /// Whether the failure of an export is no failure of the run.
+    /// Returns true if the failure of an export is no failure of the run.
     fn is_its_own_only(&self, error: &Error, parting: &TypeBisection) -> bool {
         match error.kind() {
             ErrorKind::Server | ErrorKind::Auth => !parting.is_one(),
@@ -445,7 +445,7 @@ impl ServerExport {
     }
 }
 
-/// Whether the server's words on an export that failed name a parameter of one of its `_typeFilter` queries.
+/// Returns true if the server's words on an export that failed name a parameter of one of its `_typeFilter` queries.
 fn names_a_filter(error: &Error, filters: &[String]) -> bool {
     let words = error.to_string();
     let parameters = filters.iter().filter_map(|filter| filter.split_once('?')).flat_map(|(_, query)| query.split('&'));
@@ -463,7 +463,7 @@ const MAX_PAGES: usize = 10_000;
 /// Letters of a file's URL that its name has.
 const MAX_NAME: usize = 120;
 
-/// What was sent on of an export.
+/// Files of an export that were sent on.
 struct Passed {
     time: Option<i64>,
     files: usize,

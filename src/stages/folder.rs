@@ -1,16 +1,17 @@
 //! The source, as a folder of NDJSON.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use futures::StreamExt;
 use object_store::{ObjectStore, ObjectStoreExt};
+use tokio_stream::StreamExt;
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
-use flow::{Cancellation, Sender, locked};
+use flow::{Cancellation, Sender};
 
 /// Files of a folder or object store of NDJSON.
 pub struct FolderExport {
@@ -24,13 +25,13 @@ pub struct FolderExport {
     pub excluded: Vec<object_store::path::Path>,
     /// Hears which files are passed over, and why.
     pub passed_over: PassedOver,
-    /// Whether a type without a file was asked for all the same: what it has is absent.
+    /// True if a type without a file was asked for all the same: what it has is absent.
     pub all_asked: bool,
     /// Index of the first file: those before it are the quarantine's.
     pub first_index: u32,
-    /// Where files go.
+    /// Destination of files.
     pub files: Sender<Arc<ExportFile>>,
-    /// Where facts go.
+    /// Destination of control events.
     pub merge: Sender<MergeInput>,
     /// Ends the listing early.
     pub stop: Cancellation,
@@ -41,8 +42,7 @@ impl FolderExport {
     pub async fn run(self) -> Result<()> {
         let Some(found) = self.stop.or(self.list()).await else { return Ok(()) };
         let found = found?;
-        let passed_over: BTreeMap<&str, usize> =
-            locked(&self.passed_over).iter().map(|(why, names)| (*why, names.len())).collect();
+        let passed_over: BTreeMap<&str, usize> = self.passed_over.lock().iter().map(|(why, names)| (*why, names.len())).collect();
         for (why, files) in &passed_over {
             tracing::warn!(files, "files of the source folder are passed over: {why}");
         }
@@ -116,7 +116,7 @@ impl FolderExport {
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Found {
     location: object_store::path::Path,
-    /// Whether it holds resources; what a Bulk Data client puts into the folders `deleted` and `error` does not.
+    /// True if it holds resources; what a Bulk Data client puts into the folders `deleted` and `error` does not.
     kind: FileKind,
     declared: Option<ResourceType>,
 }
@@ -143,7 +143,7 @@ impl FolderExport {
                 Err(None) => {}
                 Err(Some(why)) => {
                     let name = object.location.to_string();
-                    locked(&self.passed_over).entry(why).or_default().push(name);
+                    self.passed_over.lock().entry(why).or_default().push(name);
                 }
             }
         }
@@ -151,7 +151,7 @@ impl FolderExport {
         Ok(found)
     }
 
-    /// Whether a file is to be read; else why it is passed over, where it looks like one.
+    /// Returns true if a file is to be read; else why it is passed over, where it looks like one.
     async fn judge(&self, object: &object_store::ObjectMeta) -> Result<std::result::Result<Found, Option<&'static str>>> {
         let name = object.location.to_string();
         let mut parts: Vec<&str> = name.split('/').collect();
@@ -195,7 +195,7 @@ impl FolderExport {
         Ok(Ok(Found { location: object.location.clone(), kind, declared }))
     }
 
-    /// Whether a file begins like one of resources, or is packed.
+    /// Returns true if a file begins like one of resources, or is packed.
     async fn has_resource(&self, object: &object_store::ObjectMeta) -> Result<bool> {
         if object.size == 0 {
             return Ok(false);

@@ -21,22 +21,22 @@ pub struct Ledger {
     types: BTreeMap<ResourceType, TypeBook>,
     ends: BTreeMap<usize, ExportEnd>,
     failed_exports: HashSet<usize>,
-    /// Where each export's status is asked for.
+    /// Status URL of each export.
     statuses: BTreeMap<usize, Arc<str>>,
     /// Exports that the run has, those that were taken apart among them.
     exports: usize,
     max_bad_lines: Option<Limit>,
     /// Types that an earlier run merged out of an export of this one.
     merged: HashSet<ResourceType>,
-    /// Whether a type waits for every file, since rows that are not among those that come will be deleted.
+    /// True if a type waits for every file, since rows that are not among those that come will be deleted.
     waits_for_all: bool,
-    /// Whether a file with fewer resources than the manifest promises fails.
+    /// True if a file with fewer resources than the manifest promises fails.
     fails_short_files: bool,
-    /// Whether watermarks move whatever the server says of its export.
+    /// True if watermarks move whatever the server says of its export.
     ignores_errors: bool,
 }
 
-/// How a type stands.
+/// Progress of a type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Completeness {
     /// Something is still to come.
@@ -236,22 +236,22 @@ impl Ledger {
         self.ends.values().filter_map(|end| end.transaction_time).min()
     }
 
-    /// Whether an export of the run answers for the type: one that only strayed into its files has no watermark of it.
+    /// Returns true if an export of the run answers for the type: one that only strayed into its files has no watermark of it.
     pub fn is_answered_for(&self, resource_type: &ResourceType) -> bool {
         self.is_merged(resource_type) || self.end_of(resource_type).is_some_and(|end| end.transaction_time.is_some())
     }
 
-    /// Whether an earlier run merged the type out of this very export.
+    /// Returns true if an earlier run merged the type out of this very export.
     pub fn is_merged(&self, resource_type: &ResourceType) -> bool {
         self.merged.contains(resource_type)
     }
 
-    /// How many exports the run has.
+    /// Returns the number of exports the run has.
     pub fn exports(&self) -> usize {
         self.exports
     }
 
-    /// Whether each export has said its last.
+    /// Returns true if each export has said its last.
     pub fn all_ended(&self) -> bool {
         self.ends.len() + self.failed_exports.len() >= self.exports
     }
@@ -261,7 +261,7 @@ impl Ledger {
         self.files.get(&file)?.file.declared.clone()
     }
 
-    /// How a type stands now.
+    /// Returns the progress of a type.
     pub fn standing(&self, resource_type: &ResourceType) -> Completeness {
         let Some(book) = self.types.get(resource_type) else { return Completeness::Open };
         if let Some(why) = &book.failed {

@@ -10,8 +10,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::stream::{FuturesUnordered, StreamExt};
+use futures::stream::FuturesUnordered;
 use serde_json::{Value, json};
+use tokio_stream::StreamExt;
 
 use super::ledger::{Completeness, Ledger};
 pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
@@ -26,10 +27,10 @@ use delta_upsert::{
 use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
 use flow::{Cancellation, Counters, Receiver, compute};
 
-/// How often merge looks whether a type is complete.
+/// Interval at which merge looks whether a type is complete.
 const SETTLE_EVERY: Duration = Duration::from_millis(15);
 
-/// How merge is set.
+/// Settings of merge.
 #[derive(Debug, Clone)]
 pub struct MergeSettings {
     /// Pipeline's name, for the commit's info and the watermark.
@@ -38,11 +39,11 @@ pub struct MergeSettings {
     pub run: String,
     /// Application id of the watermark: pipeline and scope.
     pub app_id: String,
-    /// How many tables are matched and committed at the same time.
+    /// Number of tables are matched and committed at the same time.
     pub tables_at_once: usize,
-    /// How copies stand to those of the tables.
+    /// Order of copies and those of the tables.
     pub order: OrderRules,
-    /// What becomes of rows that the run does not bring.
+    /// Treatment of rows that the run does not bring.
     pub absent: NotMatchedBySource,
     /// Bytes of memory that matching one table may take.
     pub match_memory: usize,
@@ -52,7 +53,7 @@ pub struct MergeSettings {
     pub layout: LayoutOptions,
     /// Setup of tables that are created.
     pub table: TableSettings,
-    /// When the run began.
+    /// Time at which the run began.
     pub began: Instant,
 }
 
@@ -66,7 +67,7 @@ pub type Mixed = Arc<dyn Fn(&ResourceType) -> Result<()> + Send + Sync>;
 pub struct Merge {
     /// Everything comes here.
     pub input: Receiver<MergeInput>,
-    /// What is staged.
+    /// Staged rows.
     pub staging: Staging,
     /// The books.
     pub ledger: Ledger,
@@ -78,7 +79,7 @@ pub struct Merge {
     pub mixed: Mixed,
     /// Counters.
     pub board: Counters,
-    /// Whether the run was stopped.
+    /// True if the run was stopped.
     pub stop: Cancellation,
 }
 
@@ -174,7 +175,7 @@ impl Merge {
         }
     }
 
-    /// Where it is time, asks encode for what it holds, and persists what is staged once that has come.
+    /// Asks encode for its rows where it is time, and persists what is staged once that has come.
     async fn write_down(&mut self, flush: &mut Option<Flush>) {
         match flush {
             None if self.staging.is_due() => {

@@ -1,6 +1,6 @@
 //! The stages: each is a plain value with a `run` method. They never import each other: they meet in `messages`.
 //!
-//! What a stage is called, what it receives, how many workers it has and which share of `memory` it gets stands with the
+//! Name, input, workers and share of `memory` of a stage it gets stands with the
 //! stage, once: in its [`StageSpec`]. `topology` has the list of stages.
 
 pub mod attach;
@@ -35,7 +35,7 @@ use bulk_data_client::Client;
 use delta_upsert::Tables;
 use flow::{Counters, Receiver, Sender, TaskGroup};
 
-/// How each stage works.
+/// Settings of each stage.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Stages {
@@ -43,7 +43,7 @@ pub struct Stages {
     pub download: DownloadSection,
     /// Bytes to resources.
     pub parse: ParseSection,
-    /// What resources link to.
+    /// Download of what resources link to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attachments: Option<AttachmentsSection>,
     /// Resources to columns and pages.
@@ -65,26 +65,26 @@ impl Stages {
     }
 }
 
-/// What a stage declares of itself. Spawning, the split of `memory`, `explain`, the status page, metrics and the diagrams
+/// Declaration of a stage. Spawning, the split of `memory`, `explain`, the status page, metrics and the diagrams
 /// follow from it.
 #[derive(Debug)]
 pub struct StageSpec {
     /// The name: of its workers, and of the edges from and to it.
     pub name: &'static str,
-    /// What it does, in lines of at most 16 letters for the diagram.
+    /// Its work, in lines of at most 16 letters for the diagram.
     pub summary: &'static [&'static str],
     /// The edge that it receives from; the source has none.
     pub input: Option<EdgeSpec>,
-    /// What it holds itself.
+    /// Bytes that it holds itself.
     pub shares: &'static [Share],
     /// The counter that shows its progress, and the unit of that.
     pub rate: Option<(&'static str, &'static str)>,
 }
 
-/// What an edge holds at most.
+/// Bound of an edge.
 #[derive(Debug)]
 pub struct EdgeSpec {
-    /// What crosses it, such as `chunks`.
+    /// Items that cross it, such as `chunks`.
     pub carries: &'static str,
     /// Items.
     pub items: usize,
@@ -92,7 +92,7 @@ pub struct EdgeSpec {
     pub bytes: EdgeBytes,
 }
 
-/// How many bytes an edge holds.
+/// Bytes that an edge holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EdgeBytes {
     /// A number, beside `memory`.
@@ -116,7 +116,7 @@ impl EdgeBytes {
 /// A share of `memory` that a stage holds itself.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Share {
-    /// What it is for.
+    /// Its purpose.
     pub name: &'static str,
     /// Percent of `memory`.
     pub percent: u64,
@@ -154,11 +154,11 @@ impl Memory {
 
 /// A stage between the source and merge.
 pub trait Stage {
-    /// What it declares of itself.
+    /// Its declaration.
     const SPEC: &'static StageSpec;
-    /// What it receives.
+    /// Its input.
     type Input;
-    /// What it sends.
+    /// Its output.
     type Output;
     /// Returns the number of its workers; 0 where the pipeline does not have the stage.
     fn workers(stages: &Stages) -> usize;
@@ -166,7 +166,7 @@ pub trait Stage {
     fn spawn(run: &mut RunContext, input: Receiver<Self::Input>, output: Sender<Self::Output>) -> Result<()>;
 }
 
-/// What stages get of a run.
+/// A run as its stages see it.
 pub struct RunContext {
     /// The run's workers.
     pub tasks: TaskGroup,
@@ -180,7 +180,7 @@ pub struct RunContext {
     pub client: Option<Client>,
     /// The tables' folder.
     pub tables: Tables,
-    /// Where files are read from.
+    /// Origin of files.
     pub origin: Origin,
     /// Lines out of quarantine, which enter where downloaded chunks do.
     pub replayed: Option<Replayed>,
@@ -188,7 +188,7 @@ pub struct RunContext {
     pub layouts: Layouts,
     /// Merge's requests to encode.
     pub requests: FlushRequests,
-    /// Where bad lines go.
+    /// Destination of bad lines.
     pub bad_lines: BadLineSink,
     /// Elements that resources are cut down to: `id`, or `Patient.id`.
     pub elements: Arc<[String]>,

@@ -1,4 +1,4 @@
-//! What merge has to say at the end of a run.
+//! Merge's report at the end of a run.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use crate::messages::{LineId, ResourceType};
 /// Why a type is not whole whose run was stopped.
 pub const STOPPED: &str = "stopped before all of it came";
 
-/// What happened to a type.
+/// Outcome of a type.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct TypeOutcome {
@@ -34,7 +34,7 @@ pub struct TypeOutcome {
     pub quarantined: u64,
     /// The table's version after the run.
     pub version: Option<u64>,
-    /// Whether the run committed to it.
+    /// True if the run committed to it.
     pub committed: bool,
     /// Bytes that the commit added.
     pub bytes_written: u64,
@@ -42,7 +42,7 @@ pub struct TypeOutcome {
     pub merge_seconds: f64,
     /// Seconds from the run's start to the end of the type's commit.
     pub seconds: f64,
-    /// Whether an export of the run was asked for it: others only strayed into its files.
+    /// True if an export of the run was asked for it: others only strayed into its files.
     #[serde(skip)]
     pub answered_for: bool,
     /// Why it failed.
@@ -54,7 +54,7 @@ pub struct TypeOutcome {
     /// Resources that came more than once, by the file of each copy that lost; empty where they are few.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub copies: BTreeMap<String, u64>,
-    /// What the layout could not hold, by path.
+    /// Unmapped values, by path.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[serde(rename = "not_held")]
     pub unmapped: BTreeMap<String, u64>,
@@ -94,22 +94,22 @@ impl TypeOutcome {
     }
 }
 
-/// What merge has to say at the end.
+/// Merge's report at the end.
 #[derive(Debug, Default)]
 pub struct MergeReport {
     /// By type.
     pub types: BTreeMap<String, TypeOutcome>,
-    /// How many exports the run had.
+    /// Number of exports of the run.
     pub exports: usize,
     /// Manifest counts that differ from what came: file, promised, came.
     pub count_findings: Vec<(String, u64, u64)>,
-    /// Whether every export said its last.
+    /// True if every export said its last.
     pub whole: bool,
     /// Bad lines that belong to no table.
     pub other_bad: u64,
     /// Files that could not be read to their end.
     pub files_failed: u64,
-    /// Whether the server says of each of those that it is gone for good.
+    /// True if the server says of each of those that it is gone for good.
     pub files_gone: bool,
     /// Lines out of quarantine that are in a table now, or that it has newer.
     pub replayed: Vec<LineId>,

@@ -32,13 +32,13 @@ const SPREADS: &str =
 
 /// One parse worker; any number share `chunks`.
 pub struct Parse {
-    /// Where chunks come from.
+    /// Source of chunks.
     pub chunks: Receiver<Chunk>,
-    /// Where rows go.
+    /// Destination of rows.
     pub rows: Sender<Rows>,
-    /// Where counts and deletions go.
+    /// Destination of counts and deletions.
     pub merge: Sender<MergeInput>,
-    /// Where bad lines go.
+    /// Destination of bad lines.
     pub bad_lines: BadLineSink,
     /// Longest line that is read.
     pub max_line: usize,
@@ -52,7 +52,7 @@ pub struct Parse {
     pub board: Counters,
 }
 
-/// What one line is.
+/// Kind of one line.
 enum Line {
     Row(ResourceType, RowKey),
     /// A resource that the server marks as deleted.
@@ -138,12 +138,12 @@ impl Parse {
     }
 }
 
-/// What a chunk holds.
+/// Content of a chunk.
 #[derive(Debug)]
 pub struct Parsed {
     /// Its resources.
     pub rows: Rows,
-    /// What became of its lines.
+    /// Counts of its lines.
     pub tally: ParsedChunk,
     /// Ids that are gone.
     pub deletions: Vec<Deletion>,
@@ -151,7 +151,7 @@ pub struct Parsed {
     pub outcomes: Vec<(Arc<str>, u64)>,
     /// Entries of deletion Bundles that are not a DELETE.
     pub not_deletions: u64,
-    /// Whether a line was kept: in quarantine, or among the server's messages.
+    /// True if a line was kept: in quarantine, or among the server's messages.
     pub is_kept: bool,
 }
 

@@ -20,17 +20,17 @@ pub struct Replayed {
 
 /// Reads the quarantine as if it were files of the export, the oldest of them.
 pub struct Replay {
-    /// What is read.
+    /// Input.
     pub replayed: Replayed,
-    /// Where they go.
+    /// Their destination.
     pub chunks: Sender<Chunk>,
-    /// Where facts go.
+    /// Destination of control events.
     pub merge: Sender<MergeInput>,
     /// Bytes of a chunk.
     pub chunk_bytes: usize,
 }
 
-/// What is gathered of a file.
+/// State of a file.
 #[derive(Default)]
 struct Open {
     bytes: Vec<u8>,

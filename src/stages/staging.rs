@@ -1,4 +1,4 @@
-//! What a run has staged, by type: files that are being written, files that are whole, deletions. And what of it is written
+//! Staged rows of a run, by type: files that are being written, files that are whole, deletions. And what of it is written
 //! down, so that a run that is killed or fails does not let the next one download it again.
 
 mod checkpoint;
@@ -67,10 +67,10 @@ impl TypeStage {
     }
 }
 
-/// Where and how often what is staged is persisted.
+/// Place and interval of checkpoints.
 #[derive(Debug, Clone)]
 pub struct CheckpointPolicy {
-    /// Where.
+    /// Place.
     pub folder: CheckpointStore,
     /// At least so often.
     pub every: Duration,
@@ -78,7 +78,7 @@ pub struct CheckpointPolicy {
     pub bytes: u64,
 }
 
-/// How staging is set.
+/// Settings of staging.
 #[derive(Debug, Clone)]
 pub struct StagingSettings {
     /// The run's id: names its files.
@@ -95,16 +95,16 @@ pub struct StagingSettings {
     pub scratch: PathBuf,
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
-    /// Whether a later run can resume what is staged.
+    /// True if a later run can resume what is staged.
     pub keep: Option<CheckpointPolicy>,
 }
 
-/// What earlier runs staged.
+/// Rows that earlier runs staged.
 #[derive(Default)]
 pub struct Earlier {
-    /// What waits to be merged, and what was.
+    /// Rows that wait to be merged, and those that were.
     pub ours: Checkpoint,
-    /// What belongs to exports that this run does not resume.
+    /// Rows of exports that this run does not resume.
     pub others: Checkpoint,
 }
 
@@ -114,7 +114,7 @@ pub struct Staging {
     tables: Tables,
     opened: HashMap<ResourceType, Table>,
     types: BTreeMap<ResourceType, TypeStage>,
-    /// What earlier runs staged, and is not yet resumed.
+    /// Rows that earlier runs staged, and that are not yet resumed.
     again: Checkpoint,
     others: Checkpoint,
     /// Files that this run has merged.
@@ -133,7 +133,7 @@ pub struct Staging {
     /// Since when there is something that this list does not have, and the bytes of it.
     news_since: Option<Instant>,
     bytes_since: u64,
-    /// What encode still gathered when it was last written.
+    /// Rows that encode still gathered when it was last written.
     behind: Vec<(ResourceType, u64)>,
 }
 
@@ -304,7 +304,7 @@ impl Staging {
                 table.discard_staged([file.path.as_str()]).await;
                 continue;
             }
-            let (keys, held, noted) = (keep.folder.keys_of(name, &file.path), held.clone(), file.clone());
+            let (keys, held, noted) = (keep.folder.keys_of(name, &file.path)?, held.clone(), file.clone());
             let read = compute(tracing::Span::current(), async move { StagedFile::again(noted, &keys, &held) });
             match read.await? {
                 Ok(file) => {
@@ -356,7 +356,7 @@ impl Staging {
     }
 }
 
-/// What the columns of a type's table are, as a text that is the same for the same.
+/// Returns the columns of a type's table, as a text that is the same for the same.
 pub fn columns_of(name: &ResourceType, options: &LayoutOptions, table: &Table) -> Result<String> {
     let schema = arrow_schema(&layout_for(name, options, table.schema()?.as_ref())?);
     Ok(format!("{:032x}", twox_hash::XxHash3_128::oneshot(format!("{:?}", schema.fields()).as_bytes())))

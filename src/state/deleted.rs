@@ -2,15 +2,15 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::backend::{Backend, LogFile};
 use super::quarantine::{QuarantinedLine, lines, remove};
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{Deletion, LineId};
-use foundation::secure_fs::{private_append, private_dir, write_atomically};
 
 /// An entry of the list.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -29,40 +29,33 @@ struct Entry {
     what: What,
 }
 
-fn file_of(quarantine: &Path) -> PathBuf {
-    quarantine.join("deleted.log")
-}
+/// The list's file.
+pub(super) const NAME: &str = "quarantine/deleted.log";
 
-/// Opens the list of a quarantine for appending.
-pub(super) fn open(quarantine: &Path) -> Result<File> {
-    private_dir(quarantine)?;
-    private_append(&file_of(quarantine))
-}
-
-fn put(list: &mut File, run: &str, entries: impl Iterator<Item = What>) -> Result<()> {
+fn put(list: &mut LogFile, run: &str, entries: impl Iterator<Item = What>) -> Result<()> {
     let mut bytes = Vec::new();
     for what in entries {
         let entry = Entry { run: run.to_owned(), what };
         serde_json::to_writer(&mut bytes, &entry).context(ErrorKind::Internal, "an id that was deleted")?;
         bytes.push(b'\n');
     }
-    list.write_all(&bytes).context(ErrorKind::State, "the quarantine cannot be written")
+    list.append(&bytes)
 }
 
 /// Adds what a run deletes.
-pub(super) fn append(list: &mut File, run: &str, ids: &[Deletion]) -> Result<()> {
+pub(super) fn append(list: &mut LogFile, run: &str, ids: &[Deletion]) -> Result<()> {
     put(list, run, ids.iter().map(|gone| What::Deleted(gone.resource_type.to_string(), gone.id.to_string())))
 }
 
 /// Adds that a line came again: deletions before this run do not concern it.
-pub(super) fn seen_again(list: &mut File, run: &str, line: LineId) -> Result<()> {
+pub(super) fn seen_again(list: &mut LogFile, run: &str, line: LineId) -> Result<()> {
     put(list, run, std::iter::once(What::Seen(line.to_string())))
 }
 
-/// Takes the lines out whose resource was deleted by a later run than the last that brought them; how many. Lines that
+/// Removes the lines whose resource was deleted by a later run than the last that brought them; how many. Lines that
 /// are no JSON stay, since nobody knows whose they are; and with them what the list says since the oldest of them.
-pub(super) fn remove_superseded(quarantine: &Path) -> Result<u64> {
-    let path = file_of(quarantine);
+pub(super) fn remove_superseded(backend: &Arc<dyn Backend>) -> Result<u64> {
+    let path = backend.local(NAME)?;
     let unreadable = "the quarantine cannot be read";
     let list = match File::open(&path) {
         Ok(list) => BufReader::new(list),
@@ -70,7 +63,7 @@ pub(super) fn remove_superseded(quarantine: &Path) -> Result<u64> {
         Err(error) => return Err(error).context(ErrorKind::State, unreadable),
     };
     let mut oldest: Option<String> = None;
-    for line in lines(quarantine) {
+    for line in lines(backend) {
         let (run, line) = line?;
         if line.can_be_tried() && oldest.as_ref().is_none_or(|oldest| run < *oldest) {
             oldest = Some(run);
@@ -89,7 +82,7 @@ pub(super) fn remove_superseded(quarantine: &Path) -> Result<u64> {
         }
     }
     let mut superseded = HashSet::new();
-    for line in lines(quarantine) {
+    for line in lines(backend) {
         let (run, line) = line?;
         let seen = last.get(&What::Seen(line.id().to_string())).filter(|seen| **seen > run).unwrap_or(&run);
         if let Some(deleted) = resource_of(&line).and_then(|resource| last.get(&resource))
@@ -98,10 +91,10 @@ pub(super) fn remove_superseded(quarantine: &Path) -> Result<u64> {
             superseded.insert(line.id());
         }
     }
-    let removed = remove(quarantine, &superseded)?;
+    let removed = remove(backend, &superseded)?;
     let failed = "the quarantine cannot be written";
-    if oldest.is_none() || lines(quarantine).next().is_none() {
-        std::fs::remove_file(&path).context(ErrorKind::State, failed)?;
+    if oldest.is_none() || lines(backend).next().is_none() {
+        backend.remove(&[NAME.to_owned()])?;
         return Ok(removed);
     }
     // Each once, so that a line that nobody can read does not let the list grow with every run.
@@ -110,7 +103,7 @@ pub(super) fn remove_superseded(quarantine: &Path) -> Result<u64> {
         serde_json::to_writer(&mut bytes, &Entry { run, what }).context(ErrorKind::Internal, failed)?;
         bytes.push(b'\n');
     }
-    write_atomically(&path, &bytes)?;
+    backend.rewrite(NAME, &bytes)?;
     Ok(removed)
 }
 

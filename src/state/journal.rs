@@ -1,15 +1,12 @@
 //! The run in flight, one JSON object a line, each durable before the next step is taken.
 
-use std::io::Write;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::backend::Backend;
 use crate::error::{Context, ErrorKind, Result};
-use crate::mirror::{Mirror, push};
 use foundation::fault_points::reached;
-use foundation::secure_fs::private_append;
 
 /// A step of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,40 +29,37 @@ pub enum JournalEntry {
 /// The journal's file.
 #[derive(Debug, Clone)]
 pub struct Journal {
-    path: PathBuf,
-    mirror: Option<Arc<Mirror>>,
+    backend: Arc<dyn Backend>,
 }
 
+const NAME: &str = "journal.ndjson";
+
 impl Journal {
-    pub(super) fn at(path: PathBuf, mirror: Option<Arc<Mirror>>) -> Self {
-        Self { path, mirror }
+    pub(super) fn of(backend: Arc<dyn Backend>) -> Self {
+        Self { backend }
     }
 
-    fn keep(&self) -> Result<()> {
-        push(self.mirror.as_ref())
-    }
-
-    /// Appends a step and makes it durable.
-    pub fn write(&self, entry: &JournalEntry) -> Result<()> {
-        let mut line = serde_json::to_vec(entry).context(ErrorKind::Internal, "a journal entry")?;
-        line.push(b'\n');
+    /// Adds a step and makes it durable. Steps of runs that ended are forgotten.
+    pub fn write(&self, entry: JournalEntry) -> Result<()> {
+        let mut steps = self.unfinished()?;
+        steps.push(entry);
+        let mut text = Vec::new();
+        for step in &steps {
+            serde_json::to_writer(&mut text, step).context(ErrorKind::Internal, "a journal entry")?;
+            text.push(b'\n');
+        }
         reached("before the journal");
-        let mut file = private_append(&self.path)?;
-        file.write_all(&line).context(ErrorKind::State, "the journal cannot be written")?;
-        file.sync_data().context(ErrorKind::State, "the journal cannot be synced")?;
+        self.backend.replace(NAME, &text)?;
         reached("the journal is written");
-        self.keep()
+        Ok(())
     }
 
-    /// The steps of the run that was in flight when its process ended; nothing where the last run ended itself.
+    /// Returns the steps of the run that was in flight when its process ended; nothing where the last run ended itself.
     /// A last line that the process did not finish writing is passed over.
     pub fn unfinished(&self) -> Result<Vec<JournalEntry>> {
-        let text = match std::fs::read_to_string(&self.path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error).context(ErrorKind::State, "the journal cannot be read"),
-        };
-        let steps: Vec<JournalEntry> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let text = self.backend.read(NAME)?.unwrap_or_default();
+        let lines = text.split(|byte| *byte == b'\n');
+        let steps: Vec<JournalEntry> = lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
         // Runs that ended, well or not, are behind their own word.
         let after = steps.iter().rposition(|step| matches!(step, JournalEntry::Ended { .. })).map_or(0, |at| at + 1);
         Ok(steps.into_iter().skip(after).collect())
@@ -73,37 +67,38 @@ impl Journal {
 
     /// Forgets the steps of runs that are over.
     pub fn clear(&self) -> Result<()> {
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).context(ErrorKind::State, "the journal cannot be cleared")
-            }
-            _ => {
-                reached("the journal is cleared");
-                self.keep()
-            }
-        }
+        self.backend.remove(&[NAME.to_owned()])?;
+        reached("the journal is cleared");
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use super::super::StateStore;
     use super::*;
 
     #[test]
     fn a_run_that_was_killed_is_remembered_and_one_that_ended_is_not() {
         let folder = tempfile::tempdir().unwrap();
-        let journal = Journal::at(folder.path().join("journal.ndjson"), None);
+        let journal = StateStore::local(folder.path(), None).journal();
         assert!(journal.unfinished().unwrap().is_empty());
         let began = JournalEntry::Began { run: "r1".into(), types: vec!["Patient".into()] };
-        journal.write(&began).unwrap();
-        std::fs::OpenOptions::new().append(true).open(&journal.path).unwrap().write_all(b"{\"step\":\"acc").unwrap();
-        assert_eq!(journal.unfinished().unwrap(), [began]);
+        journal.write(began.clone()).unwrap();
+        std::fs::OpenOptions::new().append(true).open(folder.path().join(NAME)).unwrap().write_all(b"{\"step\":\"acc").unwrap();
+        assert_eq!(journal.unfinished().unwrap(), std::slice::from_ref(&began));
+        // What follows a line that was cut is not lost with it.
+        let next = JournalEntry::Began { run: "r1b".into(), types: vec![] };
+        journal.write(next.clone()).unwrap();
+        assert_eq!(journal.unfinished().unwrap(), [began, next]);
         journal.clear().unwrap();
-        journal.write(&JournalEntry::Ended { run: "r1".into() }).unwrap();
+        journal.write(JournalEntry::Ended { run: "r1".into() }).unwrap();
         assert!(journal.unfinished().unwrap().is_empty());
         // A run that failed stays in the journal; the killed one is the one after it.
         let second = JournalEntry::Began { run: "r2".into(), types: vec![] };
-        journal.write(&second).unwrap();
+        journal.write(second.clone()).unwrap();
         assert_eq!(journal.unfinished().unwrap(), [second]);
     }
 }

@@ -1,40 +1,42 @@
-//! Keeps two runs off one pipeline.
+//! The lease, which keeps two runs off one pipeline.
 //!
-//! For a local folder the operating system's file lock does it: it goes with the process, however that
-//! ends, so there is no heartbeat to miss and no stale lock to break. For one in an object store a [`crate::mirror`] does.
+//! In a folder it is a file lock of the operating system: it goes with the process, however that ends, so there is no heartbeat
+//! to miss and no stale lock to break. In an object store it is an object with an owner and an expiry.
 
+use std::fmt::Debug;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::mirror::MirrorLock;
 
-/// The lock; released when dropped or when the process ends.
+/// A lease; released when dropped or, in a folder, when the process ends.
 #[derive(Debug)]
-pub struct Lock {
-    _held: Held,
+pub struct Lease {
+    _held: Box<dyn Debug + Send + Sync>,
 }
 
-#[derive(Debug)]
-enum Held {
-    File { _file: File },
-    Remote { _lock: MirrorLock },
+impl Lease {
+    /// One that dropping `held` releases.
+    pub(super) fn new(held: impl Debug + Send + Sync + 'static) -> Self {
+        Self { _held: Box::new(held) }
+    }
 }
 
-/// Who takes a lock, for those who find it taken.
+/// A lock on a file.
+#[derive(Debug)]
+pub(super) struct FileLock {
+    _file: File,
+}
+
+/// Returns who this process is, for those who find the lease taken.
 pub(super) fn owner() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = if host.trim().is_empty() { String::new() } else { format!(" on {}", host.trim()) };
     format!("process {}{host}, since {}", std::process::id(), chrono::Utc::now().format("%Y-%m-%dT%H:%M:%SZ"))
 }
 
-impl Lock {
-    /// One in an object store.
-    pub(super) fn remote(lock: MirrorLock) -> Self {
-        Self { _held: Held::Remote { _lock: lock } }
-    }
-
+impl FileLock {
     pub(super) fn holder(path: &Path) -> Option<String> {
         let mut file = File::open(path).ok()?;
         match file.try_lock_shared() {
@@ -48,7 +50,7 @@ impl Lock {
         }
     }
 
-    pub(super) fn take(path: &Path) -> Result<Self> {
+    pub(super) fn take(path: &Path, owner: &str) -> Result<Self> {
         let failed = || format!("{} cannot be locked", path.display());
         let mut options = std::fs::OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
@@ -76,11 +78,11 @@ impl Lock {
             }
             Err(std::fs::TryLockError::Error(error)) => return Err(error).context(ErrorKind::State, failed()),
         }
-        let owner = format!("{}\n", owner());
+        let owner = format!("{owner}\n");
         file.set_len(0).context(ErrorKind::State, failed())?;
         file.rewind().context(ErrorKind::State, failed())?;
         file.write_all(owner.as_bytes()).context(ErrorKind::State, failed())?;
-        Ok(Self { _held: Held::File { _file: file } })
+        Ok(Self { _file: file })
     }
 }
 
@@ -93,13 +95,13 @@ mod tests {
     fn one_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lock");
-        assert_eq!(Lock::holder(&path), None);
-        let first = Lock::take(&path).unwrap();
-        assert!(Lock::holder(&path).unwrap().contains("process"));
-        let error = Lock::take(&path).unwrap_err();
+        assert_eq!(FileLock::holder(&path), None);
+        let first = FileLock::take(&path, &owner()).unwrap();
+        assert!(FileLock::holder(&path).unwrap().contains("process"));
+        let error = FileLock::take(&path, &owner()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Locked);
         assert!(error.to_string().contains("process"), "{error}");
         drop(first);
-        Lock::take(&path).unwrap();
+        FileLock::take(&path, &owner()).unwrap();
     }
 }

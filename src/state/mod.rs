@@ -1,125 +1,203 @@
-//! What a pipeline remembers between runs: the lock, `state.json`, the run in flight, reports, quarantine.
-//! All but the quarantine can be rebuilt from the tables.
+//! The state of a pipeline between runs: typed, versioned documents, the lease, the journal, reports and quarantine.
+//!
+//! [`StateStore`] is the same for a folder of this machine (write, fsync, rename) and for an object store (conditional puts).
+//! All but the quarantine and the export jobs can be rebuilt from the tables.
+//!
+//! ```text
+//! state.json                 last_sync_time, as the Python sync script has it; watermarks     StateFile
+//! exports.json               export jobs in flight, rate limits, rejected types               jobs::ExportJobs
+//! staged/index.json, *.keys  what is staged and not yet merged                                jobs::checkpoint
+//! schedule.json              when each schedule last had its run                              ScheduleTimes
+//! journal.ndjson             the run in flight                                                Journal
+//! runs/RUN.json              reports                     export-logs/, server-messages/, quarantine/RUN.ndjson
+//! lock                       the lease
+//! ```
 
+mod backend;
 mod deleted;
+mod document;
 mod journal;
-mod lock;
+mod lease;
+mod local;
+mod object_lease;
+mod object_store;
 mod quarantine;
 mod server_messages;
-mod watermark;
+mod state_file;
 
+pub use document::{Document, OnDamage};
 pub use journal::{Journal, JournalEntry};
-pub use lock::Lock;
+pub use lease::Lease;
 pub use quarantine::{Quarantine, QuarantinedLine};
-pub use watermark::StateFile;
+pub use state_file::StateFile;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, ErrorKind, Result};
-use crate::jobs::ExportJobs;
-use crate::jobs::checkpoint::CheckpointStore;
+use self::backend::{Backend, LogFile};
+use self::local::LocalFolder;
+use self::object_store::ObjectFolder;
+use crate::error::{Context, ErrorKind, Result};
 use crate::messages::{LineId, ReplayedLines, ResourceType};
-use crate::mirror::{Mirror, push};
-use foundation::secure_fs::{private_dir, write_atomically};
 
-/// The folder of a pipeline's state.
+/// The file of [`StateFile`].
+const STATE_FILE: &str = "state.json";
+/// The file of the lease.
+const LOCK: &str = "lock";
+/// The folder for what does not fit into memory, which goes with the run.
+const SCRATCH: &str = "scratch";
+/// The folder of reports.
+const REPORTS: &str = "runs";
+/// Folders of which the files of the newest runs stay.
+const BY_RUN: [&str; 3] = [REPORTS, "export-logs", "server-messages"];
+/// Number of runs.
+const RUNS_KEPT: usize = 100;
+
+/// The state of a pipeline.
 #[derive(Debug, Clone)]
-pub struct StateFolder {
-    folder: PathBuf,
-    state_file: PathBuf,
-    /// Where it is in an object store, and the folder this process's copy.
-    mirror: Option<Arc<Mirror>>,
+pub struct StateStore {
+    backend: Arc<dyn Backend>,
 }
 
-impl StateFolder {
-    /// State in `folder`, or with `state_file` for its `state.json`. Makes nothing.
-    pub fn at(folder: &Path, state_file: Option<&Path>) -> Self {
-        let state_file = state_file.map_or_else(|| folder.join("state.json"), Path::to_path_buf);
-        Self { folder: folder.to_path_buf(), state_file, mirror: None }
+/// Time at which each schedule last had its run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ScheduleTimes {
+    /// Times, by the schedule's text.
+    #[serde(flatten)]
+    pub times: BTreeMap<String, DateTime<Utc>>,
+    /// Written by [`Document`].
+    #[serde(default, skip_serializing, rename = "version")]
+    _version: IgnoredAny,
+}
+
+impl FromIterator<(String, DateTime<Utc>)> for ScheduleTimes {
+    fn from_iter<T: IntoIterator<Item = (String, DateTime<Utc>)>>(times: T) -> Self {
+        Self { times: times.into_iter().collect(), _version: IgnoredAny }
+    }
+}
+
+impl Document for ScheduleTimes {
+    const NAME: &'static str = "schedule.json";
+    // No reason never to run again.
+    const ON_DAMAGE: OnDamage = OnDamage::Rebuild("the schedule's times are not readable; counting from now");
+}
+
+impl StateStore {
+    /// Returns the state in `folder`, or with `state_file` for its `state.json`. Creates nothing.
+    pub fn local(folder: &Path, state_file: Option<&Path>) -> Self {
+        Self { backend: Arc::new(LocalFolder::new(folder, state_file)) }
     }
 
-    /// State in an object store.
-    pub fn mirrored(mirror: Arc<Mirror>) -> Self {
-        Self { mirror: Some(mirror.clone()), ..Self::at(mirror.path(), None) }
+    /// Returns the state at `url` of an object store that `open` connects to. A lease there expires after `expiry`.
+    pub fn object(
+        url: &str,
+        expiry: Duration,
+        open: impl FnOnce() -> Result<Arc<dyn ::object_store::ObjectStore>>,
+    ) -> Result<Self> {
+        Ok(Self { backend: ObjectFolder::open(url, expiry, open)? })
     }
 
-    /// Makes the folder where it is not there, for its user only.
-    pub fn make(&self) -> Result<()> {
-        private_dir(&self.folder).map_err(|error| Error::new(ErrorKind::State, error.to_string()))
+    /// Creates its folder where it is missing, readable by the owner only.
+    pub fn create(&self) -> Result<()> {
+        self.backend.create()
     }
 
-    /// Makes what changed durable, wherever the state is.
-    fn keep(&self) -> Result<()> {
-        push(self.mirror.as_ref())
+    /// Returns its folder, where it is one of this machine.
+    pub fn folder(&self) -> Option<&Path> {
+        self.backend.folder()
     }
 
-    /// Fails once a lock in an object store that this process took is not its own any more.
+    /// Returns true if the folder of its `state.json` does not exist.
+    pub fn is_missing(&self) -> bool {
+        self.backend.is_missing()
+    }
+
+    /// Returns where it is, for messages.
+    pub fn location(&self) -> String {
+        self.backend.location("")
+    }
+
+    /// Reads a document; an empty one where it does not exist.
+    pub fn read<D: Document + Default>(&self) -> Result<D> {
+        self.read_if_exists().map(Option::unwrap_or_default)
+    }
+
+    /// Reads a document; `None` where it does not exist.
+    pub fn read_if_exists<D: Document>(&self) -> Result<Option<D>> {
+        match self.backend.read(D::NAME)? {
+            Some(text) => document::decode(&text, &self.backend.location(D::NAME)),
+            None => Ok(None),
+        }
+    }
+
+    /// Replaces a document; durable when it returns.
+    pub fn write<D: Document>(&self, document: &D) -> Result<()> {
+        self.backend.replace(D::NAME, &document::encode(document)?)
+    }
+
+    /// Changes a document; durable when it returns. What is not changed is not written.
+    pub fn change<D: Document + Default + Clone + PartialEq>(&self, change: impl FnOnce(&mut D)) -> Result<()> {
+        let before: D = self.read()?;
+        let mut after = before.clone();
+        change(&mut after);
+        if after == before { Ok(()) } else { self.write(&after) }
+    }
+
+    /// Removes a document.
+    pub fn remove<D: Document>(&self) -> Result<()> {
+        self.backend.remove(&[D::NAME.to_owned()])
+    }
+
+    /// Returns the names of files below a folder of the state.
+    pub(crate) fn list(&self, folder: &str) -> Result<Vec<String>> {
+        self.backend.list(folder)
+    }
+
+    /// Removes files by their names.
+    pub(crate) fn remove_files(&self, names: &[String]) -> Result<()> {
+        self.backend.remove(names)
+    }
+
+    /// Removes a folder of the state with all that is below it.
+    pub(crate) fn remove_folder(&self, folder: &str) -> Result<()> {
+        self.backend.remove_folder(folder)
+    }
+
+    /// Returns a local file with the content of `name`; a new one is durable once it is synced and published.
+    pub(crate) fn local_file(&self, name: &str) -> Result<PathBuf> {
+        self.backend.local(name)
+    }
+
+    /// Makes a local file durable, wherever the state is.
+    pub(crate) fn publish(&self, name: &str) -> Result<()> {
+        self.backend.publish(name)
+    }
+
+    /// Takes the lease, or says who holds it.
+    pub fn acquire_lease(&self) -> Result<Lease> {
+        self.backend.clone().acquire(&lease::owner())
+    }
+
+    /// Returns who holds the lease, if anybody does. Changes nothing.
+    pub fn lease_holder(&self) -> Option<String> {
+        self.backend.holder()
+    }
+
+    /// Returns a check that fails once this process took the lease and lost it.
     pub fn guard(&self) -> Arc<dyn Fn() -> Result<()> + Send + Sync> {
-        let mirror = self.mirror.clone();
-        Arc::new(move || mirror.as_ref().map_or(Ok(()), |mirror| mirror.check()))
+        let backend = self.backend.clone();
+        Arc::new(move || backend.check())
     }
 
-    /// A file or folder of it, as everybody else finds it.
-    pub fn place(&self, path: &Path) -> String {
-        self.mirror.as_ref().map_or_else(|| path.display().to_string(), |mirror| mirror.place(path))
-    }
-
-    /// Where quarantined lines of a run are, for messages; those of earlier runs where it has none.
-    pub fn quarantine_place(&self, run: &str) -> String {
-        let of_run = self.quarantine_folder().join(format!("{run}.ndjson"));
-        self.place(if of_run.exists() { &of_run } else { of_run.parent().unwrap_or(&of_run) })
-    }
-
-    /// Where a run's report is, for messages.
-    pub fn report_place(&self, run: &str) -> String {
-        self.place(&self.folder.join("runs").join(format!("{run}.json")))
-    }
-
-    /// The folder, for messages.
-    pub fn path(&self) -> &Path {
-        &self.folder
-    }
-
-    /// What `state.json` says.
-    pub fn remembered(&self) -> Result<StateFile> {
-        StateFile::read(&self.state_file)
-    }
-
-    /// Replaces what `state.json` says, durably.
-    pub fn remember(&self, remembered: &StateFile) -> Result<()> {
-        remembered.write(&self.state_file)?;
-        self.keep()
-    }
-
-    /// The state file.
-    pub fn state_file(&self) -> &Path {
-        &self.state_file
-    }
-
-    /// Takes the lock, or says who holds it.
-    pub fn lock(&self) -> Result<Lock> {
-        self.make()?;
-        match &self.mirror {
-            Some(mirror) => Ok(Lock::remote(mirror.lock(&lock::owner())?)),
-            None => Lock::take(&self.folder.join("lock")),
-        }
-    }
-
-    /// Who holds the lock, if anybody does. Changes nothing.
-    pub fn lock_holder(&self) -> Option<String> {
-        match &self.mirror {
-            Some(mirror) => mirror.lock_holder(),
-            None => Lock::holder(&self.folder.join("lock")),
-        }
-    }
-
-    /// Folder for what does not fit into memory. It holds patient data, and goes with the next run at the latest.
+    /// Returns a local folder for what does not fit into memory. It holds patient data, and goes with the next run at the latest.
     pub fn scratch(&self) -> PathBuf {
-        self.folder.join("scratch")
+        self.backend.scratch()
     }
 
     /// Removes what a killed process left there.
@@ -132,163 +210,139 @@ impl StateFolder {
         }
     }
 
-    /// The journal of the run in flight.
+    /// Returns the journal of the run in flight.
     pub fn journal(&self) -> Journal {
-        Journal::at(self.folder.join("journal.ndjson"), self.mirror.clone())
+        Journal::of(self.backend.clone())
     }
 
-    /// What runs have staged and no table has yet.
-    pub fn staged(&self) -> CheckpointStore {
-        CheckpointStore::at(self.folder.join("staged"), self.mirror.clone())
-    }
-
-    /// Exports in flight, and when the server may be asked again.
-    pub fn exports(&self) -> Result<ExportJobs> {
-        ExportJobs::read(&self.folder.join("exports.json"))
-    }
-
-    /// Changes what is remembered of exports, durably.
-    pub fn change_exports(&self, change: impl FnOnce(&mut ExportJobs)) -> Result<()> {
-        let mut exports = self.exports()?;
-        let before = exports.clone();
-        change(&mut exports);
-        if exports == before {
-            return Ok(());
-        }
-        private_dir(&self.folder)?;
-        exports.write(&self.folder.join("exports.json"))?;
-        self.keep()
-    }
-
-    /// Where the run's bad lines go.
+    /// Creates the quarantine of a run, where its bad lines go.
     pub fn quarantine(&self, run: &str) -> Result<Quarantine> {
-        let messages = numbered(&self.folder.join("server-messages"), run);
-        Quarantine::of_run(self.quarantine_folder().join(format!("{run}.ndjson")), messages, self.mirror.clone())
+        Quarantine::of_run(&self.backend, run)
     }
 
-    /// Where the words are that the server said of its own export in a run, for messages; `None` where it said none.
-    pub fn server_messages_place(&self, run: &str) -> Option<String> {
-        let path = self.folder.join("server-messages").join(format!("{run}.ndjson"));
-        path.exists().then(|| self.place(&path))
+    /// Returns where quarantined lines of a run are, for messages; those of earlier runs where it has none.
+    pub fn quarantine_location(&self, run: &str) -> String {
+        let of_run = quarantine::file_of(run);
+        let exists = self.backend.local(&of_run).is_ok_and(|file| file.exists());
+        self.backend.location(if exists { &of_run } else { quarantine::FOLDER })
     }
 
-    /// All lines in quarantine, with the run that each came in.
+    /// Returns all lines in quarantine, with the run that each came in.
     pub fn quarantined(&self) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
-        quarantine::lines(&self.quarantine_folder())
+        quarantine::lines(&self.backend)
     }
 
-    /// How many lines a run can retry, by the type that their file declared.
-    pub fn to_be_tried(&self) -> Result<BTreeMap<Option<ResourceType>, u64>> {
-        quarantine::to_be_tried(&self.quarantine_folder())
+    /// Returns how many lines a run can retry, by the type that their file declared.
+    pub fn retryable(&self) -> Result<BTreeMap<Option<ResourceType>, u64>> {
+        quarantine::retryable(&self.backend)
     }
 
-    /// Takes the lines out whose resource was deleted since they came; how many.
-    pub fn remove_superseded(&self) -> Result<u64> {
-        let removed = deleted::remove_superseded(&self.quarantine_folder())?;
-        self.keep().map(|()| removed)
-    }
-
-    /// Those lines.
+    /// Returns those lines.
     pub fn replayed_lines(&self) -> ReplayedLines {
-        quarantine::kept(&self.quarantine_folder())
+        quarantine::replayed(&self.backend)
     }
 
-    /// Takes lines out of quarantine; how many.
-    pub fn remove_quarantined(&self, gone: &HashSet<LineId>) -> Result<u64> {
-        let removed = quarantine::remove(&self.quarantine_folder(), gone)?;
-        self.keep().map(|()| removed)
+    /// Removes the lines whose resource was deleted since they came; how many.
+    pub fn remove_superseded(&self) -> Result<u64> {
+        deleted::remove_superseded(&self.backend)
     }
 
-    /// Takes the lines out that earlier runs than `run` kept of some types; how many.
+    /// Removes lines from quarantine; how many.
+    pub fn remove_quarantined(&self, lines: &HashSet<LineId>) -> Result<u64> {
+        quarantine::remove(&self.backend, lines)
+    }
+
+    /// Removes the lines of some types that earlier runs than `run` quarantined; how many.
     pub fn remove_quarantined_of(&self, run: &str, of_type: impl Fn(&str) -> bool) -> Result<u64> {
-        let mut gone = HashSet::new();
+        let mut lines = HashSet::new();
         for line in self.quarantined() {
             let (since, line) = line?;
             if *since < *run && line.can_be_tried() && line.resource_type.as_deref().is_some_and(&of_type) {
-                gone.insert(line.id());
+                lines.insert(line.id());
             }
         }
-        self.remove_quarantined(&gone)
+        self.remove_quarantined(&lines)
     }
 
-    /// The quarantined lines that some ids, or their beginnings, name.
+    /// Returns the quarantined lines that some ids, or their beginnings, name.
     pub fn find_quarantined(&self, ids: &[String]) -> Result<HashSet<LineId>> {
-        quarantine::find(&self.quarantine_folder(), ids)
+        quarantine::find(&self.backend, ids)
     }
 
-    /// Where the export log of a run goes; the newest hundred stay.
-    pub fn export_log(&self, run: &str) -> PathBuf {
-        numbered(&self.folder.join("export-logs"), run)
+    /// Returns where the server's messages about its export of a run are, for messages; `None` where it sent none.
+    pub fn server_messages_location(&self, run: &str) -> Option<String> {
+        let name = server_messages::file_of(run);
+        let exists = self.backend.local(&name).is_ok_and(|file| file.exists());
+        exists.then(|| self.backend.location(&name))
     }
 
-    fn quarantine_folder(&self) -> PathBuf {
-        self.folder.join("quarantine")
+    /// Opens the export log of a run.
+    pub(crate) fn export_log(&self, run: &str) -> Result<ExportLogFile> {
+        LogFile::open(&self.backend, &format!("export-logs/{run}.ndjson")).map(ExportLogFile)
     }
 
-    /// Persists a run's report; the newest hundred stay.
-    pub fn save_report(&self, run: &str, report: &impl serde::Serialize) -> Result<()> {
-        let report = serde_json::to_value(report).context(ErrorKind::Internal, "the report")?;
-        let folder = self.folder.join("runs");
-        private_dir(&folder)?;
-        write_atomically(&folder.join(format!("{run}.json")), format!("{report:#}\n").as_bytes())?;
-        let mut runs = reports(&folder);
-        runs.sort();
-        for old in runs.iter().rev().skip(100) {
-            // A report that cannot be removed is only clutter.
-            let _ = std::fs::remove_file(old);
+    /// Returns where a run's report is, for messages.
+    pub fn report_location(&self, run: &str) -> String {
+        self.backend.location(&report_of(run))
+    }
+
+    /// Persists a run's report, a document of its own in the folder [`Document::NAME`]. Reports and logs of the newest hundred
+    /// runs stay.
+    pub fn save_report<R: Document>(&self, run: &str, report: &R) -> Result<()> {
+        self.backend.replace(&report_of(run), &document::encode(report)?)?;
+        let mut names = self.backend.list(REPORTS)?;
+        names.retain(|name| name.ends_with(".json"));
+        let Some(oldest) = names.len().checked_sub(RUNS_KEPT).and_then(|first| names.get(first)) else { return Ok(()) };
+        let oldest = run_of(oldest).to_owned();
+        let mut old = Vec::new();
+        for folder in BY_RUN {
+            old.extend(self.backend.list(folder)?.into_iter().filter(|name| *run_of(name) < *oldest));
         }
-        self.keep()
+        if let Err(error) = self.backend.remove(&old) {
+            tracing::warn!(%error, "reports of old runs could not be removed; the next run retries");
+        }
+        Ok(())
     }
 
-    /// Reports of the newest runs, the newest first. What cannot be read is left out.
-    pub fn reports<R: serde::de::DeserializeOwned>(&self, most: usize) -> Vec<R> {
-        let mut runs = reports(&self.folder.join("runs"));
-        runs.sort();
-        let newest = runs.iter().rev().take(most);
-        newest.filter_map(|path| serde_json::from_slice(&std::fs::read(path).ok()?).ok()).collect()
+    /// Returns the reports of the newest runs, the newest first. One that cannot be read is left out.
+    pub fn reports<R: Document>(&self) -> impl Iterator<Item = R> + use<R> {
+        let mut names = self.backend.list(REPORTS).unwrap_or_default();
+        names.retain(|name| name.ends_with(".json"));
+        let backend = self.backend.clone();
+        names.into_iter().rev().filter_map(move |name| {
+            let text = std::fs::read(backend.local(&name).ok()?).ok()?;
+            document::decode(&text, &backend.location(&name)).ok()?
+        })
     }
 
-    /// Whether a run has left a report.
+    /// Returns true if a run has left a report.
     pub fn has_report(&self, run: &str) -> bool {
-        self.folder.join("runs").join(format!("{run}.json")).exists()
-    }
-
-    /// When each schedule last had its run.
-    pub fn schedule_times(&self) -> Result<BTreeMap<String, DateTime<Utc>>> {
-        let path = self.folder.join("schedule.json");
-        match std::fs::read(&path) {
-            // No reason never to run again.
-            Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
-                tracing::warn!(%error, path = %path.display(), "the schedule's times are not readable; counting from now");
-                BTreeMap::new()
-            })),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-            Err(error) => Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
-        }
-    }
-
-    /// Remembers when each schedule last had its run.
-    pub fn set_schedule_times(&self, times: &BTreeMap<String, DateTime<Utc>>) -> Result<()> {
-        self.make()?;
-        let text = serde_json::to_vec_pretty(times).context(ErrorKind::Internal, "the schedule's times")?;
-        write_atomically(&self.folder.join("schedule.json"), &text)?;
-        self.keep()
+        self.backend.local(&report_of(run)).is_ok_and(|file| file.exists())
     }
 }
 
-/// A run's file of lines in a folder of which the newest hundred stay.
-fn numbered(folder: &Path, run: &str) -> PathBuf {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut files: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|ext| ext == "ndjson")).collect();
-    files.sort();
-    for old in files.iter().rev().skip(99) {
-        // One that cannot be removed is only clutter.
-        let _ = std::fs::remove_file(old);
+/// The export log of a run.
+#[derive(Debug)]
+pub(crate) struct ExportLogFile(LogFile);
+
+impl ExportLogFile {
+    /// Appends a line, which ends with a line feed.
+    pub(crate) fn append(&mut self, line: &[u8]) -> Result<()> {
+        self.0.append(line)
     }
-    folder.join(format!("{run}.ndjson"))
+
+    /// Makes it durable.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.0.sync()
+    }
 }
 
-fn reports(folder: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    entries.filter(|path| path.extension().is_some_and(|ext| ext == "json")).collect()
+fn report_of(run: &str) -> String {
+    format!("{REPORTS}/{run}.json")
+}
+
+/// The run that a file is named after.
+fn run_of(name: &str) -> &str {
+    let file = name.rsplit('/').next().unwrap_or(name);
+    file.split('.').next().unwrap_or(file)
 }

@@ -1,34 +1,35 @@
-//! The lock of a folder in an object store: an object that is taken, renewed and released by conditional puts, and judged by
+//! The lease of a state in an object store: an object that is taken, renewed and released by conditional puts, and judged by
 //! the store's own clock.
 
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
 use serde::{Deserialize, Serialize};
 
-use super::{CLOCK, LOCK, Mirror};
+use super::LOCK;
+use super::object_store::{CLOCK, ObjectFolder};
 use crate::error::{Context, Error, ErrorKind, Result};
-use flow::locked;
 
-/// What the lock's object says.
+/// Content of the lease's object.
 #[derive(Serialize, Deserialize)]
-struct LockText {
+struct LeaseText {
     owner: String,
     /// Its holder's own, since two processes may have the same words for themselves.
     token: String,
-    /// Given back by its holder.
+    /// Released by its holder.
     #[serde(default)]
     free: bool,
     /// Another with every put: some stores' entity tags are the content's hash.
     turn: String,
 }
 
-/// A lock that is held.
+/// A lease that this process took.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct HeldLease {
     version: tokio::sync::Mutex<UpdateVersion>,
     /// By both clocks: one stands still while a machine sleeps, the other may be set.
     renewed: Mutex<(Instant, SystemTime)>,
@@ -38,30 +39,31 @@ pub(super) struct Held {
     token: String,
 }
 
-impl Held {
+impl HeldLease {
     /// A holder that could not renew it in time must think it another's, whatever the store says.
     pub(super) fn is_ours(&self, expiry: Duration) -> bool {
-        let (steady, wall) = *locked(&self.renewed);
+        let (steady, wall) = *self.renewed.lock();
         let elapsed = steady.elapsed().max(wall.elapsed().unwrap_or_default());
         !self.lost.load(Ordering::Acquire) && elapsed < expiry.mul_f64(0.75)
     }
 }
 
-/// The lock of a [`Mirror`]; released when dropped.
+/// The lease of an [`ObjectFolder`]; released when dropped.
 #[derive(Debug)]
-pub struct MirrorLock {
-    mirror: Arc<Mirror>,
-    held: Arc<Held>,
+pub(super) struct ObjectLease {
+    folder: Arc<ObjectFolder>,
+    held: Arc<HeldLease>,
 }
 
 fn text_of(owner: &str, token: &str, free: bool) -> Vec<u8> {
     let (owner, token, turn) = (owner.to_owned(), token.to_owned(), uuid::Uuid::new_v4().to_string());
-    serde_json::to_vec(&LockText { owner, token, free, turn }).unwrap_or_default()
+    serde_json::to_vec(&LeaseText { owner, token, free, turn }).unwrap_or_default()
 }
 
-/// What the lock's object is now: what it says, its version, and how long ago by the store's own clock it was written.
-async fn look(store: &dyn ObjectStore) -> Result<Option<(LockText, UpdateVersion, Duration)>> {
-    let failed = "the lock";
+/// Returns what the lease's object says, its version, and how long ago by the store's own clock it was written. The age of one
+/// that was released is not asked for.
+async fn look(store: &dyn ObjectStore) -> Result<Option<(LeaseText, UpdateVersion, Duration)>> {
+    let failed = "the lease";
     let got = match store.get(&ObjectPath::from(LOCK)).await {
         Ok(got) => got,
         Err(object_store::Error::NotFound { .. }) => return Ok(None),
@@ -69,12 +71,16 @@ async fn look(store: &dyn ObjectStore) -> Result<Option<(LockText, UpdateVersion
     };
     let meta = got.meta.clone();
     let text = got.bytes().await.context(ErrorKind::State, failed)?;
-    let text = serde_json::from_slice(&text).unwrap_or_else(|_| LockText {
+    let text = serde_json::from_slice(&text).unwrap_or_else(|_| LeaseText {
         owner: "somebody".into(),
         token: String::new(),
         free: false,
         turn: String::new(),
     });
+    let version = UpdateVersion { e_tag: meta.e_tag, version: meta.version };
+    if text.free {
+        return Ok(Some((text, version, Duration::ZERO)));
+    }
     // Clocks of machines differ; a new object has the store's.
     let clock = ObjectPath::from(format!("{CLOCK}{}", uuid::Uuid::new_v4()));
     store.put(&clock, "now".into()).await.context(ErrorKind::State, failed)?;
@@ -82,20 +88,20 @@ async fn look(store: &dyn ObjectStore) -> Result<Option<(LockText, UpdateVersion
     // One that stays is only clutter.
     let _ = store.delete(&clock).await;
     let age = (now?.last_modified - meta.last_modified).to_std().unwrap_or_default();
-    Ok(Some((text, UpdateVersion { e_tag: meta.e_tag, version: meta.version }, age)))
+    Ok(Some((text, version, age)))
 }
 
-impl Mirror {
-    /// Who holds the lock, if anybody does.
-    pub fn lock_holder(&self) -> Option<String> {
+impl ObjectFolder {
+    /// Returns who holds the lease, if anybody does.
+    pub(super) fn lock_holder(&self) -> Option<String> {
         let (store, expiry) = (self.store.clone(), self.expiry);
         let there = self.wait(async move { look(&*store).await }).ok()??;
         (!there.0.free && there.2 <= expiry + Duration::from_secs(1)).then_some(there.0.owner)
     }
 
-    /// Takes the lock, or says who holds it, and brings the copy up to what the store has. Every step is a conditional put:
-    /// of two that try, one has it.
-    pub fn lock(self: &Arc<Self>, owner: &str) -> Result<MirrorLock> {
+    /// Takes the lease, or says who holds it, and forgets what this process knew of the state. Every step is a conditional
+    /// put: of two that try, one has it.
+    pub(super) fn lock(self: &Arc<Self>, owner: &str) -> Result<ObjectLease> {
         let (store, owner, url, expiry) = (self.store.clone(), owner.to_owned(), &self.url, self.expiry);
         let began = Instant::now();
         let token = uuid::Uuid::new_v4().to_string();
@@ -118,14 +124,14 @@ impl Mirror {
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
                     Ok(Err("one that came at the same time".to_owned()))
                 }
-                Err(error) => Err(error).context(ErrorKind::State, "the lock"),
+                Err(error) => Err(error).context(ErrorKind::State, "the lease"),
             }
         });
-        let version = taken.map_err(|error| self.failed("locked", error))?.map_err(|holder| {
+        let version = taken.map_err(|error| self.failed("the lease cannot be taken", error))?.map_err(|holder| {
             let free = format!("an abandoned lease expires after {} s", expiry.as_secs());
             Error::new(ErrorKind::Locked, format!("another run holds this pipeline ({holder}): {url}/{LOCK}; {free}"))
         })?;
-        let held = Arc::new(Held {
+        let held = Arc::new(HeldLease {
             version: tokio::sync::Mutex::new(version),
             renewed: Mutex::new((began, SystemTime::now())),
             lost: AtomicBool::new(false),
@@ -133,20 +139,19 @@ impl Mirror {
             owner,
             token,
         });
-        *locked(&self.held) = Some(held.clone());
+        *self.held.lock() = Some(held.clone());
         let (store, renewing) = (self.store.clone(), held.clone());
         if let Some(runtime) = &self.runtime {
             runtime.spawn(async move { renew(&*store, &renewing, expiry).await });
         }
-        let lock = MirrorLock { mirror: self.clone(), held };
-        self.cancel()?;
+        self.forget();
         self.stale.store(false, Ordering::Release);
-        Ok(lock)
+        Ok(ObjectLease { folder: self.clone(), held })
     }
 }
 
-/// Renews a lock until it is released or lost.
-async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
+/// Renews a lease until it is released or lost.
+async fn renew(store: &dyn ObjectStore, held: &HeldLease, expiry: Duration) {
     loop {
         tokio::time::sleep(expiry / 5).await;
         if held.over.load(Ordering::Acquire) {
@@ -158,39 +163,39 @@ async fn renew(store: &dyn ObjectStore, held: &Held, expiry: Duration) {
         match store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, false).into(), options).await {
             Ok(put) => {
                 *version = put.into();
-                *locked(&held.renewed) = (began, SystemTime::now());
+                *held.renewed.lock() = (began, SystemTime::now());
             }
             Err(object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. }) => {
                 // An answer that was lost, and the put retried: then it is still ours.
                 match look(store).await {
                     Ok(Some((text, newest, _))) if text.token == held.token && !text.free => *version = newest,
                     Ok(_) => {
-                        tracing::error!("the state's lock was taken by another; nothing more is committed");
+                        tracing::error!("another process took the lease of the state; nothing more is committed");
                         held.lost.store(true, Ordering::Release);
                         return;
                     }
                     Err(error) => tracing::warn!(%error, "the lease could not be read"),
                 }
             }
-            Err(error) => tracing::warn!(%error, "the state's lock could not be renewed; trying again"),
+            Err(error) => tracing::warn!(%error, "the lease could not be renewed; trying again"),
         }
     }
 }
 
-impl Drop for MirrorLock {
+impl Drop for ObjectLease {
     fn drop(&mut self) {
         self.held.over.store(true, Ordering::Release);
-        if !self.held.is_ours(self.mirror.expiry) {
-            self.mirror.stale.store(true, Ordering::Release);
+        if !self.held.is_ours(self.folder.expiry) {
+            self.folder.stale.store(true, Ordering::Release);
         }
-        *locked(&self.mirror.held) = None;
-        let (store, held) = (self.mirror.store.clone(), self.held.clone());
-        // Conditional too: another's lock is not ours to give back.
-        let given = self.mirror.wait(async move {
+        *self.folder.held.lock() = None;
+        let (store, held) = (self.folder.store.clone(), self.held.clone());
+        // Conditional too: another's lease is not ours to release.
+        let given = self.folder.wait(async move {
             let version = held.version.lock().await.clone();
             let options = PutOptions { mode: PutMode::Update(version), ..PutOptions::default() };
             let put = store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, true).into(), options).await;
-            put.map(drop).context(ErrorKind::State, "the lock")
+            put.map(drop).context(ErrorKind::State, "the lease")
         });
         if let Err(error) = given {
             tracing::warn!(%error, "the lease could not be released; it expires by itself");
@@ -200,14 +205,15 @@ impl Drop for MirrorLock {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::mirror;
+    use super::super::backend::Backend;
+    use super::super::object_store::tests::folder;
     use super::*;
 
-    // Breaks if two hold the lock, or one that lost it goes on.
+    // Breaks if two hold the lease, or one that lost it goes on.
     #[test]
     fn one_holder_and_one_that_lost_it_knows() {
         let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
-        let (one, other) = (mirror(&store, 2_000), mirror(&store, 2_000));
+        let (one, other) = (folder(&store, 2_000), folder(&store, 2_000));
         let lock = one.lock("one").unwrap();
         let refused = other.lock("other").unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Locked);
@@ -225,10 +231,11 @@ mod tests {
         std::thread::sleep(Duration::from_millis(3_300));
         let third = one.lock("third").unwrap();
         assert_eq!(other.check().unwrap_err().kind(), ErrorKind::Locked);
-        assert_eq!(other.push().unwrap_err().kind(), ErrorKind::Locked);
+        assert_eq!(other.replace("state.json", b"old").unwrap_err().kind(), ErrorKind::Locked);
         drop(taken);
-        std::fs::write(other.path().join("journal"), b"old").unwrap();
-        assert_eq!(other.push().unwrap_err().kind(), ErrorKind::Locked, "what it has is another's now");
+        let local = other.local("journal.ndjson").unwrap();
+        std::fs::write(local, b"old").unwrap();
+        assert_eq!(other.publish("journal.ndjson").unwrap_err().kind(), ErrorKind::Locked, "what it has is another's now");
         assert_eq!(other.lock_holder().as_deref(), Some("third"));
         drop(third);
     }

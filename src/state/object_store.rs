@@ -1,73 +1,84 @@
-//! A folder whose truth is in an object store: a private copy of it on this machine, what changes there, and the lock.
+//! A state in an object store: documents are read and put as objects, each put conditional on the version that was read.
 //!
-//! Whoever works with the folder reads and writes the copy; [`Mirror::push`] makes what changed durable, before the next step
-//! is taken. The copy goes with the process; one that a killed process leaves holds patient data and is private.
+//! Lines and keys, which grow or are large, are in local files, one private folder for each process; [`Backend::publish`] puts
+//! them. The folder goes with the process; one that a killed process leaves holds patient data and is private.
 
-mod lock;
-
-pub use lock::MirrorLock;
-
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
 
-use futures::{StreamExt, TryStreamExt};
+use futures::stream::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path as ObjectPath;
-use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion, WriteMultipart};
 
-use self::lock::Held;
+use super::backend::Backend;
+use super::lease::Lease;
+use super::local::files_below;
+use super::object_lease::HeldLease;
+use super::{LOCK, SCRATCH};
 use crate::error::{Context, Error, ErrorKind, Result};
-use flow::locked;
 use foundation::secure_fs::{new_beside, private_dir};
 
-/// What of the folder is never in the store: what does not fit into memory, and goes with the run.
-const SCRATCH: &str = "scratch";
-/// The lock's object.
-const LOCK: &str = "lock";
 /// Objects that are there for a moment, for the store's time.
-const CLOCK: &str = "clock-";
-/// Files that name others: they go after what they name, and before it when it is removed.
-const NAMES_OTHERS: &str = "index.json";
-/// Objects that are read at the same time.
+pub(super) const CLOCK: &str = "clock-";
+/// Objects that are removed at the same time.
 const AT_ONCE: usize = 16;
 /// Bytes of a part of an object.
 const PART: usize = 8 << 20;
+/// Time for which a document that was read is not read again by a process that does not hold the lease, such as one that shows a
+/// status page. Who holds the lease is the only writer.
+const FRESH: Duration = Duration::from_secs(5);
 
-/// The copies of this process, so that all its parts see the same.
-static OPEN: Mutex<BTreeMap<String, Weak<Mirror>>> = Mutex::new(BTreeMap::new());
+/// The states of this process, so that all its parts share one lease and one copy of each file.
+static OPEN: Mutex<BTreeMap<String, Weak<ObjectFolder>>> = Mutex::new(BTreeMap::new());
 
-/// What a file of the copy was when it was last the object.
+/// A document as it was last read or put.
+#[derive(Debug, Clone)]
+struct KnownDocument {
+    content: Option<Vec<u8>>,
+    version: Option<UpdateVersion>,
+    read: Instant,
+}
+
+/// A local file as it was when it was last the object.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Known {
+struct KnownFile {
     tag: Option<String>,
-    file: (u64, Option<SystemTime>, u64),
+    file: Fingerprint,
 }
 
-/// The folder.
-pub struct Mirror {
-    url: String,
-    store: Arc<dyn ObjectStore>,
-    copy: tempfile::TempDir,
+/// Length, time and number of a file, which change when it does.
+type Fingerprint = (u64, Option<SystemTime>, u64);
+
+/// A folder in an object store.
+pub(super) struct ObjectFolder {
+    pub(super) url: String,
+    pub(super) store: Arc<dyn ObjectStore>,
+    /// Local files.
+    files: tempfile::TempDir,
     /// Its own, since those who write state do so where they cannot wait for a future.
-    runtime: Option<tokio::runtime::Runtime>,
-    known: Mutex<HashMap<String, Known>>,
-    expiry: Duration,
-    held: Mutex<Option<Arc<Held>>>,
-    /// A lock was lost, and the copy is what it was then: nothing of it may be pushed before it is locked and pulled again.
-    stale: AtomicBool,
+    pub(super) runtime: Option<tokio::runtime::Runtime>,
+    documents: Mutex<HashMap<String, KnownDocument>>,
+    known: Mutex<HashMap<String, KnownFile>>,
+    /// Time after its last renewal at which a lease expires.
+    pub(super) expiry: Duration,
+    pub(super) held: Mutex<Option<Arc<HeldLease>>>,
+    /// A lease was lost, and what this process knows is what it was then: nothing may be written before it is taken again.
+    pub(super) stale: AtomicBool,
 }
 
-impl std::fmt::Debug for Mirror {
+impl std::fmt::Debug for ObjectFolder {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "Mirror of {}", self.url)
+        write!(formatter, "ObjectFolder at {}", self.url)
     }
 }
 
-impl Drop for Mirror {
+impl Drop for ObjectFolder {
     fn drop(&mut self) {
         // It may be dropped where nothing may wait.
         if let Some(runtime) = self.runtime.take() {
@@ -76,24 +87,22 @@ impl Drop for Mirror {
     }
 }
 
-impl Mirror {
-    /// The folder at `url`, whose store `open` gives: the copy that this process has of it, or a new one. A lock there is
-    /// over `expiry` after its holder's last word.
-    pub fn at(url: &str, expiry: Duration, open: impl FnOnce() -> Result<Arc<dyn ObjectStore>>) -> Result<Arc<Self>> {
-        let mut opened = locked(&OPEN);
-        if let Some(mirror) = opened.get(url).and_then(Weak::upgrade) {
-            return Ok(mirror);
+impl ObjectFolder {
+    /// Returns the folder at `url`, whose store `open` gives: the one that this process has open, or a new one.
+    pub(super) fn open(url: &str, expiry: Duration, open: impl FnOnce() -> Result<Arc<dyn ObjectStore>>) -> Result<Arc<Self>> {
+        let mut opened = OPEN.lock();
+        if let Some(folder) = opened.get(url).and_then(Weak::upgrade) {
+            return Ok(folder);
         }
-        let mirror = Arc::new(Self::new(url, expiry, open()?)?);
-        mirror.cancel()?;
-        opened.retain(|_, mirror| mirror.strong_count() > 0);
-        opened.insert(url.to_owned(), Arc::downgrade(&mirror));
-        Ok(mirror)
+        let folder = Arc::new(Self::new(url, expiry, open()?)?);
+        opened.retain(|_, folder| folder.strong_count() > 0);
+        opened.insert(url.to_owned(), Arc::downgrade(&folder));
+        Ok(folder)
     }
 
-    fn new(url: &str, expiry: Duration, store: Arc<dyn ObjectStore>) -> Result<Self> {
-        let failed = "the state cannot be cached on this machine";
-        let copy = tempfile::Builder::new().prefix("fhirlake-").tempdir().context(ErrorKind::State, failed)?;
+    pub(super) fn new(url: &str, expiry: Duration, store: Arc<dyn ObjectStore>) -> Result<Self> {
+        let failed = "the state's local files cannot be created";
+        let files = tempfile::Builder::new().prefix("fhirlake-").tempdir().context(ErrorKind::State, failed)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("state")
@@ -103,8 +112,9 @@ impl Mirror {
         Ok(Self {
             url: url.trim_end_matches('/').to_owned(),
             store,
-            copy,
+            files,
             runtime: Some(runtime),
+            documents: Mutex::default(),
             known: Mutex::default(),
             expiry,
             held: Mutex::default(),
@@ -112,29 +122,15 @@ impl Mirror {
         })
     }
 
-    /// The copy's folder.
-    pub fn path(&self) -> &Path {
-        self.copy.path()
-    }
-
-    /// Where a file or folder of the copy is for everybody else.
-    pub fn place(&self, path: &Path) -> String {
-        match path.strip_prefix(self.path()) {
-            Ok(inside) if inside.as_os_str().is_empty() => self.url.clone(),
-            Ok(inside) => format!("{}/{}", self.url, inside.display()),
-            Err(_) => path.display().to_string(),
-        }
-    }
-
-    fn failed(&self, what: &str, error: impl std::fmt::Display) -> Error {
+    pub(super) fn failed(&self, what: &str, error: impl std::fmt::Display) -> Error {
         // Some stores' errors have the whole answer in them.
         let said: String = error.to_string().lines().next().unwrap_or_default().chars().take(300).collect();
         let said = said.split('?').next().unwrap_or_default().to_owned();
-        Error::new(ErrorKind::State, format!("{} cannot be {what}: {said}", self.url))
+        Error::new(ErrorKind::State, format!("{}: {what}: {said}", self.url))
     }
 
     /// Runs `work` where futures run, and waits for it.
-    fn wait<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    pub(super) fn wait<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
         let gone = || Error::new(ErrorKind::Internal, "the state's worker thread ended");
         let (answer, answered) = std::sync::mpsc::sync_channel(1);
         let runtime = self.runtime.as_ref().ok_or_else(gone)?;
@@ -145,101 +141,220 @@ impl Mirror {
         answered.recv().map_err(|_| gone())?
     }
 
-    /// Brings the copy up to what the store has.
-    pub fn cancel(&self) -> Result<()> {
-        let mut known = locked(&self.known);
-        let (store, folder) = (self.store.clone(), self.path().to_path_buf());
-        let before = known.clone();
-        let now = self.wait(async move {
-            let objects: Vec<_> = store.list(None).try_collect().await.context(ErrorKind::State, "the list")?;
-            let objects = objects.into_iter().filter(|object| is_of_the_folder(object.location.as_ref()));
-            let work = objects.map(|object| {
-                let (store, folder, before) = (store.clone(), folder.clone(), before.get(object.location.as_ref()).cloned());
-                async move {
-                    let name = object.location.to_string();
-                    let path = place_in(&folder, &name)?;
-                    if let Some(before) = before
-                        && before.tag.is_some()
-                        && before.tag == object.e_tag
-                        && fingerprint(&path).is_some_and(|file| file == before.file)
-                    {
-                        return Ok(Some((name, before)));
-                    }
-                    fetch(&*store, &object.location, &path).await.map(|known| known.map(|known| (name, known)))
+    /// Forgets what this process knows: another may have written since.
+    pub(super) fn forget(&self) {
+        self.documents.lock().clear();
+        let mut known = self.known.lock();
+        known.clear();
+        for name in files_below(self.files.path(), "").iter().filter(|name| !name.starts_with(SCRATCH)) {
+            // One that stays is replaced when it is read.
+            let _ = std::fs::remove_file(self.files.path().join(name));
+        }
+    }
+
+    /// Returns true while this process holds the lease, and so is the only writer.
+    fn is_held(&self) -> bool {
+        self.held.lock().as_ref().is_some_and(|held| held.is_ours(self.expiry))
+    }
+
+    /// Puts a document where it still is what this process last read or put.
+    async fn put_document(store: &dyn ObjectStore, name: &str, content: Vec<u8>, mode: PutMode) -> Result<Option<UpdateVersion>> {
+        let (path, options) = (ObjectPath::from(name), PutOptions { mode, ..PutOptions::default() });
+        match store.put_opts(&path, content.clone().into(), options).await {
+            Ok(put) => Ok(Some(put.into())),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                // An answer that was lost, and the put retried: then it is our own content.
+                let got = store.get(&path).await.context(ErrorKind::State, "an object")?;
+                let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+                let there = got.bytes().await.context(ErrorKind::State, "an object")?;
+                Ok((*there == *content).then_some(version))
+            }
+            Err(error) => Err(error).context(ErrorKind::State, "an object"),
+        }
+    }
+}
+
+impl Backend for ObjectFolder {
+    fn location(&self, name: &str) -> String {
+        if name.is_empty() { self.url.clone() } else { format!("{}/{name}", self.url) }
+    }
+
+    fn create(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        // Locked until the answer is known: what was put meanwhile must not be taken for older than it is.
+        let mut documents = self.documents.lock();
+        if let Some(known) = documents.get(name)
+            && (self.is_held() || known.read.elapsed() < FRESH)
+        {
+            return Ok(known.content.clone());
+        }
+        let (store, path, read) = (self.store.clone(), ObjectPath::from(name), Instant::now());
+        let got = self.wait(async move {
+            match store.get(&path).await {
+                Ok(got) => {
+                    let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+                    let content = got.bytes().await.context(ErrorKind::State, "an object")?.to_vec();
+                    Ok((Some(content), Some(version)))
                 }
-            });
-            let found: Vec<Option<(String, Known)>> = futures::stream::iter(work).buffer_unordered(AT_ONCE).try_collect().await?;
-            Ok(found.into_iter().flatten().collect::<HashMap<_, _>>())
+                Err(object_store::Error::NotFound { .. }) => Ok((None, None)),
+                Err(error) => Err(error).context(ErrorKind::State, "an object"),
+            }
         });
-        let now = now.map_err(|error| self.failed("read", error))?;
-        for name in files_of(self.path()) {
-            if !now.contains_key(&name) {
-                // Gone from the store.
-                let _ = std::fs::remove_file(self.path().join(name));
+        let (content, version) = got.map_err(|error| self.failed(&format!("{name} cannot be read"), error))?;
+        documents.insert(name.to_owned(), KnownDocument { content: content.clone(), version, read });
+        Ok(content)
+    }
+
+    fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
+        self.check()?;
+        let mut documents = self.documents.lock();
+        // Who does not hold the lease writes what no other machine does, such as a report of its own run.
+        let mode = match documents.get(name).filter(|_| self.is_held()) {
+            None => PutMode::Overwrite,
+            Some(KnownDocument { version: Some(version), .. }) => PutMode::Update(version.clone()),
+            Some(KnownDocument { version: None, .. }) => PutMode::Create,
+        };
+        let (store, object, content) = (self.store.clone(), name.to_owned(), content.to_vec());
+        let body = content.clone();
+        let put = self.wait(async move { Self::put_document(&*store, &object, body, mode).await });
+        match put.map_err(|error| self.failed(&format!("{name} cannot be written"), error))? {
+            version @ Some(_) => {
+                documents.insert(name.to_owned(), KnownDocument { content: Some(content), version, read: Instant::now() });
+                Ok(())
+            }
+            None => {
+                documents.remove(name);
+                let what =
+                    format!("{}: another process has replaced it, and this run had locked the pipeline", self.location(name));
+                Err(Error::new(ErrorKind::Locked, what))
             }
         }
-        *known = now;
-        Ok(())
     }
 
-    /// Puts what changed in the copy into the store; durable when it returns. Fails where a lock that was ours is not any more.
-    pub fn push(&self) -> Result<()> {
-        self.check()?;
-        let mut known = locked(&self.known);
-        let here = files_of(self.path());
-        let changed = |name: &String| {
-            fingerprint(&self.path().join(name)).filter(|file| known.get(name).is_none_or(|known| known.file != *file))
-        };
-        let mut puts: Vec<_> = here.iter().filter_map(|name| Some((name.clone(), changed(name)?))).collect();
-        puts.sort_by_key(|(name, _)| name.ends_with(NAMES_OTHERS));
-        let mut gone: Vec<String> = known.keys().filter(|name| !here.contains(*name)).cloned().collect();
-        gone.sort_by_key(|name| !name.ends_with(NAMES_OTHERS));
-        for (name, file) in puts {
-            let (store, path, object) = (self.store.clone(), self.path().join(&name), ObjectPath::from(name.as_str()));
-            let tag = self.wait(async move { put(&*store, &object, &path).await });
-            let tag = tag.map_err(|error| self.failed("written", error))?;
-            known.insert(name, Known { tag, file });
+    fn remove(&self, names: &[String]) -> Result<()> {
+        if names.is_empty() {
+            return Ok(());
         }
-        for name in gone {
-            let (store, object) = (self.store.clone(), ObjectPath::from(name.as_str()));
-            let removed = self.wait(async move {
-                match store.delete(&object).await {
-                    Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-                    Err(error) => Err(error).context(ErrorKind::State, "an object"),
+        self.check()?;
+        let (store, paths) = (self.store.clone(), names.iter().map(|name| ObjectPath::from(name.as_str())).collect::<Vec<_>>());
+        let removed = self.wait(async move {
+            let removals = paths.into_iter().map(|path| {
+                let store = store.clone();
+                async move {
+                    match store.delete(&path).await {
+                        Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+                        Err(error) => Err(error).context(ErrorKind::State, "an object"),
+                    }
                 }
             });
-            removed.map_err(|error| self.failed("written", error))?;
-            known.remove(&name);
+            futures::stream::iter(removals).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await
+        });
+        removed.map_err(|error| self.failed("an object cannot be removed", error))?;
+        let (mut documents, mut known) = (self.documents.lock(), self.known.lock());
+        for name in names {
+            documents.insert(name.clone(), KnownDocument { content: None, version: None, read: Instant::now() });
+            known.remove(name);
+            let _ = std::fs::remove_file(self.files.path().join(name));
         }
         Ok(())
     }
 
-    /// Fails where this process took the lock and does not hold it any more.
-    pub fn check(&self) -> Result<()> {
-        let lost = |held: &Arc<Held>| !held.is_ours(self.expiry);
-        match self.stale.load(Ordering::Acquire) || locked(&self.held).as_ref().is_some_and(lost) {
+    fn list(&self, folder: &str) -> Result<Vec<String>> {
+        let (store, prefix) = (self.store.clone(), Some(ObjectPath::from(folder)).filter(|_| !folder.is_empty()));
+        let listed = self.wait(async move {
+            let names = store.list(prefix.as_ref()).map_ok(|object| object.location.to_string());
+            names.try_collect::<Vec<String>>().await.context(ErrorKind::State, "the list")
+        });
+        let mut names = listed.map_err(|error| self.failed("cannot be listed", error))?;
+        // What this process has written and not yet put.
+        names.extend(files_below(&self.files.path().join(folder), folder));
+        names.retain(|name| is_of_the_state(name));
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
+    fn local(&self, name: &str) -> Result<PathBuf> {
+        let path = local_path(self.files.path(), name)?;
+        let mut known = self.known.lock();
+        let tag = match (known.get(name), fingerprint(&path)) {
+            // Written here and not yet put: it is ahead of the object.
+            (of_object, Some(here)) if of_object.is_none_or(|of_object| of_object.file != here) => return Ok(path),
+            (Some(_), Some(_)) if self.is_held() => return Ok(path),
+            (Some(of_object), _) => of_object.tag.clone(),
+            (None, _) => None,
+        };
+        let (store, object, to) = (self.store.clone(), ObjectPath::from(name), path.clone());
+        let fetched = self.wait(async move { fetch(&*store, &object, &to, tag).await });
+        match fetched.map_err(|error| self.failed(&format!("{name} cannot be read"), error))? {
+            Fetched::Unchanged => {}
+            Fetched::Gone => {
+                known.remove(name);
+                let _ = std::fs::remove_file(&path);
+            }
+            Fetched::New(tag) => {
+                if let Some(file) = fingerprint(&path) {
+                    known.insert(name.to_owned(), KnownFile { tag, file });
+                }
+            }
+        }
+        Ok(path)
+    }
+
+    fn publish(&self, name: &str) -> Result<()> {
+        self.check()?;
+        let path = local_path(self.files.path(), name)?;
+        let mut known = self.known.lock();
+        let Some(file) = fingerprint(&path) else { return Ok(()) };
+        if known.get(name).is_some_and(|known| known.file == file) {
+            return Ok(());
+        }
+        let (store, object) = (self.store.clone(), ObjectPath::from(name));
+        let put = self.wait(async move { put(&*store, &object, &path).await });
+        let tag = put.map_err(|error| self.failed(&format!("{name} cannot be written"), error))?;
+        known.insert(name.to_owned(), KnownFile { tag, file });
+        Ok(())
+    }
+
+    fn acquire(self: Arc<Self>, owner: &str) -> Result<Lease> {
+        self.lock(owner).map(Lease::new)
+    }
+
+    fn holder(&self) -> Option<String> {
+        self.lock_holder()
+    }
+
+    fn check(&self) -> Result<()> {
+        let lost = |held: &Arc<HeldLease>| !held.is_ours(self.expiry);
+        match self.stale.load(Ordering::Acquire) || self.held.lock().as_ref().is_some_and(lost) {
             true => Err(Error::new(
                 ErrorKind::Locked,
-                format!("{} is not locked by this run any more: its lock could not be renewed in time", self.url),
+                format!("{} is not locked by this run any more: its lease could not be renewed in time", self.url),
             )),
             false => Ok(()),
         }
     }
+
+    fn scratch(&self) -> PathBuf {
+        self.files.path().join(SCRATCH)
+    }
+
+    fn folder(&self) -> Option<&Path> {
+        None
+    }
 }
 
-/// Makes what changed durable where there is a mirror; without one the folder itself is.
-pub fn push(mirror: Option<&Arc<Mirror>>) -> Result<()> {
-    mirror.map_or(Ok(()), |mirror| mirror.push())
-}
-
-/// Whether an object is one that the copy has.
-fn is_of_the_folder(name: &str) -> bool {
+/// Returns true for an object that is a file of the state.
+fn is_of_the_state(name: &str) -> bool {
     let first = name.split('/').next().unwrap_or_default();
     first != SCRATCH && name != LOCK && !name.starts_with(CLOCK) && !name.ends_with(".new")
 }
 
-/// Where an object of this name is in the copy; a name that leads out of it is refused.
-fn place_in(folder: &Path, name: &str) -> Result<PathBuf> {
+/// Returns where the local file of an object is; a name that leads out of the folder is refused.
+fn local_path(folder: &Path, name: &str) -> Result<PathBuf> {
     let mut path = folder.to_path_buf();
     for part in name.split('/') {
         if part.is_empty() || part == "." || part == ".." || part.contains('\\') {
@@ -250,8 +365,7 @@ fn place_in(folder: &Path, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Length, time and number of a file, which change when it does.
-fn fingerprint(path: &Path) -> Option<(u64, Option<SystemTime>, u64)> {
+fn fingerprint(path: &Path) -> Option<Fingerprint> {
     let meta = std::fs::metadata(path).ok()?;
     #[cfg(unix)]
     let number = std::os::unix::fs::MetadataExt::ino(&meta);
@@ -260,33 +374,21 @@ fn fingerprint(path: &Path) -> Option<(u64, Option<SystemTime>, u64)> {
     Some((meta.len(), meta.modified().ok(), number))
 }
 
-/// The files of a folder by their paths in it, `/` between parts.
-fn files_of(folder: &Path) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    let mut look = vec![(folder.to_path_buf(), String::new())];
-    while let Some((folder, prefix)) = look.pop() {
-        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            let name = format!("{prefix}{name}");
-            if !is_of_the_folder(&name) {
-                continue;
-            }
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => look.push((entry.path(), format!("{name}/"))),
-                Ok(_) => drop(found.insert(name)),
-                Err(_) => {}
-            }
-        }
-    }
-    found
+/// Outcome of reading an object into a file.
+enum Fetched {
+    Unchanged,
+    Gone,
+    New(Option<String>),
 }
 
-/// Reads an object into a file; nothing where it is gone meanwhile.
-async fn fetch(store: &dyn ObjectStore, object: &ObjectPath, path: &Path) -> Result<Option<Known>> {
+/// Reads an object into a file, unless it still has this tag.
+async fn fetch(store: &dyn ObjectStore, object: &ObjectPath, path: &Path, tag: Option<String>) -> Result<Fetched> {
     let unread = "an object";
-    let got = match store.get(object).await {
+    let options = GetOptions { if_none_match: tag, ..GetOptions::default() };
+    let got = match store.get_opts(object, options).await {
         Ok(got) => got,
-        Err(object_store::Error::NotFound { .. }) => return Ok(None),
+        Err(object_store::Error::NotModified { .. }) => return Ok(Fetched::Unchanged),
+        Err(object_store::Error::NotFound { .. }) => return Ok(Fetched::Gone),
         Err(error) => return Err(error).context(ErrorKind::State, unread),
     };
     let tag = got.meta.e_tag.clone();
@@ -296,20 +398,20 @@ async fn fetch(store: &dyn ObjectStore, object: &ObjectPath, path: &Path) -> Res
     let (beside, mut file) = new_beside(path)?;
     let mut bytes = got.into_stream();
     while let Some(part) = bytes.try_next().await.context(ErrorKind::State, unread)? {
-        file.write_all(&part).context(ErrorKind::State, "the copy")?;
+        file.write_all(&part).context(ErrorKind::State, "the local file")?;
     }
-    std::fs::rename(&beside, path).context(ErrorKind::State, "the copy")?;
-    Ok(fingerprint(path).map(|file| Known { tag, file }))
+    std::fs::rename(&beside, path).context(ErrorKind::State, "the local file")?;
+    Ok(Fetched::New(tag))
 }
 
 /// Writes a file into an object; its tag.
 async fn put(store: &dyn ObjectStore, object: &ObjectPath, path: &Path) -> Result<Option<String>> {
     let failed = "an object";
-    let mut file = std::fs::File::open(path).context(ErrorKind::State, "the copy")?;
+    let mut file = std::fs::File::open(path).context(ErrorKind::State, "the local file")?;
     let mut part = Vec::new();
     let mut next = |part: &mut Vec<u8>| {
         part.clear();
-        (&mut file).take(PART as u64).read_to_end(part).context(ErrorKind::State, "the copy")
+        (&mut file).take(PART as u64).read_to_end(part).context(ErrorKind::State, "the local file")
     };
     if next(&mut part)? < PART {
         let put = store.put(object, part.into()).await.context(ErrorKind::State, failed)?;
@@ -326,36 +428,61 @@ async fn put(store: &dyn ObjectStore, object: &ObjectPath, path: &Path) -> Resul
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    pub(super) fn mirror(store: &Arc<dyn ObjectStore>, expiry: u64) -> Arc<Mirror> {
-        let mirror = Arc::new(Mirror::new("s3://lake/state", Duration::from_millis(expiry), store.clone()).unwrap());
-        mirror.cancel().unwrap();
-        mirror
+    pub(in super::super) fn folder(store: &Arc<dyn ObjectStore>, expiry: u64) -> Arc<ObjectFolder> {
+        Arc::new(ObjectFolder::new("s3://lake/state", Duration::from_millis(expiry), store.clone()).unwrap())
     }
 
-    // Breaks if a change, a removal or a big file is not in the store when the push is done, or scratch is.
+    fn in_memory() -> Arc<dyn ObjectStore> {
+        Arc::new(object_store::memory::InMemory::new())
+    }
+
+    // Breaks if a document, a removal or a big file is not in the store when the call returns, or scratch is.
     #[test]
     fn what_one_writes_another_reads() {
-        let store: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
-        let (one, other) = (mirror(&store, 60_000), mirror(&store, 60_000));
-        std::fs::create_dir_all(one.path().join("staged")).unwrap();
-        std::fs::create_dir_all(one.path().join("scratch")).unwrap();
+        let store = in_memory();
+        let (one, other) = (folder(&store, 60_000), folder(&store, 60_000));
+        let keys = one.local("staged/a.keys").unwrap();
+        assert!(!keys.exists());
+        std::fs::create_dir_all(keys.parent().unwrap()).unwrap();
+        std::fs::create_dir_all(one.scratch()).unwrap();
+        std::fs::write(one.scratch().join("x"), b"x").unwrap();
         let big: Vec<u8> = (0..PART * 2 + 77).map(|at| (at % 251) as u8).collect();
-        for (name, bytes) in [("staged/a.keys", &big[..]), ("staged/index.json", b"{}"), ("scratch/x", b"x"), ("j", b"1")] {
-            std::fs::write(one.path().join(name), bytes).unwrap();
+        std::fs::write(&keys, &big).unwrap();
+        assert_eq!(one.list("").unwrap(), ["staged/a.keys"], "not put, but written");
+        assert!(other.list("").unwrap().is_empty());
+        one.publish("staged/a.keys").unwrap();
+        one.replace("staged/index.json", b"{}").unwrap();
+        assert_eq!(std::fs::read(other.local("staged/a.keys").unwrap()).unwrap(), big);
+        assert_eq!(other.list("staged").unwrap(), ["staged/a.keys", "staged/index.json"]);
+        one.remove(&["staged/a.keys".to_owned(), "never".to_owned()]).unwrap();
+        assert!(!other.local("staged/a.keys").unwrap().exists());
+        assert_eq!(other.list("").unwrap(), ["staged/index.json"]);
+        assert_eq!(one.location("runs/r.json"), "s3://lake/state/runs/r.json");
+    }
+
+    // Breaks if a run whose lease another took replaces a document, or if it goes by what it read before.
+    #[test]
+    fn a_document_that_another_replaced_is_not_replaced() {
+        let store = in_memory();
+        let (one, other) = (folder(&store, 60_000), folder(&store, 60_000));
+        assert_eq!(other.read("exports.json").unwrap(), None);
+        let lease = one.clone().acquire("one").unwrap();
+        for (missing, old, new) in [("a.json", None, "1"), ("exports.json", Some("2"), "3")] {
+            if let Some(old) = old {
+                one.replace(missing, old.as_bytes()).unwrap();
+            }
+            assert_eq!(one.read(missing).unwrap().as_deref(), old.map(str::as_bytes));
+            // One that thinks itself the holder still, as after a pause of its machine.
+            futures::executor::block_on(store.put(&ObjectPath::from(missing), "another's".into())).unwrap();
+            assert_eq!(one.replace(missing, new.as_bytes()).unwrap_err().kind(), ErrorKind::Locked);
+            assert_eq!(one.read(missing).unwrap().unwrap(), b"another's");
         }
-        one.push().unwrap();
-        other.cancel().unwrap();
-        assert_eq!(std::fs::read(other.path().join("staged/a.keys")).unwrap(), big);
-        assert!(!other.path().join("scratch").exists());
-        std::fs::write(one.path().join("j"), b"12").unwrap();
-        std::fs::remove_file(one.path().join("staged/a.keys")).unwrap();
-        one.push().unwrap();
-        other.cancel().unwrap();
-        assert_eq!(std::fs::read(other.path().join("j")).unwrap(), b"12");
-        assert_eq!(files_of(other.path()), BTreeSet::from(["j".to_owned(), "staged/index.json".to_owned()]));
-        assert_eq!(one.place(&one.path().join("runs/r.json")), "s3://lake/state/runs/r.json");
+        drop(lease);
+        // What was read before the lease was taken counts no more.
+        let _lease = other.clone().acquire("other").unwrap();
+        assert_eq!(other.read("exports.json").unwrap().unwrap(), b"another's");
     }
 }

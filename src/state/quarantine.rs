@@ -2,24 +2,23 @@
 //!
 //! A line is kept once, however often it comes, until a later run can read it or somebody dismisses it.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
+use super::backend::{Backend, LogFile};
 use super::deleted;
 use super::server_messages::ServerMessages;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, LineId, ReplayedLine, ReplayedLines, ResourceType};
-use crate::mirror::{Mirror, push};
 use foundation::fault_points::reached;
-use foundation::secure_fs::{private_append, private_dir, write_atomically};
 
 /// A line in quarantine, as its file holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +32,7 @@ pub struct QuarantinedLine {
     /// The type that the file declares.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub resource_type: Option<String>,
-    /// What is wrong.
+    /// The problem.
     pub reason: String,
     /// Its bytes, where they are text.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -44,7 +43,7 @@ pub struct QuarantinedLine {
     /// Its full length, where only its beginning is kept because it is longer than `max_line`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub full_length: Option<u64>,
-    /// What kind of file it came in, where not resources: `deleted` or `outcome`. Such a line is not retried: a
+    /// Kind of the file that it came in, where not resources: `deleted` or `outcome`. Such a line is not retried: a
     /// deletion has no order, and might take what came back since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
@@ -60,94 +59,115 @@ impl QuarantinedLine {
         }
     }
 
-    /// What it is named by.
+    /// Returns its id.
     pub fn id(&self) -> LineId {
         LineId::of(&self.bytes())
     }
 
-    /// Whether a later run can try it again.
+    /// Returns true if a later run can try it again.
     pub fn can_be_tried(&self) -> bool {
         self.full_length.is_none() && self.kind.is_none()
     }
 }
 
-/// The quarantine of one run; its file is made with the first line.
+/// The folder of the quarantine, with a file for each run.
+pub(super) const FOLDER: &str = "quarantine";
+
+/// Returns the name of a run's file.
+pub(super) fn file_of(run: &str) -> String {
+    format!("{FOLDER}/{run}.ndjson")
+}
+
+/// The quarantine of one run; its file is created with the first line.
 #[derive(Debug)]
 pub struct Quarantine {
-    path: PathBuf,
-    kept: AtomicU64,
-    mirror: Option<Arc<Mirror>>,
+    backend: Arc<dyn Backend>,
+    run: String,
+    quarantined: AtomicU64,
     messages: ServerMessages,
     inner: Mutex<Inner>,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    file: Option<File>,
+    file: Option<LogFile>,
     /// Lines that are in quarantine already, this run's or an earlier one's.
     known: HashSet<LineId>,
-    /// Whether there are lines of earlier runs, which deletions of this run may concern.
+    /// True if there are lines of earlier runs, which deletions of this run may concern.
     earlier: bool,
-    /// Where those are remembered.
-    deleted: Option<File>,
+    /// Log of those.
+    deleted: Option<LogFile>,
 }
 
 /// Bad lines of a run that are logged one by one; of the rest there is only the count.
 const LOGGED: u64 = 20;
 
 impl Quarantine {
-    /// The quarantine of a run whose file is `path`, beside the files of earlier runs; the server's messages go to `messages`.
-    pub(super) fn of_run(path: PathBuf, messages: PathBuf, mirror: Option<Arc<Mirror>>) -> Result<Self> {
+    /// Creates the quarantine of a run, beside those of earlier runs.
+    pub(super) fn of_run(backend: &Arc<dyn Backend>, run: &str) -> Result<Self> {
         let mut known = HashSet::new();
-        for line in path.parent().into_iter().flat_map(lines) {
+        for line in lines(backend) {
             known.insert(line?.1.id());
         }
         let inner = Inner { file: None, earlier: !known.is_empty(), known, deleted: None };
-        let messages = ServerMessages::at(messages);
-        Ok(Self { path, kept: AtomicU64::new(0), mirror, messages, inner: Mutex::new(inner) })
+        Ok(Self {
+            backend: backend.clone(),
+            run: run.to_owned(),
+            quarantined: AtomicU64::new(0),
+            messages: ServerMessages::of_run(backend, run),
+            inner: Mutex::new(inner),
+        })
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Quarantine {
-    /// The list of what was deleted, where lines of earlier runs may be concerned, and the run's id.
-    fn list<'a>(&'a self, inner: &'a mut Inner) -> Result<Option<(&'a mut File, &'a str)>> {
-        let run = self.path.file_stem().and_then(|run| run.to_str());
-        let (true, Some(folder), Some(run)) = (inner.earlier, self.path.parent(), run) else { return Ok(None) };
-        let list = match &mut inner.deleted {
+    /// Returns the list of what was deleted, where lines of earlier runs may be concerned.
+    fn deleted_list<'a>(&self, inner: &'a mut Inner) -> Result<Option<&'a mut LogFile>> {
+        if !inner.earlier {
+            return Ok(None);
+        }
+        Ok(Some(match &mut inner.deleted {
             Some(list) => list,
-            none => none.insert(deleted::open(folder)?),
-        };
-        Ok(Some((list, run)))
+            none => none.insert(LogFile::open(&self.backend, deleted::NAME)?),
+        }))
     }
 }
 
-/// The files of a quarantine, the oldest run's first.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut files: Vec<PathBuf> =
-        entries.filter(|path| path.extension().is_some_and(|extension| extension == "ndjson")).collect();
-    files.sort();
-    files
+/// Returns the names of the quarantine's files, the oldest run's first.
+fn files(backend: &Arc<dyn Backend>) -> Result<Vec<String>> {
+    let mut names = backend.list(FOLDER)?;
+    names.retain(|name| name.ends_with(".ndjson"));
+    Ok(names)
 }
 
-/// All lines of a quarantine, with the run that they came in; one file is open at a time.
-pub(super) fn lines(folder: &Path) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
-    let unreadable = "the quarantine cannot be read";
-    files(folder).into_iter().flat_map(move |path| {
-        let run = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let (read, failed) = match File::open(&path).context(ErrorKind::State, unreadable) {
-            Ok(file) => (Some(BufReader::new(file).split(b'\n')), None),
-            // Another run has taken its last line out.
-            Err(_) if !path.exists() => (None, None),
+/// The name of the run that a file is of.
+fn run_of(name: &str) -> String {
+    name.trim_start_matches(FOLDER).trim_start_matches('/').trim_end_matches(".ndjson").to_owned()
+}
+
+/// Opens a file of the quarantine; `None` where another run has taken its last line out.
+fn open(backend: &Arc<dyn Backend>, name: &str) -> Result<Option<BufReader<File>>> {
+    let path = backend.local(name)?;
+    match File::open(&path) {
+        Ok(file) => Ok(Some(BufReader::new(file))),
+        Err(_) if !path.exists() => Ok(None),
+        Err(error) => Err(error).context(ErrorKind::State, "the quarantine cannot be read"),
+    }
+}
+
+/// Returns all lines of a quarantine, with the run that they came in; one file is open at a time.
+pub(super) fn lines(backend: &Arc<dyn Backend>) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
+    let backend = backend.clone();
+    let (names, unlisted) = match files(&backend) {
+        Ok(names) => (names, None),
+        Err(error) => (Vec::new(), Some(Err(error))),
+    };
+    let lines = names.into_iter().flat_map(move |name| {
+        let run = run_of(&name);
+        let (read, failed) = match open(&backend, &name) {
+            Ok(file) => (file, None),
             Err(error) => (None, Some(Err(error))),
         };
-        let lines = read.into_iter().flatten().filter_map(move |line| {
-            let line = match line.context(ErrorKind::State, unreadable) {
+        let lines = read.into_iter().flat_map(|file| file.split(b'\n')).filter_map(move |line| {
+            let line = match line.context(ErrorKind::State, "the quarantine cannot be read") {
                 Ok(line) => line,
                 Err(error) => return Some(Err(error)),
             };
@@ -155,13 +175,14 @@ pub(super) fn lines(folder: &Path) -> impl Iterator<Item = Result<(String, Quara
             serde_json::from_slice(&line).ok().map(|line| Ok((run.clone(), line)))
         });
         lines.chain(failed)
-    })
+    });
+    unlisted.into_iter().chain(lines)
 }
 
-/// Lines that a later run can retry, by the type that their file declared; how many of each.
-pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>, u64>> {
+/// Returns how many lines a later run can retry, by the type that their file declared.
+pub(super) fn retryable(backend: &Arc<dyn Backend>) -> Result<BTreeMap<Option<ResourceType>, u64>> {
     let mut found: BTreeMap<Option<ResourceType>, u64> = BTreeMap::new();
-    for line in lines(folder) {
+    for line in lines(backend) {
         let (_, line) = line?;
         if line.can_be_tried() {
             *found.entry(line.resource_type.as_deref().map(ResourceType::from)).or_default() += 1;
@@ -170,9 +191,9 @@ pub(super) fn to_be_tried(folder: &Path) -> Result<BTreeMap<Option<ResourceType>
     Ok(found)
 }
 
-/// Those lines.
-pub(super) fn kept(folder: &Path) -> ReplayedLines {
-    let lines = lines(folder).filter_map(|line| match line {
+/// Returns those lines.
+pub(super) fn replayed(backend: &Arc<dyn Backend>) -> ReplayedLines {
+    let lines = lines(backend).filter_map(|line| match line {
         Ok((_, line)) if line.can_be_tried() => {
             Some(Ok(ReplayedLine { declared: line.resource_type.as_deref().map(ResourceType::from), bytes: line.bytes() }))
         }
@@ -182,22 +203,22 @@ pub(super) fn kept(folder: &Path) -> ReplayedLines {
     Box::new(lines)
 }
 
-/// Takes lines out; how many.
-pub(super) fn remove(folder: &Path, gone: &HashSet<LineId>) -> Result<u64> {
+/// Removes lines; how many.
+pub(super) fn remove(backend: &Arc<dyn Backend>, gone: &HashSet<LineId>) -> Result<u64> {
     let mut removed = 0;
     if gone.is_empty() {
         return Ok(removed);
     }
-    for path in files(folder) {
-        let file = File::open(&path).context(ErrorKind::State, "the quarantine cannot be read")?;
-        let (mut kept, mut here) = (Vec::new(), 0);
-        for line in BufReader::new(file).split(b'\n') {
+    for name in files(backend)? {
+        let Some(file) = open(backend, &name)? else { continue };
+        let (mut left, mut here) = (Vec::new(), 0);
+        for line in file.split(b'\n') {
             let line = line.context(ErrorKind::State, "the quarantine cannot be read")?;
             match serde_json::from_slice::<QuarantinedLine>(&line) {
                 Ok(parsed) if gone.contains(&parsed.id()) => here += 1,
                 _ => {
-                    kept.extend_from_slice(&line);
-                    kept.push(b'\n');
+                    left.extend_from_slice(&line);
+                    left.push(b'\n');
                 }
             }
         }
@@ -205,19 +226,19 @@ pub(super) fn remove(folder: &Path, gone: &HashSet<LineId>) -> Result<u64> {
             continue;
         }
         removed += here;
-        if kept.is_empty() {
-            std::fs::remove_file(&path).context(ErrorKind::State, "the quarantine cannot be written")?;
+        if left.is_empty() {
+            backend.remove(&[name])?;
             reached("a run's quarantine is removed");
         } else {
-            write_atomically(&path, &kept)?;
+            backend.rewrite(&name, &left)?;
         }
     }
     Ok(removed)
 }
 
-/// The lines that some ids, or their beginnings, name.
-pub(super) fn find(folder: &Path, ids: &[String]) -> Result<HashSet<LineId>> {
-    let all: HashSet<LineId> = lines(folder).map(|line| line.map(|(_, line)| line.id())).collect::<Result<_>>()?;
+/// Returns the lines that some ids, or their beginnings, name.
+pub(super) fn find(backend: &Arc<dyn Backend>, ids: &[String]) -> Result<HashSet<LineId>> {
+    let all: HashSet<LineId> = lines(backend).map(|line| line.map(|(_, line)| line.id())).collect::<Result<_>>()?;
     let mut found = HashSet::new();
     for id in ids {
         let named: Vec<LineId> = all.iter().filter(|line| line.to_string().starts_with(&id.to_lowercase())).copied().collect();
@@ -238,7 +259,7 @@ pub(super) fn find(folder: &Path, ids: &[String]) -> Result<HashSet<LineId>> {
 
 impl BadLines for Quarantine {
     fn keep(&self, bad: &BadLine<'_>) -> Result<()> {
-        let before = self.kept.fetch_add(1, Ordering::Relaxed);
+        let before = self.quarantined.fetch_add(1, Ordering::Relaxed);
         if before < LOGGED {
             tracing::warn!(file = %bad.file.name, line = bad.line, offset = bad.offset, reason = %bad.reason, "a line went to quarantine");
         } else if before == LOGGED {
@@ -262,24 +283,19 @@ impl BadLines for Quarantine {
         };
         let mut json = serde_json::to_vec(&kept).context(ErrorKind::Internal, "a quarantined line")?;
         json.push(b'\n');
-        let mut inner = flow::locked(&self.inner);
+        let mut inner = self.inner.lock();
         if !inner.known.insert(LineId::of(bad.bytes)) {
             // A deletion before this run is older than what the line says.
-            return match self.list(&mut inner)? {
-                Some((list, run)) => deleted::seen_again(list, run, LineId::of(bad.bytes)),
+            return match self.deleted_list(&mut inner)? {
+                Some(list) => deleted::seen_again(list, &self.run, LineId::of(bad.bytes)),
                 None => Ok(()),
             };
         }
         let file = match &mut inner.file {
             Some(file) => file,
-            none => {
-                if let Some(folder) = self.path.parent() {
-                    private_dir(folder)?;
-                }
-                none.insert(private_append(&self.path)?)
-            }
+            none => none.insert(LogFile::open(&self.backend, &file_of(&self.run))?),
         };
-        file.write_all(&json).context(ErrorKind::State, "the quarantine cannot be written")?;
+        file.append(&json)?;
         reached("a line is quarantined");
         Ok(())
     }
@@ -289,22 +305,20 @@ impl BadLines for Quarantine {
     }
 
     fn deleted(&self, ids: &[Deletion]) -> Result<()> {
-        let mut inner = flow::locked(&self.inner);
+        let mut inner = self.inner.lock();
         if ids.is_empty() {
             return Ok(());
         }
-        match self.list(&mut inner)? {
-            Some((list, run)) => deleted::append(list, run, ids),
+        match self.deleted_list(&mut inner)? {
+            Some(list) => deleted::append(list, &self.run, ids),
             None => Ok(()),
         }
     }
 
     fn sync(&self) -> Result<()> {
-        let inner = flow::locked(&self.inner);
+        let inner = self.inner.lock();
         reached("before the quarantine is synced");
-        let mut files = inner.file.iter().chain(&inner.deleted);
-        files.try_for_each(|file| file.sync_all().context(ErrorKind::State, "the quarantine cannot be synced"))?;
-        self.messages.sync()?;
-        push(self.mirror.as_ref())
+        inner.file.iter().chain(&inner.deleted).try_for_each(LogFile::sync)?;
+        self.messages.sync()
     }
 }

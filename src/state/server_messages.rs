@@ -1,17 +1,15 @@
-//! What a server says of its own export, kept word by word. It may name patients: readable by the owner only.
+//! A server's messages about its own export, kept word by word. It may name patients: readable by the owner only.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
-use std::sync::Mutex;
+use parking_lot::Mutex;
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
 
+use super::backend::{Backend, LogFile};
 use crate::error::{Context, ErrorKind, Result};
 use crate::messages::ExportFile;
-use foundation::secure_fs::{private_append, private_dir};
 
 /// Bytes of messages that are kept of one run: a server may complain of each of a million patients.
 const MOST: u64 = 64 << 20;
@@ -19,8 +17,14 @@ const MOST: u64 = 64 << 20;
 /// The server's messages of one run; their file is made with the first.
 #[derive(Debug)]
 pub(super) struct ServerMessages {
-    path: PathBuf,
-    written: Mutex<Option<(File, u64)>>,
+    backend: Arc<dyn Backend>,
+    name: String,
+    written: Mutex<Option<(LogFile, u64)>>,
+}
+
+/// Returns the name of a run's file.
+pub(super) fn file_of(run: &str) -> String {
+    format!("server-messages/{run}.ndjson")
 }
 
 /// A line of the file.
@@ -35,25 +39,20 @@ struct Message<'a> {
 }
 
 impl ServerMessages {
-    pub(crate) fn at(path: PathBuf) -> Self {
-        Self { path, written: Mutex::new(None) }
+    pub(super) fn of_run(backend: &Arc<dyn Backend>, run: &str) -> Self {
+        Self { backend: backend.clone(), name: file_of(run), written: Mutex::new(None) }
     }
 
     /// Appends a message, with its place.
-    pub(crate) fn add(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn add(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> Result<()> {
         let text = std::str::from_utf8(bytes).ok();
         let message = Message { file: &file.name, line, text, base64: text.is_none().then(|| STANDARD.encode(bytes)) };
         let mut json = serde_json::to_vec(&message).context(ErrorKind::Internal, "a server's message")?;
         json.push(b'\n');
-        let mut written = flow::locked(&self.written);
+        let mut written = self.written.lock();
         let (to, length) = match &mut *written {
             Some(open) => open,
-            none => {
-                if let Some(folder) = self.path.parent() {
-                    private_dir(folder)?;
-                }
-                none.insert((private_append(&self.path)?, 0))
-            }
+            none => none.insert((LogFile::open(&self.backend, &self.name)?, 0)),
         };
         if *length >= MOST {
             return Ok(());
@@ -62,13 +61,12 @@ impl ServerMessages {
         if *length >= MOST {
             tracing::warn!(bytes = *length, "too many server messages; the rest of this run's are dropped");
         }
-        to.write_all(&json).context(ErrorKind::State, format!("{} cannot be written", self.path.display()))
+        to.append(&json)
     }
 
     /// Makes them durable.
-    pub(crate) fn sync(&self) -> Result<()> {
-        let written = flow::locked(&self.written);
-        let synced = written.as_ref().map_or(Ok(()), |(file, _)| file.sync_all());
-        synced.context(ErrorKind::State, format!("{} cannot be synced", self.path.display()))
+    pub(super) fn sync(&self) -> Result<()> {
+        let written = self.written.lock();
+        written.as_ref().map_or(Ok(()), |(file, _)| file.sync())
     }
 }

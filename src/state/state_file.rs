@@ -1,109 +1,96 @@
 //! `state.json`: the watermark for people, health checks and those who come from the Python sync script.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde_json::{Map, Value, json};
+use serde::de::{Error as _, IgnoredAny};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 
-use crate::error::{Context, Error, ErrorKind, Result};
-use foundation::secure_fs::{private_dir, write_atomically};
+use super::{Document, OnDamage, STATE_FILE};
 
-/// What to do with a file that is none.
-const REBUILT: &str = "move the file away: the tables have their own watermarks, and the next run writes a new one";
-
-/// What `state.json` says.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// Content of `state.json`. Members that others put there stay.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StateFile {
     /// `last_sync_time`: the server's `transactionTime`, or, in a file that the Python sync script wrote, its client's clock.
+    #[serde(with = "instant", skip_serializing_if = "Option::is_none")]
     pub last_sync_time: Option<DateTime<Utc>>,
-    /// When the last run completed, by our clock; absent in a file that the Python sync script wrote.
+    /// Time at which the last run completed, by our clock; absent in a file that the Python sync script wrote.
+    #[serde(with = "instant", skip_serializing_if = "Option::is_none")]
     pub last_completed: Option<DateTime<Utc>>,
     /// `transactionTime` by type: what the tables' own transactions say, repeated.
+    #[serde(with = "instants", skip_serializing_if = "BTreeMap::is_empty")]
     pub watermarks: BTreeMap<String, DateTime<Utc>>,
     /// Successful runs since the tables were last optimized, and vacuumed, by the pipeline itself.
+    #[serde(skip_serializing_if = "is_zero")]
     pub runs_since_optimize: u64,
     /// See `runs_since_optimize`.
+    #[serde(skip_serializing_if = "is_zero")]
     pub runs_since_vacuum: u64,
     /// The scope that `last_sync_time` belongs to; absent in a file that the Python sync script wrote.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
-    /// Whether the run that it is of exported all types, and none by name.
+    /// True if the run that it is of exported all types, and none by name. Files of earlier versions do not say so: then one
+    /// full export makes sure.
     pub all_types: bool,
+    /// Written by [`Document`].
+    #[serde(skip_serializing, rename = "version")]
+    _version: IgnoredAny,
+    /// Members that others put there.
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+impl Document for StateFile {
+    const NAME: &'static str = STATE_FILE;
+    const ON_DAMAGE: OnDamage =
+        OnDamage::Fail("move the file away: the tables have their own watermarks, and the next run writes a new one");
 }
 
 impl StateFile {
-    /// Whether the Python sync script wrote it: its time is a client's clock.
+    /// Returns true if the Python sync script wrote it: its time is a client's clock.
     pub fn is_of_sync_script(&self) -> bool {
         self.last_sync_time.is_some() && self.scope.is_none()
     }
+}
 
-    /// Reads the file; nothing where there is none.
-    pub fn read(path: &Path) -> Result<Self> {
-        let bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(error).context(ErrorKind::State, format!("{} cannot be read", path.display())),
-        };
-        let json = serde_json::from_slice(&bytes).context(ErrorKind::State, format!("{} is not JSON", path.display()));
-        let json: Value = json.map_err(|error| error.with_hint(REBUILT))?;
-        if !json.is_object() {
-            return Err(Error::new(ErrorKind::State, format!("{}: not a fhirlake state file", path.display())).with_hint(REBUILT));
-        }
-        let time = |key: &str| match json.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => value.as_str().and_then(parse_time).map(Some).ok_or_else(|| {
-                Error::new(ErrorKind::State, format!("{}: {key} is not an instant", path.display())).with_hint(REBUILT)
-            }),
-        };
-        Ok(Self {
-            last_sync_time: time("last_sync_time")?,
-            last_completed: time("last_completed")?,
-            watermarks: json
-                .get("watermarks")
-                .and_then(Value::as_object)
-                .into_iter()
-                .flatten()
-                .filter_map(|(name, time)| Some((name.clone(), parse_time(time.as_str()?)?)))
-                .collect(),
-            runs_since_optimize: json.get("runs_since_optimize").and_then(Value::as_u64).unwrap_or(0),
-            runs_since_vacuum: json.get("runs_since_vacuum").and_then(Value::as_u64).unwrap_or(0),
-            scope: json.get("scope").and_then(Value::as_str).map(str::to_owned),
-            // Files of earlier versions do not say so: then one full export makes sure.
-            all_types: json.get("all_types").and_then(Value::as_bool).unwrap_or(false),
-        })
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+/// An instant as Python's `datetime.fromisoformat` of every age reads it.
+mod instant {
+    use super::*;
+
+    pub(super) fn serialize<S: Serializer>(time: &Option<DateTime<Utc>>, serializer: S) -> Result<S::Ok, S::Error> {
+        time.as_ref().map(python_time).serialize(serializer)
     }
 
-    /// Writes the file; members that others put there stay.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let old = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Map<String, Value>>(&bytes).ok());
-        let mut members = old.unwrap_or_default();
-        if let Some(time) = &self.last_sync_time {
-            members.insert("last_sync_time".into(), json!(python_time(time)));
-        }
-        if let Some(time) = &self.last_completed {
-            members.insert("last_completed".into(), json!(python_time(time)));
-        }
-        for (key, runs) in [("runs_since_optimize", self.runs_since_optimize), ("runs_since_vacuum", self.runs_since_vacuum)] {
-            if runs > 0 || members.contains_key(key) {
-                members.insert(key.into(), json!(runs));
-            }
-        }
-        if let Some(scope) = &self.scope {
-            members.insert("scope".into(), json!(scope));
-            members.insert("all_types".into(), json!(self.all_types));
-            let times = self.watermarks.iter().map(|(name, time)| (name.clone(), json!(python_time(time))));
-            members.insert("watermarks".into(), Value::Object(times.collect()));
-        }
-        if let Some(folder) = path.parent() {
-            private_dir(folder)?;
-        }
-        write_atomically(path, format!("{:#}\n", Value::Object(members)).as_bytes())
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<DateTime<Utc>>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        let parse = |text: String| parse_time(&text).ok_or_else(|| D::Error::custom("not an instant"));
+        text.map(parse).transpose()
     }
 }
 
-/// As Python's `datetime.fromisoformat` of every age reads it: `+00:00`, never `Z`.
+/// Instants by name. One that cannot be read counts as missing: the tables have them too.
+mod instants {
+    use super::*;
+
+    pub(super) fn serialize<S: Serializer>(times: &BTreeMap<String, DateTime<Utc>>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(times.iter().map(|(name, time)| (name, python_time(time))))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, DateTime<Utc>>, D::Error> {
+        let members = BTreeMap::<String, Value>::deserialize(deserializer)?;
+        Ok(members.into_iter().filter_map(|(name, time)| Some((name, parse_time(time.as_str()?)?))).collect())
+    }
+}
+
+/// Returns an instant with `+00:00`, never `Z`, which `fromisoformat` did not read before Python 3.11.
 fn python_time(time: &DateTime<Utc>) -> String {
-    // Its `fromisoformat` wants three digits or six before 3.11.
+    // Before 3.11 it wants three digits or six.
     let time = DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or(*time);
     time.to_rfc3339_opts(SecondsFormat::AutoSi, false)
 }
@@ -117,32 +104,35 @@ fn parse_time(text: &str) -> Option<DateTime<Utc>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::StateStore;
     use super::*;
-    use crate::error::Advice;
+    use crate::error::{Advice, ErrorKind};
 
     #[test]
     fn the_recipes_file_is_read_and_what_others_wrote_stays() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         std::fs::write(&path, r#"{"last_sync_time": "2025-03-01T10:15:00.123456", "note": 1}"#).unwrap();
-        let mut state = StateFile::read(&path).unwrap();
+        let store = StateStore::local(folder.path(), None);
+        let mut state: StateFile = store.read().unwrap();
         assert!(state.is_of_sync_script());
         assert_eq!(state.last_sync_time.unwrap().timestamp_micros(), 1_740_824_100_123_456);
         state.scope = Some("s".into());
-        state.write(&path).unwrap();
+        store.write(&state).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("2025-03-01T10:15:00.123456+00:00") && text.contains("\"note\": 1"), "{text}");
-        assert_eq!(StateFile::read(&path).unwrap(), state);
+        assert_eq!(store.read::<StateFile>().unwrap(), state);
     }
 
     #[test]
     fn a_file_that_is_none_is_an_error_not_a_full_export() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
-        assert_eq!(StateFile::read(&path).unwrap(), StateFile::default());
+        let store = StateStore::local(folder.path(), None);
+        assert_eq!(store.read::<StateFile>().unwrap(), StateFile::default());
         for text in ["{", "[]", r#"{"last_sync_time": "yesterday"}"#] {
             std::fs::write(&path, text).unwrap();
-            let error = StateFile::read(&path).unwrap_err();
+            let error = store.read::<StateFile>().unwrap_err();
             assert!(error.kind() == ErrorKind::State && error.advice().contains("move the file away"), "{error}");
         }
         for text in ["2025-03-01 10:15:00.5", "2025-03-01 10:15:00.500000+00:00", "2025-03-01T10:15:00.5Z"] {

@@ -10,7 +10,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-/// Whether a metric only grows.
+/// True if a metric only grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instrument {
     /// It does, for as long as the process lives.
@@ -24,13 +24,13 @@ pub enum Instrument {
 pub struct Metric {
     /// Its name.
     pub name: &'static str,
-    /// How it moves.
+    /// Its kind.
     pub instrument: Instrument,
     /// Its unit.
     pub unit: &'static str,
     /// Its label beside `pipeline`.
     pub label: Option<&'static str>,
-    /// What it says.
+    /// Its help text.
     pub what: &'static str,
 }
 
@@ -106,7 +106,7 @@ pub fn memory(line: &str) -> Option<u64> {
     text.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// How logs look.
+/// Format of logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum LogFormat {
     /// Text on a terminal, JSON elsewhere.
@@ -118,22 +118,22 @@ pub enum LogFormat {
     Json,
 }
 
-/// Where traces, metrics and logs go, and by what. Read from the pipeline file and the standard `OTEL_*` variables.
+/// Receivers of traces, metrics and logs, and protocols. Read from the pipeline file and the standard `OTEL_*` variables.
 #[derive(Debug, Clone)]
 pub struct OtlpSettings {
-    /// Whether the environment names the service.
+    /// True if the environment names the service.
     pub names_service: bool,
-    /// Where traces go, if they do.
+    /// Receiver of traces, if there is one.
     pub traces: Option<Signal>,
-    /// Where metrics go.
+    /// Receiver of metrics.
     pub metrics: Option<Signal>,
-    /// Where logs go.
+    /// Receiver of logs.
     pub logs: Option<Signal>,
-    /// What is asked for and cannot be.
+    /// Settings that cannot be met.
     pub problems: Vec<String>,
 }
 
-/// Where one of traces, metrics and logs goes.
+/// Receiver of one of traces, metrics and logs.
 #[derive(Debug, Clone)]
 pub struct Signal {
     /// The receiver; `None`: the SDK finds it in `OTEL_EXPORTER_OTLP_ENDPOINT`, or the signal's own.
@@ -153,7 +153,7 @@ pub struct Sample {
     pub value: f64,
 }
 
-/// What was set up: to be told what to send, and shut down at the end.
+/// The telemetry that was set up: to be told what to send, and shut down at the end.
 #[must_use]
 #[derive(Default)]
 pub struct Telemetry {
@@ -237,7 +237,7 @@ where
     (telemetry, problems)
 }
 
-/// What sends, what could not be set up, and the layers that feed it.
+/// Senders, problems, and the layers that feed them.
 type SetUp = (Telemetry, Vec<String>, Vec<Box<dyn Layer<Registry> + Send + Sync>>);
 
 #[cfg(feature = "otlp")]

@@ -1,8 +1,8 @@
 //! Traces, metrics and logs to an OTLP receiver. The standard `OTEL_*` variables are the SDK's own to read; the pipeline file's
 //! endpoint is for whoever has none.
 
+use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use opentelemetry::metrics::MeterProvider as _;
@@ -21,13 +21,13 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::{Instrument, METRICS, OtlpSettings, Sample};
 
-/// What was read, and when.
+/// Counters and the time at which they were read.
 type Reading = (Instant, Arc<Vec<Sample>>);
 
 /// A reading is good for so long: every instrument asks for it.
 const FRESH: Duration = Duration::from_millis(500);
 
-/// What sends, until it is shut down.
+/// Senders, until they are shut down.
 pub(super) struct Otlp {
     traces: Option<SdkTracerProvider>,
     metrics: Option<SdkMeterProvider>,
@@ -118,7 +118,7 @@ impl Otlp {
         let meter = provider.meter_with_scope(InstrumentationScope::builder("fhirlake").build());
         let last: Arc<Mutex<Option<Reading>>> = Arc::default();
         let now = move || {
-            let mut last = flow::locked(&last);
+            let mut last = last.lock();
             match &*last {
                 Some((at, samples)) if at.elapsed() < FRESH => samples.clone(),
                 _ => {

@@ -3,8 +3,9 @@
 use url::Url;
 
 use super::RunPlan;
-use super::run::{client, state_of};
+use super::connect::{client, state_of};
 use crate::error::{Error, ErrorKind, Result};
+use crate::jobs::ExportJobs;
 use crate::jobs::{self, ExportEvent};
 use flow::{Cancellation, Counters};
 
@@ -13,8 +14,8 @@ use flow::{Cancellation, Counters};
 /// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
 pub async fn cancel_exports(plan: &RunPlan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
     let state = state_of(plan)?;
-    let _lock = state.lock()?;
-    let exports = state.exports()?;
+    let _lock = state.acquire_lease()?;
+    let exports = state.read::<ExportJobs>()?;
     if let Some(unknown) = numbers.into_iter().flatten().find(|number| **number == 0 || **number > exports.jobs.len()) {
         return Err(Error::new(ErrorKind::Config, format!("no export job #{unknown}; see `fhirlake jobs list`")));
     }

@@ -1,15 +1,16 @@
 //! Looking at what a pipeline depends on and what it has made.
 
+use super::connect::{client, source_folder};
 use super::prepare::{app_id, check_table};
-use super::run::{client, source_folder};
 use super::{RunPlan, SourcePlan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, has_table, instant_text};
 use crate::stages::folder::place_of;
+use crate::state::StateFile;
 use delta_upsert::Tables;
 use flow::{Cancellation, Counters};
 
-/// How a table stands.
+/// State of a table.
 #[derive(Debug, Clone)]
 pub struct TableState {
     /// Its type.
@@ -22,7 +23,7 @@ pub struct TableState {
     pub watermark: Option<String>,
 }
 
-/// How the tables of a plan stand.
+/// Returns the states of a plan's tables.
 pub async fn table_states(plan: &RunPlan) -> Result<Vec<TableState>> {
     let tables = Tables::at(&plan.tables)?;
     let app_id = app_id(plan);
@@ -39,7 +40,7 @@ pub async fn table_states(plan: &RunPlan) -> Result<Vec<TableState>> {
 /// One thing that a run depends on, and how it stands.
 #[derive(Debug)]
 pub struct Dependency {
-    /// What it is.
+    /// Its name.
     pub name: String,
     /// `Ok` with what was found, or what is wrong.
     pub outcome: Result<String>,
@@ -90,10 +91,10 @@ pub async fn check_dependencies(plan: &RunPlan) -> Vec<Dependency> {
         Err(error) => add("token".into(), Err(error)),
     }
     add("tables writable".into(), writable_tables(plan).await);
-    let state = super::run::state_of(plan).and_then(|state| {
-        state.lock().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
-        state.remembered()?;
-        Ok(state.place(state.path()))
+    let state = super::connect::state_of(plan).and_then(|state| {
+        state.acquire_lease().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
+        state.read::<StateFile>()?;
+        Ok(state.location())
     });
     add("state writable".into(), state);
     found

@@ -6,17 +6,18 @@ use std::time::Duration;
 use chrono::Utc;
 
 use super::RunPlan;
+use super::connect::tables_of;
 use super::recovery::clean_up;
-use super::run::tables_of;
 use crate::error::{Error, ErrorKind, Result};
+use crate::jobs::checkpoint::CheckpointStore;
 use crate::messages::{ResourceType, has_table};
-use crate::state::{JournalEntry, StateFolder};
+use crate::state::{JournalEntry, StateFile, StateStore};
 use crate::values::Types;
 use delta_upsert::{OptimizeSettings, Optimized, Scratch, Table, VacuumSettings, Vacuumed, commit_info};
 use flow::{Cancellation, compute};
 use foundation::Limit;
 
-/// What `optimize` is asked for.
+/// Options of `optimize`.
 #[derive(Debug, Clone)]
 pub struct OptimizeOptions {
     /// Types, of those that have a table.
@@ -27,20 +28,20 @@ pub struct OptimizeOptions {
     pub min_deleted: Limit,
 }
 
-/// What `vacuum` is asked for.
+/// Options of `vacuum`.
 #[derive(Debug, Clone, Default)]
 pub struct VacuumOptions {
     /// Types, of those that have a table.
     pub types: Types,
-    /// How long files stay; `None` for each table's own setting.
+    /// Time for which files stay; `None` for each table's own setting.
     pub retention: Option<Duration>,
-    /// Whether a retention below a table's own is allowed.
+    /// True if a retention below a table's own is allowed.
     pub below_the_tables: bool,
-    /// Whether files are removed, or only named.
+    /// True if files are removed, or only named.
     pub delete: bool,
 }
 
-/// What was done to each table, or why not.
+/// Result for each table.
 pub type ByTable<T> = BTreeMap<String, Result<T>>;
 
 /// An id for files of a run that begins now; random letters too, since two pipelines that begin in one millisecond may
@@ -52,23 +53,23 @@ pub fn run_id() -> String {
 
 /// Optimizes the pipeline's tables, one after the other. A table that fails does not hold up the others.
 pub async fn optimize(plan: &RunPlan, options: &OptimizeOptions, stop: &Cancellation) -> Result<ByTable<Optimized>> {
-    let state = super::run::state_of(plan)?;
-    let _lock = state.lock()?;
+    let state = super::connect::state_of(plan)?;
+    let _lock = state.acquire_lease()?;
     state.clear_scratch()?;
-    clean_up(&state.journal(), &tables_of(plan, &state)?, state.staged().read()?.as_ref()).await?;
+    clean_up(&state.journal(), &tables_of(plan, &state)?, CheckpointStore::of(&state).read()?.as_ref()).await?;
     optimize_locked(plan, &state, options, stop).await
 }
 
 async fn optimize_locked(
     plan: &RunPlan,
-    state: &StateFolder,
+    state: &StateStore,
     options: &OptimizeOptions,
     stop: &Cancellation,
 ) -> Result<ByTable<Optimized>> {
     let journal = state.journal();
     let run = run_id();
     // What a killed run leaves, the next one knows by its name.
-    journal.write(&JournalEntry::Began { run: run.clone(), types: options.types.names().to_vec() })?;
+    journal.write(JournalEntry::Began { run: run.clone(), types: options.types.names().to_vec() })?;
     let settings = OptimizeSettings {
         target_file_bytes: plan.stages.merge.target_file.0,
         min_deleted: options.min_deleted,
@@ -85,7 +86,7 @@ async fn optimize_locked(
     })
     .await;
     // Whatever ended it, no table is left half-way: each was done, or put back.
-    journal.write(&JournalEntry::Ended { run })?;
+    journal.write(JournalEntry::Ended { run })?;
     journal.clear()?;
     let done = done?;
     for (name, done) in &done {
@@ -103,20 +104,20 @@ async fn optimize_locked(
 
 /// Finds files that the tables no longer need, and removes them if asked to.
 pub async fn vacuum(plan: &RunPlan, options: &VacuumOptions, stop: &Cancellation) -> Result<ByTable<Vacuumed>> {
-    let state = super::run::state_of(plan)?;
-    let _lock = state.lock()?;
-    clean_up(&state.journal(), &tables_of(plan, &state)?, state.staged().read()?.as_ref()).await?;
+    let state = super::connect::state_of(plan)?;
+    let _lock = state.acquire_lease()?;
+    clean_up(&state.journal(), &tables_of(plan, &state)?, CheckpointStore::of(&state).read()?.as_ref()).await?;
     vacuum_locked(plan, &state, options, stop).await
 }
 
 async fn vacuum_locked(
     plan: &RunPlan,
-    state: &StateFolder,
+    state: &StateStore,
     options: &VacuumOptions,
     stop: &Cancellation,
 ) -> Result<ByTable<Vacuumed>> {
     let settings = VacuumSettings {
-        staged: state.staged().read()?.map(|staged| staged.files).unwrap_or_default(),
+        staged: CheckpointStore::of(state).read()?.map(|staged| staged.files).unwrap_or_default(),
         retention: options.retention,
         below_the_tables: options.below_the_tables,
         delete: options.delete,
@@ -133,22 +134,22 @@ async fn vacuum_locked(
     .await
 }
 
-/// What the plan wants done after a successful run. It cannot fail the run: the tables hold all that came.
-pub(super) async fn after_run(plan: &RunPlan, state: &StateFolder, stop: &Cancellation) -> Result<()> {
-    let mut remembered = state.remembered()?;
-    remembered.runs_since_optimize += 1;
-    remembered.runs_since_vacuum += 1;
+/// Maintains the tables after a successful run. It cannot fail the run: the tables hold all that came.
+pub(super) async fn after_run(plan: &RunPlan, state: &StateStore, stop: &Cancellation) -> Result<()> {
+    let mut file = state.read::<StateFile>()?;
+    file.runs_since_optimize += 1;
+    file.runs_since_vacuum += 1;
     let due = |after: u64, runs: u64| after > 0 && runs >= after && !stop.is_cancelled();
-    if due(plan.optimize.after, remembered.runs_since_optimize) {
+    if due(plan.optimize.after, file.runs_since_optimize) {
         let options = OptimizeOptions {
             types: plan.optimize.types.clone(),
             cluster: plan.optimize.cluster,
             min_deleted: plan.optimize.min_deleted,
         };
         optimize_locked(plan, state, &options, stop).await?;
-        remembered.runs_since_optimize = 0;
+        file.runs_since_optimize = 0;
     }
-    if due(plan.vacuum.after, remembered.runs_since_vacuum) {
+    if due(plan.vacuum.after, file.runs_since_vacuum) {
         let options =
             VacuumOptions { retention: plan.vacuum.retention.map(|span| span.0), delete: true, ..VacuumOptions::default() };
         for (name, done) in vacuum_locked(plan, state, &options, stop).await? {
@@ -157,15 +158,15 @@ pub(super) async fn after_run(plan: &RunPlan, state: &StateFolder, stop: &Cancel
                 Err(error) => tracing::warn!(resource_type = %name, %error, "the table was not vacuumed"),
             }
         }
-        remembered.runs_since_vacuum = 0;
+        file.runs_since_vacuum = 0;
     }
-    state.remember(&remembered)
+    state.write(&file)
 }
 
 /// Does something to the tables of `types`, or to all that the pipeline has.
 async fn for_each_table<T>(
     plan: &RunPlan,
-    state: &StateFolder,
+    state: &StateStore,
     types: &Types,
     stop: &Cancellation,
     work: impl AsyncFn(Table) -> Result<T>,

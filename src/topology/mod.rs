@@ -4,6 +4,7 @@
 //! The list of stages is here and nowhere else. Spawning, the split of `memory`, `explain`, the status page, metrics and the
 //! diagrams of the documents walk it.
 
+mod connect;
 mod exports;
 mod inspect;
 mod maintenance;
@@ -24,12 +25,13 @@ use crate::stages::merge::MERGE;
 use crate::stages::{EdgeBytes, Memory, RunContext, Stage, StageSpec, Stages, attach, download, encode, parse};
 use flow::{ByteSized, EdgeGauge, Receiver, Sender, edge};
 
+pub use connect::{client, state_of};
 pub use exports::cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintenance::{ByTable, OptimizeOptions, VacuumOptions, optimize, run_id, vacuum};
 pub use prepare::{Prepared, prepare};
 pub use report::{RunOutcome, RunReport, for_failure as report_failure};
-pub use run::{RUN_FAILED, RunOptions, client, run, state_of};
+pub use run::{RUN_FAILED, RunOptions, run};
 pub use run_plan::{RunPlan, SourcePlan, default_state_folder};
 pub use watch::{RunEvent, Watch};
 
@@ -77,7 +79,7 @@ stages! {
 /// A stage of a pipeline.
 #[derive(Debug, Clone)]
 pub struct Node {
-    /// What it declares.
+    /// Its declaration.
     pub spec: &'static StageSpec,
     /// Its workers.
     pub workers: usize,
@@ -102,7 +104,7 @@ impl Node {
 pub struct Edge {
     /// `from->to`.
     pub name: Arc<str>,
-    /// What crosses it.
+    /// Items that cross it.
     pub carries: &'static str,
     /// The most items that it holds.
     pub items: usize,
@@ -216,14 +218,14 @@ impl Edges {
 
 /// Both ends of a pipeline that is being wired.
 struct Ends {
-    /// Where the source sends files.
+    /// Edge into which the source sends files.
     files: Sender<Arc<ExportFile>>,
-    /// Where stages receive them.
+    /// Edge from which stages receive them.
     files_out: Receiver<Arc<ExportFile>>,
     edges: Edges,
-    /// Where stages send batches and control events.
+    /// Edge into which stages send batches and control events.
     control: Sender<MergeInput>,
-    /// Where merge receives them.
+    /// Edge from which merge receives them.
     merge: Receiver<MergeInput>,
     merge_gauge: EdgeGauge,
 }

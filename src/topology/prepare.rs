@@ -1,7 +1,8 @@
-//! What a run is about to do: the tables as they are, their watermarks, and what is asked of the server.
+//! Preparation of a run: the tables as they are, their watermarks, and what is asked of the server.
 
+use parking_lot::RwLock;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 
@@ -13,23 +14,23 @@ use crate::jobs::{ExportJobs, Kickoff};
 use crate::jobs::{Resumed, rejected_lately, resume};
 use crate::messages::{Layouts, ResourceType, has_table};
 use crate::stages::merge::Mode;
-use crate::state::{StateFile, StateFolder};
+use crate::state::{StateFile, StateStore};
 use crate::values::Instant;
 use bulk_data_client::{ExportRequest, Level};
 use delta_upsert::{Table, Tables, deletions_id};
 use fhir_arrow::{Layout, LayoutOptions, layout_for};
 use foundation::instant::parse_instant;
 
-/// How far apart watermarks may lie that are asked for together.
+/// Distance of watermarks that are asked for together.
 const CLOSE_MICROS: i64 = 60 * 60 * 1_000_000;
 
 /// Runs before this one among which the last is looked for that was not stopped.
 const REPORT_HISTORY: usize = 10;
 
-/// What is taken off the time in the Python sync script's state file: it is a client's clock.
+/// Overlap of the time in the Python sync script's state file: it is a client's clock.
 const CLIENT_CLOCK_OVERLAP_MICROS: i64 = 5 * 60 * 1_000_000;
 
-/// What a run is about to do, drawn up before anything is asked of the server.
+/// A prepared run, drawn up before anything is asked of the server.
 pub struct Prepared {
     pub(super) plan: RunPlan,
     pub(super) tables: Tables,
@@ -40,7 +41,7 @@ pub struct Prepared {
     pub(super) app_id: String,
     pub(super) full: bool,
     pub(super) full_refresh: bool,
-    /// Whether it resumes an export that an earlier run ended without.
+    /// True if it resumes an export that an earlier run ended without.
     pub(super) behind: bool,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
     pub(super) until: Option<i64>,
@@ -79,9 +80,9 @@ pub(super) fn app_id(plan: &RunPlan) -> String {
 
 /// Opens the tables, reads their watermarks and groups the types by them. Requests nothing from the server.
 pub async fn prepare(plan: RunPlan, options: RunOptions) -> Result<Prepared> {
-    let state = super::run::state_of(&plan)?;
-    let tables = super::run::tables_of(&plan, &state)?;
-    let (remembered, jobs) = (state.remembered()?, state.exports()?);
+    let state = super::connect::state_of(&plan)?;
+    let tables = super::connect::tables_of(&plan, &state)?;
+    let (remembered, jobs) = (state.read::<StateFile>()?, state.read::<ExportJobs>()?);
     let app_id = app_id(&plan);
     let mut open = open_tables(&plan, &tables, &app_id).await?;
     if open.tables.is_empty() && !open.unwritable.is_empty() && !plan.types().is_all() {
@@ -216,7 +217,7 @@ fn since_of_all(plan: &RunPlan, options: RunOptions, groups: &Groups, (remembere
 }
 
 /// Returns true if the newest run that was not stopped held a watermark: the server said that its export is not whole.
-fn has_held_watermark(state: &StateFolder) -> bool {
+fn has_held_watermark(state: &StateStore) -> bool {
     let reports = RunReport::newest(state, REPORT_HISTORY);
     let newest = reports.iter().find(|report| report.outcome() != RunOutcome::Stopped);
     newest.is_some_and(|report| report.watermark_not_advanced)
@@ -288,7 +289,7 @@ fn together(groups: Groups, most: i64) -> Groups {
     near
 }
 
-/// Whether a run can write `table`: its features, and its columns where it exists.
+/// Returns true if a run can write `table`: its features, and its columns where it exists.
 pub(super) fn check_table(table: &Table, plan: &RunPlan) -> Result<()> {
     layout_of(&table.resource_type, table, &plan.layout()).map(drop)
 }
@@ -315,12 +316,12 @@ pub(super) fn layouts(plan: &RunPlan, tables: &Tables, opened: &HashMap<Resource
     }
     let (known, options, tables) = (RwLock::new(known), plan.layout(), tables.clone());
     Ok(Arc::new(move |name| {
-        if let Some(layout) = known.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+        if let Some(layout) = known.read().get(name) {
             return Ok(layout.clone());
         }
         let table = tokio::runtime::Handle::current().block_on(tables.open(name))?;
         let layout = layout_of(name, &table, &options)?;
-        let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = known.write();
         Ok(known.entry(name.clone()).or_insert(layout).clone())
     }))
 }

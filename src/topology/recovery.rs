@@ -1,4 +1,4 @@
-//! What earlier runs left: lines in quarantine, to be retried, and what a run that was killed had staged.
+//! Leftovers of earlier runs: lines in quarantine, to be retried, and what a run that was killed had staged.
 
 use std::sync::Arc;
 
@@ -9,18 +9,18 @@ use crate::error::{Context, ErrorKind, Result};
 use crate::jobs::checkpoint::Checkpoint;
 use crate::messages::{ExportFile, FileKind, ManifestEntryId};
 use crate::stages::replay::Replayed;
-use crate::state::{Journal, JournalEntry, StateFolder};
+use crate::state::{Journal, JournalEntry, StateStore};
 use delta_upsert::Tables;
 use fhir_arrow::Model;
 
 /// The lines in quarantine of the types that the pipeline has, as the oldest files of the run.
-pub(super) fn replay(plan: &RunPlan, state: &StateFolder) -> Result<Option<Replayed>> {
+pub(super) fn replay(plan: &RunPlan, state: &StateStore) -> Result<Option<Replayed>> {
     let superseded = state.remove_superseded()?;
     if superseded > 0 {
         tracing::info!(lines = superseded, "lines left quarantine: what they are about was deleted since");
     }
     let mut files = Vec::new();
-    for (declared, lines) in state.to_be_tried()? {
+    for (declared, lines) in state.retryable()? {
         if declared.as_deref().is_some_and(|name| !plan.types().contains(name)) {
             continue;
         }

@@ -1,4 +1,4 @@
-//! What a run did, for people and for the state.
+//! The report of a run, for people and for the state.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,12 +12,12 @@ use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
 use crate::messages::instant_text;
 use crate::stages::merge::{MergeReport, TypeOutcome};
-use crate::state::StateFolder;
+use crate::state::{Document, OnDamage, StateStore};
 use crate::telemetry;
 use fhir_arrow::EXCLUDED_TYPES;
 use flow::Counters;
 
-/// What a run did.
+/// Report of a run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RunReport {
@@ -25,17 +25,17 @@ pub struct RunReport {
     pub pipeline: String,
     /// The run's id.
     pub run: String,
-    /// When it began.
+    /// Time at which it began.
     #[schemars(with = "String")]
     pub started: DateTime<Utc>,
-    /// How long it took.
+    /// Duration.
     pub seconds: f64,
-    /// Whether every type succeeded.
+    /// True if every type succeeded.
     pub succeeded: bool,
-    /// Whether it was stopped on request before its end; the next run resumes it.
+    /// True if it was stopped on request before its end; the next run resumes it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stopped: bool,
-    /// Whether it was a full export, by the run's own choice or for want of a watermark.
+    /// True if it was a full export, by the run's own choice or for want of a watermark.
     pub full: bool,
     /// The server's `transactionTime`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -43,7 +43,7 @@ pub struct RunReport {
     /// Why the run ended before its end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// What may help.
+    /// Hint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
     /// By type.
@@ -56,11 +56,11 @@ pub struct RunReport {
     pub count_findings: Vec<(String, u64, u64)>,
     /// Bad lines that belong to no table: of deletion files, error files and types without a table.
     pub other_bad_lines: u64,
-    /// Whether the watermark of a type stays where it was, since the server reports errors of its export or what it said could
+    /// True if the watermark of a type stays where it was, since the server reports errors of its export or what it said could
     /// not be read; each type says why.
     #[serde(rename = "watermark_held")]
     pub watermark_not_advanced: bool,
-    /// Where the server's own words on its export are: they may name patients.
+    /// File of the server's own messages about its export: they may name patients.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_messages: Option<String>,
     /// Issues in the export's error files, by severity and code: `error not-found`.
@@ -79,12 +79,12 @@ pub struct RunReport {
     pub passed_over: BTreeMap<String, Vec<String>>,
     /// Lines out of quarantine that could be read now.
     pub replayed: u64,
-    /// Whether every export said its last.
+    /// True if every export said its last.
     #[serde(skip)]
     pub is_whole: bool,
 }
 
-/// How a run ended.
+/// Outcome of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RunOutcome {
@@ -106,6 +106,11 @@ impl std::fmt::Display for RunOutcome {
     }
 }
 
+impl Document for RunReport {
+    const NAME: &'static str = "runs";
+    const ON_DAMAGE: OnDamage = OnDamage::Rebuild("a report cannot be read; it is left out");
+}
+
 impl RunReport {
     /// Returns how the run ended.
     pub fn outcome(&self) -> RunOutcome {
@@ -117,16 +122,16 @@ impl RunReport {
     }
 
     /// Persists it in the state.
-    pub fn save(&self, state: &StateFolder) -> Result<()> {
+    pub fn save(&self, state: &StateStore) -> Result<()> {
         state.save_report(&self.run, self)
     }
 
     /// Returns the reports of the newest runs, at most `most`, the newest first.
-    pub fn newest(state: &StateFolder, most: usize) -> Vec<RunReport> {
-        state.reports(most)
+    pub fn newest(state: &StateStore, most: usize) -> Vec<RunReport> {
+        state.reports().take(most).collect()
     }
 
-    /// Whether all that the server gave is in the tables: its exports are used up, whatever it says of them.
+    /// Returns true if all that the server gave is in the tables: its exports are used up, whatever it says of them.
     pub(super) fn is_merged(&self) -> bool {
         self.succeeded
             || (self.watermark_not_advanced
@@ -251,7 +256,7 @@ impl RunReport {
 }
 
 /// Leaves a report of a run that failed before it could draw one up; of one that found the pipeline taken there is nothing to say.
-pub fn for_failure(state: &StateFolder, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
+pub fn for_failure(state: &StateStore, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
     if error.kind() == ErrorKind::Locked || state.has_report(run) {
         return;
     }
@@ -284,4 +289,5 @@ pub(super) fn log_exports(log: &ExportLog, exports: usize, board: &Counters, too
         };
         log.note(export, "export_complete", detail);
     }
+    log.sync();
 }

@@ -1,4 +1,4 @@
-//! What earlier runs staged and no table has yet: looked through before a run resumes it.
+//! Rows that earlier runs staged and no table has yet: looked through before a run resumes it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -6,32 +6,29 @@ use std::sync::Arc;
 use super::prepare::Prepared;
 use crate::error::{Error, Result};
 use crate::jobs;
+use crate::jobs::ExportJobs;
 use crate::jobs::checkpoint::{Checkpoint, CheckpointEntry, CheckpointStore, StagedParquet};
 use crate::messages::{ResourceType, watermark_of};
 use crate::stages::merge::{CheckpointPolicy, Earlier, columns_of};
-use crate::state::StateFolder;
+use crate::state::StateStore;
 use delta_upsert::StagedFileState;
 
-/// What a run resumes.
+/// Rows and exports that a run resumes.
 #[derive(Default)]
 pub(super) struct ResumePoint {
-    /// What earlier runs staged.
+    /// Rows that earlier runs staged.
     pub earlier: Earlier,
     /// Index of the first file that no earlier run has listed.
     pub first_index: u32,
-    /// Where the run persists what it stages itself.
+    /// Checkpoint of the run itself.
     pub keep: Option<CheckpointPolicy>,
 }
 
 /// Looks through what earlier runs staged of the exports that are resumed, and tells the kick-offs of it. What belongs
 /// to no export any more is removed.
-pub(super) async fn resume_point(
-    state: &StateFolder,
-    staged: Option<Checkpoint>,
-    prepared: &mut Prepared,
-) -> Result<ResumePoint> {
-    let folder = state.staged();
-    let exports = state.exports()?.jobs;
+pub(super) async fn resume_point(state: &StateStore, staged: Option<Checkpoint>, prepared: &mut Prepared) -> Result<ResumePoint> {
+    let folder = CheckpointStore::of(state);
+    let exports = state.read::<ExportJobs>()?.jobs;
     let mut others = staged.unwrap_or_default();
     let first_index = others.next_index();
     let accepted: Vec<_> = prepared.kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref()).collect();
@@ -91,11 +88,11 @@ async fn look_through(folder: &CheckpointStore, work: &mut Checkpoint, merged: &
             }
         };
         for (file, fate) in files.into_iter().zip(staged_file_states) {
-            let keys = folder.keys_of(&name, &file.path);
+            let has_keys = folder.keys_of(&name, &file.path).is_ok_and(|keys| keys.is_file());
             match fate {
                 StagedFileState::Merged if merged.contains(&name) => work.in_tables.push(file),
                 StagedFileState::Merged => lost.push(file),
-                StagedFileState::Pending if file.columns == columns && keys.is_file() => work.files.push(file),
+                StagedFileState::Pending if file.columns == columns && has_keys => work.files.push(file),
                 StagedFileState::Pending | StagedFileState::Missing => {
                     tracing::warn!(file = file.path, resource_type = %name, "staged rows cannot be used; they are downloaded again");
                     useless.push(file.clone());

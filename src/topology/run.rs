@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use chrono::{DateTime, Utc};
 use tracing::Instrument;
-use url::Url;
 
+use super::connect::{client, own_folders, source_folder, state_of, tables_of};
 use super::prepare::{self, Prepared, prepare};
 use super::recovery::{clean_up, replay};
 use super::report::{self, RunOutcome, RunReport};
@@ -15,11 +15,11 @@ use super::resume_point::{self, ResumePoint};
 use super::watch::{RunEvent, Watch};
 use super::{Ends, RunPlan, SourcePlan, maintenance, spawn_between};
 use crate::config::{DeleteExport, ExportErrors};
-use crate::error::{Advice, Context, Error, ErrorKind, Result};
+use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
+use crate::jobs::checkpoint::CheckpointStore;
 use crate::jobs::{self, ExportEvent, ExportEventSink};
 use crate::messages::{BadLineSink, ExportFile, FlushRequests, MergeInput, instant_text};
-use crate::mirror::Mirror;
 use crate::stages::download::{Origin, ShortFile};
 use crate::stages::export::ServerExport;
 use crate::stages::folder::{FolderExport, PassedOver};
@@ -27,14 +27,14 @@ use crate::stages::ledger::Ledger;
 use crate::stages::merge::{KEYS, MATCHING, Merge, MergeReport, MergeSettings, Mode, Staging, StagingSettings};
 use crate::stages::replay::Replayed;
 use crate::stages::{RunContext, Stages};
-use crate::state::{Journal, JournalEntry, Lock, StateFolder};
+use crate::state::{Journal, JournalEntry, Lease, StateFile, StateStore};
 use crate::telemetry;
 use crate::values::Types;
-use bulk_data_client::{Auth, Client, Links};
-use delta_upsert::{NotMatchedBySource, OrderRules, TableSettings, Tables};
-use flow::{Cancellation, Counters, Receiver, Sender, TaskGroup, locked};
+use bulk_data_client::{Client, Links};
+use delta_upsert::{NotMatchedBySource, OrderRules, TableSettings};
+use flow::{Cancellation, Receiver, Sender, TaskGroup};
 
-/// What a run may be told on the command line.
+/// Options of a run on the command line.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RunOptions {
     /// Export everything, and rewrite rows whose content differs.
@@ -45,55 +45,6 @@ pub struct RunOptions {
     pub replay_only: bool,
     /// This is a part of a run whose other types failed: it completes nothing.
     pub part: bool,
-}
-
-/// The state of a plan: a folder, or this process's copy of one in an object store.
-pub fn state_of(plan: &RunPlan) -> Result<StateFolder> {
-    if !plan.state.contains("://") {
-        return Ok(StateFolder::at(std::path::Path::new(&plan.state), plan.state_file.as_deref()));
-    }
-    let mirror = Mirror::at(&plan.state, plan.lock_expiry, || Tables::at(&plan.state)?.store())?;
-    Ok(StateFolder::mirrored(mirror))
-}
-
-/// The tables of a plan, to which nothing is committed once the state's lock is lost.
-pub(crate) fn tables_of(plan: &RunPlan, state: &StateFolder) -> Result<Tables> {
-    Ok(Tables::at(&plan.tables)?.guarded(state.guard()))
-}
-
-/// The client of a plan's server.
-pub fn client(plan: &RunPlan, board: &Counters, stop: &Cancellation) -> Result<Option<Client>> {
-    match &plan.source {
-        SourcePlan::Folder(_) => Ok(None),
-        SourcePlan::Server { base, auth, http, .. } => {
-            let auth = Auth::new(auth.clone())?;
-            Client::new(base.clone(), auth, http.clone(), board.clone(), stop.clone()).map(Some)
-        }
-    }
-}
-
-/// The folder of a source of NDJSON, local or in an object store.
-pub(super) fn source_folder(url: &Url) -> Result<Arc<dyn object_store::ObjectStore>> {
-    if url.scheme() != "file" {
-        return Tables::at(url.as_str())?.store().map_err(|error| error.at("source.url"));
-    }
-    let path = url.to_file_path().map_err(|()| Error::new(ErrorKind::Config, "source.url is not a folder"))?;
-    if !path.is_dir() {
-        return Err(Error::new(ErrorKind::Config, format!("source.url: {} is not a folder", path.display())));
-    }
-    // Not from the root: names on the way need not be such as objects may have.
-    let store = object_store::local::LocalFileSystem::new_with_prefix(&path).context(ErrorKind::Config, "source.url")?;
-    Ok(Arc::new(store))
-}
-
-/// Local folders that fhirlake writes into and that lie in the source folder, as seen from there.
-fn own_folders(plan: &RunPlan, source: &Url, state: &StateFolder, tables: &Tables) -> Vec<object_store::path::Path> {
-    let state = (!plan.state.contains("://")).then(|| state.path().to_path_buf());
-    let Some(source) = source.to_file_path().ok().and_then(|source| source.canonicalize().ok()) else { return Vec::new() };
-    let canonical = |folder: std::path::PathBuf| folder.canonicalize().or_else(|_| std::path::absolute(&folder)).ok();
-    let folders = state.into_iter().chain(tables.local()).filter_map(canonical);
-    let below = folders.filter_map(|folder| folder.strip_prefix(&source).ok()?.to_str().map(object_store::path::Path::parse));
-    below.filter_map(std::result::Result::ok).filter(|folder| folder.parts().next().is_some()).collect()
 }
 
 /// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an earlier run
@@ -172,7 +123,7 @@ struct Run {
     options: RunOptions,
     watch: Watch,
     stop: Cancellation,
-    state: StateFolder,
+    state: StateStore,
     journal: Journal,
     client: Option<Client>,
     prepared: Prepared,
@@ -180,20 +131,20 @@ struct Run {
     /// Set where an export that was resumed has expired: the run asks for it again, so that nothing is left behind it.
     expired: Arc<AtomicBool>,
     passed_over: PassedOver,
-    _lock: Lock,
+    _lease: Lease,
 }
 
 /// The source of a run, which ends when all of its files are sent.
 type Source = std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 
-/// What came of a run's stages.
+/// Outcome of a run's stages.
 struct Ended {
     /// The first error, which ended them early.
     outcome: Result<()>,
-    /// What merge has to say; `None` where it ended early.
+    /// Merge's report; `None` where it ended early.
     merged: Option<MergeReport>,
     log: ExportLog,
-    /// When all stages had ended.
+    /// Time until all stages had ended.
     took: std::time::Duration,
 }
 
@@ -202,10 +153,10 @@ impl Run {
     async fn open(plan: RunPlan, options: RunOptions, watch: Watch, stop: Cancellation, id: String) -> Result<Self> {
         let (began, started) = (Instant::now(), Utc::now());
         let state = state_of(&plan)?;
-        let lock = state.lock()?;
+        let lease = state.acquire_lease()?;
         let journal = state.journal();
         state.clear_scratch()?;
-        let staged = state.staged().read()?;
+        let staged = CheckpointStore::of(&state).read()?;
         clean_up(&journal, &tables_of(&plan, &state)?, staged.as_ref()).await?;
         let client = if options.replay_only { None } else { client(&plan, &watch.board, &stop)? };
         let mut plan = plan;
@@ -229,7 +180,7 @@ impl Run {
             Some(since) => tracing::info!(since = %instant_text(since), "incremental sync"),
             None => tracing::info!("full sync"),
         }
-        journal.write(&JournalEntry::Began { run: id.clone(), types: prepared.plan.types().names().to_vec() })?;
+        journal.write(JournalEntry::Began { run: id.clone(), types: prepared.plan.types().names().to_vec() })?;
         let (expired, passed_over) = (Arc::default(), PassedOver::default());
         Ok(Self {
             id,
@@ -245,7 +196,7 @@ impl Run {
             resume,
             expired,
             passed_over,
-            _lock: lock,
+            _lease: lease,
         })
     }
 
@@ -255,7 +206,7 @@ impl Run {
         let topology = plan.topology();
         let Ends { files, files_out, mut edges, control, merge, merge_gauge } = Ends::of(&topology);
         let log = match plan.request.export_log && self.client.is_some() {
-            true => ExportLog::at(&self.state.export_log(&self.id), &self.id)?,
+            true => ExportLog::of_run(self.state.export_log(&self.id)?, &self.id),
             false => ExportLog::default(),
         };
         // A run that deletes what the export does not name treats the export as complete.
@@ -342,7 +293,7 @@ impl Run {
                     store: store.clone(),
                     url: url.clone(),
                     types: plan.types().names().iter().map(|name| name.as_str().into()).collect(),
-                    excluded: own_folders(plan, url, &self.state, &prepared.tables),
+                    excluded: own_folders(url, &self.state, &prepared.tables),
                     passed_over: self.passed_over.clone(),
                     all_asked: plan.stages.merge.mode != Mode::Merge,
                     first_index,
@@ -373,7 +324,7 @@ impl Run {
         let (prepared, plan) = (&self.prepared, &self.prepared.plan);
         let Stages { download, parse, merge: section, .. } = &*plan.stages;
         let (absent, layout) = (self.not_matched(), plan.layout());
-        let scratch = self.state.path().to_path_buf();
+        let scratch = self.state.scratch();
         let mut ledger = Ledger::new(exports, Some(parse.bad_lines()))
             .fail_short_files(download.on_short_file == ShortFile::Fail)
             .ignore_errors(plan.request.export_errors == ExportErrors::Ignore);
@@ -424,7 +375,7 @@ impl Run {
         let (prepared, plan, state) = (&self.prepared, &self.prepared.plan, &self.state);
         if ended.merged.is_some() {
             // Merge has removed what it staged and did not commit, or persisted it. Where it died, the next run does.
-            self.journal.write(&JournalEntry::Ended { run: self.id.clone() })?;
+            self.journal.write(JournalEntry::Ended { run: self.id.clone() })?;
         }
         let merged = ended.merged.unwrap_or_default();
         report::log_exports(&ended.log, merged.exports, &self.watch.board, ended.took);
@@ -448,8 +399,8 @@ impl Run {
         );
         // A stage that ends early on request ends well.
         report.stopped |= ended.outcome.is_ok() && self.stop.is_cancelled() && !report.succeeded;
-        report.passed_over = locked(&self.passed_over).iter().map(|(why, names)| ((*why).to_owned(), names.clone())).collect();
-        report.server_messages = state.server_messages_place(&report.run);
+        report.passed_over = self.passed_over.lock().iter().map(|(why, names)| ((*why).to_owned(), names.clone())).collect();
+        report.server_messages = state.server_messages_location(&report.run);
         report.save(state)?;
         ended.outcome?;
         if report.outcome() == RunOutcome::Stopped {
@@ -466,7 +417,7 @@ impl Run {
         if report.is_merged() {
             // A run whose watermarks did not all move completes nothing, but its export has no more to give.
             if report.succeeded && !self.options.part {
-                remember_success(state, &report, &prepared.app_id, plan.types().is_all())?;
+                record_success(state, &report, &prepared.app_id, plan.types().is_all())?;
             }
             if let Some(client) = &self.client {
                 jobs::merged(state, &prepared.app_id, &prepared.kickoffs, client, delete).await?;
@@ -492,15 +443,15 @@ impl Run {
     }
 }
 
-fn remember_success(state: &StateFolder, report: &RunReport, app_id: &str, all_types: bool) -> Result<()> {
-    let mut remembered = state.remembered()?;
-    remembered.last_completed = Some(Utc::now());
+fn record_success(state: &StateStore, report: &RunReport, app_id: &str, all_types: bool) -> Result<()> {
+    let mut file = state.read::<StateFile>()?;
+    file.last_completed = Some(Utc::now());
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
-        remembered.last_sync_time = Some(time.to_utc());
-        (remembered.scope, remembered.all_types) = (Some(app_id.to_owned()), all_types);
+        file.last_sync_time = Some(time.to_utc());
+        (file.scope, file.all_types) = (Some(app_id.to_owned()), all_types);
         // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made again.
         let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
-        remembered.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
+        file.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
     }
-    state.remember(&remembered)
+    state.write(&file)
 }

@@ -1,4 +1,4 @@
-//! What a pipeline file resolves to: references read, counts chosen, memory split.
+//! The resolved pipeline file: references read, counts chosen, memory split.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::values::{Text, Types, environment, is_of_server, warn_if_loose};
 use bulk_data_client::{Access, AuthSettings, ClientSettings, ExportOptions, HttpSettings, Level, Proof, TlsSettings};
 use fhir_arrow::LayoutOptions;
 
-/// Where a run's resources come from.
+/// Source of a run's resources.
 #[derive(Clone)]
 #[expect(clippy::large_enum_variant, reason = "there is one of it in a process")]
 pub enum SourcePlan {
@@ -26,13 +26,13 @@ pub enum SourcePlan {
         base: Url,
         /// Whose data.
         level: Level,
-        /// Who we are.
+        /// Authentication.
         auth: AuthSettings,
-        /// How requests behave.
+        /// Settings of requests.
         http: HttpSettings,
-        /// How long it may work.
+        /// Time for which it may work.
         timeout: Duration,
-        /// What is asked beside types and time.
+        /// Parameters beside types and time.
         options: ExportOptions,
     },
     /// A folder of NDJSON.
@@ -44,33 +44,33 @@ pub enum SourcePlan {
 pub struct RunPlan {
     /// Its name.
     pub name: String,
-    /// Where resources come from.
+    /// Source of resources.
     pub source: SourcePlan,
-    /// What is asked of the source, as the file has it.
+    /// Request to the source, as the file has it.
     pub request: SourceSection,
     /// The stages' settings.
     pub stages: Arc<Stages>,
     /// The memory budget.
     pub memory: Memory,
-    /// When and how the tables' files are compacted.
+    /// Compaction of the tables' files.
     pub optimize: OptimizeSection,
-    /// When old files are removed.
+    /// Removal of old files.
     pub vacuum: VacuumSection,
     /// The tables' folder.
     pub tables: String,
     /// The state's folder, or its URL in an object store.
     pub state: String,
-    /// How long a lease in an object store outlives its holder's last renewal.
+    /// Time for which a lease in an object store outlives its holder's last renewal.
     pub lock_expiry: Duration,
     /// A state file of its own, for users of the Python sync script.
     pub state_file: Option<PathBuf>,
-    /// When it runs by itself.
+    /// Times at which it runs by itself.
     pub schedules: Vec<SchedulePlan>,
-    /// How long ago the last successful run may have completed.
+    /// Age that the last successful run may have.
     pub max_age: Duration,
 }
 
-/// Where a pipeline's state is unless the file says otherwise: beside the tables, whose readers pass it over.
+/// Returns the place of a pipeline's state unless the file says otherwise: beside the tables, whose readers pass it over.
 pub fn default_state_folder(tables: &str, name: &str) -> Option<String> {
     let tables = delta_upsert::Tables::at(tables).ok()?;
     match tables.local() {
@@ -95,7 +95,7 @@ fn named_hosts(file: &PipelineFile, auth: &AuthSettings) -> Vec<String> {
     named
 }
 
-/// Whether the environment says that no host is asked by a proxy. The HTTP library takes `*` for all names and not for
+/// Returns true if the environment says that no host is asked by a proxy. The HTTP library takes `*` for all names and not for
 /// addresses.
 fn no_proxy() -> bool {
     let all = |name: &str| environment(name).is_some_and(|hosts| hosts.split(',').any(|host| host.trim() == "*"));

@@ -1,16 +1,17 @@
-//! What those who watch a run see of it: counters, edges, events.
+//! View of a run for those who watch it: counters, edges, events.
 
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
-use flow::{Counters, EdgeGauge, locked};
+use flow::{Counters, EdgeGauge};
 
-/// What happens in a run, for those who watch it.
+/// An event of a run, for those who watch it.
 #[derive(Debug)]
 pub enum RunEvent<'a> {
     /// The run knows what it asks for: everything, by its own choice or for want of a watermark, or changes.
     Planned {
-        /// Whether it asks for everything.
+        /// True if it asks for everything.
         full: bool,
     },
     /// The edges are made, in the order in which data crosses them.
@@ -24,7 +25,7 @@ pub enum RunEvent<'a> {
 /// Hears of events in a run.
 type Listener = Arc<dyn Fn(&RunEvent<'_>) + Send + Sync>;
 
-/// What those who watch a run see of it.
+/// View of a run for those who watch it.
 #[derive(Clone, Default)]
 pub struct Watch {
     /// Counters by type.
@@ -33,7 +34,7 @@ pub struct Watch {
     pub edges: Arc<Mutex<Vec<EdgeGauge>>>,
     /// The server's last message on its export.
     pub server: Arc<Mutex<Option<String>>>,
-    /// Whether the run asks for everything, by its own choice or for want of a watermark.
+    /// True if the run asks for everything, by its own choice or for want of a watermark.
     pub full: Arc<AtomicBool>,
     listener: Option<Listener>,
 }
@@ -50,8 +51,8 @@ impl Watch {
         }
         match event {
             RunEvent::Planned { full } => self.full.store(full, Ordering::Relaxed),
-            RunEvent::Wired(gauges) => *locked(&self.edges) = gauges,
-            RunEvent::ServerStatus(text) => *locked(&self.server) = Some(text.to_owned()),
+            RunEvent::Wired(gauges) => *self.edges.lock() = gauges,
+            RunEvent::ServerStatus(text) => *self.server.lock() = Some(text.to_owned()),
             RunEvent::Draining(_) => {}
         }
     }

@@ -37,11 +37,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("heap", &[]),
     ("telemetry", &[]),
     ("messages", &["error"]),
-    ("export_log", &["error"]),
-    ("mirror", &["error"]),
+    ("export_log", &["state"]),
     ("values", &["config", "values"]),
-    ("jobs", &["error", "messages", "mirror", "state"]),
-    ("state", &["error", "jobs", "messages", "mirror", "state"]),
+    ("jobs", &["error", "messages", "state"]),
+    ("state", &["error", "messages", "state"]),
     ("stages", &["error", "export_log", "jobs", "messages", "stages", "telemetry", "values"]),
     ("config", &["config", "error", "stages", "values"]),
 ];
@@ -139,4 +138,25 @@ fn no_unwrap_outside_tests() {
             assert!(!line.contains(".unwrap()") && !line.contains(".expect("), "{}:{}", path.display(), number + 1);
         }
     }
+}
+
+// A doc comment names the thing or says what it does; a question is not its name.
+#[test]
+fn doc_comments_begin_with_a_verb_or_a_noun() {
+    let mut wrong = Vec::new();
+    for (path, text) in sources() {
+        let mut before = "";
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim_start();
+            let comment = line.strip_prefix("/// ").or_else(|| line.strip_prefix("//! "));
+            // The first line of a comment, or of a paragraph of one.
+            let is_first = !before.starts_with("///") && !before.starts_with("//!") || before.len() == 3;
+            let word = comment.filter(|_| is_first).and_then(|comment| comment.split(' ').next()).unwrap_or_default();
+            if ["What", "Whether", "How", "Who", "Where", "When"].contains(&word.trim_end_matches('.')) {
+                wrong.push(format!("{}:{}: {line}", path.display(), number + 1));
+            }
+            before = line.trim_end();
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

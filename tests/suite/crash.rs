@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use bulk_data_server::{DemoServer, Faults, Population};
 use delta_upsert::Tables;
-use fhirlake::state::StateFolder;
+use fhirlake::jobs::ExportJobs;
+use fhirlake::jobs::checkpoint::CheckpointStore;
+use fhirlake::state::StateStore;
 
-use super::support::{Lake, assert_is, lake};
+use super::support::{Lake, assert_is, copy, lake};
 
 const TYPES: [&str; 3] = ["Patient", "Observation", "Claim"];
 
@@ -67,13 +69,6 @@ async fn bench(seed: u64, vectors: bool) -> Bench {
     Bench { server, lake, file, saved: tempfile::tempdir().unwrap(), vectors }
 }
 
-fn copy(from: &Path, to: &Path) {
-    let _ = std::fs::remove_dir_all(to);
-    if from.exists() {
-        assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
-    }
-}
-
 impl Bench {
     fn command(&self, stage: Stage) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fhirlake"));
@@ -99,11 +94,11 @@ impl Bench {
     /// The tables are what the server had; nothing is left of the killed run, but for what vacuum takes.
     async fn check(&self, when: &str) {
         assert_is(&self.lake, &self.server.population(), &TYPES).await;
-        let state = StateFolder::at(&self.lake.state(), None);
+        let state = StateStore::local(&self.lake.state(), None);
         assert_eq!(state.quarantined().count(), 1, "{when}: the bad line is kept once");
-        assert_eq!(state.exports().unwrap(), Default::default(), "{when}: exports in flight");
+        assert_eq!(state.read::<ExportJobs>().unwrap(), Default::default(), "{when}: exports in flight");
         assert_eq!(state.journal().unfinished().unwrap(), [], "{when}: the journal");
-        assert!(state.staged().read().unwrap().is_none_or(|staged| staged.files.is_empty()), "{when}: staged files");
+        assert!(CheckpointStore::of(&state).read().unwrap().is_none_or(|staged| staged.files.is_empty()), "{when}: staged files");
         let scratch = std::fs::read_dir(state.scratch()).map(|entries| entries.count()).unwrap_or(0);
         assert_eq!(scratch, 0, "{when}: scratch");
         self.succeed(VACUUM, when);

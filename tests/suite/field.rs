@@ -9,6 +9,7 @@ use bulk_data_client::KeyAlgorithm;
 use bulk_data_server::{DemoServer, Faults, Registration};
 use fhirlake::config::read_pipeline;
 use fhirlake::error::{Advice, ErrorKind};
+use fhirlake::jobs::ExportJobs;
 
 use super::protocol::{TYPES, register, server};
 use super::support::{assert_is, folder, lake, strings};
@@ -161,7 +162,7 @@ async fn k21_a_kick_off_whose_answer_is_lost_is_told() {
     let right = lake();
     assert!(right.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&right, &server.population(), &TYPES).await;
-    assert!(right.state_folder().exports().unwrap().unconfirmed.is_empty(), "an answer came in the end");
+    assert!(right.state_store().read::<ExportJobs>().unwrap().unconfirmed.is_empty(), "an answer came in the end");
     // The server has one slot, and the lost export takes it.
     let faults = Faults { kickoffs_lost: 1, kickoffs_throttled: 1, kickoff_retry_after: Some("600".into()), ..Faults::default() };
     server.set_faults(Faults { kickoffs_throttled: 0, ..faults.clone() });
@@ -169,16 +170,16 @@ async fn k21_a_kick_off_whose_answer_is_lost_is_told() {
     let hasty = source(&server, "").replace("retry_for: 20s", "retry_for: 0s");
     let error = lake.run(&hasty, "").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Network, "{error}");
-    assert_eq!(lake.state_folder().exports().unwrap().unconfirmed.len(), 1);
+    assert_eq!(lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.len(), 1);
     let file = lake.pipeline_file(&source(&server, ""));
     let (_, said, _) = fhirlake(&["jobs", "list"], &file);
     assert!(said.contains("was not confirmed"), "{said}");
     server.set_faults(Faults { kickoffs_lost: 0, ..faults });
     let error = lake.run(&source(&server, ""), "").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Throttled, "{error}");
-    assert_eq!(lake.state_folder().exports().unwrap().unconfirmed.len(), 1, "the refused one made no export");
+    assert_eq!(lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.len(), 1, "the refused one made no export");
     let (code, _, _) = fhirlake(&["jobs", "cancel", "--all"], &file);
-    assert_eq!((code, lake.state_folder().exports().unwrap().unconfirmed.len()), (0, 0));
+    assert_eq!((code, lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.len()), (0, 0));
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
 }
 
@@ -193,12 +194,12 @@ async fn d1_an_export_is_given_back_as_soon_as_the_server_hears_it() {
     assert_eq!(server.seen().deleted, 0);
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_eq!(server.seen().deleted, 2, "the old one, and the new one");
-    assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
+    assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.is_empty());
     server.set_faults(Faults { polls: 1000, deletes_refused: 1, ..Faults::default() });
     lake.run(&source(&server, ", timeout: 1s"), "").await.unwrap_err();
     let (code, _, error) = fhirlake(&["jobs", "cancel", "1"], &file);
     assert!(code == 5 && error.contains("--forget"), "{code} {error}");
-    assert_eq!(lake.state_folder().exports().unwrap().jobs.len(), 1, "nobody told the server");
+    assert_eq!(lake.state_store().read::<ExportJobs>().unwrap().jobs.len(), 1, "nobody told the server");
     drop(server);
     let (code, _, error) = fhirlake(&["jobs", "cancel", "1"], &file);
     assert!(code == 3 && error.contains("--forget"), "{code} {error}");
@@ -339,10 +340,10 @@ async fn an_export_is_never_given_up_for_what_fails_here() {
         kickoffs[1..].iter().all(|asked| asked["_type"] == "Immunization,Claim" && asked.contains_key("_since")),
         "{kickoffs:?}"
     );
-    assert!(lake.state_folder().exports().unwrap().jobs.iter().any(|export| export.status.ends_with("/jobs/0")));
+    assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.iter().any(|export| export.status.ends_with("/jobs/0")));
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
-    assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
+    assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.is_empty());
 }
 
 // K21: a server that says "at once" is not asked in a busy loop, and whoever is refused until the end remembers it.
@@ -355,13 +356,13 @@ async fn k21_at_once_is_no_busy_loop() {
         let error = lake.run(&hasty, "").await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Throttled, "{error}");
         assert!(server.seen().kickoffs.len() < 8, "{wait}: {} kick-offs", server.seen().kickoffs.len());
-        assert!(lake.state_folder().exports().unwrap().throttled.is_some());
-        assert!(lake.state_folder().exports().unwrap().unconfirmed.is_empty(), "all were answered");
+        assert!(lake.state_store().read::<ExportJobs>().unwrap().throttled.is_some());
+        assert!(lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.is_empty(), "all were answered");
     }
     // Nobody there: nothing arrived, so nothing is unknown.
     let lake = lake();
     let error = lake.run("{ url: \"http://127.0.0.1:9/fhir\", types: [Patient], retry_for: 0s }", "").await.unwrap_err();
-    assert_eq!((error.kind(), lake.state_folder().exports().unwrap().unconfirmed.len()), (ErrorKind::Network, 0));
+    assert_eq!((error.kind(), lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.len()), (ErrorKind::Network, 0));
 }
 
 // S8: a manifest that grows in any place. Breaks if a file is taken for another that stood in its place.

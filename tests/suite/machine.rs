@@ -287,7 +287,7 @@ async fn lists_that_spread_do_not_take_more_memory() {
     let output = tokio::task::block_in_place(|| command.output().unwrap());
     assert!(output.status.success(), "{:?}: {}", output.status, said(&output));
     assert_eq!(lake.count("ExplanationOfBenefit").await, 1501);
-    let reasons: Vec<String> = lake.state_folder().quarantined().map(|line| line.unwrap().1.reason).collect();
+    let reasons: Vec<String> = lake.state_store().quarantined().map(|line| line.unwrap().1.reason).collect();
     assert!(reasons.len() == 2 && reasons.iter().all(|reason| reason.contains("as columns")), "{reasons:?}");
     if let Some((group, _)) = group {
         let _ = std::fs::remove_dir(&group);

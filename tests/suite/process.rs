@@ -6,6 +6,7 @@ use std::time::Duration;
 use bulk_data_server::{DemoServer, Faults, Population};
 
 use super::support::{assert_is, lake, until};
+use fhirlake::jobs::ExportJobs;
 
 fn fhirlake(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(arguments).env_remove("FHIRLAKE_LOG").output().unwrap()
@@ -131,7 +132,7 @@ async fn a_killed_run_is_made_good_by_the_next() {
             .spawn()
             .unwrap();
         // What the server says of a kick-off is lost to a process that is killed before it hears it.
-        until("an export", || !lake.state_folder().exports().unwrap().jobs.is_empty()).await;
+        until("an export", || !lake.state_store().read::<ExportJobs>().unwrap().jobs.is_empty()).await;
         tokio::time::sleep(Duration::from_millis(after)).await;
         child.kill().unwrap();
         child.wait().unwrap();

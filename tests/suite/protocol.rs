@@ -6,6 +6,8 @@ use std::time::Duration;
 use bulk_data_client::{KeyAlgorithm, generate_key};
 use bulk_data_server::{DemoServer, Faults, Population, Registration};
 use fhirlake::error::{Advice, ErrorKind};
+use fhirlake::jobs::ExportJobs;
+use fhirlake::state::StateFile;
 use fhirlake::topology::RunOptions;
 
 use super::support::{Lake, assert_is, lake, strings};
@@ -468,9 +470,9 @@ async fn a_type_that_is_refused_holds_back_no_neighbour() {
             assert_is(&lake, &server.population(), &others).await;
             assert_eq!(server.seen().kickoffs.len() - before, kickoffs, "round {round}");
             assert!(server.seen().deleted > given_back, "an export is given back though a type was refused");
-            assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
+            assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.is_empty());
         }
-        let aside = lake.state_folder().exports().unwrap().rejected;
+        let aside = lake.state_store().read::<ExportJobs>().unwrap().rejected;
         assert_eq!(aside.iter().map(|aside| aside.resource_type.as_str()).collect::<Vec<_>>(), ["Claim"]);
         // What is given again comes by itself first, with all that changed since, and then with the others.
         server.set_faults(Faults::default());
@@ -481,7 +483,7 @@ async fn a_type_that_is_refused_holds_back_no_neighbour() {
             assert_is(&lake, &server.population(), &types).await;
             assert_eq!(server.seen().kickoffs.len() - before, kickoffs, "round {round}");
         }
-        assert!(lake.state_folder().exports().unwrap().rejected.is_empty());
+        assert!(lake.state_store().read::<ExportJobs>().unwrap().rejected.is_empty());
     }
 }
 
@@ -500,9 +502,9 @@ async fn a_server_that_refuses_everything_is_asked_type_by_type_once_a_day() {
     }
     server.set_faults(Faults::default());
     assert!(lake.run(&source, "").await.unwrap().succeeded);
-    assert!(lake.state_folder().exports().unwrap().all_rejected.is_none());
+    assert!(lake.state_store().read::<ExportJobs>().unwrap().all_rejected.is_none());
     // What is not asked for any more is not remembered: its table may be made anew by then, from strays.
-    let of = |lake: &Lake| lake.state_folder().remembered().unwrap().watermarks.into_keys().collect::<Vec<_>>();
+    let of = |lake: &Lake| lake.state_store().read::<StateFile>().unwrap().watermarks.into_keys().collect::<Vec<_>>();
     assert_eq!(of(&lake), ["Claim", "Observation", "Patient"]);
     assert!(lake.run(&source.replace("Claim, ", ""), "").await.unwrap().succeeded);
     assert_eq!(of(&lake), ["Observation", "Patient"]);
@@ -514,12 +516,12 @@ async fn an_export_that_is_gone_and_then_refused_is_asked_for_by_halves() {
     let (server, lake) = (server(Faults { missing_type: Some("Patient".into()), ..Faults::default() }).await, lake());
     let source = format!("{{ url: \"{}\", types: [Patient, Claim, Observation], retry_for: 20s }}", server.base());
     assert!(!lake.run(&source, "").await.unwrap().succeeded);
-    assert_eq!(lake.state_folder().exports().unwrap().jobs.len(), 1);
+    assert_eq!(lake.state_store().read::<ExportJobs>().unwrap().jobs.len(), 1);
     server.lose_exports();
     server.set_faults(Faults { forbidden_type: Some("Claim".into()), ..Faults::default() });
     let report = lake.run(&source, "").await.unwrap();
     assert!(!report.succeeded && report.types["Patient"].committed, "{report:#?}");
     assert_is(&lake, &server.population(), &["Patient", "Observation"]).await;
-    assert!(lake.state_folder().exports().unwrap().jobs.is_empty());
+    assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.is_empty());
     assert_eq!(server.exports(), 0, "each export is given back");
 }

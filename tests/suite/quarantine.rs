@@ -10,7 +10,7 @@ fn patient(id: &str, version: u32, more: &str) -> String {
 }
 
 fn kept(lake: &Lake) -> usize {
-    lake.state_folder().quarantined().count()
+    lake.state_store().quarantined().count()
 }
 
 /// Makes every quarantined line read `new` instead of what it says: as if this version of fhirlake could read it.

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use bulk_data_server::{DemoServer, Faults, Population};
 use fhirlake::jobs::checkpoint::{Checkpoint, CheckpointStore, StagedParquet};
-use fhirlake::topology::{RunOptions, RunReport, VacuumOptions, vacuum};
+use fhirlake::jobs::{ExportJobs, JobState};
+use fhirlake::state::{JournalEntry, ScheduleTimes, StateFile};
+use fhirlake::topology::{RunOptions, RunOutcome, RunReport, VacuumOptions, vacuum};
 use flow::Cancellation;
 
-use super::support::{Lake, assert_is, lake, model, until};
+use super::support::{Lake, assert_is, copy, lake, model, until};
 
 const TYPES: [&str; 3] = ["Patient", "Immunization", "Claim"];
 
@@ -34,7 +36,7 @@ fn pipeline(lake: &Lake, server: &DemoServer, rest: &str) -> PathBuf {
 }
 
 fn staged(lake: &Lake) -> Option<Checkpoint> {
-    CheckpointStore::at(lake.state().join("staged"), None).read().unwrap()
+    CheckpointStore::of(&lake.state_store()).read().unwrap()
 }
 
 /// Runs until `enough`, then kills.
@@ -406,4 +408,40 @@ async fn a_type_that_keeps_failing_does_not_hold_the_others_back() {
     server.set_faults(Faults::default());
     assert!(lake.run(&source(&server), "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
+}
+
+// Breaks if a state that fhirlake 0.1 left in the middle of a run (`tests/state-0.1`, of a run that was killed) cannot be read, if
+// something of it is lost, or if fhirlake 0.1 could not read it again. Run by hand, this version resumes that export.
+#[test]
+fn a_state_of_the_first_version_is_read_and_written() {
+    let lake = lake();
+    copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/state-0.1"), &lake.state());
+    let state = lake.state_store();
+    let scope = "fhirlake:hospital:a5ee8c30a3b50b26";
+    let jobs: ExportJobs = state.read().unwrap();
+    let [job] = &jobs.jobs[..] else { panic!("{jobs:?}") };
+    assert_eq!((job.scope.as_str(), job.fingerprint.as_str()), (scope, "System|Claim,Observation,Patient|"));
+    assert_eq!(job.state(), JobState::Complete { transaction_time: 1_795_971_018_296_000 });
+    let checkpoint = CheckpointStore::of(&state).read().unwrap().unwrap();
+    assert_eq!((checkpoint.listed.len(), checkpoint.held(), checkpoint.files.len(), checkpoint.in_tables.len()), (18, 9, 2, 3));
+    let file: StateFile = state.read().unwrap();
+    assert_eq!((file.scope.as_deref(), file.watermarks.len(), file.runs_since_vacuum), (Some(scope), 3, 1));
+    assert_eq!(state.read::<ScheduleTimes>().unwrap().times.len(), 1);
+    assert_eq!(RunReport::newest(&state, 9).iter().map(RunReport::outcome).collect::<Vec<_>>(), [RunOutcome::Succeeded]);
+    assert_eq!(state.retryable().unwrap(), [(Some("Patient".into()), 1)].into());
+    let began = state.journal().unfinished().unwrap();
+    assert!(matches!(&began[..], [JournalEntry::Began { types, .. }] if types.len() == 3), "{began:?}");
+    // Written again, each says the same and its version besides, which the first version passes over.
+    let before =
+        |name: &str| -> serde_json::Value { serde_json::from_slice(&std::fs::read(lake.state().join(name)).unwrap()).unwrap() };
+    let names = ["exports.json", "staged/index.json", "state.json", "schedule.json"];
+    let mut expected = names.map(before);
+    state.write(&jobs).unwrap();
+    CheckpointStore::of(&state).write(&checkpoint).unwrap();
+    state.write(&file).unwrap();
+    state.write(&state.read::<ScheduleTimes>().unwrap()).unwrap();
+    expected.iter_mut().for_each(|document| document["version"] = 1.into());
+    // What a file of the first version may lack, and this one writes.
+    expected[2]["all_types"] = false.into();
+    assert_eq!(names.map(before), expected);
 }

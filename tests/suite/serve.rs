@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use bulk_data_server::{DemoServer, Faults, Population};
 use chrono::{TimeDelta, Utc};
+use fhirlake::jobs::ExportJobs;
 use fhirlake::serve::{PipelineScheduler, WebSettings, serve};
-use fhirlake::state::StateFolder;
+use fhirlake::state::{ScheduleTimes, StateStore};
 use fhirlake::telemetry::{METRICS, Telemetry};
 use fhirlake::topology::RunPlan;
 use flow::Cancellation;
@@ -144,26 +145,26 @@ async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     let (server, lake) = (demo().await, lake());
     // Seldom enough that none is due while the test runs.
     let yearly = "schedule: [{ cron: \"0 0 1 1 *\" }, { cron: \"0 0 2 1 *\", full_refresh: true, time_zone: Europe/Berlin }]\n";
-    let state = StateFolder::at(&lake.state(), None);
+    let state = StateStore::local(&lake.state(), None);
     let long_ago = Utc::now() - TimeDelta::days(3000);
     let names: Vec<String> = plan(&lake, &server, yearly).schedules.into_iter().map(|schedule| schedule.name).collect();
-    state.set_schedule_times(&names.iter().map(|name| (name.clone(), long_ago)).collect()).unwrap();
+    state.write::<ScheduleTimes>(&names.iter().map(|name| (name.clone(), long_ago)).collect()).unwrap();
     let service = start(vec![plan(&lake, &server, yearly)], None).await;
     let status = service.until(|status| runs(status) >= 1 && status["pipelines"][0]["running"].is_null()).await;
     assert_eq!(status["pipelines"][0]["runs"][0]["full"], true, "one run for both, that asks for everything");
     tokio::time::sleep(Duration::from_millis(1500)).await;
     assert_eq!(runs(&service.status().await), 1, "eight years of them were missed, and one is made");
     assert!(service.get("/metrics").await.1.contains("fhirlake_runs_missed_total{pipeline=\"test\"} 1"));
-    let times: BTreeMap<_, _> = state.schedule_times().unwrap();
+    let times: BTreeMap<_, _> = state.read::<ScheduleTimes>().unwrap().times;
     assert!(times.len() == 2 && times.values().all(|time| *time > long_ago));
     service.end().await;
 
     let lake = super::support::lake();
     server.set_faults(Faults { export_fails: true, ..Faults::default() });
     let again = "schedule: [{ cron: \"0 0 1 1 *\", retries: 1, retry_delay: 1s }]\nhealth: { max_age: 1s }\n";
-    let state = StateFolder::at(&lake.state(), None);
+    let state = StateStore::local(&lake.state(), None);
     let name = plan(&lake, &server, again).schedules[0].name.clone();
-    state.set_schedule_times(&[(name, Utc::now() - TimeDelta::days(400))].into()).unwrap();
+    state.write(&ScheduleTimes::from_iter([(name, Utc::now() - TimeDelta::days(400))])).unwrap();
     let service = start(vec![plan(&lake, &server, again)], None).await;
     let status = service.until(|status| runs(status) >= 1).await;
     let failed = &status["pipelines"][0]["runs"][0];
@@ -180,7 +181,7 @@ async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
         "made again, and no more"
     );
     assert_eq!(service.get("/health").await.0, 503, "it was more than a second ago");
-    std::fs::write(state.state_file(), "{").unwrap();
+    std::fs::write(lake.state().join("state.json"), "{").unwrap();
     let (code, body) = service.get("/health").await;
     assert!(code == 503 && body.contains("\"status\":\"error\"") && body.contains("message"), "{body}");
     service.end().await;
@@ -195,9 +196,9 @@ async fn what_waits_to_be_made_again_holds_up_nothing() {
     let (before, after) =
         (format!("schedule: [{yearly}]\n"), format!("schedule: [{yearly}, {{ cron: \"* * * * * *\", retries: 0 }}]\n"));
     let (before, after) = (plan(&lake, &server, &before), plan(&lake, &server, &after));
-    let state = lake.state_folder();
+    let state = lake.state_store();
     let name = before.schedules[0].name.clone();
-    state.set_schedule_times(&[(name.clone(), Utc::now() - TimeDelta::days(400))].into()).unwrap();
+    state.write(&ScheduleTimes::from_iter([(name.clone(), Utc::now() - TimeDelta::days(400))])).unwrap();
     let file = lake.folder.path().join("schedule");
     std::fs::write(&file, "").unwrap();
     let read = {
@@ -211,7 +212,7 @@ async fn what_waits_to_be_made_again_holds_up_nothing() {
     std::fs::write(&file, "corrected").unwrap();
     let status = service.until(|status| runs(status) >= 3 && status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
     assert_eq!(status["pipelines"][0]["again"], again, "the full run waits on");
-    assert!(state.schedule_times().unwrap()[&name] < Utc::now() - TimeDelta::days(300), "it was not made yet");
+    assert!(state.read::<ScheduleTimes>().unwrap().times[&name] < Utc::now() - TimeDelta::days(300), "it was not made yet");
     service.end().await;
 }
 
@@ -221,26 +222,26 @@ async fn what_waits_to_be_made_again_holds_up_nothing() {
 async fn a_full_run_is_owed_until_it_is_made() {
     let (server, lake) = (demo().await, lake());
     let both = "schedule: [{ cron: \"* * * * * *\", retries: 0 }, { cron: \"0 0 1 1 *\", full_refresh: true, retries: 0 }]\n";
-    let state = StateFolder::at(&lake.state(), None);
+    let state = StateStore::local(&lake.state(), None);
     let names: Vec<String> = plan(&lake, &server, both).schedules.into_iter().map(|schedule| schedule.name).collect();
     let long_ago = Utc::now() - TimeDelta::days(400);
-    state.set_schedule_times(&[(names[0].clone(), Utc::now()), (names[1].clone(), long_ago)].into()).unwrap();
+    state.write(&ScheduleTimes::from_iter([(names[0].clone(), Utc::now()), (names[1].clone(), long_ago)])).unwrap();
     // Another holds the pipeline when it is due.
-    let lock = state.lock().unwrap();
+    let lock = state.acquire_lease().unwrap();
     let service = start(vec![plan(&lake, &server, both)], None).await;
     let began = Instant::now();
     while !service.get("/metrics").await.1.contains("fhirlake_runs_total{pipeline=\"test\",outcome=\"locked\"} 2") {
         assert!(began.elapsed() < Duration::from_secs(60));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert_eq!(state.schedule_times().unwrap()[&names[1]], long_ago, "it is owed");
+    assert_eq!(state.read::<ScheduleTimes>().unwrap().times[&names[1]], long_ago, "it is owed");
     drop(lock);
     service.until(|status| status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
     let made = service.status().await["pipelines"][0]["runs"].as_array().unwrap().clone();
     let first = made.iter().rev().find(|run| run["succeeded"] == true).unwrap();
     assert_eq!(first["full"], true, "{made:#?}");
     service.until(|status| status["pipelines"][0]["runs"][0]["full"] == false).await;
-    assert!(state.schedule_times().unwrap()[&names[1]] > long_ago);
+    assert!(state.read::<ScheduleTimes>().unwrap().times[&names[1]] > long_ago);
     service.end().await;
 
     // A new schedule counts from when it was first seen; one that is gone is an error, and what was stands.
@@ -262,8 +263,8 @@ async fn a_full_run_is_owed_until_it_is_made() {
     let service = start_with(vec![PipelineScheduler::new(file.clone(), read).unwrap()], None).await;
     let status = service.until(|status| status["pipelines"][0]["next_run"].is_string()).await;
     let next = status["pipelines"][0]["next_run"].clone();
-    let state = StateFolder::at(&lake.state(), None);
-    assert_eq!(state.schedule_times().unwrap().len(), 1, "known before its first run");
+    let state = StateStore::local(&lake.state(), None);
+    assert_eq!(state.read::<ScheduleTimes>().unwrap().times.len(), 1, "known before its first run");
     std::fs::write(&file, "").unwrap();
     tokio::time::sleep(Duration::from_secs(6)).await;
     assert_eq!(service.status().await["pipelines"][0]["next_run"], next, "an empty schedule is not taken");
@@ -375,8 +376,8 @@ async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
     let page = service.get("/").await.1;
     assert!(page.contains("class=\"picture\"") && page.contains("data-running"), "{page}");
     service.end().await;
-    let state = StateFolder::at(&lake.state(), None);
-    assert_eq!(state.exports().unwrap().jobs.len(), 1);
+    let state = StateStore::local(&lake.state(), None);
+    assert_eq!(state.read::<ExportJobs>().unwrap().jobs.len(), 1);
     let report = fhirlake::topology::RunReport::newest(&state, 1).pop().unwrap();
     assert_eq!(report.outcome(), fhirlake::topology::RunOutcome::Stopped);
     server.set_faults(Faults::default());

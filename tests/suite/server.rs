@@ -265,7 +265,7 @@ async fn a_stop_leaves_whole_tables_or_none() {
             assert_eq!(error.kind(), ErrorKind::Interrupted, "{error}");
             stopped += 1;
         }
-        let staged = CheckpointStore::at(lake.state().join("staged"), None).read().unwrap().unwrap_or_default();
+        let staged = CheckpointStore::of(&lake.state_store()).read().unwrap().unwrap_or_default();
         for name in TYPES {
             let (mut there, named) = lake.files(name).await;
             there.retain(|path| !staged.files.iter().any(|file| file.path == *path && &*file.resource_type == name));

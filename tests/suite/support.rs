@@ -10,7 +10,7 @@ use deltalake::datafusion::common::TableReference;
 use deltalake::datafusion::prelude::{SessionConfig, SessionContext};
 use fhirlake::config::{Problem, read_pipeline};
 use fhirlake::error::Result;
-use fhirlake::state::StateFolder;
+use fhirlake::state::StateStore;
 use fhirlake::topology::RunPlan;
 use fhirlake::topology::{RunOptions, RunReport, Watch, run};
 use flow::Cancellation;
@@ -32,8 +32,8 @@ impl Lake {
         self.folder.path().join("state")
     }
     /// What the pipeline remembers.
-    pub(crate) fn state_folder(&self) -> StateFolder {
-        StateFolder::at(&self.state(), None)
+    pub(crate) fn state_store(&self) -> StateStore {
+        StateStore::local(&self.state(), None)
     }
     /// A pipeline with `source` for its source and `rest` behind it, both YAML.
     fn yaml(&self, source: &str, rest: &str) -> String {
@@ -215,4 +215,12 @@ pub(crate) fn unpack(archive: &Path) -> tempfile::TempDir {
     let status = std::process::Command::new("tar").arg("xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
     assert!(status.success());
     folder
+}
+
+/// Copies a folder to where none is afterwards but the copy.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    let _ = std::fs::remove_dir_all(to);
+    if from.exists() {
+        assert!(std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+    }
 }

@@ -1,8 +1,9 @@
 //! Counters that workers move and everybody reads.
 
+use parking_lot::RwLock;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 type Key = (&'static str, Arc<str>);
 
@@ -24,22 +25,22 @@ impl Counters {
     /// The counter itself, for a loop that moves it often.
     pub fn counter(&self, name: &'static str, label: &Arc<str>) -> Arc<AtomicU64> {
         let key = (name, label.clone());
-        if let Some(counter) = self.rows.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+        if let Some(counter) = self.rows.read().get(&key) {
             return counter.clone();
         }
-        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+        let mut rows = self.rows.write();
         rows.entry(key).or_default().clone()
     }
 
     /// One counter's value; 0 where it was never moved.
     pub fn value(&self, name: &'static str, label: &Arc<str>) -> u64 {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = self.rows.read();
         rows.get(&(name, label.clone())).map_or(0, |counter| counter.load(Ordering::Relaxed))
     }
 
     /// Every counter's value now.
     pub fn read(&self) -> Counts {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = self.rows.read();
         rows.iter().map(|(key, counter)| (key.clone(), counter.load(Ordering::Relaxed))).collect()
     }
 }

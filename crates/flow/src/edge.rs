@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// What an item weighs in memory, in bytes, while it travels.
+/// Weight of an item in memory, in bytes, while it travels.
 pub trait ByteSized {
     /// Bytes held by the item, its heap included.
     fn weight(&self) -> usize;
@@ -21,7 +21,7 @@ impl<T: ByteSized + ?Sized> ByteSized for std::sync::Arc<T> {
 /// Bytes are counted in units of this size, so that a semaphore's `u32` permits reach past 4 TiB.
 const UNIT: usize = 1024;
 
-/// How full an edge is at this moment. Cheap to clone; read by metrics and progress.
+/// Fill of an edge at this moment. Cheap to clone; read by metrics and progress.
 #[derive(Debug, Clone)]
 pub struct EdgeGauge {
     name: Arc<str>,

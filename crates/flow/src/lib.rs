@@ -10,16 +10,10 @@ mod edge;
 mod task_group;
 
 use std::future::Future;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use counters::{Counters, Counts};
 pub use edge::{ByteSized, EdgeGauge, Receiver, Sender, Weighted, edge};
 pub use task_group::{Cancellation, TaskGroup};
-
-/// Locks a mutex, and takes its value as it is where another holder panicked: that panic fails its task group by itself.
-pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A random part of one, from a UUID's bits: spreads clients, needs no crate.
 pub fn random_fraction() -> f64 {

@@ -1,14 +1,14 @@
 //! The owner of every worker of a run.
 
+use parking_lot::Mutex;
 use std::future::Future;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::locked;
 use foundation::error::{Error, ErrorKind, Result};
 
 /// Asks the source to stop. Stages never look at it: they end when their input closes, so what is
@@ -30,11 +30,11 @@ impl Cancellation {
         self.failed.fetch_or(!self.is_cancelled(), Ordering::Relaxed);
         self.cancel();
     }
-    /// Whether it was pulled on request, and not because a worker failed.
+    /// Returns true if it was pulled on request, and not because a worker failed.
     pub fn is_requested(&self) -> bool {
         self.is_cancelled() && !self.failed.load(Ordering::Relaxed)
     }
-    /// Whether it was pulled.
+    /// Returns true if it was pulled.
     pub fn is_cancelled(&self) -> bool {
         self.token.is_cancelled()
     }
@@ -59,7 +59,7 @@ pub struct TaskGroup {
 
 /// Keeps the first error, and cancels the source. One that comes after it, full disks after Ctrl-C above all, goes to the log.
 fn note(first: &Mutex<Option<Error>>, stop: &Cancellation, error: Error) {
-    let mut first = locked(first);
+    let mut first = first.lock();
     match &*first {
         None => *first = Some(error),
         Some(_) if error.kind() == ErrorKind::Interrupted => {}
@@ -75,7 +75,7 @@ impl TaskGroup {
         Self { workers: JoinSet::new(), at_work: Arc::default(), first: Arc::default(), stop }
     }
 
-    /// What a worker that fails pulls.
+    /// Returns the cancellation of a worker that fails.
     pub fn stop(&self) -> &Cancellation {
         &self.stop
     }
@@ -101,10 +101,10 @@ impl TaskGroup {
     }
 
     fn register(&self, name: &'static str) -> impl FnOnce(Result<()>) + Send + 'static {
-        locked(&self.at_work).push(name);
+        self.at_work.lock().push(name);
         let (at_work, first, stop) = (self.at_work.clone(), self.first.clone(), self.stop.clone());
         move |outcome| {
-            let mut names = locked(&at_work);
+            let mut names = at_work.lock();
             if let Some(at) = names.iter().position(|n| *n == name) {
                 names.swap_remove(at);
             }
@@ -132,15 +132,15 @@ impl TaskGroup {
                     }
                 },
                 // What failed says so itself: that others wait for its end is no news.
-                _ = tick.tick(), if self.stop.is_cancelled() && locked(&self.first).is_none() => {
-                    let mut names = locked(&self.at_work).clone();
+                _ = tick.tick(), if self.stop.is_cancelled() && self.first.lock().is_none() => {
+                    let mut names = self.at_work.lock().clone();
                     names.sort_unstable();
                     names.dedup();
                     waiting(&names);
                 }
             }
         }
-        match locked(&self.first).take() {
+        match self.first.lock().take() {
             Some(error) => Err(error),
             None => Ok(()),
         }

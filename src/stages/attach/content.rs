@@ -1,8 +1,9 @@
 //! The body of an attachment as it comes, unpacked where it was packed for the way.
 
+use std::pin::Pin;
+
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream::BoxStream;
+use tokio_stream::{Stream, StreamExt};
 
 use crate::error::{Error, ErrorKind, Result};
 use bulk_data_client::content_encoding::Unpack;
@@ -12,7 +13,7 @@ const HEAD: usize = 4;
 
 /// A body. A file that is packed itself stays so: only `Content-Encoding` is undone.
 pub(super) struct Content {
-    body: BoxStream<'static, reqwest::Result<Bytes>>,
+    body: Pin<Box<dyn Stream<Item = reqwest::Result<Bytes>> + Send>>,
     encoding: Option<String>,
     unpack: Option<Unpack>,
     head: Vec<u8>,
@@ -23,7 +24,7 @@ impl Content {
     pub(crate) fn new(response: reqwest::Response) -> Self {
         let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
         let encoding = encoding.map(str::to_ascii_lowercase);
-        Self { encoding, body: response.bytes_stream().boxed(), unpack: None, head: Vec::new(), ended: false }
+        Self { encoding, body: Box::pin(response.bytes_stream()), unpack: None, head: Vec::new(), ended: false }
     }
 
     /// The next bytes; `None` at the end.

@@ -11,14 +11,14 @@ use super::{Broken, Download};
 use crate::error::{Error, ErrorKind};
 use crate::messages::{Chunk, ExportFile};
 
-/// How much of a line that is too long is kept for the quarantine.
+/// Bytes of a line that is too long that are kept for the quarantine.
 const KEPT_OF_OVERSIZED: usize = 64 * 1024;
 /// From here on a line is long: of those, one is gathered at a time, whatever the number of downloads.
 const LONG: usize = 4 << 20;
 /// A line that is so many times too long has no end.
 const NO_END: u64 = 16;
 
-/// How the lines of a file end.
+/// Line end of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LineEnds {
     /// No line has ended yet.
@@ -72,11 +72,11 @@ pub(super) struct Lines<'a> {
     handle: &'a Handle,
     file: Arc<ExportFile>,
     buffer: Vec<u8>,
-    /// How much of the buffer is known to have no line end: a line of 200 MB is not to be searched at every piece of it.
+    /// Bytes of the buffer that are known to have no line end: a line of 200 MB is not to be searched at every piece of it.
     searched: usize,
-    /// How lines end; where that is CR, each becomes LF in the buffer.
+    /// Line end; where it is CR, each becomes LF in the buffer.
     ends: LineEnds,
-    /// How much of the buffer was looked at for it.
+    /// Bytes of the buffer that were looked at for it.
     looked: usize,
     /// Lines sent.
     pub lines: u64,

@@ -25,17 +25,17 @@ section! {
         pub concurrency: usize = 10,
         /// Size of a chunk of lines.
         pub chunk: ByteSize = ByteSize(1 << 20),
-        /// How often a file that breaks off is read from its start.
+        /// Number of times that a file that breaks off is read from its start.
         #[schemars(range(min = 1))]
         pub tries: usize = 5,
         /// Largest file, decompressed. A larger one fails its type.
         pub max_file: ByteSize = ByteSize(100 << 30),
-        /// What happens to a file with fewer resources than the manifest's `count`. Many servers count wrong.
+        /// Treatment of a file with fewer resources than the manifest's `count`. Many servers count wrong.
         pub on_short_file: ShortFile = ShortFile::Report,
     }
 }
 
-/// What happens to a file with fewer resources than the manifest's `count`.
+/// Treatment of a file with fewer resources than the manifest's `count`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShortFile {

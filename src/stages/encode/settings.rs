@@ -21,7 +21,7 @@ section! {
         pub workers: usize = 0,
         /// Columns `_fid` and `_extension` in tables that are created.
         pub extensions: bool = LayoutOptions::default().extensions,
-        /// How deep a type may nest in itself.
+        /// Depth to which a type may nest in itself.
         #[schemars(range(max = 10))]
         pub max_nesting_level: usize = LayoutOptions::default().max_nesting_level,
         /// Types that an open `value[x]` may have.

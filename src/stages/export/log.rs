@@ -1,4 +1,4 @@
-//! What an export has to say to the log that Bulk Data clients share.
+//! Events of an export in the log that Bulk Data clients share.
 
 use serde_json::json;
 

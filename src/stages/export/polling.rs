@@ -1,4 +1,4 @@
-//! What to do after each poll, without waiting and without asking: [`Polls`] is told of an answer and says what comes next.
+//! Decision after each poll, without waiting and without asking: [`Polls`] is told of an answer and says what comes next.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// The first pause where the server asks for a longer one: servers ask for minutes of an export that takes seconds.
 const EARLY_POLL: Duration = Duration::from_secs(5);
 
-/// What comes next.
+/// Next step.
 #[derive(Debug)]
 pub(super) enum Next {
     /// The manifest, or this page of it, is complete.
@@ -25,7 +25,7 @@ pub(super) enum Next {
     Working {
         /// The server's words on its progress.
         progress: Option<String>,
-        /// Whether it lists files that nobody asked for, for the first time.
+        /// True if it lists files that nobody asked for, for the first time.
         is_unrequested: bool,
         /// The pause.
         pause: Duration,
@@ -36,7 +36,7 @@ pub(super) enum Next {
     Fail {
         /// The last failure.
         error: Error,
-        /// Whether it is the server's word on the export, and no trouble on the way.
+        /// True if it is the server's word on the export, and no trouble on the way.
         is_of_server: bool,
     },
     /// The server gave the export up.
@@ -60,9 +60,9 @@ pub(super) enum Retry {
 #[derive(Debug)]
 pub(super) struct Polls<'a> {
     settings: &'a HttpSettings,
-    /// Whether partial manifests were requested.
+    /// True if partial manifests were requested.
     takes_partial: bool,
-    /// Whether the first pause may be shortened.
+    /// True if the first pause may be shortened.
     is_early: bool,
     pause: Duration,
     failing_since: Option<Instant>,

@@ -13,13 +13,13 @@ pub(super) struct TypeBisection {
     known: HashSet<String>,
     /// Why the first kick-off was refused that was taken apart.
     first: Option<Error>,
-    /// Whether the server accepted a kick-off of the run.
+    /// True if the server accepted a kick-off of the run.
     accepted: bool,
-    /// Whether a type by itself was answered otherwise than what it was refused with, so that it is a matter of types.
+    /// True if a type by itself was answered otherwise than what it was refused with, so that it is a matter of types.
     is_proven: bool,
-    /// How many exports of ours it has: what it refuses then may be for want of a slot.
+    /// Number of our exports that it has: what it refuses then may be for want of a slot.
     held: usize,
-    /// Whether an export failed that was not refused.
+    /// True if an export failed that was not refused.
     failed: bool,
     refused: Vec<Refused>,
     /// Types that were refused by themselves, and why, which nobody has been told yet.
@@ -33,7 +33,7 @@ pub(super) struct Asking {
     pub kickoff: Kickoff,
     /// The status by which was refused what it is a part of.
     part_of: Option<u16>,
-    /// Whether it is asked for only where one of the types asked for before it was answered otherwise.
+    /// True if it is asked for only where one of the types asked for before it was answered otherwise.
     needs_proof: bool,
 }
 
@@ -70,7 +70,7 @@ impl TypeBisection {
         self.next()
     }
 
-    /// Whether there is one export only.
+    /// Returns true if there is one export only.
     pub(crate) fn is_one(&self) -> bool {
         self.exports == 1
     }
@@ -94,7 +94,7 @@ impl TypeBisection {
         self.failed = true;
     }
 
-    /// Whether the server has an export of ours.
+    /// Returns true if the server has an export of ours.
     pub(crate) fn holds(&self) -> bool {
         self.held > 0
     }
@@ -158,7 +158,7 @@ impl TypeBisection {
         in_vain.then(|| self.found.iter().map(|(name, _)| name.clone()).collect())
     }
 
-    /// What was not asked for yet, nor by an earlier run.
+    /// Returns the kick-offs that were not sent yet, nor by an earlier run.
     pub(crate) fn rest(&mut self) -> Vec<(usize, Kickoff)> {
         let rest = std::mem::take(&mut self.waiting).into_iter();
         let (goes_on, rest): (VecDeque<_>, VecDeque<_>) = rest.partition(|asking| asking.kickoff.in_flight.is_some());
@@ -166,7 +166,7 @@ impl TypeBisection {
         rest.into_iter().map(|asking| (asking.export, asking.kickoff)).collect()
     }
 
-    /// What was refused; the first error alone where there was one kick-off and nothing of it came.
+    /// Returns the rejection; the first error alone where there was one kick-off and nothing of it came.
     pub(crate) fn end(self, kickoffs: usize) -> Result<Vec<Refused>, Error> {
         if kickoffs > 1 || self.holds() || self.failed {
             return Ok(self.refused);
@@ -178,7 +178,7 @@ impl TypeBisection {
     }
 }
 
-/// Whether a refusal names a type of the kick-off, as a word of its own.
+/// Returns true if a refusal names a type of the kick-off, as a word of its own.
 fn names_a_type(error: &Error, kickoff: &Kickoff) -> bool {
     let words = error.to_string();
     // What comes before the server's own words is the URL, which may have types in it.
@@ -187,7 +187,7 @@ fn names_a_type(error: &Error, kickoff: &Kickoff) -> bool {
     words.any(|word| kickoff.asked.iter().any(|name| **name == *word))
 }
 
-/// Whether a kick-off may have been refused for one of its types: not for who asks, nor for when.
+/// Returns true if a kick-off may have been refused for one of its types: not for who asks, nor for when.
 pub(super) fn may_be_for_a_type(error: &Error) -> bool {
     // Bad request, forbidden, unprocessable, not implemented: others are for the group, the place, the length or the time.
     matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) && matches!(error.status(), Some(400 | 403 | 422 | 501))

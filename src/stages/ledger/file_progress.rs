@@ -11,7 +11,7 @@ pub(super) struct FileProgress {
     pub lines: Option<u64>,
     pub parsed: ParsedChunk,
     pub failed: Option<String>,
-    /// Whether the server says that it is there no more, and will not be.
+    /// True if the server says that it is there no more, and will not be.
     pub is_gone: bool,
 }
 
@@ -33,7 +33,7 @@ impl FileProgress {
     pub(crate) fn came(&self) -> u64 {
         self.rows() + self.bad() + self.parsed.headers - self.parsed.asides
     }
-    /// What is wrong with a file that has come to its end; whether it may be too short is the pipeline's to say.
+    /// Returns the problem of a file that has come to its end; whether it may be too short is the pipeline's to say.
     pub(crate) fn fault(&self, fails_short: bool, ignores_errors: bool) -> Option<String> {
         if self.is_not_an_export_file(ignores_errors) {
             let what = match self.file.kind {
@@ -50,7 +50,7 @@ impl FileProgress {
         let is_short = fails_short && self.lines.is_some() && self.settled() && came < promised;
         is_short.then(|| format!("{}: the manifest has count {promised}, the file has {came} resources", self.file.name))
     }
-    /// Whether a file was read to its end, is not empty, and has nothing that its kind of file holds: no line of it could be
+    /// Returns true if a file was read to its end, is not empty, and has nothing that its kind of file holds: no line of it could be
     /// read, or each is something else than a resource of its type, such as a page, an array or an outcome.
     fn is_not_an_export_file(&self, ignores_errors: bool) -> bool {
         let (parsed, lines) = (&self.parsed, self.parsed.lines - self.parsed.blank);
@@ -74,7 +74,7 @@ impl FileProgress {
             FileKind::Outcome => false,
         }
     }
-    /// Whether the file's last line is nothing that a server writes before the end of what it has.
+    /// Returns true if the file's last line is nothing that a server writes before the end of what it has.
     pub(crate) fn is_broken_off(&self) -> bool {
         self.parsed.last_foreign > 0 && self.settled() && self.parsed.last == self.parsed.last_foreign
     }

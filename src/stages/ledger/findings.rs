@@ -1,4 +1,4 @@
-//! What the ledger have to say at the end, and to whoever persists what is staged.
+//! Findings of the ledger at the end, and to whoever persists what is staged.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ impl Ledger {
         reasons.into_iter().next()
     }
 
-    /// Whether an error that concerns one type, or all, keeps the watermark of `resource_type`. One of a type that the export
+    /// Returns true if an error that concerns one type, or all, keeps the watermark of `resource_type`. One of a type that the export
     /// does not answer for, and that has no table whose watermark could stay, keeps all.
     fn concerns(&self, concerned: Option<&ResourceType>, resource_type: &ResourceType, end: &ExportEnd) -> bool {
         let Some(concerned) = concerned else { return true };
@@ -49,7 +49,7 @@ impl Ledger {
         concerned == resource_type || !answers(concerned)
     }
 
-    /// Whether the type failed.
+    /// Returns true if the type failed.
     pub fn has_failed(&self, resource_type: &ResourceType) -> bool {
         matches!(self.standing(resource_type), Completeness::Failed(_))
     }
@@ -59,7 +59,7 @@ impl Ledger {
         self.types.get(resource_type).map_or(0, |book| book.bad)
     }
 
-    /// Whether the server tells of errors of the export, or its error files could not be read.
+    /// Returns true if the server tells of errors of the export, or its error files could not be read.
     pub fn has_errors(&self, export: usize) -> bool {
         let of_export = self.files.values().filter(|book| book.file.export == export && !book.file.replayed);
         of_export.into_iter().any(|book| book.parsed.errors > 0 || book.is_broken_off())
@@ -76,7 +76,7 @@ impl Ledger {
         bad.filter(|(name, _)| name.is_none()).map(|(_, lines)| lines).sum()
     }
 
-    /// What the manifest promised and what came, where they differ: file, promised, came.
+    /// Returns promised and received counts, where they differ: file, promised, came.
     pub fn count_findings(&self) -> Vec<(String, u64, u64)> {
         let differing = self.files.values().filter_map(|book| {
             let (promised, came) = (book.file.count?, book.came());
@@ -97,7 +97,7 @@ impl Ledger {
         self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).count() as u64
     }
 
-    /// Whether there are files that could not be read, and the server says of each of them that it is gone for good.
+    /// Returns true if there are files that could not be read, and the server says of each of them that it is gone for good.
     pub fn all_failed_are_gone(&self) -> bool {
         let mut failed = self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).peekable();
         failed.peek().is_some() && failed.all(|book| book.is_gone)
@@ -130,7 +130,7 @@ impl Ledger {
         })
     }
 
-    /// Whether files that are declared for the type hold rows of others.
+    /// Returns true if files that are declared for the type hold rows of others.
     pub fn is_mixed(&self, resource_type: &ResourceType) -> bool {
         let mut ours = self.files.values().filter(|book| book.file.declared.as_ref() == Some(resource_type));
         ours.any(|book| book.parsed.rows.iter().any(|(name, _)| name != resource_type))

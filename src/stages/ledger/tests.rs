@@ -1,4 +1,4 @@
-//! When a type is complete, and when it is not.
+//! Completeness of types.
 
 use super::*;
 use crate::messages::{ExportFile, FileFinished, ManifestEntryId, ManifestPage};

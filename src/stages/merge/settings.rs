@@ -15,9 +15,9 @@ section! {
         /// Tables that are matched and committed at the same time.
         #[schemars(range(min = 1, max = 64))]
         pub tables_at_once: usize = 2,
-        /// What happens to rows that the export does not contain.
+        /// Treatment of rows that the export does not contain.
         pub mode: Mode = Mode::Merge,
-        /// How many rows of a table `reconcile` and `overwrite` may delete: a number, or a share such as `10%`. More fail the type.
+        /// Rows of a table that `reconcile` and `overwrite` may delete: a number, or a share such as `10%`. More fail the type.
         pub max_deleted: Limit = Limit::Percent(10.0),
         /// Size at which a Parquet file is closed.
         pub target_file: ByteSize = ByteSize(128 << 20),
@@ -30,12 +30,12 @@ section! {
         /// Turns deletion vectors on in tables that exist and have them off. Raises their protocol: older readers cannot read
         /// them any more.
         pub upgrade_deletion_vectors: bool = false,
-        /// What happens to columns that an existing table lacks.
+        /// Treatment of columns that an existing table lacks.
         pub schema_evolution: SchemaEvolution = SchemaEvolution::None,
     }
 }
 
-/// What happens to columns that an existing table lacks.
+/// Treatment of columns that an existing table lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SchemaEvolution {
@@ -46,7 +46,7 @@ pub enum SchemaEvolution {
     AddColumns,
 }
 
-/// What happens to rows that the export does not contain.
+/// Treatment of rows that the export does not contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
@@ -87,7 +87,7 @@ pub const KEYS: Share = Share { name: "keys", percent: 11 };
 /// Matching, of all tables at once together; beyond it, by partitions of the key space.
 pub const MATCHING: Share = Share { name: "matching", percent: 12 };
 
-/// What the merge stage declares of itself.
+/// Declaration of the merge stage.
 pub const MERGE: &StageSpec = &StageSpec {
     name: "merge",
     summary: &["staged Parquet,", "key match, one", "commit a table"],

@@ -1,4 +1,4 @@
-//! What a server says is gone: Bundles in `deleted` files, and resources that it marks.
+//! Deletions of a server: Bundles in `deleted` files, and resources that it marks.
 
 use super::{Names, type_of};
 use crate::messages::{Deletion, ResourceType};
@@ -7,7 +7,7 @@ use fhir_arrow::tape::Value;
 /// The deviation of deletion Bundles with entries that delete nothing.
 pub(super) const NOT_DELETIONS: &str = "entries of deletion files that are not deletions of FHIR R4's types";
 
-/// Whether `meta` marks its resource as deleted, as Azure's FHIR service does where `_includeDeleted` or its exports ask for it:
+/// Returns true if `meta` marks its resource as deleted, as Azure's FHIR service does where `_includeDeleted` or its exports ask for it:
 /// an extension, with `valueString` (its documentation says `valueCode` elsewhere) `soft-deleted`.
 pub(super) fn is_soft_deleted(meta: Value<'_>) -> bool {
     meta.get(b"extension").is_some_and(|extensions| {
@@ -47,7 +47,7 @@ pub(super) fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<Deletion>
     wrong
 }
 
-/// What a DELETE entry takes away, with no type where it is not one of FHIR R4: `Type/id`, behind a base or not, with a version behind it or not.
+/// Returns the resource of a DELETE entry, with no type where it is not one of FHIR R4: `Type/id`, behind a base or not, with a version behind it or not.
 fn deletion(names: &Names, request: Value<'_>) -> Result<(Option<ResourceType>, Box<str>), &'static str> {
     let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
     let url = url.split_once("/_history/").map_or(url, |(resource, _)| resource);

@@ -1,4 +1,4 @@
-//! What a server says went wrong with its own export: issues of OperationOutcomes, and the resource types that they concern.
+//! Errors of a server about its own export: issues of OperationOutcomes, and the resource types that they concern.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use bulk_data_client::ISSUE_TYPES;
 use fhir_arrow::EXCLUDED_TYPES;
 use fhir_arrow::tape::{Kind, Value};
 
-/// What the server says of its export, as it is met.
+/// The server's messages about its export, as they are met.
 pub(super) struct Said<'a> {
     pub names: &'a Names,
     pub ignored_codes: &'a [String],
@@ -128,7 +128,7 @@ fn concern(file: &ExportFile, mut types: Vec<ResourceType>, names: &Names, out: 
     }
 }
 
-/// Whether an object that is no resource is the server's error: `{"error": …}`, `{"errors": […]}`.
+/// Returns true if an object that is no resource is the server's error: `{"error": …}`, `{"errors": […]}`.
 fn is_error_object(value: Value<'_>) -> bool {
     let has = |key: &[u8]| value.get(key).is_some();
     value.kind() == Kind::Object && !has(b"resourceType") && (has(b"error") || has(b"errors") || has(b"issue"))
@@ -138,7 +138,7 @@ fn text<'a>(value: Option<Value<'a>>) -> &'a str {
     value.and_then(|value| value.as_str()).unwrap_or_default()
 }
 
-/// Whether an export brings rows of the type.
+/// Returns true if an export brings rows of the type.
 fn is_exported(name: &str) -> bool {
     name != "OperationOutcome" && !EXCLUDED_TYPES.contains(&name)
 }

@@ -19,9 +19,9 @@ section! {
         /// Threads; 0 for as many as there are cores.
         #[schemars(range(max = 256))]
         pub workers: usize = 0,
-        /// What a line that cannot be read leads to.
+        /// Treatment of a line that cannot be read.
         pub on_bad_line: Bad = Bad::Quarantine,
-        /// How many bad lines a type may have before it fails: a number, or a share such as `1%`; `100%` allows any number. Without
+        /// Bad lines that a type may have before it fails: a number, or a share such as `1%`; `100%` allows any number. Without
         /// it a type fails that has more than 100 and more than 1 % of its lines.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub max_bad_lines: Option<Limit> = None,
@@ -31,7 +31,7 @@ section! {
     }
 }
 
-/// What a line that cannot be read leads to.
+/// Treatment of a line that cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bad {

@@ -11,19 +11,19 @@ use crate::jobs::checkpoint::{Checkpoint, CheckpointEntry, StagedParquet, said_o
 use crate::messages::{ParsedChunk, ResourceType};
 use flow::compute;
 
-/// What came of writing down.
+/// Outcome of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WrittenDown {
     /// It is on disk.
     Done,
     /// There is nothing.
     Nothing,
-    /// What was written before stands.
+    /// The previous checkpoint stands.
     Failed,
 }
 
 impl Staging {
-    /// Whether it is time to persist what is staged.
+    /// Returns true if it is time to persist what is staged.
     pub(in super::super) fn is_due(&self) -> bool {
         let (Some(since), Some(keep)) = (self.news_since, &self.settings.keep) else { return false };
         self.bytes_since >= keep.bytes || since.elapsed() >= keep.every
@@ -67,7 +67,6 @@ impl Staging {
 
     /// Writes the keys down of files that are whole; the files.
     async fn save_keys(&mut self, keep: &CheckpointPolicy) -> Result<Vec<StagedParquet>> {
-        foundation::secure_fs::private_dir(keep.folder.path())?;
         let mut files = Vec::new();
         for (name, stage) in &mut self.types {
             let Some(table) = self.opened.get(name) else { continue };
@@ -77,7 +76,7 @@ impl Staging {
             }
             let columns = columns_of(name, &self.settings.layout, table)?;
             let notes: Vec<StagedParquet> = stage.staged.iter().map(|file| file.note(table, &columns)).collect();
-            let keys: Vec<PathBuf> = notes.iter().map(|file| keep.folder.keys_of(name, &file.path)).collect();
+            let keys: Vec<PathBuf> = notes.iter().map(|file| keep.folder.keys_of(name, &file.path)).collect::<Result<_>>()?;
             let mut staged = std::mem::take(&mut stage.staged);
             let (kept, result) = compute(tracing::Span::current(), async move {
                 let result = staged.iter_mut().zip(&keys).try_for_each(|(file, keys)| file.save_keys(keys));
@@ -86,6 +85,9 @@ impl Staging {
             .await?;
             stage.staged = kept;
             result?;
+            for file in notes.iter().filter(|file| !self.saved.contains(&file.path)) {
+                keep.folder.publish_keys(name, &file.path)?;
+            }
             table.sync_folder();
             self.saved.extend(notes.iter().map(|file| file.path.clone()));
             files.extend(notes);
