@@ -8,8 +8,8 @@
 //! cargo bench --bench encode -- --only mix --ours   # ours alone, for a profiler
 //! ```
 //!
-//! The data are the Synthea sample of the tests where it lies beside the project, else the demo's population, which has its
-//! shape. A folder's files are repeated to the size with other UUIDs, dates, times and decimals in every copy.
+//! The data are the Synthea sample of the tests where it lies beside the project, else the demo's population, which has
+//! its shape. A folder's files are repeated to the size with other UUIDs, dates, times and decimals in every copy.
 //!
 //! Ours: `parse` (bytes → tape, keys), `encode` (tape → columns), `pages` (columns → Parquet, zstd), and the three
 //! one after the other, a chunk at a time, as the pipeline's workers do it. The yardsticks:
@@ -125,7 +125,8 @@ struct Ours {
 
 impl Ours {
     fn new(types: &[Arc<str>]) -> Self {
-        let layout = |name: &Arc<str>| Arc::new(Layout::pathling(name, &LayoutOptions::default()).expect("a type of R4"));
+        let layout =
+            |name: &Arc<str>| Arc::new(Layout::pathling(name, &LayoutOptions::default()).expect("a type of R4"));
         Self {
             parser: ChunkParser::new(MAX_LINE, Arc::new(NoBadLines)),
             layouts: types.iter().map(|name| (name.clone(), layout(name))).collect(),
@@ -142,7 +143,8 @@ impl Ours {
     fn encode(&mut self, parsed: impl Iterator<Item = Parsed>, mut out: impl FnMut(&PageEncoder, EncodedRows)) {
         let mut open: HashMap<Arc<str>, Encoder> = HashMap::new();
         let mut close = |name: &Arc<str>, encoder: &mut Encoder, filled: &mut HashMap<Arc<str>, PresentColumns>| {
-            let encoded = encoder.finish(filled.entry(name.clone()).or_default(), ColumnPruning::default()).expect("columns");
+            let encoded =
+                encoder.finish(filled.entry(name.clone()).or_default(), ColumnPruning::default()).expect("columns");
             std::hint::black_box(encoder.take_losses());
             out(&self.pages, encoded);
         };
@@ -179,7 +181,9 @@ fn together<'a>(ours: &mut Ours, chunks: impl Iterator<Item = &'a Chunk>) -> usi
     let parser = ChunkParser::new(MAX_LINE, Arc::new(NoBadLines));
     let parsed = chunks.map(|chunk| parser.parse(chunk).expect("a chunk that is read"));
     let mut size = 0;
-    ours.encode(parsed, |pages, rows| size += pages.encode(&rows.batch, &rows.schema, &rows.filtered).expect("pages").0.len());
+    ours.encode(parsed, |pages, rows| {
+        size += pages.encode(&rows.batch, &rows.schema, &rows.filtered).expect("pages").0.len()
+    });
     size
 }
 
@@ -204,7 +208,8 @@ fn off_the_shelf(corpus: &Corpus, schemas: &HashMap<Arc<str>, Arc<Schema>>) -> u
         let schema = schemas[&name].clone();
         let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
         let mut writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties)).expect("a writer");
-        let mut decoder = arrow::json::ReaderBuilder::new(schema).with_batch_size(8192).build_decoder().expect("a decoder");
+        let mut decoder =
+            arrow::json::ReaderBuilder::new(schema).with_batch_size(8192).build_decoder().expect("a decoder");
         let chunks = corpus.chunks.iter().filter(|(known, _)| *known == name);
         for (_, chunk) in chunks {
             let mut rest = &chunk.bytes[..];
@@ -336,7 +341,8 @@ fn report(name: &str, found: &Rounds) {
     let limit = 1.0 / (1.0 / m(&found.tape) + 1.0 / m(&found.pages));
     println!("  two cores: {:.0} MB/s, {:.2} times one", m(&found.two), m(&found.scaling));
     println!(
-        "  {name} MB/s a core: parse {:.0} encode {:.0} pages {:.0} together {:.0} | (b) arrow-json, ArrowWriter {:.0} ratio {:.2} | (a) simd-json {:.0}, pages: {limit:.0} ratio {:.2}",
+        "  {name} MB/s a core: parse {:.0} encode {:.0} pages {:.0} together {:.0} | (b) arrow-json, ArrowWriter \
+            {:.0} ratio {:.2} | (a) simd-json {:.0}, pages: {limit:.0} ratio {:.2}",
         m(&found.parse),
         m(&found.encode),
         m(&found.pages),
@@ -355,9 +361,20 @@ fn width(arguments: &Arguments, bytes: usize) {
         None => population(&["Patient"], bytes / 2),
     };
     let corpus = Corpus::new("Patient", files);
+    let all_types = [
+        "Age",
+        "Annotation",
+        "Attachment",
+        "ContactPoint",
+        "Dosage",
+        "HumanName",
+        "Money",
+        "Period",
+        "Quantity",
+        "Range",
+    ];
     let all_types =
-        ["Age", "Annotation", "Attachment", "ContactPoint", "Dosage", "HumanName", "Money", "Period", "Quantity", "Range"];
-    let all_types = all_types.into_iter().chain(["Ratio", "SampledData", "Signature", "Timing", "UsageContext", "ContactDetail"]);
+        all_types.into_iter().chain(["Ratio", "SampledData", "Signature", "Timing", "UsageContext", "ContactDetail"]);
     let mut wide = LayoutOptions { max_nesting_level: 5, ..LayoutOptions::default() };
     wide.open_types.extend(all_types.map(str::to_owned));
     let run = |options: &LayoutOptions| {

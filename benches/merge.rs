@@ -10,10 +10,11 @@
 //! population, in the full schema; each copy has ids of its own (random UUIDs). Of every hundred rows of the table one
 //! comes again in a newer version, from all over the table; one in ten of those that come is new.
 //!
-//! Ours: pages of the rows that come, staging, match, commit. Theirs: `MergeBuilder` with the same rows as record batches,
-//! update and insert of every column. The table is the same but for deletion vectors, which theirs does not write. Each is
-//! a process of its own, so that its peak memory is its own. `grown by` is what it needs beyond the rows that come, which
-//! both hold before the clock starts. Every figure is the median of three processes, each on a fresh copy of the table.
+//! Ours: pages of the rows that come, staging, match, commit. Theirs: `MergeBuilder` with the same rows as record
+//! batches, update and insert of every column. The table is the same but for deletion vectors, which theirs does not
+//! write. Each is a process of its own, so that its peak memory is its own. `grown by` is what it needs beyond the rows
+//! that come, which both hold before the clock starts. Every figure is the median of three processes, each on a fresh
+//! copy of the table.
 
 #![allow(clippy::disallowed_macros, clippy::unwrap_used, missing_docs)]
 
@@ -29,7 +30,8 @@ use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use delta_upsert::{
-    Commit, Deletions, NotMatchedBySource, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables, Upsert, adapt,
+    Commit, Deletions, NotMatchedBySource, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables,
+    Upsert, adapt,
 };
 use deltalake::datafusion::prelude::{SessionContext, col};
 use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, PresentColumns, arrow_schema};
@@ -87,9 +89,9 @@ impl Rows {
         let columns = schema.fields().iter().zip(base.columns()).map(|(field, column)| -> ArrayRef {
             match field.name().as_str() {
                 "id" => Arc::new(StringArray::from_iter_values(&ids)),
-                "id_versioned" => {
-                    Arc::new(StringArray::from_iter_values(ids.iter().map(|id| format!("{TYPE}/{id}/_history/{version}"))))
-                }
+                "id_versioned" => Arc::new(StringArray::from_iter_values(
+                    ids.iter().map(|id| format!("{TYPE}/{id}/_history/{version}")),
+                )),
                 "meta" => meta(column, version, updated),
                 _ => column.clone(),
             }
@@ -122,7 +124,8 @@ fn meta(column: &ArrayRef, version: i64, updated: i64) -> ArrayRef {
         match field.name().as_str() {
             "versionId" | "versionId_versioned" => Arc::new(StringArray::from(vec![version.to_string(); rows])),
             "lastUpdated" => Arc::new(
-                arrow::array::TimestampMicrosecondArray::from(vec![updated; rows]).with_data_type(field.data_type().clone()),
+                arrow::array::TimestampMicrosecondArray::from(vec![updated; rows])
+                    .with_data_type(field.data_type().clone()),
             ),
             _ => child.clone(),
         }
@@ -157,7 +160,12 @@ fn upsert(files: Vec<delta_upsert::StagedFile>, scratch: &Path, vectors: bool) -
 }
 
 /// Stages rows and commits them; bytes that the commit added.
-async fn commit(tables: &Path, batches: impl Iterator<Item = (RecordBatch, Vec<RowKey>)>, rows: &Rows, vectors: bool) -> u64 {
+async fn commit(
+    tables: &Path,
+    batches: impl Iterator<Item = (RecordBatch, Vec<RowKey>)>,
+    rows: &Rows,
+    vectors: bool,
+) -> u64 {
     let scratch = tables.join("scratch");
     let mut table = Tables::at(&tables.display().to_string()).unwrap().open(&TYPE.into()).await.unwrap();
     let (mut files, mut open) = (Vec::new(), None);
@@ -171,7 +179,9 @@ async fn commit(tables: &Path, batches: impl Iterator<Item = (RecordBatch, Vec<R
             }
         };
         let (columns, by_file) = (rows.schema.clone(), Default::default());
-        file.append(EncodedBatch { resource_type: TYPE.into(), columns, parquet, metadata, keys, by_file }).await.unwrap();
+        file.append(EncodedBatch { resource_type: TYPE.into(), columns, parquet, metadata, keys, by_file })
+            .await
+            .unwrap();
         if file.size() >= TARGET {
             files.push(file.close(&table).await.unwrap());
         } else {
@@ -213,7 +223,8 @@ async fn child(who: &str, tables: &Path, rows: u64, changed: u64) {
     let numbers = changes(rows, changed);
     let batches: Vec<_> = numbers.chunks(real.len()).map(|numbers| real.batch(numbers, 2)).collect();
     // Theirs takes rows with every column of the table.
-    let full = (who == "theirs").then(|| batches.iter().map(|(batch, _)| adapt(batch, &real.schema).unwrap()).collect());
+    let full =
+        (who == "theirs").then(|| batches.iter().map(|(batch, _)| adapt(batch, &real.schema).unwrap()).collect());
     let before = resident();
     let started = Instant::now();
     let written = match who {
@@ -236,9 +247,13 @@ async fn theirs(tables: &Path, batches: Vec<RecordBatch>) -> u64 {
         .merge(source, col("target.id").eq(col("source.id")))
         .with_source_alias("source")
         .with_target_alias("target")
-        .when_matched_update(|update| names.iter().fold(update, |update, name| update.update(name.as_str(), quoted(name))))
+        .when_matched_update(|update| {
+            names.iter().fold(update, |update, name| update.update(name.as_str(), quoted(name)))
+        })
         .unwrap()
-        .when_not_matched_insert(|insert| names.iter().fold(insert, |insert, name| insert.set(name.as_str(), quoted(name))))
+        .when_not_matched_insert(|insert| {
+            names.iter().fold(insert, |insert, name| insert.set(name.as_str(), quoted(name)))
+        })
         .unwrap()
         .await
         .unwrap();
@@ -351,7 +366,8 @@ fn growth(runtime: &tokio::runtime::Runtime, folder: &Path, rows: u64) {
     }
     println!("tenfold growth of the table: time ratio {:.2}", seconds[1] / seconds[0]);
     let table = folder.join(format!("growth-{}", rows * 10));
-    let options = OptimizeOptions { types: Default::default(), cluster: true, min_deleted: foundation::Limit::Count(1) };
+    let options =
+        OptimizeOptions { types: Default::default(), cluster: true, min_deleted: foundation::Limit::Count(1) };
     let started = Instant::now();
     let done = runtime.block_on(optimize(&plan(folder, &table, ""), &options, &Cancellation::default())).unwrap();
     let done = done.into_values().next().unwrap().unwrap();

@@ -10,7 +10,9 @@ const fn row(kind: ErrorKind) -> (u8, bool, &'static str) {
         ErrorKind::Network => (3, true, "check that the server is up and reachable from here, then run again"),
         ErrorKind::Auth => (4, false, "check the client id, its key and the scopes that the server grants"),
         ErrorKind::Server => (5, true, "read the server's message above; its administrator may have to help"),
-        ErrorKind::Storage => (6, true, "check free space, permissions and credentials of the named place, then run again"),
+        ErrorKind::Storage => {
+            (6, true, "check free space, permissions and credentials of the named place, then run again")
+        }
         ErrorKind::Table => (7, false, "point `tables` elsewhere, or bring the table into a form that fhirlake writes"),
         ErrorKind::State => (8, true, "check free space and permissions of the `state` folder"),
         ErrorKind::Locked => (9, true, "wait for the other run to end"),
@@ -19,7 +21,8 @@ const fn row(kind: ErrorKind) -> (u8, bool, &'static str) {
         ErrorKind::Throttled => (
             12,
             true,
-            "run again after that time (`fhirlake jobs cancel PIPELINE.yaml --all` clears the rate limit and cancels exports in flight)",
+            "run again after that time (`fhirlake jobs cancel PIPELINE.yaml --all` clears the rate limit and cancels \
+                exports in flight)",
         ),
         ErrorKind::Interrupted => (130, true, "run again: committed tables are kept, and staged data will be resumed"),
     }

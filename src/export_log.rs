@@ -1,5 +1,5 @@
-//! The log of an export that Bulk Data clients share: `log.ndjson`, version 2 of the format that `bulk-data-client` describes
-//! ("Bulk Data Export Log Items"). One line an event; URLs are without their query, which may hold a secret.
+//! The log of an export that Bulk Data clients share: `log.ndjson`, version 2 of the format that `bulk-data-client`
+//! describes ("Bulk Data Export Log Items"). One line an event; URLs are without their query, which may hold a secret.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -35,6 +35,11 @@ impl ExportLog {
         // A log that cannot be written is no reason to lose an export.
         if let Err(error) = file.append(format!("{line}\n").as_bytes()) {
             tracing::warn!(%error, event, "the export log could not be written");
+        }
+        // Those of files may be many.
+        if !event.starts_with("download") {
+            drop(file);
+            self.sync();
         }
     }
 

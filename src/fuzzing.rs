@@ -1,5 +1,5 @@
-//! Targets of the fuzzers (`fuzz/`), and the tests over the fuzzers' corpora. Each takes any bytes, and must not panic, hang, or hold
-//! more than the bytes warrant; what it asserts must hold of every input.
+//! Targets of the fuzzers (`fuzz/`), and the tests over the fuzzers' corpora. Each takes any bytes, and must not panic,
+//! hang, or hold more than the bytes warrant; what it asserts must hold of every input.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -35,7 +35,7 @@ pub const TARGETS: &[Target] = &[
 struct Passed;
 
 impl BadLines for Passed {
-    fn keep(&self, bad: &BadLine<'_>) -> Result<()> {
+    fn quarantine(&self, bad: &BadLine<'_>) -> Result<()> {
         // A reason is shown: it must have nothing of the line, and fit one.
         assert!(bad.reason.len() < 400 && !bad.reason.chars().any(char::is_control), "{:?}", bad.reason);
         Ok(())
@@ -112,12 +112,12 @@ fn rows_of(parser: &ChunkParser, chunk: &Chunk, into: &mut RowsByType, encode: b
     Ok(tally.lines)
 }
 
-/// NDJSON, of which the first byte says what kind of file it is in and whether its type is put before each line: parsed whole
-/// and in two pieces, which must give the same rows, and encoded.
+/// NDJSON, of which the first byte says what kind of file it is in and whether its type is put before each line: parsed
+/// whole and in two pieces, which must give the same rows, and encoded.
 pub fn ndjson(data: &[u8]) {
     let Some((choice, rest)) = data.split_first() else { return };
-    let kind =
-        [FileKind::Output, FileKind::Output, FileKind::Output, FileKind::Deleted, FileKind::Outcome][usize::from(*choice) % 5];
+    let kind = [FileKind::Output, FileKind::Output, FileKind::Output, FileKind::Deleted, FileKind::Outcome]
+        [usize::from(*choice) % 5];
     let types = Model::r4().resource_types();
     let mut bytes = Vec::new();
     match (kind, rest.split_first()) {
@@ -141,8 +141,8 @@ pub fn ndjson(data: &[u8]) {
     let middle = bytes.len() / 2;
     let cut = bytes[middle..].iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |at| middle + at + 1);
     let (Some(first), Some(second)) = (chunk(kind, &bytes[..cut], 1), chunk(kind, &bytes[cut..], 1)) else { return };
-    let lines =
-        rows_of(&parser, &first, &mut pieces, false).unwrap_or(0) + rows_of(&parser, &second, &mut pieces, false).unwrap_or(0);
+    let lines = rows_of(&parser, &first, &mut pieces, false).unwrap_or(0)
+        + rows_of(&parser, &second, &mut pieces, false).unwrap_or(0);
     assert_eq!(outcome.unwrap_or(0), lines, "lines of the pieces");
     whole.sort();
     pieces.sort();

@@ -197,7 +197,7 @@ pub struct ExportEnd {
     /// Which export.
     pub export: usize,
     /// Types that were asked for by name, without those that are merged.
-    pub asked: Vec<ResourceType>,
+    pub requested: Vec<ResourceType>,
     /// True if all types were asked for, and none by name.
     pub all_types: bool,
     /// Types that have a table already, where all were asked for: their watermark moves though nothing came.
@@ -232,7 +232,8 @@ pub struct ParsedChunk {
     pub rows: Vec<(ResourceType, u64)>,
     /// Lines that could not be read, by the type that they are held against.
     pub bad: Vec<(Option<ResourceType>, u64)>,
-    /// Lines, bad or not, that are no resources of the file's type, nor broken ones: a page, an array, an outcome, a Bundle.
+    /// Lines, bad or not, that are no resources of the file's type, nor broken ones: a page, an array, an outcome, a
+    /// Bundle.
     #[serde(default)]
     pub foreign: u64,
     /// Blank lines.
@@ -241,7 +242,8 @@ pub struct ParsedChunk {
     pub headers: u64,
     /// Of those, lines of types that the layout excludes.
     pub excluded: Vec<(ResourceType, u64)>,
-    /// Of the headers, lines that are no resources, which no manifest counts: `Parameters` headers and the server's messages.
+    /// Of the headers, lines that are no resources, which no manifest counts: `Parameters` headers and the server's
+    /// messages.
     #[serde(default)]
     pub asides: u64,
     /// Deletions by type: soft-deleted resources, which are headers, and DELETE entries of a deletion file.
@@ -258,7 +260,8 @@ pub struct ParsedChunk {
     /// Number of the last line that is not blank.
     #[serde(default)]
     pub last: u64,
-    /// Number of the last line that no server writes before its last: text that is no resource, or a part of one. 0 for none.
+    /// Number of the last line that no server writes before its last: text that is no resource, or a part of one. 0 for
+    /// none.
     #[serde(default)]
     pub last_foreign: u64,
     /// Lines out of quarantine that could be read, and the type of each.
@@ -291,7 +294,7 @@ pub enum ControlEvent {
         /// Which export.
         export: usize,
         /// The types that it was asked for.
-        asked: Vec<ResourceType>,
+        requested: Vec<ResourceType>,
         /// Why.
         why: String,
     },
@@ -388,7 +391,7 @@ pub type ReplayedLines = Box<dyn Iterator<Item = crate::error::Result<ReplayedLi
 /// Destination of bad lines.
 pub trait BadLines: Send + Sync {
     /// Keeps a line.
-    fn keep(&self, bad: &BadLine<'_>) -> crate::error::Result<()>;
+    fn quarantine(&self, bad: &BadLine<'_>) -> crate::error::Result<()>;
     /// Keeps what the server says of its own export: it may name patients, so it is never logged.
     fn message(&self, file: &ExportFile, line: u64, bytes: &[u8]) -> crate::error::Result<()>;
     /// Hears which ids the server says are gone: what lines in quarantine say of them is over.

@@ -1,6 +1,6 @@
-//! Values that sections of the pipeline file share: sizes and spans that carry their unit, lists of resource types, texts
-//! that may refer to the environment or a file; and the findings of a section's own check. A reference is resolved where the
-//! value is read, never by substitution in the file's text.
+//! Values that sections of the pipeline file share: sizes and spans that carry their unit, lists of resource types,
+//! texts that may refer to the environment or a file; and the findings of a section's own check. A reference is
+//! resolved where the value is read, never by substitution in the file's text.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -349,7 +349,9 @@ fn parts(text: &str) -> Result<Vec<Part<'_>>, String> {
             Some(("azure-key-vault", reference)) => Part::Vault(reference),
             #[cfg(not(feature = "keyvault"))]
             Some(("azure-key-vault", _)) => {
-                return Err("azure-key-vault is not in this build; build it with `--features keyvault`, or use ${env:NAME} or ${file:/path}".into());
+                return Err("azure-key-vault is not in this build; build it with `--features keyvault`, or use \
+                    ${env:NAME} or ${file:/path}"
+                    .into());
             }
             _ => return Err("not a reference; write ${env:NAME} or ${file:/path}".into()),
         });
@@ -409,7 +411,8 @@ impl Text {
                 }
                 Part::File(path) => {
                     warn_if_loose(path);
-                    let text = std::fs::read_to_string(path).map_err(|error| format!("{path} cannot be read: {error}"))?;
+                    let text =
+                        std::fs::read_to_string(path).map_err(|error| format!("{path} cannot be read: {error}"))?;
                     out.push_str(text.trim_end_matches(['\n', '\r']));
                 }
             }
@@ -441,7 +444,12 @@ mod tests {
         std::fs::write(&path, "abc\n").unwrap();
         let text = Text(format!("x-${{file:{}}}-y", path.display()));
         assert_eq!(text.resolve().unwrap(), "x-abc-y");
-        assert!(Text("${env:FHIRLAKE_NO_SUCH_VARIABLE}".into()).resolve().unwrap_err().contains("FHIRLAKE_NO_SUCH_VARIABLE"));
+        assert!(
+            Text("${env:FHIRLAKE_NO_SUCH_VARIABLE}".into())
+                .resolve()
+                .unwrap_err()
+                .contains("FHIRLAKE_NO_SUCH_VARIABLE")
+        );
         for wrong in ["${env:", "${foo:bar}", "${env:}", "${}"] {
             assert!(check_format(TEXT, wrong).is_some(), "{wrong}");
         }

@@ -79,7 +79,10 @@ fn hash(parts: impl Hash) -> u64 {
 pub(crate) fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
     let digits = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_digit);
     let is_uuid = |bytes: &[u8]| {
-        bytes.iter().enumerate().all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
+        bytes
+            .iter()
+            .enumerate()
+            .all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
     };
     let mut at = 0;
     while at < text.len() {
@@ -129,7 +132,7 @@ pub(crate) fn vary(text: &[u8], copy: u64, out: &mut Vec<u8>) {
 pub(crate) struct NoBadLines;
 
 impl BadLines for NoBadLines {
-    fn keep(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
+    fn quarantine(&self, bad: &BadLine<'_>) -> fhirlake::error::Result<()> {
         panic!("{} line {}: {}", bad.file.name, bad.line, bad.reason);
     }
     fn message(&self, _: &ExportFile, _: u64, _: &[u8]) -> fhirlake::error::Result<()> {

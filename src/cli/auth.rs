@@ -35,8 +35,10 @@ pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
         return output.line("a folder needs no authentication");
     };
     let Some(granted) = client.check_auth().await? else {
-        let is_bearer =
-            matches!(&plan.source, crate::topology::SourcePlan::Server { auth: bulk_data_client::AuthSettings::Bearer(_), .. });
+        let is_bearer = matches!(
+            &plan.source,
+            crate::topology::SourcePlan::Server { auth: bulk_data_client::AuthSettings::Bearer(_), .. }
+        );
         return output.line(match is_bearer {
             true => "a bearer token is set, so no token is requested; the kick-off will show if the server accepts it",
             false => "no token is requested: source.auth is not set",
@@ -59,7 +61,7 @@ pub(super) async fn auth(args: AuthArgs, output: &Output) -> Result<()> {
     if let Some((algorithm, kid)) = &granted.key {
         line("key", &format!("{algorithm}, kid {}", kid.as_deref().unwrap_or("none")))?;
     }
-    line("scope requested", &granted.asked)?;
+    line("scope requested", &granted.requested)?;
     line("scope granted", granted.granted.as_deref().unwrap_or("not stated"))?;
     line("token lifetime", &format!("{} s", granted.life.as_secs()))?;
     if granted.missing.is_empty() {
@@ -103,7 +105,8 @@ pub(super) fn keygen(args: &KeygenArgs, output: &Output) -> Result<()> {
         None => output.raw(public.as_bytes())?,
     }
     output.remark(&format!(
-        "private key: {}; register the JWKS with the server, and set\n  auth: {{ client_id: …, private_key: \"${{file:{}}}\" }}",
+        "private key: {}; register the JWKS with the server, and set\n  auth: \
+            {{ client_id: …, private_key: \"${{file:{}}}\" }}",
         args.private.display(),
         args.private.display()
     ));

@@ -77,7 +77,8 @@ const CHANGED: u64 = 30;
 const DELETED: u64 = 10;
 
 pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
-    let patients = args.size.map_or(args.patients, |size| u32::try_from(size.0 / BYTES_PER_PATIENT).unwrap_or(u32::MAX)).max(1);
+    let patients =
+        args.size.map_or(args.patients, |size| u32::try_from(size.0 / BYTES_PER_PATIENT).unwrap_or(u32::MAX)).max(1);
     let population = Population::new(args.seed, patients);
     if let Some(folder) = &args.write_ndjson {
         return write_ndjson(&population, folder, output);
@@ -123,17 +124,20 @@ pub(super) async fn demo(args: DemoArgs, output: &Output) -> Result<()> {
     output.remark("\n2. Incremental sync: new patients, changed and deleted resources\n");
     drive(plan, RunOptions::default(), output).await?;
 
-    let sql = "SELECT gender, count(*) AS patients, min(birthDate) AS oldest FROM Patient GROUP BY gender ORDER BY gender";
+    let sql =
+        "SELECT gender, count(*) AS patients, min(birthDate) AS oldest FROM Patient GROUP BY gender ORDER BY gender";
     output.remark(&format!("\n3. A SQL query over the tables\n\n{sql}\n"));
     let batches = answer(&Tables::at(&tables.display().to_string())?, sql).await?;
-    let text =
-        arrow::util::pretty::pretty_format_batches(&batches).context(ErrorKind::Internal, "the result cannot be printed")?;
+    let text = arrow::util::pretty::pretty_format_batches(&batches)
+        .context(ErrorKind::Internal, "the result cannot be printed")?;
     output.line(&text.to_string())?;
     let shown = tables.display();
     // As it can be typed: a demo by `cargo run` has no `fhirlake` on the PATH.
     let program = std::env::current_exe().map_or_else(|_| "fhirlake".into(), |path| path.display().to_string());
     output.remark(&format!(
-        "\nThe tables are in {shown}, one Delta table a resource type.\nTry next:\n  {program} query \"SELECT status, count(*) FROM Encounter GROUP BY status\" --tables {shown}\n  {program} status {}\n  {program} schema Observation\n  {program} demo --size 1GB",
+        "\nThe tables are in {shown}, one Delta table a resource type.\nTry next:\n  {program} query \"SELECT status, \
+            count(*) FROM Encounter GROUP BY status\" --tables {shown}\n  {program} status {}\n  {program} schema \
+            Observation\n  {program} demo --size 1GB",
         file.display()
     ));
     Ok(())
@@ -148,7 +152,8 @@ fn set_up(server: &DemoServer, args: &DemoArgs) -> Result<()> {
     }
     let client_id = args.client_id.clone();
     if let Some(path) = &args.register_jwks {
-        let jwks = serde_json::from_str(&read(path)?).context(ErrorKind::Config, format!("{} is no JWKS", path.display()))?;
+        let jwks =
+            serde_json::from_str(&read(path)?).context(ErrorKind::Config, format!("{} is no JWKS", path.display()))?;
         server.register(Registration { client_id, jwks: Some(jwks), secret: None });
     } else if let Some(secret) = &args.register_secret {
         server.register(Registration { client_id, jwks: None, secret: Some(secret.clone()) });
@@ -159,7 +164,8 @@ fn set_up(server: &DemoServer, args: &DemoArgs) -> Result<()> {
 fn pipeline_yaml(base: &str, tables: &std::path::Path, memory: ByteSize) -> String {
     let text = |text: &str| serde_json::Value::from(text).to_string();
     format!(
-        "# The demo's pipeline. Its server ran only as long as the demo.\nversion: 1\nname: demo\nsource:\n  url: {}\n  types: [{}]\nmemory: {}\ntables: {}\n",
+        "# The demo's pipeline. Its server ran only as long as the demo.\nversion: 1\nname: demo\nsource:\n  url: \
+            {}\n  types: [{}]\nmemory: {}\ntables: {}\n",
         text(base),
         DEMO_TYPES.join(", "),
         String::from(memory),
@@ -190,5 +196,10 @@ fn write_ndjson(population: &Population, folder: &std::path::Path, output: &Outp
         }
         file.flush().context(ErrorKind::Storage, failed())?;
     }
-    output.line(&format!("{} patients, {:.1} MB of NDJSON in {}", population.patients(), total as f64 / 1e6, folder.display()))
+    output.line(&format!(
+        "{} patients, {:.1} MB of NDJSON in {}",
+        population.patients(),
+        total as f64 / 1e6,
+        folder.display()
+    ))
 }

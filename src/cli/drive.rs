@@ -23,12 +23,12 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
         }
     });
     let stop = Cancellation::default();
-    let (board, name) = (watch.board.clone(), plan.name.clone());
+    let (counters, name) = (watch.counters.clone(), plan.name.clone());
     // A process of one run: what a scheduler's users watch is said at its end.
     let ended: Arc<Mutex<Vec<Sample>>> = Arc::default();
     let at_the_end = ended.clone();
     output.telemetry().observe(Arc::new(move || {
-        let mut samples = of_counts(&name, &board.read());
+        let mut samples = of_counts(&name, &counters.read());
         samples.extend(at_the_end.lock().iter().cloned());
         samples
     }));
@@ -70,18 +70,21 @@ pub(super) async fn drive(plan: RunPlan, options: RunOptions, output: &Output) -
         let failed: Vec<&str> =
             outcome.types.iter().filter(|(_, kept)| kept.error.is_some()).map(|(name, _)| name.as_str()).collect();
         if failed.is_empty() {
-            let held = outcome.types.iter().filter(|(_, kept)| kept.watermark_hold.is_some()).map(|(name, _)| name.as_str());
+            let held =
+                outcome.types.iter().filter(|(_, kept)| kept.watermark_hold.is_some()).map(|(name, _)| name.as_str());
             let held: Vec<&str> = held.collect();
             let names = if held.is_empty() { "the export".to_owned() } else { held.join(", ") };
             let why = format!("the export is incomplete; watermark not advanced for {names}");
             let mut reasons = outcome.types.values().filter_map(|kept| kept.watermark_hold.as_deref());
             let hint = match held.is_empty() || reasons.any(|why| why.starts_with("the server reports")) {
                 true => {
-                    "what came is merged, and the next run asks from the same time again; for errors that the server always \
+                    "what came is merged, and the next run asks from the same time again; for errors that the server \
+                        always \
                      reports: source.ignored_issue_codes, or source.export_errors: ignore"
                 }
                 false => {
-                    "what came is merged, and the next run asks from the same time again; where the server always does so: \
+                    "what came is merged, and the next run asks from the same time again; where the server always \
+                        does so: \
                      source.export_errors: ignore"
                 }
             };
@@ -146,8 +149,10 @@ fn of_ended(pipeline: &str, took: Duration, succeeded: bool) -> Vec<Sample> {
         value,
     };
     let outcome = if succeeded { "succeeded" } else { "failed" };
-    let mut samples =
-        vec![of(telemetry::RUNS, Some(("outcome", outcome)), 1.0), of(telemetry::LAST_DURATION, None, took.as_secs_f64())];
+    let mut samples = vec![
+        of(telemetry::RUNS, Some(("outcome", outcome)), 1.0),
+        of(telemetry::LAST_DURATION, None, took.as_secs_f64()),
+    ];
     if succeeded {
         samples.push(of(telemetry::LAST_SUCCESS, None, chrono::Utc::now().timestamp() as f64));
     }
@@ -169,12 +174,13 @@ impl Progress {
 
     fn show(&mut self, watch: &Watch) {
         self.ticks += 1;
-        let counts = watch.board.read();
+        let counts = watch.counters.read();
         let words = watch.server.lock().clone();
         if !self.output.shows_bars() {
             if self.ticks.is_multiple_of(50) {
-                let sum =
-                    |metric: &str| counts.iter().filter(|((name, _), _)| *name == metric).map(|(_, value)| value).sum::<u64>();
+                let sum = |metric: &str| {
+                    counts.iter().filter(|((name, _), _)| *name == metric).map(|(_, value)| value).sum::<u64>()
+                };
                 tracing::info!(
                     files = sum(telemetry::FILES),
                     files_expected = sum(telemetry::FILES_EXPECTED),
@@ -190,9 +196,9 @@ impl Progress {
         if counts.is_empty() {
             let bar = self.server.get_or_insert_with(|| {
                 let style = ProgressStyle::with_template("{spinner} exporting: {msg}");
-                self.output
-                    .bars()
-                    .add(ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner())))
+                self.output.bars().add(
+                    ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner())),
+                )
             });
             bar.set_message(words.unwrap_or_else(|| "waiting".into()));
             bar.tick();
@@ -225,7 +231,8 @@ impl Progress {
                     };
                 };
                 let style = style.with_key("rate", rate).with_key("left", left);
-                let bar = ProgressBar::new(expected).with_style(style.progress_chars("━╸─")).with_prefix(label.to_string());
+                let bar =
+                    ProgressBar::new(expected).with_style(style.progress_chars("━╸─")).with_prefix(label.to_string());
                 self.output.bars().add(bar)
             });
             bar.set_length(expected.max(value(telemetry::PARSED)));

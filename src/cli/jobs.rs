@@ -25,7 +25,8 @@ enum JobsCommand {
         file: PipelineArgs,
     },
     /// Cancel export jobs. With --all, also clear rate limits and rejected types.
-    #[command(after_help = examples!("fhirlake jobs cancel hospital.yaml 1", "fhirlake jobs cancel hospital.yaml --all"))]
+    #[command(after_help = examples!("fhirlake jobs cancel hospital.yaml 1", "fhirlake jobs cancel hospital.yaml \
+        --all"))]
     Cancel {
         #[command(flatten)]
         file: PipelineArgs,
@@ -46,7 +47,8 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
         JobsCommand::List { file } => {
             let plan = file.plan()?;
             let state = topology::state_of(&plan)?;
-            let (exports, staged) = (state.read::<ExportJobs>()?, CheckpointStore::of(&state).read()?.unwrap_or_default());
+            let (exports, staged) =
+                (state.read::<ExportJobs>()?, CheckpointStore::of(&state).read()?.unwrap_or_default());
             if let Some(until) = exports.throttled.as_ref().filter(|until| until.time > chrono::Utc::now()) {
                 let time = until.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 output.line(&format!("rate limited until {time}: {}", until.why))?;
@@ -59,13 +61,17 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             }
             for aside in exports.rejected.iter().filter(|aside| plan.types().names().contains(&aside.resource_type)) {
                 let time = aside.time.to_rfc3339_opts(SecondsFormat::Secs, true);
-                output.line(&format!("{}: rejected at {time}, exported separately: {}", aside.resource_type, aside.why))?;
+                output.line(&format!(
+                    "{}: rejected at {time}, exported separately: {}",
+                    aside.resource_type, aside.why
+                ))?;
             }
             if let Some(refused) = exports.all_rejected.as_ref().filter(|refused| refused.holds(chrono::Utc::now())) {
                 let time = refused.time.to_rfc3339_opts(SecondsFormat::Secs, true);
                 let types = refused.types.join(", ");
                 output.line(&format!(
-                    "the server rejected each of {types} at {time}; no bisection for a day (`jobs cancel --all` clears this)"
+                    "the server rejected each of {types} at {time}; no bisection for a day (`jobs cancel --all` \
+                        clears this)"
                 ))?;
             }
             if exports.jobs.is_empty() {
@@ -83,7 +89,8 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                     (false, false) => "in progress",
                 };
                 let files = staged.listed.iter().filter(|file| file.status == export.status);
-                let (files, held) = files.fold((0, 0), |(all, held), file| (all + 1, held + u64::from(file.held.is_some())));
+                let (files, held) =
+                    files.fold((0, 0), |(all, held), file| (all + 1, held + u64::from(file.held.is_some())));
                 // A query may hold a secret.
                 let status = export.status.split(['?', '#']).next().unwrap_or_default();
                 vec![
@@ -98,8 +105,10 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
                 ]
             });
             let rows: Vec<_> = rows.collect();
-            output
-                .line(&table(&["number", "types", "since", "accepted", "manifest", "staged", "failed runs", "status URL"], &rows))
+            output.line(&table(
+                &["number", "types", "since", "accepted", "manifest", "staged", "failed runs", "status URL"],
+                &rows,
+            ))
         }
         JobsCommand::Cancel { file, numbers, all, forget } => {
             let plan = file.plan()?;

@@ -1,5 +1,5 @@
-//! Rows as JSON, as Spark's `toJSON` writes them: null members left out, a map's keys as texts, bytes in base64. Arrow's own writer
-//! takes maps with text keys only, and ours are numbers.
+//! Rows as JSON, as Spark's `toJSON` writes them: null members left out, a map's keys as texts, bytes in base64.
+//! Arrow's own writer takes maps with text keys only, and ours are numbers.
 
 use std::fmt::Write;
 

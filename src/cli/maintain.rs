@@ -79,7 +79,8 @@ pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
         }
         None => plan.vacuum.retention.map(|span| span.0),
     };
-    let options = VacuumOptions { types: Types::from(args.types), retention, below_the_tables: args.force, delete: args.delete };
+    let options =
+        VacuumOptions { types: Types::from(args.types), retention, below_the_tables: args.force, delete: args.delete };
     let done = topology::vacuum(&plan, &options, &Cancellation::default()).await?;
     for (name, done) in &done {
         for file in done.iter().flat_map(|done| &done.files) {
@@ -101,14 +102,16 @@ pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
 
 /// An error that names every table that failed, and why.
 fn failures<T>(done: &ByTable<T>) -> Result<()> {
-    let failed: Vec<(&String, &Error)> = done.iter().filter_map(|(name, done)| Some((name, done.as_ref().err()?))).collect();
+    let failed: Vec<(&String, &Error)> =
+        done.iter().filter_map(|(name, done)| Some((name, done.as_ref().err()?))).collect();
     match failed.as_slice() {
         [] => Ok(()),
         [(_, error)] => Err(Error::new(error.kind(), format!("{error}"))),
         several => {
             let each: Vec<String> = several.iter().map(|(_, error)| format!("{error}")).collect();
             // What none of them can do for one reason is no partial success.
-            let alike = several.len() == done.len() && several.iter().all(|(_, error)| error.kind() == several[0].1.kind());
+            let alike =
+                several.len() == done.len() && several.iter().all(|(_, error)| error.kind() == several[0].1.kind());
             let kind = if alike { several[0].1.kind() } else { ErrorKind::Partial };
             Err(Error::new(kind, each.join("\n")))
         }

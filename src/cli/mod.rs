@@ -49,7 +49,14 @@ struct Cli {
 #[command(next_help_heading = "Global options")]
 struct Global {
     /// Log format.
-    #[arg(long, global = true, value_enum, default_value_t, hide_possible_values = true, value_name = "auto|text|json")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        hide_possible_values = true,
+        value_name = "auto|text|json"
+    )]
     log_format: LogFormat,
     /// Log filter, such as `info` or `warn,fhirlake=debug` [env: FHIRLAKE_LOG].
     #[arg(long, global = true, value_name = "FILTER")]
@@ -126,7 +133,8 @@ enum Command {
     ))]
     Optimize(maintain::OptimizeArgs),
     /// List or delete unreferenced files (dry run unless --delete).
-    #[command(after_help = examples!("fhirlake vacuum hospital.yaml", "fhirlake vacuum hospital.yaml --delete --retention 7d"))]
+    #[command(after_help = examples!("fhirlake vacuum hospital.yaml", "fhirlake vacuum hospital.yaml --delete \
+        --retention 7d"))]
     Vacuum(maintain::VacuumArgs),
     /// Run the whole job on an embedded FHIR server.
     #[command(after_help = examples!("fhirlake demo", "fhirlake demo --size 1GB", "fhirlake demo --serve --port 8000"))]
@@ -141,7 +149,8 @@ enum Command {
     #[command(after_help = examples!("fhirlake auth check hospital.yaml"), disable_help_subcommand = true)]
     Auth(auth::AuthArgs),
     /// Generate a key pair for a backend service, and the JWKS to register.
-    #[command(after_help = examples!("fhirlake keygen /etc/fhirlake/key.jwk", "fhirlake keygen key.jwk --algorithm rs384"))]
+    #[command(after_help = examples!("fhirlake keygen /etc/fhirlake/key.jwk", "fhirlake keygen key.jwk --algorithm \
+        rs384"))]
     Keygen(auth::KeygenArgs),
     /// Print a shell completion script.
     #[command(after_help = examples!("fhirlake completions bash > /etc/bash_completion.d/fhirlake"))]
@@ -210,7 +219,8 @@ pub fn main() -> ExitCode {
         _ => "info",
     };
     // The command's last words are the same.
-    let twice = if output.shows_bars() && !matches!(cli.command, Command::Serve(_)) { ",fhirlake::run_failed=off" } else { "" };
+    let twice =
+        if output.shows_bars() && !matches!(cli.command, Command::Serve(_)) { ",fhirlake::run_failed=off" } else { "" };
     // The libraries' own warnings speak of things that we handle ourselves and report in our words.
     let filter = match filter {
         None => format!("error,buoyant_kernel=off,delta_kernel=off,fhirlake={usual}{twice}"),
@@ -224,8 +234,13 @@ pub fn main() -> ExitCode {
             // What sends by gRPC wants the runtime.
             let entered = runtime.enter();
             let settings = otlp::settings(&cli.command);
-            let (telemetry, problems) =
-                telemetry::init(cli.global.log_format, output::colours(), &filter, output.log_writer(), settings.as_ref());
+            let (telemetry, problems) = telemetry::init(
+                cli.global.log_format,
+                output::colours(),
+                &filter,
+                output.log_writer(),
+                settings.as_ref(),
+            );
             problems.iter().for_each(|problem| tracing::warn!(problem, "telemetry"));
             drop(entered);
             let output = output.clone().with_telemetry(telemetry);
@@ -273,6 +288,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<()> {
 
 /// Reads a pipeline file's text.
 fn read_file(path: &PathBuf) -> Result<String> {
-    std::fs::read_to_string(path)
-        .map_err(|error| Error::new(ErrorKind::Config, format!("the pipeline file {} cannot be read: {error}", path.display())))
+    std::fs::read_to_string(path).map_err(|error| {
+        Error::new(ErrorKind::Config, format!("the pipeline file {} cannot be read: {error}", path.display()))
+    })
 }

@@ -16,7 +16,8 @@ pub(super) fn settings(command: &Command) -> Option<OtlpSettings> {
     if said("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
         return None;
     }
-    // What is wrong with a file is said when it is read for the run. One process sends to one receiver: the first that is named.
+    // What is wrong with a file is said when it is read for the run. One process sends to one receiver: the first that
+    // is named.
     let by_file = files.iter().find_map(|file| {
         let text = std::fs::read_to_string(file).ok()?;
         let read = read_pipeline(&text, sets).ok()?;
@@ -38,7 +39,8 @@ pub(super) fn settings(command: &Command) -> Option<OtlpSettings> {
             Some("http/protobuf") => false,
             Some(other) => {
                 problems.push(format!(
-                    "OTEL_EXPORTER_OTLP_PROTOCOL: {other} is not spoken here, http/protobuf and grpc are; using http/protobuf"
+                    "OTEL_EXPORTER_OTLP_PROTOCOL: {other} is not spoken here, http/protobuf and grpc are; using \
+                        http/protobuf"
                 ));
                 false
             }

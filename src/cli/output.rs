@@ -71,7 +71,8 @@ impl Output {
     pub(crate) fn new(quiet: bool, json: bool) -> Self {
         let quiet = quiet || json;
         let terminal = std::io::stderr().is_terminal();
-        let target = if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
+        let target =
+            if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
         let colour = terminal && colours();
         Self { telemetry: Arc::default(), quiet, json, bars: MultiProgress::with_draw_target(target), colour }
     }
@@ -133,7 +134,8 @@ impl Output {
         if self.json && error.kind() != ErrorKind::Partial {
             let kind = format!("{:?}", error.kind()).to_lowercase();
             let said = serde_json::json!({ "succeeded": false, "error": {
-                "kind": kind, "message": error.to_string(), "hint": error.advice(), "exit_code": error.kind().exit_code(),
+                "kind": kind, "message": error.to_string(), "hint": error.advice(),
+                "exit_code": error.kind().exit_code(),
             }});
             // Nobody can be told that stdout is gone; the exit code says it too.
             let _ = self.line(&said.to_string());
@@ -188,7 +190,9 @@ pub(super) fn bytes(number: u64) -> String {
 /// A run's report as a table.
 pub(super) fn report(report: &RunReport) -> String {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    let rate = |bytes: u64, seconds: f64| if seconds > 0.0 { format!("{:.1}", megabytes(bytes) / seconds) } else { "-".into() };
+    let rate = |bytes: u64, seconds: f64| {
+        if seconds > 0.0 { format!("{:.1}", megabytes(bytes) / seconds) } else { "-".into() }
+    };
     let mut rows = Vec::new();
     let mut sums = [0u64; 8];
     for (name, outcome) in &report.types {
@@ -216,10 +220,25 @@ pub(super) fn report(report: &RunReport) -> String {
     }
     let mut total = vec!["total".to_owned()];
     total.extend(sums[..7].iter().map(u64::to_string));
-    total.extend([format!("{:.1}", megabytes(sums[7])), rate(sums[7], report.seconds), format!("{:.2}", report.seconds)]);
+    total.extend([
+        format!("{:.1}", megabytes(sums[7])),
+        rate(sums[7], report.seconds),
+        format!("{:.2}", report.seconds),
+    ]);
     rows.push(total);
-    let header =
-        ["type", "files", "resources", "inserted", "updated", "deleted", "skipped", "quarantined", "MB", "MB/s", "seconds"];
+    let header = [
+        "type",
+        "files",
+        "resources",
+        "inserted",
+        "updated",
+        "deleted",
+        "skipped",
+        "quarantined",
+        "MB",
+        "MB/s",
+        "seconds",
+    ];
     let mut text = table(&header, &rows);
     for note in problems_of(report).into_iter().chain(remarks_of(report)) {
         text.push('\n');
@@ -248,7 +267,8 @@ fn problems_of(report: &RunReport) -> Vec<String> {
     }
     for (name, outcome) in report.types.iter().filter(|(_, outcome)| outcome.undated > 0) {
         notes.push(format!(
-            "{name}: {} resources without the meta.lastUpdated that the table's rows have were skipped, since a folder does \
+            "{name}: {} resources without the meta.lastUpdated that the table's rows have were skipped, since a \
+                folder does \
              not say that they are newer; --full-refresh merges them",
             outcome.undated
         ));
@@ -257,13 +277,17 @@ fn problems_of(report: &RunReport) -> Vec<String> {
         let excluded: Vec<String> = report.excluded.iter().map(|(name, lines)| format!("{name}: {lines}")).collect();
         notes.push(format!("lines of types that have no table: {}", excluded.join(", ")));
     }
-    let unmapped = report.types.values().flat_map(|outcome| outcome.unmapped.iter().map(|(path, count)| (path, *count)));
+    let unmapped =
+        report.types.values().flat_map(|outcome| outcome.unmapped.iter().map(|(path, count)| (path, *count)));
     let mut unmapped: Vec<(&String, u64)> = unmapped.collect();
     unmapped.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     if !unmapped.is_empty() {
         let shown: Vec<String> = unmapped.iter().take(8).map(|(path, count)| format!("{path}: {count}")).collect();
-        let more =
-            if unmapped.len() > 8 { format!(", and {} more paths in the report", unmapped.len() - 8) } else { String::new() };
+        let more = if unmapped.len() > 8 {
+            format!(", and {} more paths in the report", unmapped.len() - 8)
+        } else {
+            String::new()
+        };
         notes.push(format!("values without a column: {}{more}", shown.join(", ")));
     }
     if report.count_findings.len() > SHOWN_FINDINGS {
@@ -273,7 +297,8 @@ fn problems_of(report: &RunReport) -> Vec<String> {
     for (file, promised, came) in report.count_findings.iter().take(SHOWN_FINDINGS) {
         notes.push(format!("{file}: the manifest has count {promised}, the file has {came} resources"));
     }
-    let held = report.types.iter().filter_map(|(name, outcome)| Some((outcome.watermark_hold.as_ref()?, name.as_str())));
+    let held =
+        report.types.iter().filter_map(|(name, outcome)| Some((outcome.watermark_hold.as_ref()?, name.as_str())));
     let mut by_reason: BTreeMap<&String, Vec<&str>> = BTreeMap::new();
     held.for_each(|(why, name)| by_reason.entry(why).or_default().push(name));
     for (why, names) in by_reason {
@@ -312,7 +337,8 @@ fn remarks_of(report: &RunReport) -> Vec<String> {
         notes.push(format!("issues in the server's OperationOutcomes: {}", counted(&report.outcome_issues)));
     }
     if !report.server_deviations.is_empty() {
-        let met: Vec<String> = report.server_deviations.iter().map(|(what, count)| format!("{what} ({count})")).collect();
+        let met: Vec<String> =
+            report.server_deviations.iter().map(|(what, count)| format!("{what} ({count})")).collect();
         notes.push(format!("spec deviations of the server: {}", met.join("; ")));
     }
     if !report.attachments.is_empty() {

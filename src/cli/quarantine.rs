@@ -29,7 +29,8 @@ enum Action {
     #[command(after_help = examples!("fhirlake quarantine retry hospital.yaml"))]
     Retry(PipelineArgs),
     /// Discard lines.
-    #[command(after_help = examples!("fhirlake quarantine dismiss hospital.yaml 3f9a1c", "fhirlake quarantine dismiss hospital.yaml --all"))]
+    #[command(after_help = examples!("fhirlake quarantine dismiss hospital.yaml 3f9a1c", "fhirlake quarantine dismiss \
+        hospital.yaml --all"))]
     Dismiss(Lines),
 }
 

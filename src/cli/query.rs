@@ -57,7 +57,8 @@ pub(super) async fn query(args: QueryArgs, output: &Output) -> Result<()> {
             let mut lines = String::new();
             for batch in &batches {
                 for row in 0..batch.num_rows() {
-                    write_row(batch, row, &mut lines).context(ErrorKind::Internal, "the result cannot be written as JSON")?;
+                    write_row(batch, row, &mut lines)
+                        .context(ErrorKind::Internal, "the result cannot be written as JSON")?;
                     lines.push('\n');
                 }
             }
@@ -85,12 +86,13 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
         }
         let table = tables.open(name).await?;
         let Some(delta) = table.delta() else { continue };
-        let provider = delta.table_provider().await.context(ErrorKind::Storage, format!("table {name} cannot be read"))?;
+        let provider =
+            delta.table_provider().await.context(ErrorKind::Storage, format!("table {name} cannot be read"))?;
         session
             .register_table(deltalake::datafusion::common::TableReference::bare(&**name), provider)
             .context(ErrorKind::Internal, format!("table {name}"))?;
     }
-    let asked = async {
+    let requested = async {
         // A question only: nothing that writes a table or a file, or opens another.
         let questions = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
         let frame = session.sql_with_options(sql, questions).await?;
@@ -101,9 +103,10 @@ pub(super) async fn answer(tables: &Tables, sql: &str) -> Result<Vec<RecordBatch
         }
         Ok::<_, deltalake::datafusion::error::DataFusionError>(batches)
     };
-    asked.await.map_err(|error| {
+    requested.await.map_err(|error| {
         let known: Vec<&str> = existing.iter().map(|name| &**name).collect();
-        let error = Error::new(ErrorKind::Config, format!("{}\ntables here: {}", error.strip_backtrace(), known.join(", ")));
+        let error =
+            Error::new(ErrorKind::Config, format!("{}\ntables here: {}", error.strip_backtrace(), known.join(", ")));
         match has_path(sql) {
             true => error.with_hint("write a nested field as name[1]['family'], not name[1].family"),
             false => error,

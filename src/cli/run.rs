@@ -60,8 +60,8 @@ pub(super) struct SyncArgs {
     /// Private key of the backend service: a JWK, JWKS or PEM file, or the JWK itself [env: FHIR_PRIVATE_KEY].
     #[arg(long, value_name = "FILE-OR-JWK")]
     auth_private_key: Option<String>,
-    /// Azure Key Vault (name or host) with the secrets `fhir-client-id` and `fhir-private-key`, read where neither flags
-    /// nor environment give them. Needs a build with `--features keyvault` [env: FHIR_KEY_VAULT].
+    /// Azure Key Vault (name or host) with the secrets `fhir-client-id` and `fhir-private-key`, read where neither
+    /// flags nor environment give them. Needs a build with `--features keyvault` [env: FHIR_KEY_VAULT].
     #[arg(long, value_name = "VAULT")]
     key_vault: Option<String>,
     /// Set a key of the pipeline, such as `memory=1GiB`.
@@ -118,10 +118,12 @@ fn sync_plan(args: SyncArgs) -> Result<RunPlan> {
     if let Some(group) = &args.group_id {
         yaml.push_str(&format!("  level: group\n  group: {}\n", text(group)));
     }
-    let state = args.state_file.parent().map(|folder| folder.to_path_buf()).filter(|folder| !folder.as_os_str().is_empty());
+    let state =
+        args.state_file.parent().map(|folder| folder.to_path_buf()).filter(|folder| !folder.as_os_str().is_empty());
     let state = state.unwrap_or_else(|| PathBuf::from("."));
     yaml.push_str(&format!("tables: {}\nstate: {}\n", text(&args.delta_path), text(&state.display().to_string())));
-    // Pathling's MERGE without extensions, as the Python sync script makes it, fails on a table that has `_fid` and `_extension`.
+    // Pathling's MERGE without extensions, as the Python sync script makes it, fails on a table that has `_fid` and
+    // `_extension`.
     yaml.push_str("stages: { encode: { extensions: false } }\n");
     let read = read_pipeline(&yaml, &args.sets).map_err(|problems| sync_error(&problems))?;
     let read = with_auth(read, args.auth_client_id.map(Text), args.auth_private_key, args.key_vault)?;
@@ -130,7 +132,12 @@ fn sync_plan(args: SyncArgs) -> Result<RunPlan> {
     Ok(plan)
 }
 
-fn with_auth(mut read: Read, client_id: Option<Text>, private_key: Option<String>, vault: Option<String>) -> Result<Read> {
+fn with_auth(
+    mut read: Read,
+    client_id: Option<Text>,
+    private_key: Option<String>,
+    vault: Option<String>,
+) -> Result<Read> {
     let by_environment =
         |name: &str| environment(name).filter(|value| !value.is_empty()).map(|_| Text(format!("${{env:{name}}}")));
     let vault = vault.or_else(|| environment("FHIR_KEY_VAULT")).filter(|vault| !vault.is_empty());
@@ -157,7 +164,10 @@ fn with_auth(mut read: Read, client_id: Option<Text>, private_key: Option<String
             plain_http: true,
         }),
         (Some(_), None) => {
-            return Err(Error::new(ErrorKind::Config, "client id without a key: set --auth-private-key or FHIR_PRIVATE_KEY"));
+            return Err(Error::new(
+                ErrorKind::Config,
+                "client id without a key: set --auth-private-key or FHIR_PRIVATE_KEY",
+            ));
         }
         (None, Some(_)) => {
             return Err(Error::new(
@@ -215,13 +225,15 @@ async fn explain(plan: RunPlan, options: RunOptions, output: &Output) -> Result<
     }
     let prepared = topology::prepare(plan, options).await?;
     let existing: Vec<String> = prepared.existing().iter().map(|name| name.to_string()).collect();
-    output.line(&format!("existing  {}", if existing.is_empty() { "no tables".into() } else { existing.join(", ") }))?;
+    output
+        .line(&format!("existing  {}", if existing.is_empty() { "no tables".into() } else { existing.join(", ") }))?;
     for (name, why) in prepared.unwritable() {
         output.line(&format!("fails     {name}: {why}"))?;
     }
     for kickoff in prepared.kickoffs() {
         if let Some(accepted) = &kickoff.in_flight {
-            let types = if kickoff.asked.is_empty() { "all types".to_owned() } else { kickoff.asked.join(", ") };
+            let types =
+                if kickoff.requested.is_empty() { "all types".to_owned() } else { kickoff.requested.join(", ") };
             output.line(&format!("export    resumes {} ({types})", bulk_data_client::shown(&accepted.status)))?;
         } else if let Some(base) = &base {
             let mut base = base.clone();
@@ -269,7 +281,8 @@ fn level_words(level: &Level) -> String {
 /// The split of `memory`: edges that have a share of it, and what stages hold themselves.
 fn explain_memory(topology: &Topology, memory: &Memory, stages: &Stages) -> String {
     let mib = |bytes: usize| format!("{} MiB", bytes >> 20);
-    let is_share = |node: &&Node| node.spec.input.as_ref().is_some_and(|input| !matches!(input.bytes, EdgeBytes::Fixed(_)));
+    let is_share =
+        |node: &&Node| node.spec.input.as_ref().is_some_and(|input| !matches!(input.bytes, EdgeBytes::Fixed(_)));
     let edges = topology.nodes.iter().filter(is_share).filter_map(|node| node.input.as_ref());
     let mut parts: Vec<String> = edges.map(|edge| format!("{} {}", edge.name, mib(edge.bytes))).collect();
     parts.extend(topology.nodes.iter().flat_map(|node| node.spec.shares).map(|share| {
@@ -284,11 +297,14 @@ fn explain_memory(topology: &Topology, memory: &Memory, stages: &Stages) -> Stri
 mod tests {
     use super::*;
 
-    // Breaks if the secrets that the Python sync script keeps in a vault need a name, or if they win over what is said outright.
+    // Breaks if the secrets that the Python sync script keeps in a vault need a name, or if they win over what is said
+    // outright.
     #[test]
     fn the_recipes_vault_is_asked_for_its_names() {
-        let read =
-            || read_pipeline("version: 1\nname: sync\nsource: { url: http://localhost/fhir }\ntables: /lake\n", &[]).unwrap();
+        let read = || {
+            read_pipeline("version: 1\nname: sync\nsource: { url: http://localhost/fhir }\ntables: /lake\n", &[])
+                .unwrap()
+        };
         let auth = |id: Option<&str>, vault: Option<&str>| {
             let read = with_auth(read(), id.map(|id| Text(id.into())), None, vault.map(Into::into));
             read.map(|read| read.file.source.auth.map(|auth| [auth.client_id.unwrap().0, auth.private_key.unwrap().0]))

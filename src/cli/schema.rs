@@ -60,8 +60,11 @@ pub(super) fn schema(args: &SchemaArgs, output: &Output) -> Result<()> {
             output.raw(text.as_bytes())
         }
         Format::Arrow => {
-            let lines: Vec<String> =
-                arrow_schema(&layout).fields().iter().map(|field| format!("{}: {}", field.name(), field.data_type())).collect();
+            let lines: Vec<String> = arrow_schema(&layout)
+                .fields()
+                .iter()
+                .map(|field| format!("{}: {}", field.name(), field.data_type()))
+                .collect();
             output.line(&lines.join("\n"))
         }
         Format::Delta => {

@@ -36,7 +36,10 @@ pub(super) struct ServeArgs {
 
 fn listen_address(text: &str) -> Result<SocketAddr, String> {
     let named = || text.to_socket_addrs().ok()?.next();
-    text.parse().ok().or_else(named).ok_or_else(|| "write an address and a port, such as 127.0.0.1:8080 or [::]:8080".to_owned())
+    text.parse()
+        .ok()
+        .or_else(named)
+        .ok_or_else(|| "write an address and a port, such as 127.0.0.1:8080 or [::]:8080".to_owned())
 }
 
 pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {

@@ -41,11 +41,12 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
         output.line(&format!("in flight   {} (fhirlake jobs list)", exports.jobs.len()))?;
     }
     let remembered = state.read::<StateFile>()?;
-    let time =
-        |time: Option<DateTime<Utc>>| time.map_or_else(|| "never".into(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true));
+    let time = |time: Option<DateTime<Utc>>| {
+        time.map_or_else(|| "never".into(), |time| time.to_rfc3339_opts(SecondsFormat::Secs, true))
+    };
     output.line(&format!("last sync   {} (the server's time)", time(remembered.last_sync_time)))?;
     output.line(&format!("completed   {}", time(remembered.last_completed)))?;
-    if let Some(report) = RunReport::newest(&state, 1).pop() {
+    if let Some(report) = RunReport::newest(&state, 1)?.pop() {
         output.line(&format!("last run    {} {} after {:.1} s", report.run, report.outcome(), report.seconds))?;
         if let Some(error) = &report.error {
             output.line(&format!("            {error}"))?;
@@ -61,7 +62,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
             output.line(&format!("            the server's messages about its export: {place}"))?;
         }
     }
-    let kept = state.quarantined().count();
+    let kept = state.quarantined_lines()?;
     let hint = if kept > 0 { "; see fhirlake quarantine list" } else { "" };
     output.line(&format!("quarantine  {kept} lines{hint}"))?;
     let states = topology::table_states(&plan).await?;

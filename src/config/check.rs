@@ -75,7 +75,8 @@ impl Problem {
 
 /// Reads a pipeline file; `sets` are `--set` options, `key=value` with the value as YAML.
 pub fn read_pipeline(text: &str, sets: &[String]) -> Result<Read, Vec<Problem>> {
-    let whole = |what: String, place: Place| vec![Problem { place, path: String::new(), what, hint: None, passing: false }];
+    let whole =
+        |what: String, place: Place| vec![Problem { place, path: String::new(), what, hint: None, passing: false }];
     let parsed: Result<Tree, _> = serde_saphyr::from_str(text);
     let mut tree = parsed.map_err(|error| {
         let place = error.location().map_or((1, 1), |at| (at.line(), at.column()));
@@ -172,7 +173,8 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     found.add_if(
         file.stages.merge.mode != Mode::Merge && (narrows || export.until.is_some()),
         "stages.merge.mode",
-        "deletes what an export does not name, and source asks for a part only (until, elements, type_filters or patients)",
+        "deletes what an export does not name, and source asks for a part only (until, elements, type_filters or \
+            patients)",
         Some("set stages.merge.mode: merge"),
     );
     let is_folder = url::Url::parse(&source.url.0).is_ok_and(|url| !is_of_server(&url));
@@ -207,7 +209,8 @@ mod tests {
     // Breaks if a problem hides another, or loses its place or hint.
     #[test]
     fn every_problem_at_once_with_line_column_and_hint() {
-        let text = "version: 2\nname: x\nsource:\n  url: nonsense\n  level: grup\n  types: [Patient, Pateint]\nstages:\n  download: { concurency: 3 }\n  parse: { max_line: 64 }\nmemry: 1GiB\n";
+        let text = "version: 2\nname: x\nsource:\n  url: nonsense\n  level: grup\n  types: [Patient, \
+            Pateint]\nstages:\n  download: { concurency: 3 }\n  parse: { max_line: 64 }\nmemry: 1GiB\n";
         let problems = read_pipeline(text, &[]).unwrap_err();
         let shown: Vec<String> = problems.iter().map(ToString::to_string).collect();
         let expected = [
@@ -228,8 +231,8 @@ mod tests {
 
     #[test]
     fn what_only_makes_sense_together() {
-        let text =
-            "version: 1\nname: x\nsource:\n  url: https://h.example/fhir\n  level: group\n  auth: { client_id: a }\ntables: t\n";
+        let text = "version: 1\nname: x\nsource:\n  url: https://h.example/fhir\n  level: group\n  auth: \
+            { client_id: a }\ntables: t\n";
         let problems = read_pipeline(text, &[]).unwrap_err();
         assert_eq!(problems.len(), 2);
         assert_eq!((problems[0].place.0, problems[1].place.0), (5, 6));
@@ -249,7 +252,8 @@ mod tests {
 
     #[test]
     fn set_overrides_and_is_checked() {
-        let read = read_pipeline(MINIMAL, &["stages.download.concurrency=3".into(), "source.types=[Patient]".into()]).unwrap();
+        let read =
+            read_pipeline(MINIMAL, &["stages.download.concurrency=3".into(), "source.types=[Patient]".into()]).unwrap();
         assert_eq!(read.file.stages.download.concurrency, 3);
         assert_eq!(read.file.source.types.names(), ["Patient"]);
         let problems = read_pipeline(MINIMAL, &["stages.downlod.concurrency=3".into()]).unwrap_err();

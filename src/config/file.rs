@@ -32,8 +32,8 @@ pub struct PipelineFile {
     /// Folder (or URL) of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<Text>,
-    /// Time for which the lease of a state in an object store outlives a process that is gone. One that lives renews it five times
-    /// as often. A folder's lock goes with its process.
+    /// Time for which the lease of a state in an object store outlives a process that is gone. One that lives renews it
+    /// five times as often. A folder's lock goes with its process.
     #[serde(default = "defaults::lock_expiry")]
     pub lock_expiry: Span,
     /// Compacts the tables' files after some runs.
@@ -109,6 +109,7 @@ mod defaults {
 
 /// The JSON Schema of the pipeline file, for editors and for our own checks.
 pub fn pipeline_json_schema() -> serde_json::Value {
-    let schema = schemars::generate::SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<PipelineFile>();
+    let schema =
+        schemars::generate::SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<PipelineFile>();
     schema.to_value()
 }

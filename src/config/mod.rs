@@ -14,7 +14,9 @@ pub use check::{Problem, Read, read_pipeline};
 pub use file::{OptimizeSection, PipelineFile, TelemetrySection, VacuumSection, pipeline_json_schema};
 pub use profiles::PROFILES;
 pub use schedule::{HealthSection, Schedule, SchedulePlan};
-pub use source::{AuthSection, DeleteExport, ExportErrors, LevelName, ProfileName, SecretPlace, SourceSection, TlsSection};
+pub use source::{
+    AuthSection, DeleteExport, ExportErrors, LevelName, ProfileName, SecretPlace, SourceSection, TlsSection,
+};
 #[cfg(feature = "keyvault")]
 pub(crate) use vault::secret as vault_secret;
 

@@ -16,8 +16,8 @@ pub(super) fn apply(tree: &mut Tree) {
     for (key, _, _, value) in defaults {
         let path = format!("source.{key}");
         // The group of a profile belongs to its level.
-        let level_is_theirs =
-            key == "group" && !matches!(tree.get("source.level"), Some(Tree::Scalar(Value::String(level))) if level == "group");
+        let level_is_theirs = key == "group"
+            && !matches!(tree.get("source.level"), Some(Tree::Scalar(Value::String(level))) if level == "group");
         if tree.get(&path).is_none() && !level_is_theirs {
             // A key of a profile is known to be one: a test reads them all.
             let _ = tree.set(&path, place, value);
@@ -36,10 +36,14 @@ mod tests {
         let Tree::Map(profiles) = serde_saphyr::from_str::<Tree>(PROFILES).unwrap() else { panic!() };
         assert!(profiles.len() >= 6);
         for (name, ..) in &profiles {
-            let group =
-                if PROFILES.contains(&format!("{name}:\n  level: group")) || name == "oracle" { "\n  group: g" } else { "" };
-            let file =
-                format!("version: 1\nname: x\nsource:\n  url: https://h.example\n  profile: {name}{group}\ntables: /tmp/t\n");
+            let group = if PROFILES.contains(&format!("{name}:\n  level: group")) || name == "oracle" {
+                "\n  group: g"
+            } else {
+                ""
+            };
+            let file = format!(
+                "version: 1\nname: x\nsource:\n  url: https://h.example\n  profile: {name}{group}\ntables: /tmp/t\n"
+            );
             read_pipeline(&file, &[]).unwrap_or_else(|problems| panic!("{name}: {problems:?}"));
         }
         let entries = PROFILES.lines().filter(|line| line.starts_with("  "));
@@ -50,7 +54,8 @@ mod tests {
     fn a_files_own_keys_win() {
         let file = |more: &str| {
             let text = format!(
-                "version: 1\nname: x\nsource:\n  url: https://h.example\n  profile: epic\n  group: g\n{more}tables: /tmp/t\n"
+                "version: 1\nname: x\nsource:\n  url: https://h.example\n  profile: epic\n  group: g\n{more}tables: \
+                    /tmp/t\n"
             );
             read_pipeline(&text, &[]).unwrap().file.source
         };

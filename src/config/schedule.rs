@@ -63,8 +63,8 @@ mod defaults {
     }
 }
 
-/// The machine's zone by its name, where that can be found out: local times alone do not tell the two hours apart that a
-/// clock shows twice in autumn.
+/// The machine's zone by its name, where that can be found out: local times alone do not tell the two hours apart that
+/// a clock shows twice in autumn.
 fn machines_zone() -> Option<chrono_tz::Tz> {
     let named = crate::values::environment("TZ").filter(|zone| !zone.is_empty());
     let of_path = |path: &str| Some(path.split_once("zoneinfo/")?.1.to_owned());
@@ -108,9 +108,10 @@ impl SchedulePlan {
         let cron = Cron::from_str(&schedule.cron).map_err(|error| ("cron", format!("not a cron expression: {error}")));
         let zone = match schedule.time_zone.as_deref() {
             None => Ok(machines_zone()),
-            Some(name) => {
-                name.parse().map(Some).map_err(|_| ("time_zone", format!("`{name}` is not a time zone such as Europe/Berlin")))
-            }
+            Some(name) => name
+                .parse()
+                .map(Some)
+                .map_err(|_| ("time_zone", format!("`{name}` is not a time zone such as Europe/Berlin"))),
         };
         let (cron, zone) = match (cron, zone) {
             (Ok(cron), Ok(zone)) => (cron, zone),

@@ -26,12 +26,12 @@ pub struct SourceSection {
     /// The group's id, for level `group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// Resource types; empty for all that the server has (`_type`). If the server rejects the list, fhirlake bisects it: only
-    /// the rejected type fails.
+    /// Resource types; empty for all that the server has (`_type`). If the server rejects the list, fhirlake bisects
+    /// it: only the rejected type fails.
     #[serde(default)]
     pub types: Types,
-    /// From when changes are exported (`_since`): the tables' watermark, an instant, or none for everything. Types whose
-    /// watermarks lie within an hour share an export, from the oldest of them.
+    /// From when changes are exported (`_since`): the tables' watermark, an instant, or none for everything. Types
+    /// whose watermarks lie within an hour share an export, from the oldest of them.
     #[serde(default = "defaults::since")]
     pub since: Instant,
     /// Subtracted from the watermark for `_since`.
@@ -64,22 +64,23 @@ pub struct SourceSection {
     /// Longest pause between polls, and longest that a server may ask for.
     #[serde(default = "defaults::max_poll_interval")]
     pub max_poll_interval: Span,
-    /// Longest pause before a kick-off that a rate limit (429) may ask for within a run. A longer one ends the run with exit
-    /// code 12, and no run starts a kick-off before it is over.
+    /// Longest pause before a kick-off that a rate limit (429) may ask for within a run. A longer one ends the run with
+    /// exit code 12, and no run starts a kick-off before it is over.
     #[serde(default = "defaults::max_kick_off_wait")]
     pub max_kick_off_wait: Span,
-    /// Writes the log that Bulk Data clients share (`log.ndjson`, version 2) of each run into `export-logs` of the state.
+    /// Writes the log that Bulk Data clients share (`log.ndjson`, version 2) of each run into `export-logs` of the
+    /// state.
     #[serde(default)]
     pub export_log: bool,
     /// Time at which the export job is deleted on the server.
     #[serde(default)]
     pub delete_export: DeleteExport,
-    /// Treatment of errors that the server reports of its own export: an issue of severity `error` or `fatal` in an error
-    /// file or among the rows, an error file that cannot be read, a file that breaks off.
+    /// Treatment of errors that the server reports of its own export: an issue of severity `error` or `fatal` in an
+    /// error file or among the rows, an error file that cannot be read, a file that breaks off.
     #[serde(default)]
     pub export_errors: ExportErrors,
-    /// Codes of issues (`issue.code`, `issue.details.coding.code`) that do not hold watermarks, for servers that always report
-    /// them: `[forbidden, not-supported]`.
+    /// Codes of issues (`issue.code`, `issue.details.coding.code`) that do not hold watermarks, for servers that always
+    /// report them: `[forbidden, not-supported]`.
     #[serde(default)]
     pub ignored_issue_codes: Vec<String>,
 }
@@ -196,7 +197,8 @@ pub struct AuthSection {
 }
 
 impl SourceSection {
-    /// Returns the problem of the source's URL, with a hint: of one that is written out, and of what a reference stands for.
+    /// Returns the problem of the source's URL, with a hint: of one that is written out, and of what a reference stands
+    /// for.
     pub(crate) fn wrong_with(&self, url: &url::Url) -> Option<(String, &'static str)> {
         if !is_of_server(url) && url.scheme() != "file" {
             // An object store's, where this build has it.
@@ -230,7 +232,8 @@ impl SourceSection {
         if let Some(auth) = &self.auth {
             found.below("auth", |found| auth.check(found));
         }
-        let is_alone = self.tls.as_ref().is_some_and(|tls| tls.client_key.is_some() && tls.client_certificate.is_none());
+        let is_alone =
+            self.tls.as_ref().is_some_and(|tls| tls.client_key.is_some() && tls.client_certificate.is_none());
         let hint = "set source.tls.client_certificate too";
         found.add_if(is_alone, "tls.client_key", "a key without its certificate", Some(hint));
         self.check_filters(found);

@@ -186,7 +186,8 @@ impl<'a> Checker<'a> {
     fn value(&mut self, tree: &Tree, place: Place, path: &str, schema: &'a Value) {
         let schema = self.resolved(schema);
         if let Some(options) = schema.get("anyOf").or_else(|| schema.get("oneOf")).and_then(Value::as_array) {
-            let named: Vec<&str> = options.iter().filter_map(|option| option.get("const").and_then(Value::as_str)).collect();
+            let named: Vec<&str> =
+                options.iter().filter_map(|option| option.get("const").and_then(Value::as_str)).collect();
             if !named.is_empty() {
                 return self.one_of(tree, place, path, &named);
             }
@@ -203,7 +204,8 @@ impl<'a> Checker<'a> {
                     return;
                 }
                 // An option of the value's own kind comes nearer than any other.
-                let other_kind = |problems: &[Problem]| problems.iter().any(|problem| problem.what.starts_with("expected"));
+                let other_kind =
+                    |problems: &[Problem]| problems.iter().any(|problem| problem.what.starts_with("expected"));
                 let weight = |problems: &[Problem]| (other_kind(problems), problems.len());
                 if nearest.as_ref().is_none_or(|known| weight(&checker.problems) < weight(known)) {
                     nearest = Some(checker.problems);
@@ -267,7 +269,9 @@ impl<'a> Checker<'a> {
             Tree::Scalar(Value::Number(number)) => {
                 let limit = |key: &str| schema.get(key).and_then(Value::as_f64);
                 let number = number.as_f64().unwrap_or(0.0);
-                if limit("minimum").is_some_and(|least| number < least) || limit("maximum").is_some_and(|most| number > most) {
+                if limit("minimum").is_some_and(|least| number < least)
+                    || limit("maximum").is_some_and(|most| number > most)
+                {
                     let range = match (limit("minimum"), limit("maximum")) {
                         (Some(least), Some(most)) if least == most => format!("must be {least}"),
                         (Some(least), Some(most)) => format!("must be from {least} to {most}"),
@@ -290,7 +294,9 @@ impl<'a> Checker<'a> {
             let hint = "set it from outside with --set KEY=VALUE";
             self.problem(place, path, "a reference such as ${env:NAME} has no meaning here".into(), Some(hint.into()));
         }
-        if let Some(problem) = schema.get("format").and_then(Value::as_str).and_then(|format| check_format(format, text)) {
+        if let Some(problem) =
+            schema.get("format").and_then(Value::as_str).and_then(|format| check_format(format, text))
+        {
             let hint = (schema.get("format").and_then(Value::as_str) == Some(crate::values::RESOURCE_TYPE))
                 .then(|| nearest(text, fhir_arrow::Model::r4().resource_types().iter().map(String::as_str)))
                 .flatten();
@@ -329,15 +335,18 @@ impl<'a> Checker<'a> {
                 Some(property) => self.value(value, *value_place, &below(key), property),
                 None => {
                     let hint = nearest(key, properties.keys().map(String::as_str));
-                    let hint = hint
-                        .or_else(|| Some(format!("known here: {}", properties.keys().cloned().collect::<Vec<_>>().join(", "))));
+                    let hint = hint.or_else(|| {
+                        Some(format!("known here: {}", properties.keys().cloned().collect::<Vec<_>>().join(", ")))
+                    });
                     self.problem(*key_place, &below(key), "unknown key".into(), hint);
                 }
             }
         }
-        for required in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
+        for required in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
+        {
             if !members.iter().any(|member| member.0 == required) {
-                let hint = properties.get(required).and_then(|property| property.get("description")).and_then(Value::as_str);
+                let hint =
+                    properties.get(required).and_then(|property| property.get("description")).and_then(Value::as_str);
                 self.problem(place, &below(required), "required and missing".into(), hint.map(str::to_owned));
             }
         }

@@ -1,13 +1,16 @@
-//! Secrets out of an Azure Key Vault: `${azure-key-vault:VAULT/SECRET}`. `VAULT` is its name or its host; the newest version counts.
+//! Secrets out of an Azure Key Vault: `${azure-key-vault:VAULT/SECRET}`. `VAULT` is its name or its host; the newest
+//! version counts.
 //!
-//! Authentication to the vault is found as Azure's other tools find it: a client secret or a federated token that the environment
-//! names, else the machine's managed identity, else (at a developer's desk) the `az` command.
+//! Authentication to the vault is found as Azure's other tools find it: a client secret or a federated token that the
+//! environment names, else the machine's managed identity, else (at a developer's desk) the `az` command.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use azure_core::credentials::{Secret, TokenCredential};
-use azure_identity::{ClientSecretCredential, DeveloperToolsCredential, ManagedIdentityCredential, WorkloadIdentityCredential};
+use azure_identity::{
+    ClientSecretCredential, DeveloperToolsCredential, ManagedIdentityCredential, WorkloadIdentityCredential,
+};
 use azure_security_keyvault_secrets::{SecretClient, SecretClientOptions};
 
 use crate::values::environment;
@@ -58,7 +61,12 @@ fn said(error: &dyn std::error::Error) -> String {
 }
 
 /// Asks on a thread of its own: files are read where a reactor may be running already, and where none is.
-fn ask(url: &str, name: &str, credential: Arc<dyn TokenCredential>, options: SecretClientOptions) -> Result<String, String> {
+fn ask(
+    url: &str,
+    name: &str,
+    credential: Arc<dyn TokenCredential>,
+    options: SecretClientOptions,
+) -> Result<String, String> {
     let work = async {
         let client = SecretClient::new(url, credential, Some(options)).map_err(|error| said(&error))?;
         let answer = client.get_secret(name, None).await.map_err(|error| said(&error))?;
@@ -66,13 +74,15 @@ fn ask(url: &str, name: &str, credential: Arc<dyn TokenCredential>, options: Sec
         secret.value.ok_or_else(|| "it has no value".to_owned())
     };
     std::thread::scope(|scope| {
-        let asked = scope.spawn(|| {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+        let requested = scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(|error| error.to_string())?;
             let answer = runtime.block_on(async { tokio::time::timeout(PATIENCE, work).await });
             answer.unwrap_or_else(|_| Err(format!("no answer within {} s", PATIENCE.as_secs())))
         });
-        asked.join().unwrap_or_else(|_| Err("the request ended abnormally".to_owned()))
+        requested.join().unwrap_or_else(|_| Err("the request ended abnormally".to_owned()))
     })
 }
 
@@ -91,7 +101,11 @@ mod tests {
 
     #[async_trait::async_trait]
     impl TokenCredential for Known {
-        async fn get_token(&self, scopes: &[&str], _: Option<TokenRequestOptions<'_>>) -> azure_core::Result<AccessToken> {
+        async fn get_token(
+            &self,
+            scopes: &[&str],
+            _: Option<TokenRequestOptions<'_>>,
+        ) -> azure_core::Result<AccessToken> {
             assert_eq!(scopes, ["https://vault.azure.net/.default"]);
             let expires = azure_core::time::OffsetDateTime::now_utc() + std::time::Duration::from_secs(3600);
             Ok(AccessToken::new("the-token", expires))
@@ -114,25 +128,33 @@ mod tests {
             headers.insert("content-type", "application/json");
             let (code, body) = match (token, request.url().path()) {
                 (false, _) => {
-                    let challenge = "Bearer authorization=\"https://login.example/tenant\", resource=\"https://vault.azure.net\"";
+                    let challenge =
+                        "Bearer authorization=\"https://login.example/tenant\", resource=\"https://vault.azure.net\"";
                     headers.insert("www-authenticate", challenge);
                     (StatusCode::Unauthorized, "{}")
                 }
-                (true, path) if path.starts_with("/secrets/fhir-client-id") => {
-                    (StatusCode::Ok, "{\"value\":\"me\",\"id\":\"https://test.vault.azure.net/secrets/fhir-client-id/1\"}")
+                (true, path) if path.starts_with("/secrets/fhir-client-id") => (
+                    StatusCode::Ok,
+                    "{\"value\":\"me\",\"id\":\"https://test.vault.azure.net/secrets/fhir-client-id/1\"}",
+                ),
+                (true, _) => {
+                    (StatusCode::NotFound, "{\"error\":{\"code\":\"SecretNotFound\",\"message\":\"no such secret\"}}")
                 }
-                (true, _) => (StatusCode::NotFound, "{\"error\":{\"code\":\"SecretNotFound\",\"message\":\"no such secret\"}}"),
             };
             Ok(AsyncRawResponse::from_bytes(code, headers, body.as_bytes().to_vec()))
         }
     }
 
-    // Breaks if the token is sent before the vault says what it is for, or a secret that is not there is taken for an empty one.
+    // Breaks if the token is sent before the vault says what it is for, or a secret that is not there is taken for an
+    // empty one.
     #[test]
     fn a_secret_is_asked_for_with_the_token_that_the_vault_wants() {
         let vault = Arc::new(StandIn::default());
         let options = || SecretClientOptions {
-            client_options: ClientOptions { transport: Some(Transport::new(vault.clone())), ..ClientOptions::default() },
+            client_options: ClientOptions {
+                transport: Some(Transport::new(vault.clone())),
+                ..ClientOptions::default()
+            },
             ..SecretClientOptions::default()
         };
         let url = "https://test.vault.azure.net";

@@ -1,9 +1,10 @@
-//! Rows that runs have staged and no table has yet: persisted, so that a run that is killed or fails does not let its successor
-//! download it again.
+//! Rows that runs have staged and no table has yet: persisted, so that a run that is killed or fails does not let its
+//! successor download it again.
 //!
-//! One document, `index.json`, says all of it and is replaced as a whole; beside it lie the keys of each staged Parquet file's
-//! rows. A file of an export is *held* when every row of it is in a Parquet file that is closed, durable and listed here.
-//! Row groups mix files, so a Parquet file may have rows of files that are not held: those do not count, since they come again.
+//! One document, `index.json`, says all of it and is replaced as a whole; beside it lie the keys of each staged Parquet
+//! file's rows. A file of an export is *held* when every row of it is in a Parquet file that is closed, durable and
+//! listed here. Row groups mix files, so a Parquet file may have rows of files that are not held: those do not count,
+//! since they come again.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -49,7 +50,7 @@ const CREATED_BY: &str = concat!("fhirlake ", env!("CARGO_PKG_VERSION"), ", 2");
 
 impl Checkpoint {
     /// Nothing, staged by this program.
-    pub fn nothing() -> Self {
+    pub fn empty() -> Self {
         Self { created_by: CREATED_BY.to_owned(), ..Self::default() }
     }
 
@@ -73,8 +74,8 @@ impl Checkpoint {
         }
     }
 
-    /// Takes the export files out that `ours` names, and the Parquet files that have rows of them; what is left is of other
-    /// exports.
+    /// Takes the export files out that `ours` names, and the Parquet files that have rows of them; what is left is of
+    /// other exports.
     pub fn split(&mut self, ours: impl Fn(&CheckpointEntry) -> bool) -> Checkpoint {
         let (ours, others) = std::mem::take(&mut self.listed).into_iter().partition(ours);
         let mut taken = Checkpoint { created_by: self.created_by.clone(), listed: ours, ..Checkpoint::default() };
@@ -146,12 +147,15 @@ impl CheckpointStore {
         self.state.publish(&Self::keys_name(resource_type, path))
     }
 
-    /// Reads the checkpoint; `None` where there is none. That of another version of the program cannot be resumed, and comes
-    /// with its files only, to be removed.
+    /// Reads the checkpoint; `None` where there is none. That of another version of the program cannot be resumed, and
+    /// comes with its files only, to be removed.
     pub fn read(&self) -> Result<Option<Checkpoint>> {
         let mut work: Option<Checkpoint> = self.state.read_if_exists()?;
         if let Some(work) = work.as_mut().filter(|work| work.created_by != CREATED_BY) {
-            tracing::warn!(created_by = work.created_by, "another version wrote the checkpoint; its files are downloaded again");
+            tracing::warn!(
+                created_by = work.created_by,
+                "another version wrote the checkpoint; its files are downloaded again"
+            );
             work.listed.clear();
         }
         Ok(work)
@@ -160,7 +164,8 @@ impl CheckpointStore {
     /// Replaces the checkpoint. Keys of files that it does not name are removed.
     pub fn write(&self, work: &Checkpoint) -> Result<()> {
         self.state.write(work)?;
-        let named: HashSet<String> = work.files.iter().map(|file| Self::keys_name(&file.resource_type, &file.path)).collect();
+        let named: HashSet<String> =
+            work.files.iter().map(|file| Self::keys_name(&file.resource_type, &file.path)).collect();
         // Those that cannot be removed now are removed with a later checkpoint.
         let removed = self.state.list(FOLDER).and_then(|mut names| {
             names.retain(|name| name.ends_with(".keys") && !named.contains(name));

@@ -18,7 +18,7 @@ pub struct Kickoff {
     /// The request.
     pub request: ExportRequest,
     /// The types that it answers for; empty where all were asked for.
-    pub asked: Vec<ResourceType>,
+    pub requested: Vec<ResourceType>,
     /// Types that have a table already, where all were asked for.
     pub known: Vec<ResourceType>,
     /// The export that an earlier run asked for with this very request.
@@ -34,16 +34,16 @@ impl Kickoff {
     /// A kick-off of some of the types, by their places.
     pub(crate) fn only(&self, places: &[usize]) -> Self {
         let mut some = self.clone();
-        some.asked = places.iter().filter_map(|at| self.asked.get(*at).cloned()).collect();
-        some.request.types.retain(|name| some.asked.iter().any(|asked| **asked == **name));
+        some.requested = places.iter().filter_map(|at| self.requested.get(*at).cloned()).collect();
+        some.request.types.retain(|name| some.requested.iter().any(|requested| **requested == **name));
         some
     }
 
     /// Gives the second half of the types away, as a kick-off of their own.
     pub(crate) fn take_half(&mut self) -> Self {
         let mut second = self.clone();
-        second.asked = self.asked.split_off(self.asked.len().div_ceil(2));
-        let of_second = |name: &String| second.asked.iter().any(|asked| **asked == **name);
+        second.requested = self.requested.split_off(self.requested.len().div_ceil(2));
+        let of_second = |name: &String| second.requested.iter().any(|requested| **requested == **name);
         (second.request.types, self.request.types) = self.request.types.drain(..).partition(of_second);
         second
     }
@@ -64,18 +64,18 @@ pub struct ExportHandle {
     pub status: Url,
     /// True if a poll's own status and the export's are apart.
     pub separate: bool,
-    /// `transactionTime` of each type's table for this scope: a type whose table has the export's own, or a newer one's, was
-    /// merged whole.
+    /// `transactionTime` of each type's table for this scope: a type whose table has the export's own, or a newer
+    /// one's, was merged whole.
     pub tables: BTreeMap<ResourceType, i64>,
     /// Types whose files hold rows of other types: merged or not, they are read again.
-    pub mixed: Vec<ResourceType>,
+    pub mixed_types: Vec<ResourceType>,
     /// Files that it listed to earlier runs, by [`CheckpointEntry::said`], and what is staged of them.
     pub staged: Arc<HashMap<String, CheckpointEntry>>,
 }
 
 impl ExportHandle {
     pub(crate) fn new(status: Url, separate: bool) -> Self {
-        Self { status, separate, tables: BTreeMap::new(), mixed: Vec::new(), staged: Arc::default() }
+        Self { status, separate, tables: BTreeMap::new(), mixed_types: Vec::new(), staged: Arc::default() }
     }
 
     /// Types that were merged whole out of the export, whose watermark this is, or a newer one.

@@ -1,8 +1,8 @@
-//! Export jobs: everything that the server works on or holds for us, and that must outlive a run, so that an export of days
-//! is never started twice.
+//! Export jobs: everything that the server works on or holds for us, and that must outlive a run, so that an export of
+//! days is never started twice.
 //!
-//! [`ExportJobs`] is the document that is persisted. It changes by one pure function, [`ExportJobs::apply`], and every event is
-//! persisted before its effect is relied on:
+//! [`ExportJobs`] is the document that is persisted. It changes by one pure function, [`ExportJobs::apply`], and every
+//! event is persisted before its effect is relied on:
 //!
 //! ```text
 //!  planned ──▶ requested ──▶ accepted ──▶ complete ──▶ merged ──▶ released
@@ -22,14 +22,15 @@ use crate::state::{Document, OnDamage};
 pub use events::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
 pub use tracking::OfServer;
 pub(crate) use tracking::{
-    Resumed, can_be_resumed, check_throttled, failed, merged, merged_in_part, note, note_floors, rejected_lately, resume, settle,
-    sink,
+    Resumed, can_be_resumed, check_throttled, failed, merged, merged_in_part, note, note_floors, rejected_lately,
+    resume, settle, sink,
 };
 
 /// Runs in which the server may fail to give all of an export before another is started: it may never give the rest.
 const MAX_FAILURES: u32 = 3;
 
-/// Time for which a job whose DELETE fails is tried to be released: what a server keeps so long it has forgotten itself.
+/// Time for which a job whose DELETE fails is tried to be released: what a server keeps so long it has forgotten
+/// itself.
 const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(30);
 
 /// Time for which a server that throttles without a time is left alone.
@@ -137,8 +138,8 @@ pub struct RejectedType {
     pub why: String,
 }
 
-/// A type that did not come whole although its table's watermark may say so, since the server reported the error after the
-/// commit. Exports ask for it from this time until it comes whole.
+/// A type that did not come whole although its table's watermark may say so, since the server reported the error after
+/// the commit. Exports ask for it from this time until it comes whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Floor {
     /// The type.
@@ -214,7 +215,8 @@ impl ExportJobs {
             ExportEvent::NotAccepted => drop(self.unconfirmed.pop()),
             ExportEvent::Accepted { kickoff, status, separate } => {
                 (self.throttled, self.all_rejected) = (None, None);
-                self.rejected.retain(|known| known.scope != scope || !kickoff.request.types.contains(&known.resource_type));
+                self.rejected
+                    .retain(|known| known.scope != scope || !kickoff.request.types.contains(&known.resource_type));
                 self.unconfirmed.retain(|kick_off| kick_off.scope != scope);
                 // A server that gives the same status URL again has the same job.
                 let is_same = |job: &mut ExportJob| job.status == status.as_str();
@@ -274,7 +276,8 @@ impl ExportJobs {
                 self.throttled = Some(ThrottledUntil { time, scope: scope.to_owned(), why: (*why).to_owned() });
             }
             ExportEvent::RunFailed { jobs, given } => {
-                let used = |job: &&mut ExportJob| jobs.contains(&job.status.as_str()) && job.scope == scope && !job.merged;
+                let used =
+                    |job: &&mut ExportJob| jobs.contains(&job.status.as_str()) && job.scope == scope && !job.merged;
                 for job in self.jobs.iter_mut().filter(used).filter(|job| job.transaction_time.is_some()) {
                     job.incomplete = true;
                     job.failures = match given {
@@ -307,7 +310,8 @@ impl ExportJobs {
 impl Document for ExportJobs {
     const NAME: &'static str = "exports.json";
     const ON_DAMAGE: OnDamage = OnDamage::Fail(
-        "restore the file from a backup, or move it away: the next run then starts a new export, and the server may hold jobs that \
+        "restore the file from a backup, or move it away: the next run then starts a new export, and the server may \
+            hold jobs that \
          fhirlake no longer knows of",
     );
 }

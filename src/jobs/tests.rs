@@ -15,9 +15,13 @@ fn origin() -> Origin<'static> {
 }
 
 fn kickoff() -> Kickoff {
-    let request =
-        ExportRequest { level: Level::System, types: vec!["Patient".into()], since: None, options: ExportOptions::default() };
-    Kickoff { request, asked: vec!["Patient".into()], known: Vec::new(), in_flight: None }
+    let request = ExportRequest {
+        level: Level::System,
+        types: vec!["Patient".into()],
+        since: None,
+        options: ExportOptions::default(),
+    };
+    Kickoff { request, requested: vec!["Patient".into()], known: Vec::new(), in_flight: None }
 }
 
 /// Action of the server, the disk or the operator at the next step of a run.
@@ -30,7 +34,7 @@ enum Step {
     /// The server rejects, throttles, or loses what is asked for next.
     Refuse,
     /// The server's answer is no use.
-    Useless,
+    Unusable,
     /// The server does not give a file.
     FileFails,
     /// The server says that each missing file is gone for good.
@@ -44,7 +48,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Crash),
         4 => Just(Step::Succeed),
         1 => Just(Step::Refuse),
-        1 => Just(Step::Useless),
+        1 => Just(Step::Unusable),
         1 => Just(Step::FileFails),
         1 => Just(Step::FilesGone),
         1 => Just(Step::FailHere),
@@ -64,10 +68,15 @@ fn persisted(jobs: &ExportJobs) -> ExportJobs {
 }
 
 /// Runs until a step is a crash or the run ends. Each event is persisted before its effect is relied on.
-fn run(jobs: &mut ExportJobs, server: &mut Server, steps: &mut impl Iterator<Item = Step>) -> Result<(), TestCaseError> {
+fn run(
+    jobs: &mut ExportJobs,
+    server: &mut Server,
+    steps: &mut impl Iterator<Item = Step>,
+) -> Result<(), TestCaseError> {
     let mut next = || steps.next().unwrap_or(Step::Crash);
     // What an earlier run could not release comes first.
-    let releasable: Vec<String> = jobs.jobs.iter().filter(|job| job.is_releasable()).map(|job| job.status.clone()).collect();
+    let releasable: Vec<String> =
+        jobs.jobs.iter().filter(|job| job.is_releasable()).map(|job| job.status.clone()).collect();
     for status in releasable {
         match next() {
             Step::Crash => return Ok(()),
@@ -85,7 +94,7 @@ fn run(jobs: &mut ExportJobs, server: &mut Server, steps: &mut impl Iterator<Ite
         prop_assert_eq!(unmerged, 0, "a second kick-off: {:?}", jobs);
         jobs.apply(&ExportEvent::Requested, origin());
         match next() {
-            Step::Succeed | Step::FailHere | Step::Useless => {}
+            Step::Succeed | Step::FailHere | Step::Unusable => {}
             Step::Crash => return Ok(()),
             _ => {
                 jobs.apply(&ExportEvent::NotAccepted, origin());
@@ -107,7 +116,7 @@ fn run(jobs: &mut ExportJobs, server: &mut Server, steps: &mut impl Iterator<Ite
             jobs.apply(&ExportEvent::Expired { status: &status }, origin());
             return Ok(());
         }
-        Step::Useless => {
+        Step::Unusable => {
             jobs.apply(&ExportEvent::Unusable { status: &status }, origin());
             return Ok(());
         }
@@ -117,7 +126,7 @@ fn run(jobs: &mut ExportJobs, server: &mut Server, steps: &mut impl Iterator<Ite
         Step::Crash => return Ok(()),
         Step::FileFails => Some(OfServer::FilesFailed),
         Step::FilesGone => Some(OfServer::FilesGone),
-        Step::FailHere | Step::Useless | Step::Refuse => Some(OfServer::Nothing),
+        Step::FailHere | Step::Unusable | Step::Refuse => Some(OfServer::Nothing),
         Step::Succeed => None,
     };
     if let Some(given) = given {
@@ -149,7 +158,8 @@ proptest! {
             run(&mut jobs, &mut server, &mut steps)?;
             jobs = persisted(&jobs);
             let known: BTreeSet<String> = jobs.jobs.iter().map(|job| job.status.clone()).collect();
-            prop_assert!(server.held.is_subset(&known), "the server holds {:?}, and {:?} are known", server.held, known);
+            prop_assert!(server.held.is_subset(&known), "the server holds {:?}, and {:?} are known", server.held,
+                known);
             // A kick-off whose answer never came is told, and not forgotten.
             prop_assert!(jobs.unconfirmed.len() <= server.made + 60);
         }
@@ -202,7 +212,9 @@ fn a_state_of_an_earlier_version_is_read() {
 }"#;
     let jobs: ExportJobs = serde_json::from_str(text).unwrap();
     assert_eq!(jobs.jobs[0].state(), JobState::Complete { transaction_time: 1_763_607_600_000_000 });
-    assert!(jobs.jobs[0].incomplete && jobs.throttled.is_some() && jobs.unconfirmed.len() == 1 && jobs.rejected.len() == 1);
+    assert!(
+        jobs.jobs[0].incomplete && jobs.throttled.is_some() && jobs.unconfirmed.len() == 1 && jobs.rejected.len() == 1
+    );
     let (written, read): (serde_json::Value, serde_json::Value) =
         (serde_json::to_value(&jobs).unwrap(), serde_json::from_str(text).unwrap());
     assert_eq!(written, read);

@@ -9,7 +9,8 @@ use url::Url;
 
 use super::events::fingerprint;
 use super::{
-    AllRejected, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER, Floor, Kickoff, Origin,
+    AllRejected, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER, Floor, Kickoff,
+    Origin,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, watermark_of};
@@ -26,7 +27,7 @@ pub(crate) fn can_be_resumed(export: &ExportJob, scope: &str) -> bool {
 pub(crate) struct Resumed {
     pub kickoffs: Vec<Kickoff>,
     /// True if an earlier run ended by itself without all of what it resumes.
-    pub behind: bool,
+    pub is_catch_up: bool,
     /// True if a full refresh asked for some of it.
     pub full_refresh: bool,
 }
@@ -40,7 +41,7 @@ pub(crate) fn resume(
     full_refresh: bool,
     tables: &BTreeMap<ResourceType, i64>,
 ) -> Resumed {
-    let mut resumed = Resumed { kickoffs: Vec::new(), behind: false, full_refresh };
+    let mut resumed = Resumed { kickoffs: Vec::new(), is_catch_up: false, full_refresh };
     let mut rest = kickoffs;
     let Some(like) = rest.first().map(|kickoff| kickoff.request.clone()) else { return resumed };
     for export in exports.jobs.iter().filter(|export| export.scope == scope && !export.merged) {
@@ -60,27 +61,27 @@ pub(crate) fn resume(
             continue;
         }
         let types: Vec<ResourceType> = export.types.iter().map(|name| name.as_str().into()).collect();
-        let wanted = |name: &ResourceType| rest.iter().any(|kickoff| kickoff.asked.contains(name));
+        let wanted = |name: &ResourceType| rest.iter().any(|kickoff| kickoff.requested.contains(name));
         // All types of it, or none: with other types asked for, the answer would be another.
-        let covers_all = types.is_empty() && rest.iter().any(|kickoff| kickoff.asked.is_empty());
+        let covers_all = types.is_empty() && rest.iter().any(|kickoff| kickoff.requested.is_empty());
         if !covers_all && (types.is_empty() || !types.iter().all(wanted)) {
             continue;
         }
-        let mixed = export.mixed_types.iter().map(|name| name.as_str().into()).collect();
+        let mixed_types = export.mixed_types.iter().map(|name| name.as_str().into()).collect();
         // Of other types the export says nothing.
         let of_export = |name: &ResourceType| types.is_empty() || types.contains(name);
         let ours = tables.iter().filter(|(name, _)| of_export(name)).map(|(name, time)| (name.clone(), *time));
         let (separate, tables) = (export.separate, ours.collect());
-        let in_flight = ExportHandle { status, separate, tables, mixed, staged: Arc::default() };
+        let in_flight = ExportHandle { status, separate, tables, mixed_types, staged: Arc::default() };
         let known = rest.iter().flat_map(|kickoff| kickoff.known.clone()).collect();
         for kickoff in &mut rest {
-            kickoff.asked.retain(|name| !types.contains(name));
+            kickoff.requested.retain(|name| !types.contains(name));
             kickoff.request.types.retain(|name| !export.types.contains(name));
         }
-        rest.retain(|kickoff| !kickoff.asked.is_empty());
-        resumed.behind |= export.incomplete;
+        rest.retain(|kickoff| !kickoff.requested.is_empty());
+        resumed.is_catch_up |= export.incomplete;
         resumed.full_refresh |= export.full_refresh;
-        resumed.kickoffs.push(Kickoff { request, asked: types, known, in_flight: Some(in_flight) });
+        resumed.kickoffs.push(Kickoff { request, requested: types, known, in_flight: Some(in_flight) });
         if covers_all {
             break;
         }
@@ -98,7 +99,8 @@ pub(crate) fn rejected_lately(exports: &ExportJobs, scope: &str, now: DateTime<U
 /// A server that was asked too often is not asked again before it may be: only what is in flight is resumed then, and
 /// where nothing is, there is nothing to do.
 pub(crate) fn check_throttled(state: &StateStore, scope: &str, kickoffs: &mut Vec<Kickoff>) -> Result<()> {
-    let Some(until) = state.read::<ExportJobs>()?.throttled.filter(|until| until.scope == scope && until.time > Utc::now())
+    let Some(until) =
+        state.read::<ExportJobs>()?.throttled.filter(|until| until.scope == scope && until.time > Utc::now())
     else {
         return Ok(());
     };
@@ -111,8 +113,8 @@ pub(crate) fn check_throttled(state: &StateStore, scope: &str, kickoffs: &mut Ve
     Err(Error::new(ErrorKind::Throttled, format!("rate limited until {time}: {}", until.why)))
 }
 
-/// Returns what persists each event of a run before anything else happens. `expired` is set where a job that was resumed is
-/// there no more.
+/// Returns what persists each event of a run before anything else happens. `expired` is set where a job that was
+/// resumed is there no more.
 pub(crate) fn sink(state: StateStore, scope: String, full_refresh: bool, expired: Arc<AtomicBool>) -> ExportEventSink {
     Arc::new(move |event| {
         if let ExportEvent::Expired { .. } = event {
@@ -130,8 +132,8 @@ pub(crate) fn note(state: &StateStore, scope: &str, event: &ExportEvent<'_>) -> 
 /// Returns true if a run of `kickoffs` asks for all that an export was asked for, by itself or by newer ones.
 fn is_covered(export: &ExportJob, scope: &str, kickoffs: &[Kickoff]) -> bool {
     let all = kickoffs.iter().any(|kickoff| kickoff.request.types.is_empty());
-    let asked = |name: &String| kickoffs.iter().any(|kickoff| kickoff.request.types.contains(name));
-    export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(asked))
+    let requested = |name: &String| kickoffs.iter().any(|kickoff| kickoff.request.types.contains(name));
+    export.scope == scope && (all || !export.types.is_empty() && export.types.iter().all(requested))
 }
 
 /// Files that the server did not give of a run's exports.
@@ -145,8 +147,9 @@ pub enum OfServer {
     FilesGone,
 }
 
-/// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not give some
-/// file of it does that count against an export: what fails here is repaired from the same one, however often.
+/// A run that began at `began` ended by itself, and not all of its exports is merged. Only where the server did not
+/// give some file of it does that count against an export: what fails here is repaired from the same one, however
+/// often.
 pub(crate) fn failed(
     state: &StateStore,
     scope: &str,
@@ -164,7 +167,13 @@ pub(crate) fn failed(
 }
 
 /// All is merged: the server may have its files back, and those of older exports of the same.
-pub(crate) async fn merged(state: &StateStore, scope: &str, kickoffs: &[Kickoff], client: &Client, delete: bool) -> Result<()> {
+pub(crate) async fn merged(
+    state: &StateStore,
+    scope: &str,
+    kickoffs: &[Kickoff],
+    client: &Client,
+    delete: bool,
+) -> Result<()> {
     let done = |export: &ExportJob| is_covered(export, scope, kickoffs);
     let done: Vec<ExportJob> = state.read::<ExportJobs>()?.jobs.into_iter().filter(done).collect();
     merge_and_release(state, scope, &done, client, delete).await
@@ -216,14 +225,20 @@ async fn release(state: &StateStore, scope: &str, done: &[ExportJob], client: &C
 }
 
 /// Persists that jobs are merged, and releases them.
-async fn merge_and_release(state: &StateStore, scope: &str, done: &[ExportJob], client: &Client, delete: bool) -> Result<()> {
+async fn merge_and_release(
+    state: &StateStore,
+    scope: &str,
+    done: &[ExportJob],
+    client: &Client,
+    delete: bool,
+) -> Result<()> {
     let merged: Vec<&str> = done.iter().map(|job| job.status.as_str()).collect();
     note(state, scope, &ExportEvent::Merged { jobs: &merged })?;
     release(state, scope, done, client, delete).await
 }
 
-/// Records a floor for each type in `held`, whose error the server may have reported after the commit. Removes the floors of
-/// types that came whole in an export that asked from the floor or earlier.
+/// Records a floor for each type in `held`, whose error the server may have reported after the commit. Removes the
+/// floors of types that came whole in an export that asked from the floor or earlier.
 pub(crate) fn note_floors(
     state: &StateStore,
     scope: &str,
@@ -232,34 +247,40 @@ pub(crate) fn note_floors(
     is_whole: impl Fn(&str) -> bool,
 ) -> Result<()> {
     let since = |name: &str| {
-        let of_type = kickoffs.iter().filter(|kickoff| kickoff.asked.is_empty() || kickoff.asked.iter().any(|of| **of == *name));
+        let of_type = kickoffs
+            .iter()
+            .filter(|kickoff| kickoff.requested.is_empty() || kickoff.requested.iter().any(|of| **of == *name));
         of_type.map(|kickoff| kickoff.request.since).min().unwrap_or(None)
     };
     state.change::<ExportJobs>(|exports| {
-        let came =
-            |floor: &Floor| floor.scope == scope && is_whole(&floor.resource_type) && since(&floor.resource_type) <= floor.since;
+        let came = |floor: &Floor| {
+            floor.scope == scope && is_whole(&floor.resource_type) && since(&floor.resource_type) <= floor.since
+        };
         exports.floors.retain(|floor| !came(floor));
         for name in held {
             let known = exports.floors.iter_mut().find(|floor| floor.scope == scope && *floor.resource_type == **name);
             match known {
                 Some(floor) => floor.since = floor.since.min(since(name)),
-                None => {
-                    exports.floors.push(Floor { resource_type: name.to_string(), scope: scope.to_owned(), since: since(name) })
-                }
+                None => exports.floors.push(Floor {
+                    resource_type: name.to_string(),
+                    scope: scope.to_owned(),
+                    since: since(name),
+                }),
             }
         }
     })
 }
 
-/// Before another kick-off is made: releases what an earlier run could not, and what was given up, since what is asked for
-/// now takes its place; and says what is not known of kick-offs.
+/// Before another kick-off is made: releases what an earlier run could not, and what was given up, since what is asked
+/// for now takes its place; and says what is not known of kick-offs.
 pub(crate) async fn settle(state: &StateStore, scope: &str, client: &Client, delete: bool) -> Result<()> {
     let exports = state.read::<ExportJobs>()?;
     let mut unanswered = exports.unconfirmed.iter().filter(|kick_off| kick_off.scope == scope);
     if let Some(kick_off) = unanswered.next_back() {
         tracing::warn!(
             sent = %kick_off.time, others = unanswered.count(),
-            "no answer came to a kick-off of an earlier run: the server may hold an export that fhirlake does not know of"
+            "no answer came to a kick-off of an earlier run: the server may hold an export that fhirlake does not \
+                know of"
         );
     }
     // What a server keeps so long it has forgotten itself.

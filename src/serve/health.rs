@@ -40,13 +40,20 @@ impl Health {
             return Health::Error { message: "the state's folder is not there".to_owned() };
         }
         match state.read::<StateFile>() {
+            // Without a token anybody may ask; where a store is, and its own words, are for the log.
+            Err(error) if state.folder().is_none() => {
+                tracing::warn!(%error, "the state cannot be read");
+                Health::Error { message: "the state cannot be read: the log says why".to_owned() }
+            }
             Err(error) => Health::Error { message: error.to_string() },
             Ok(state) if state.last_completed.or(state.last_sync_time).is_some_and(|last| last > now + AHEAD) => {
                 Health::Error { message: "the last sync lies in the future: one of the clocks is wrong".to_owned() }
             }
             // A file that the Python sync script wrote says when its client began.
             Ok(state) => match state.last_completed.or(state.last_sync_time) {
-                Some(last_sync) if (now - last_sync).to_std().unwrap_or_default() < max_age => Health::Healthy { last_sync },
+                Some(last_sync) if (now - last_sync).to_std().unwrap_or_default() < max_age => {
+                    Health::Healthy { last_sync }
+                }
                 last_sync => Health::Unhealthy { last_sync },
             },
         }
@@ -79,7 +86,8 @@ impl Health {
             Health::Unhealthy { .. } => 1,
             Health::Healthy { .. } => 0,
         };
-        let Some((_, health)) = all.iter().max_by_key(|(_, health)| (worst(health), std::cmp::Reverse(health.last_sync())))
+        let Some((_, health)) =
+            all.iter().max_by_key(|(_, health)| (worst(health), std::cmp::Reverse(health.last_sync())))
         else {
             return (200, json!({"status": "healthy"}));
         };
@@ -121,6 +129,9 @@ mod tests {
             (code, body["status"].as_str(), body["pipelines"]["a"]["status"].as_str()),
             (503, Some("unhealthy"), Some("healthy"))
         );
-        assert_eq!(Health::answer_of(&[("a", well)]).1, json!({"status": "healthy", "last_sync": "2026-01-01T12:00:00Z"}));
+        assert_eq!(
+            Health::answer_of(&[("a", well)]).1,
+            json!({"status": "healthy", "last_sync": "2026-01-01T12:00:00Z"})
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! Metrics of `/metrics` and of an OTLP receiver: Prometheus' text format, with OpenTelemetry's names and units as that format
-//! writes them.
+//! Metrics of `/metrics` and of an OTLP receiver: Prometheus' text format, with OpenTelemetry's names and units as that
+//! format writes them.
 
 use std::fmt::Write;
 
@@ -61,8 +61,13 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k PipelineScheduler>) 
         let live = keeper.live();
         let mut counts = live.counts();
         // What has not happened yet is zero: from nothing to one is no growth to those who watch for it.
-        let types =
-            live.plan.types().names().iter().map(String::as_str).chain(status.tables.iter().map(|table| table.name.as_str()));
+        let types = live
+            .plan
+            .types()
+            .names()
+            .iter()
+            .map(String::as_str)
+            .chain(status.tables.iter().map(|table| table.name.as_str()));
         for name in types.chain([telemetry::NO_TYPE]) {
             for metric in [telemetry::BYTES, telemetry::BAD_LINES, telemetry::PARSED] {
                 counts.entry((metric, name.into())).or_default();
@@ -80,7 +85,9 @@ pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k PipelineScheduler>) 
         add(telemetry::MISSED, &[], live.missed as f64);
         add(telemetry::QUARANTINED, &[], status.quarantined as f64);
         add(telemetry::EXPORTS, &[], status.exports_in_flight as f64);
-        for (metric, time) in [(telemetry::LAST_SUCCESS, status.health.last_sync()), (telemetry::NEXT_RUN, status.next_run)] {
+        for (metric, time) in
+            [(telemetry::LAST_SUCCESS, status.health.last_sync()), (telemetry::NEXT_RUN, status.next_run)]
+        {
             if let Some(time) = time {
                 add(metric, &[], time.timestamp() as f64);
             }

@@ -1,7 +1,7 @@
 //! `fhirlake serve`: pipelines by their schedules, and a page, health and metrics to watch them by.
 //!
-//! A [`PipelineScheduler`] has one pipeline: it waits for what is pending_runs, runs it, and knows how it stands. The web reads what the keepers
-//! know, and changes nothing.
+//! A [`PipelineScheduler`] has one pipeline: it waits for what is pending_runs, runs it, and knows how it stands. The
+//! web reads what the keepers know, and changes nothing.
 
 mod health;
 mod metrics;
@@ -90,7 +90,7 @@ pub async fn serve(
         // A thread each: the compiler cannot prove that a whole run may move between threads.
         tasks.spawn_cpu("scheduler", move |handle| {
             let _last = last;
-            handle.block_on(scheduler.keep(&stop))
+            handle.block_on(scheduler.serve(&stop))
         });
     }
     drop(last);

@@ -31,7 +31,11 @@ fn bytes(value: u64) -> String {
     while value >= 1000.0 && unit + 1 < units.len() {
         (value, unit) = (value / 1000.0, unit + 1);
     }
-    if unit == 0 || value >= 100.0 { format!("{value:.0} {}", units[unit]) } else { format!("{value:.1} {}", units[unit]) }
+    if unit == 0 || value >= 100.0 {
+        format!("{value:.0} {}", units[unit])
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
 }
 
 fn span(seconds: f64) -> String {
@@ -180,7 +184,8 @@ fn progress(types: &[TypeStatus]) -> Markup {
                 th scope="row" { (of_type.name) }
                 td class="wide" {
                     @if of_type.committed > 0 { span class="good" { "committed" } }
-                    @else if let Some(share) = of_type.share() { (bar(share, "level")) (format!(" {:.0} %", share * 100.0)) }
+                    @else if let Some(share) = of_type.share() { (bar(share, "level")) (format!(" {:.0} %",
+                        share * 100.0)) }
                     @else { "–" }
                 }
                 td class="number" { (of(of_type.files, of_type.files_expected)) }
@@ -298,7 +303,8 @@ fn plot(runs: &[RunStatus]) -> Markup {
     };
     html! {
         p class="quiet caption" {
-            "Above, how long each took, up to " (span(longest)) "; below, the rows that it changed, up to " (number(most)) "."
+            "Above, how long each took, up to " (span(longest))
+            "; below, the rows that it changed, up to " (number(most)) "."
         }
         svg class="plot" viewBox=(format!("0 0 {width} 136")) role="img"
             aria-label=(format!("duration and rows of the last {} runs", runs.len())) {

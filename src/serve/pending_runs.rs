@@ -34,7 +34,8 @@ impl PendingRun {
         self.schedules.iter().map(|schedule| (schedule.retries, schedule.retry_delay)).max().unwrap_or_default()
     }
 
-    /// This or `other`, whichever is due first; what is due together is one run, which asks for everything if one of them does.
+    /// This or `other`, whichever is due first; what is due together is one run, which asks for everything if one of
+    /// them does.
     pub(crate) fn or(mut self, other: Option<Self>, now: DateTime<Utc>) -> Self {
         match other {
             Some(other) if other.time <= now && self.time <= now => {

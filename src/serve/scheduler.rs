@@ -14,7 +14,9 @@ use super::pending_runs::{PendingRun, Retry};
 use crate::config::SchedulePlan;
 use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::state::{ScheduleTimes, StateStore};
-use crate::topology::{self, RunEvent, RunOptions, RunOutcome, RunPlan, RunReport, TableState, Topology, Watch, table_states};
+use crate::topology::{
+    self, RunEvent, RunOptions, RunOutcome, RunPlan, RunReport, TableState, Topology, Watch, table_states,
+};
 use flow::{Cancellation, Counts, compute, random_fraction};
 
 /// Reads a pipeline file, for each run again: secrets may have been replaced.
@@ -28,7 +30,7 @@ const SAMPLES: usize = 6;
 /// Age of the tables' state at which it is read again while nothing runs here: others write too.
 const TABLES_AGE: Duration = Duration::from_secs(300);
 /// A full run that failed is owed. It is made up for with the next run, and after so long where none is due before.
-const OWED: TimeDelta = TimeDelta::hours(1);
+const PENDING_FULL: TimeDelta = TimeDelta::hours(1);
 
 /// A pipeline that is kept.
 pub struct PipelineScheduler {
@@ -63,7 +65,7 @@ pub(super) struct Live {
     /// Resources by type and what came of them: `inserted`, `updated`, `deleted`, `skipped`.
     pub merged: BTreeMap<(String, &'static str), u64>,
     /// Time of the last try of a full refresh that is pending.
-    owed: Option<DateTime<Utc>>,
+    pending_full: Option<DateTime<Utc>>,
     /// Length and time of the pipeline file when it was last read.
     file: Option<(u64, SystemTime)>,
     /// Schedules that were due while a run was under way, or nothing ran: those that were passed over.
@@ -91,7 +93,7 @@ impl Live {
     /// Counters of all runs, the one that is under way among them.
     pub(crate) fn counts(&self) -> Counts {
         let mut counts = self.totals.clone();
-        let running = self.running.iter().flat_map(|running| running.watch.board.read());
+        let running = self.running.iter().flat_map(|running| running.watch.counters.read());
         running.for_each(|(key, value)| *counts.entry(key).or_default() += value);
         counts
     }
@@ -118,7 +120,7 @@ impl PipelineScheduler {
             totals: Counts::new(),
             ended: BTreeMap::new(),
             merged: BTreeMap::new(),
-            owed: None,
+            pending_full: None,
             file: stamp,
             missed: 0,
             tables: Vec::new(),
@@ -144,9 +146,9 @@ impl PipelineScheduler {
         live.state.clone()
     }
 
-    /// Runs what is due until the stop is pulled. Whatever is waited for, the file is looked at, and what comes due meanwhile
-    /// is made.
-    pub(super) async fn keep(&self, stop: &Cancellation) -> Result<()> {
+    /// Runs what is due until the stop is pulled. Whatever is waited for, the file is looked at, and what comes due
+    /// meanwhile is made.
+    pub(super) async fn serve(&self, stop: &Cancellation) -> Result<()> {
         while !stop.is_cancelled() {
             self.look_at_tables().await;
             self.look_at_file();
@@ -190,9 +192,13 @@ impl PipelineScheduler {
     fn due(&self) -> Result<Option<PendingRun>> {
         let now = Utc::now();
         // Whatever was persisted by a clock that was ahead is taken for now.
-        let (schedules, owed, retry) = {
+        let (schedules, pending_full, retry) = {
             let live = self.live();
-            (live.plan.schedules.clone(), live.owed.map(|tried| tried.min(now)), live.retry.clone().map(|retry| retry.by(now)))
+            (
+                live.plan.schedules.clone(),
+                live.pending_full.map(|tried| tried.min(now)),
+                live.retry.clone().map(|retry| retry.by(now)),
+            )
         };
         let mut done: ScheduleTimes = self.state().read()?;
         // Before a schedule was known nothing of it was missed; from then on it is, whoever serves it.
@@ -211,10 +217,10 @@ impl PipelineScheduler {
             let Some(mut time) = schedule.after(tried.map_or(last, |tried| tried.max(last))) else { continue };
             if schedule.full_refresh
                 && time <= now
-                && let Some(tried) = owed
+                && let Some(tried) = pending_full
             {
                 // It failed, and so often as it may be retried at once.
-                time = next_of_all(tried).map_or(tried + OWED, |next| next.min(tried + OWED));
+                time = next_of_all(tried).map_or(tried + PENDING_FULL, |next| next.min(tried + PENDING_FULL));
             }
             let time = time + self.jitter_of(&schedule, time);
             let next = PendingRun { time, full: schedule.full_refresh, schedules: vec![schedule], tried: 0 };
@@ -240,8 +246,8 @@ impl PipelineScheduler {
         }
         // Types that the server never gives must not make every run a full one.
         let succeeded = matches!(outcome, Ok(()) | Err(ErrorKind::Partial));
-        let may_retry =
-            matches!(&outcome, Err(kind) if kind.may_retry() && !matches!(kind, ErrorKind::Throttled | ErrorKind::Locked));
+        let may_retry = matches!(&outcome, Err(kind) if kind.may_retry() && !matches!(kind,
+            ErrorKind::Throttled | ErrorKind::Locked));
         let (retries, delay) = due.retries();
         let at = Utc::now() + delay;
         // What is due before it would be made again is made instead.
@@ -261,7 +267,7 @@ impl PipelineScheduler {
         let answered = of_this.iter().chain(&covered).filter(|schedule| succeeded || !schedule.full_refresh);
         done.times.extend(answered.map(|schedule| (schedule.name.clone(), started)));
         if due.full && !made_again {
-            self.live().owed = if succeeded { None } else { Some(Utc::now()) };
+            self.live().pending_full = if succeeded { None } else { Some(Utc::now()) };
             if !succeeded {
                 tracing::warn!(pipeline = self.name(), "the full refresh is pending: the next run makes it");
             }
@@ -269,12 +275,14 @@ impl PipelineScheduler {
         self.state().write(&done)
     }
 
-    /// Returns true if the last run was this one, and was stopped on request: it is resumed, and was not missed, nor was another since.
+    /// Returns true if the last run was this one, and was stopped on request: it is resumed, and was not missed, nor
+    /// was another since.
     fn was_stopped_in(&self, due: &PendingRun) -> bool {
         let live = self.live();
         let last = live.reports.first().filter(|report| report.outcome() == RunOutcome::Stopped);
         let began = last.map(|report| report.started);
-        let is_latest = |began| due.schedules.iter().all(|schedule| schedule.after(began).is_none_or(|next| next > Utc::now()));
+        let is_latest =
+            |began| due.schedules.iter().all(|schedule| schedule.after(began).is_none_or(|next| next > Utc::now()));
         began.is_some_and(|began| began >= due.time && is_latest(began))
     }
 
@@ -326,12 +334,13 @@ impl PipelineScheduler {
                 (live.plan, live.state, live.tables_read) = (plan, state, None);
                 let (known, retry) = (live.plan.schedules.clone(), live.retry.take());
                 // What is no schedule any more is not made again.
-                live.retry =
-                    retry.filter(|retry| retry.due.schedules.iter().all(|of| known.iter().any(|own| own.name == of.name)));
+                live.retry = retry
+                    .filter(|retry| retry.due.schedules.iter().all(|of| known.iter().any(|own| own.name == of.name)));
                 tracing::info!(pipeline = live.plan.name, "the pipeline file changed and was reloaded");
             }
             Err(error) => {
-                tracing::error!(%error, pipeline = self.name(), "the pipeline file changed and cannot be used: its schedule stands as it was, and runs fail until it is corrected");
+                tracing::error!(%error, pipeline = self.name(), "the pipeline file changed and cannot be used: its \
+                    schedule stands as it was, and runs fail until it is corrected");
             }
         }
     }
@@ -352,7 +361,8 @@ impl PipelineScheduler {
             Ok(read) => read,
             Err(error) => {
                 let (run, name) = (topology::run_id(), self.name());
-                tracing::error!(%error, hint = error.advice(), pipeline = name, run, "the run failed: it could not begin");
+                tracing::error!(%error, hint = error.advice(), pipeline = name, run, "the run failed: it could not \
+                    begin");
                 topology::report_failure(&self.state(), &name, &run, Utc::now(), &error);
                 return self.ended(Err(error), stop).await;
             }
@@ -366,7 +376,8 @@ impl PipelineScheduler {
         {
             let mut live = self.live();
             (live.plan, live.state) = (plan.clone(), state);
-            live.running = Some(Running { watch: watch.clone(), began: Utc::now(), full, topology, samples: VecDeque::new() });
+            live.running =
+                Some(Running { watch: watch.clone(), began: Utc::now(), full, topology, samples: VecDeque::new() });
         }
         let options = RunOptions { full_refresh: full, ..RunOptions::default() };
         // Its own stop: a run that fails pulls it, and the service goes on.
@@ -386,7 +397,7 @@ impl PipelineScheduler {
 
     fn sample(&self) {
         if let Some(running) = &mut self.live().running {
-            let counts = running.watch.board.read();
+            let counts = running.watch.counters.read();
             running.samples.push_back((Instant::now(), counts));
             while running.samples.len() > SAMPLES {
                 running.samples.pop_front();
@@ -443,10 +454,16 @@ impl PipelineScheduler {
             live.plan.clone()
         };
         let state = self.state();
-        let (reports, quarantined) = (RunReport::newest(&state, REPORTS), state.quarantined().count() as u64);
+        let read = RunReport::newest(&state, REPORTS).and_then(|reports| Ok((reports, state.quarantined_lines()?)));
         let tables = table_states(&plan).await;
         let mut live = self.live();
-        (live.reports, live.quarantined, live.tables_read) = (reports, quarantined, Some(Instant::now()));
+        live.tables_read = Some(Instant::now());
+        match read {
+            Ok((reports, quarantined)) => (live.reports, live.quarantined) = (reports, quarantined),
+            Err(error) => {
+                tracing::warn!(%error, "reports and quarantine could not be read; those read before are shown")
+            }
+        }
         match tables {
             Ok(tables) => (live.tables, live.tables_error) = (tables, None),
             Err(error) => live.tables_error = Some(error.to_string()),
@@ -457,8 +474,8 @@ impl PipelineScheduler {
 /// Reports that are shown.
 const REPORTS: usize = 40;
 
-/// The state of `plan`, with its folder: whoever asks at once finds a new pipeline that never ran, not a state that is gone.
-/// Where it cannot be made that is told when something is due, and retried.
+/// The state of `plan`, with its folder: whoever asks at once finds a new pipeline that never ran, not a state that is
+/// gone. Where it cannot be made that is told when something is due, and retried.
 fn state_of(plan: &RunPlan) -> Result<StateStore> {
     let state = topology::state_of(plan)?;
     let _ = state.create();

@@ -217,6 +217,9 @@ impl PipelineStatus {
     pub(super) fn of(keeper: &PipelineScheduler, now: DateTime<Utc>) -> Self {
         let state = keeper.state();
         let exports = state.read::<ExportJobs>().unwrap_or_default();
+        // Before anything is locked: the state may be far away.
+        let max_age = keeper.live().plan.max_age;
+        let health = Health::of(&state, max_age, now);
         let live = keeper.live();
         let changed = |name: &str| {
             let committed = |report: &&RunReport| report.types.get(name).is_some_and(|of| of.committed);
@@ -236,7 +239,7 @@ impl PipelineStatus {
         });
         Self {
             name: live.plan.name.clone(),
-            health: Health::of(&state, live.plan.max_age, now),
+            health,
             next_run: live.next.map(|(time, _)| time),
             next_is_full: live.next.is_some_and(|(_, full)| full),
             again: live.retry.as_ref().map(|retry| retry.due.time),
@@ -257,7 +260,7 @@ fn sum(counts: &Counts, name: &str) -> u64 {
 
 impl RunningStatus {
     fn of(running: &Running, now: DateTime<Utc>) -> Self {
-        let counts = running.watch.board.read();
+        let counts = running.watch.counters.read();
         let (since, before) = match running.samples.front() {
             Some((at, before)) => (at.elapsed().max(Duration::from_millis(1)), before.clone()),
             None => (Duration::from_secs(1), counts.clone()),

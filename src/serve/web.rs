@@ -1,5 +1,5 @@
-//! The web: reads what the keepers know. It takes GET and HEAD only, for names that it was told of, and nothing that it answers
-//! may be framed, sniffed, cached or scripted from elsewhere.
+//! The web: reads what the keepers know. It takes GET and HEAD only, for names that it was told of, and nothing that it
+//! answers may be framed, sniffed, cached or scripted from elsewhere.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -24,9 +24,9 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::health::Health;
 use super::status::{PipelineStatus, ServerStatus};
-use super::{Served, metrics, page};
+use super::{PipelineScheduler, Served, metrics, page};
 use crate::error::Result;
-use flow::Cancellation;
+use flow::{Cancellation, compute};
 
 /// Connections at the same time; for one more the oldest has to go, so that whoever holds many keeps nobody out.
 const CONNECTIONS: usize = 128;
@@ -149,7 +149,8 @@ async fn guard(State(served): Shared, request: Request, next: Next) -> Response 
     };
     let unauthorized = answer.status() == StatusCode::UNAUTHORIZED;
     let headers = answer.headers_mut();
-    let policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    let policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; base-uri 'none'; \
+        form-action 'none'; frame-ancestors 'none'";
     let fixed: [(&'static str, &'static str); 6] = [
         ("content-security-policy", policy),
         ("x-content-type-options", "nosniff"),
@@ -162,7 +163,10 @@ async fn guard(State(served): Shared, request: Request, next: Next) -> Response 
         headers.insert(name, HeaderValue::from_static(value));
     }
     if unauthorized {
-        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"fhirlake: the token is the password\""));
+        headers.insert(
+            header::WWW_AUTHENTICATE,
+            HeaderValue::from_static("Basic realm=\"fhirlake: the token is the password\""),
+        );
     }
     answer
 }
@@ -178,13 +182,25 @@ fn stand(served: &Served) -> ServerStatus {
     }
 }
 
+/// Answers on a thread of its own: a state may be far away, and whoever waits for it must not hold up a run.
+async fn answer(work: impl FnOnce() -> Response + Send + 'static) -> Response {
+    let answered = compute(tracing::Span::none(), async { work() }).await;
+    answered.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
+}
+
 async fn index(State(served): Shared) -> Response {
-    ([("content-type", "text/html; charset=utf-8")], page::page(&stand(&served)).into_string()).into_response()
+    answer(move || {
+        ([("content-type", "text/html; charset=utf-8")], page::page(&stand(&served)).into_string()).into_response()
+    })
+    .await
 }
 
 async fn status(State(served): Shared) -> Response {
-    let body = serde_json::to_string(&stand(&served)).unwrap_or_default();
-    ([("content-type", "application/json")], body).into_response()
+    answer(move || {
+        let body = serde_json::to_string(&stand(&served)).unwrap_or_default();
+        ([("content-type", "application/json")], body).into_response()
+    })
+    .await
 }
 
 async fn style() -> Response {
@@ -196,11 +212,11 @@ async fn script() -> Response {
 }
 
 async fn metrics_text(State(served): Shared) -> Response {
-    (
-        [("content-type", "text/plain; version=0.0.4; charset=utf-8")],
-        metrics::text(&metrics::samples(served.keepers.iter().map(|keeper| &**keeper))),
-    )
-        .into_response()
+    answer(move || {
+        let text = metrics::text(&metrics::samples(served.keepers.iter().map(|keeper| &**keeper)));
+        ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    })
+    .await
 }
 
 fn answered((code, body): (u16, serde_json::Value)) -> Response {
@@ -209,16 +225,21 @@ fn answered((code, body): (u16, serde_json::Value)) -> Response {
 }
 
 async fn health(State(served): Shared) -> Response {
-    let now = Utc::now();
-    let all: Vec<(String, Health)> = served.keepers.iter().map(|keeper| (keeper.name(), keeper.health(now))).collect();
-    answered(Health::answer_of(&all))
+    answer(move || {
+        let now = Utc::now();
+        let health = |keeper: &Arc<PipelineScheduler>| (keeper.name(), keeper.health(now));
+        let all: Vec<(String, Health)> = served.keepers.iter().map(health).collect();
+        answered(Health::answer_of(&all))
+    })
+    .await
 }
 
 async fn health_of(State(served): Shared, Path(pipeline): Path<String>) -> Response {
-    match served.keepers.iter().find(|keeper| keeper.name() == pipeline) {
+    answer(move || match served.keepers.iter().find(|keeper| keeper.name() == pipeline) {
         Some(keeper) => answered(keeper.health(Utc::now()).answer()),
         None => answered((404, json!({"status": "error", "message": "no such pipeline"}))),
-    }
+    })
+    .await
 }
 
 async fn ready(State(served): Shared) -> Response {
@@ -235,7 +256,9 @@ mod tests {
     #[test]
     fn names_that_requests_may_be_for() {
         let names = ["lake.example".to_owned()];
-        for ours in ["127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:8080", "10.0.0.7", "lake.example:80", "Lake.Example"] {
+        for ours in
+            ["127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:8080", "10.0.0.7", "lake.example:80", "Lake.Example"]
+        {
             assert!(is_ours(ours, &names), "{ours}");
         }
         for foreign in ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", ""] {

@@ -1,5 +1,5 @@
-//! Attachments that resources only link to (Bulk Data 2.0, "Attachments"): fetched, and put beside the tables or into the
-//! resource. Between parse and encode, where a pipeline asks for it.
+//! Attachments that resources only link to (Bulk Data 2.0, "Attachments"): fetched, and put beside the tables or into
+//! the resource. Between parse and encode, where a pipeline asks for it.
 
 mod content;
 mod rewritten;
@@ -68,7 +68,7 @@ pub struct Attach {
     /// Hosts of which was said that they are not asked.
     pub said: Arc<Mutex<HashSet<String>>>,
     /// Counters.
-    pub board: Counters,
+    pub counters: Counters,
     /// The run's cancellation.
     pub stop: Cancellation,
 }
@@ -169,11 +169,12 @@ impl Attach {
             // Absolute by the guide; a server's own may be relative to its base.
             let url = self.client.base().join(link).ok().filter(|url| self.may_ask(file, url) || self.say_left(url));
             let (Some(url), true) = (url, self.takes(content_type)) else {
-                self.board.add(telemetry::ATTACHMENTS, &"left".into(), 1);
+                self.counters.add(telemetry::ATTACHMENTS, &"left".into(), 1);
                 return;
             };
             // The same copy of a resource has its attachments in the same places, however often it comes.
-            let said = |key: &[u8]| resource.get(b"meta").and_then(|meta| meta.get(key)).and_then(|value| value.as_str());
+            let said =
+                |key: &[u8]| resource.get(b"meta").and_then(|meta| meta.get(key)).and_then(|value| value.as_str());
             let (version, updated) = (said(b"versionId"), said(b"lastUpdated"));
             let stated: Vec<_> = [b"hash".as_slice(), b"creation"].iter().map(|key| text(key)).collect();
             let copy = format!("{:032x} {version:?} {updated:?} {number} {stated:?} {}", row.key.key, unsigned(&url));
@@ -181,7 +182,8 @@ impl Attach {
             let is_known = version.is_some() || updated.is_some() || stated.iter().any(Option::is_some);
             let hash = twox_hash::XxHash3_128::oneshot(copy.as_bytes());
             let path = Path::from(format!("{ATTACHMENTS_FOLDER}/{name}/{hash:032x}.{}", extension(content_type)));
-            let size = attachment.get(b"size").and_then(|size| std::str::from_utf8(size.number_text()?).ok()?.parse().ok());
+            let size =
+                attachment.get(b"size").and_then(|size| std::str::from_utf8(size.number_text()?).ok()?.parse().ok());
             let (at, content_type) = (attachment.index(), content_type.to_owned());
             let hash = text(b"hash").map(str::to_owned);
             wanted.push(Wanted { at, url, content_type, size, hash, path, is_known });
@@ -217,15 +219,15 @@ impl Attach {
 
     /// Returns a resource's attachments that could be read, by their places; `None` where the run is stopping.
     async fn fetch_all(&self, file: &ExportFile, wanted: Vec<Wanted>) -> Option<HashMap<usize, Fetched>> {
-        let asked = wanted.into_iter().map(|wanted| async move {
+        let requested = wanted.into_iter().map(|wanted| async move {
             // The semaphore is never closed.
             let _place = self.places.acquire().await;
             let fetched = self.fetch(file, &wanted).await;
             (wanted.at, fetched)
         });
-        let mut asked = futures::stream::iter(asked).buffer_unordered(AT_ONCE);
+        let mut requested = futures::stream::iter(requested).buffer_unordered(AT_ONCE);
         let mut done = HashMap::new();
-        while let Some((at, fetched)) = asked.next().await {
+        while let Some((at, fetched)) = requested.next().await {
             let label = match fetched {
                 Ok(Some(fetched)) => {
                     self.failures.store(0, Ordering::Relaxed);
@@ -243,7 +245,8 @@ impl Attach {
                     let of_host = status.is_none_or(|status| status >= 500 || status == 429);
                     let row = u32::from(of_host) + self.failures.fetch_add(u32::from(of_host), Ordering::Relaxed);
                     if !of_host || row <= MAX_FAILURES {
-                        tracing::warn!(file = %file.name, status, ?kind, "an attachment could not be fetched; it stays a link");
+                        tracing::warn!(file = %file.name, status, ?kind, "an attachment could not be fetched; it \
+                            stays a link");
                     }
                     if of_host && row == MAX_FAILURES {
                         tracing::error!("{MAX_FAILURES} attachments failed in a row: this run requests no more");
@@ -251,7 +254,7 @@ impl Attach {
                     "failed"
                 }
             };
-            self.board.add(telemetry::ATTACHMENTS, &label.into(), 1);
+            self.counters.add(telemetry::ATTACHMENTS, &label.into(), 1);
         }
         Some(done)
     }
@@ -267,14 +270,19 @@ impl Attach {
         }
         let work = tokio::time::timeout(PATIENCE, self.ask(file, wanted));
         let done = self.stop.or(work).await.ok_or_else(|| Error::new(ErrorKind::Interrupted, "stopped"))?;
-        done.unwrap_or_else(|_| Err(Error::new(ErrorKind::Network, format!("timed out after {} s", PATIENCE.as_secs()))))
+        done.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Network, format!("timed out after {} s", PATIENCE.as_secs())))
+        })
     }
 
     async fn ask(&self, file: &ExportFile, wanted: &Wanted) -> Result<Option<Fetched>> {
-        // F11: the token by the export's own rule. Of a quarantined line that is not known any more; origins are checked.
+        // F11: the token by the export's own rule. Of a quarantined line that is not known any more; origins are
+        // checked.
         let with_token = file.requires_access_token || file.replayed;
-        let response =
-            self.client.open_attachment(&wanted.url, with_token, &wanted.content_type, &|to| self.may_ask(file, to)).await?;
+        let response = self
+            .client
+            .open_attachment(&wanted.url, with_token, &wanted.content_type, &|to| self.may_ask(file, to))
+            .await?;
         let said = response.headers().get("content-type").and_then(|text| text.to_str().ok()).unwrap_or_default();
         let is_binary = said.contains("fhir+json") && !wanted.content_type.contains("fhir+json");
         let limit = if is_binary { self.settings.max_size.min(MAX_BINARY) } else { self.settings.max_size };
@@ -301,7 +309,8 @@ impl Attach {
                 head.extend_from_slice(&piece);
                 continue;
             }
-            let writer = writer.get_or_insert_with(|| BufWriter::with_capacity(self.store.clone(), wanted.path.clone(), 5 << 20));
+            let writer = writer
+                .get_or_insert_with(|| BufWriter::with_capacity(self.store.clone(), wanted.path.clone(), 5 << 20));
             let failed = "an attachment cannot be written";
             if !head.is_empty() {
                 writer.write_all(&std::mem::take(&mut head)).await.context(ErrorKind::Storage, failed)?;
@@ -321,21 +330,25 @@ impl Attach {
         if content.len() as u64 <= self.settings.inline_up_to {
             return Ok(Some(Fetched::Inline(content)));
         }
-        self.store.put(&wanted.path, content.into()).await.context(ErrorKind::Storage, "an attachment cannot be written")?;
+        self.store
+            .put(&wanted.path, content.into())
+            .await
+            .context(ErrorKind::Storage, "an attachment cannot be written")?;
         Ok(Some(Fetched::File(wanted.path.clone())))
     }
 }
 
 impl Attach {
-    /// Says where an attachment differs from its resource's size or hash. It is kept: servers are wrong in this more often than
-    /// networks, whose own checks have passed by now.
+    /// Says where an attachment differs from its resource's size or hash. It is kept: servers are wrong in this more
+    /// often than networks, whose own checks have passed by now.
     fn compare(&self, file: &ExportFile, wanted: &Wanted, size: u64, digest: digest::Context) {
         let hash = base64::engine::general_purpose::STANDARD.encode(digest.finish());
         let size_differs = wanted.size.is_some_and(|said| said != size);
         let hash_differs = wanted.hash.as_ref().is_some_and(|said| *said != hash);
         if size_differs || hash_differs {
-            self.board.add(telemetry::ATTACHMENTS, &"unlike".into(), 1);
-            tracing::warn!(file = %file.name, size_differs, hash_differs, "an attachment differs from its resource's size or hash");
+            self.counters.add(telemetry::ATTACHMENTS, &"unlike".into(), 1);
+            tracing::warn!(file = %file.name, size_differs, hash_differs, "an attachment differs from its resource's \
+                size or hash");
         }
     }
 }

@@ -58,7 +58,7 @@ pub struct Download {
     /// The log that Bulk Data clients share.
     pub log: ExportLog,
     /// Counters.
-    pub board: Counters,
+    pub counters: Counters,
     /// The run's cancellation: this stage is part of the source.
     pub stop: Cancellation,
     /// One permit: of lines that are long, one is gathered at a time.
@@ -99,20 +99,23 @@ impl Download {
             note("download_request", &|url| json!({ "fileUrl": url, "itemType": kind, "resourceType": declared }));
             let fact = match self.file(handle, file) {
                 Ok((lines, bytes)) => {
-                    note("download_complete", &|url| json!({ "fileUrl": url, "resourceCount": lines, "fileSize": bytes }));
+                    note(
+                        "download_complete",
+                        &|url| json!({ "fileUrl": url, "resourceCount": lines, "fileSize": bytes }),
+                    );
                     if file.kind == FileKind::Output {
                         let label = file.declared.clone().unwrap_or_else(|| telemetry::NO_TYPE.into());
-                        self.board.add(telemetry::FILES, &label, 1);
+                        self.counters.add(telemetry::FILES, &label, 1);
                     }
                     tracing::debug!(lines, "the file was read to its end");
                     ControlEvent::FileFinished(FileFinished { file: file.index, lines })
                 }
                 Err(Broken::Stopped) => return Ok(()),
                 Err(Broken::Again(error) | Broken::Never(error)) => {
-                    note(
-                        "download_error",
-                        &|url| json!({ "fileUrl": url, "code": error.status(), "message": error.to_string(), "body": null }),
-                    );
+                    note("download_error", &|url| {
+                        json!({ "fileUrl": url, "code": error.status(), "message": error.to_string(),
+                            "body": null })
+                    });
                     tracing::error!(%error, "the file could not be read; its type is left as it was");
                     ControlEvent::FileFailed(file.index, error.to_string(), error.status())
                 }
@@ -133,7 +136,9 @@ impl Download {
         loop {
             // However many workers there are, the server may be able to serve fewer.
             let place = match &self.origin {
-                Origin::Server(client, _) => Some(handle.block_on(self.stop.or(client.pace().enter())).ok_or(Broken::Stopped)?),
+                Origin::Server(client, _) => {
+                    Some(handle.block_on(self.stop.or(client.pace().enter())).ok_or(Broken::Stopped)?)
+                }
                 Origin::Store(_) => None,
             };
             let outcome = self.once(handle, file, &mut reading, &mut lines);
@@ -160,7 +165,7 @@ impl Download {
                         return Err(Broken::Stopped);
                     }
                     tracing::warn!(%error, tried, from, "the connection closed early; resuming the download");
-                    self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
+                    self.counters.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
                     if let Origin::Server(client, _) = &self.origin {
                         client.pace().decrease();
                     }
@@ -170,7 +175,13 @@ impl Download {
         }
     }
 
-    fn once(&self, handle: &Handle, file: &ExportFile, reading: &mut Reading, lines: &mut Lines<'_>) -> Result<(), Broken> {
+    fn once(
+        &self,
+        handle: &Handle,
+        file: &ExportFile,
+        reading: &mut Reading,
+        lines: &mut Lines<'_>,
+    ) -> Result<(), Broken> {
         let (mut body, encoding, validator) = handle.block_on(self.open(file, reading))?;
         // Where the server goes on in the file, so do we; else what was passed on is passed over.
         let (mut unpack, mut got, mut head) = match reading.so_far.take() {
@@ -186,7 +197,8 @@ impl Download {
         let broken = loop {
             if window.elapsed() > SLOW_WINDOW {
                 if got - before < SLOW_BYTES {
-                    let why = format!("the server gave {} bytes in {} minutes", got - before, SLOW_WINDOW.as_secs() / 60);
+                    let why =
+                        format!("the server gave {} bytes in {} minutes", got - before, SLOW_WINDOW.as_secs() / 60);
                     return Err(Broken::Never(Error::new(ErrorKind::Network, why)));
                 }
                 (window, before) = (tokio::time::Instant::now(), got);
@@ -233,7 +245,8 @@ impl Download {
         }
     }
 
-    /// The body, how it is packed, and what a later request can go on by: nothing of that where the body itself goes on.
+    /// The body, how it is packed, and what a later request can go on by: nothing of that where the body itself goes
+    /// on.
     async fn open(
         &self,
         file: &ExportFile,
@@ -245,7 +258,9 @@ impl Download {
                 let response = loop {
                     match client.open_file(&reading.url, file.requires_access_token, resume.as_ref()).await {
                         Ok(response) if is_whole(&response) => break response,
-                        Ok(response) if resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response)) => break response,
+                        Ok(response) if resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response)) => {
+                            break response;
+                        }
                         // Another part than we asked for: from the beginning, then.
                         Ok(_) if resume.is_some() => (resume, reading.so_far) = (None, None),
                         Ok(response) => {
@@ -275,13 +290,14 @@ impl Download {
                 };
                 let promised = file.count.unwrap_or(0);
                 if response.status().as_u16() == 204 && promised > 0 {
-                    let why = format!("the server answered 204 No Content, and the manifest promised {promised} resources");
+                    let why =
+                        format!("the server answered 204 No Content, and the manifest promised {promised} resources");
                     return Err(Broken::Never(Error::new(ErrorKind::Server, why)));
                 }
                 let encoding = response.headers().get("content-encoding").and_then(|text| text.to_str().ok());
                 let encoding = encoding.unwrap_or_default().to_ascii_lowercase();
                 if Unpack::is_unknown(&encoding) {
-                    self.board.add(telemetry::DEVIATIONS, &"a file has an unknown Content-Encoding".into(), 1);
+                    self.counters.add(telemetry::DEVIATIONS, &"a file has an unknown Content-Encoding".into(), 1);
                 }
                 let goes_on = resume.as_ref().is_some_and(|resume| resume.is_taken_up_by(&response));
                 let validator = (!goes_on).then(|| Resume::validator(&response));
@@ -294,8 +310,9 @@ impl Download {
             }
             Origin::Store(store) => {
                 let path = file.location.clone().unwrap_or_default();
-                let failed =
-                    |error: object_store::Error| Error::new(ErrorKind::Storage, format!("{} cannot be read: {error}", file.name));
+                let failed = |error: object_store::Error| {
+                    Error::new(ErrorKind::Storage, format!("{} cannot be read: {error}", file.name))
+                };
                 let got = store.get(&path).await.map_err(|error| Broken::Never(failed(error)))?;
                 let name = file.name.clone();
                 let end = got.range.end;
@@ -324,7 +341,8 @@ fn packed_wrong(error: std::io::Error) -> Broken {
     Broken::Again(Error::new(ErrorKind::Server, format!("the file cannot be unpacked: {error}")))
 }
 
-/// Returns true if an error may only say that a link has ended: the store that it leads to forbids it, or no longer has it.
+/// Returns true if an error may only say that a link has ended: the store that it leads to forbids it, or no longer has
+/// it.
 fn link_may_have_ended(error: &Error) -> bool {
     matches!(error.status(), Some(401 | 403 | 404 | 410))
 }

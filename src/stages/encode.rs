@@ -14,13 +14,15 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 
 use crate::error::Result;
-use crate::messages::{ControlEvent, EncodedBatch, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows};
+use crate::messages::{
+    ControlEvent, EncodedBatch, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows,
+};
 use delta_upsert::PageEncoder;
 use fhir_arrow::{ColumnPruning, Encoder, PresentColumns};
 use flow::{Receiver, Sender};
 
-/// Columns of a batch, and their levels, may take so many times the bytes of JSON at which it is closed, in tenths. Usual
-/// resources take once or twice; at 2.5 lists that spread keep a run to `memory` and 250 MB.
+/// Columns of a batch, and their levels, may take so many times the bytes of JSON at which it is closed, in tenths.
+/// Usual resources take once or twice; at 2.5 lists that spread keep a run to `memory` and 250 MB.
 const COLUMNS_TO_JSON: usize = 25;
 
 /// A batch that still gathers rows.
@@ -140,7 +142,8 @@ impl Shared {
     fn requested(&self) -> Vec<(ResourceType, OpenBatch)> {
         let wanted = self.requests.wanted();
         let mut bench = self.bench();
-        let complete = |bench: &Bench, name: &ResourceType, rows: u64| bench.seen.get(name).copied().unwrap_or(0) >= rows;
+        let complete =
+            |bench: &Bench, name: &ResourceType, rows: u64| bench.seen.get(name).copied().unwrap_or(0) >= rows;
         let names = wanted.into_iter().filter(|(name, rows)| complete(&bench, name, *rows));
         let names: Vec<ResourceType> = names.map(|(name, _)| name).collect();
         let mut due = Vec::new();
@@ -157,7 +160,9 @@ impl Shared {
         let mut bench = self.bench();
         bench.idle_bytes = 0;
         let idle = std::mem::take(&mut bench.idle);
-        idle.into_iter().flat_map(|(name, batches)| batches.into_iter().map(move |batch| (name.clone(), batch))).collect()
+        idle.into_iter()
+            .flat_map(|(name, batches)| batches.into_iter().map(move |batch| (name.clone(), batch)))
+            .collect()
     }
 
     /// Closes a batch: columns, pages, bytes.
@@ -234,7 +239,9 @@ impl Encode {
                             }
                         };
                         for row in parsed {
-                            if batch.encoder.column_bytes() > (self.shared.batch_bytes / 10).saturating_mul(COLUMNS_TO_JSON) {
+                            if batch.encoder.column_bytes()
+                                > (self.shared.batch_bytes / 10).saturating_mul(COLUMNS_TO_JSON)
+                            {
                                 batch.came_from(rows.file.index);
                                 let fresh = self.shared.fresh(&batch);
                                 let full = std::mem::replace(&mut batch, fresh);

@@ -2,6 +2,7 @@
 
 mod invalid_entries;
 mod log;
+mod pages;
 mod polling;
 mod type_bisection;
 
@@ -12,21 +13,20 @@ use std::time::Duration;
 
 use url::Url;
 
+use self::pages::Passed;
 use self::polling::{Next, Polls, Retry};
 use self::type_bisection::{Asking, TypeBisection, may_be_for_a_type};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
-use crate::jobs::checkpoint::said_of;
 use crate::jobs::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
-use crate::messages::{
-    ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType, watermark_of,
-};
+use crate::messages::{ControlEvent, ExportEnd, ExportFile, MergeInput, ResourceType, watermark_of};
 use crate::stages::StageSpec;
 use crate::telemetry;
-use bulk_data_client::{Client, KickOff, Links, Manifest, ManifestFile};
-use fhir_arrow::Model;
+use bulk_data_client::{Client, KickOff, Links};
 use flow::{Cancellation, Counters, Sender};
 use foundation::fault_points::reached;
+
+pub use self::pages::FIRST_INDEX;
 
 /// Declaration of the source.
 pub const EXPORT: &StageSpec = &StageSpec {
@@ -64,7 +64,7 @@ pub struct ServerExport {
     /// The log that Bulk Data clients share.
     pub log: ExportLog,
     /// Counters.
-    pub board: Counters,
+    pub counters: Counters,
     /// The run's cancellation.
     pub stop: Cancellation,
 }
@@ -87,8 +87,8 @@ impl From<Error> for Ended {
 }
 
 impl ServerExport {
-    /// Makes each kick-off, or resumes what was asked for before, and sends its files on. Types of which some are refused
-    /// are bisected: a type that the server does not give away must not hold back its neighbours.
+    /// Makes each kick-off, or resumes what was asked for before, and sends its files on. Types of which some are
+    /// refused are bisected: a type that the server does not give away must not hold back its neighbours.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index.max(FIRST_INDEX);
         let mut parting = TypeBisection::of(&self.kickoffs, self.refused_lately.clone());
@@ -140,7 +140,7 @@ impl ServerExport {
     }
 
     async fn refused(&self, asking: Asking, error: Error, parting: &mut TypeBisection) -> Result<(), Ended> {
-        let (export, types, words) = (asking.export, asking.kickoff.asked.len(), error.to_string());
+        let (export, types, words) = (asking.export, asking.kickoff.requested.len(), error.to_string());
         let parts = parting.refused(asking, error);
         if parts == 0 {
             return Ok(());
@@ -156,8 +156,10 @@ impl ServerExport {
 
     async fn exports_failed(&self, failed: Vec<(usize, Kickoff)>, error: &Error) -> Result<(), Ended> {
         for (export, kickoff) in failed {
-            tracing::error!(types = %kickoff.asked.join(", "), %error, "the export failed; its types are left as they were");
-            self.tell(ControlEvent::ExportFailed { export, asked: kickoff.asked, why: error.to_string() }).await?;
+            tracing::error!(types = %kickoff.requested.join(", "), %error, "the export failed; its types are left as \
+                they were");
+            self.tell(ControlEvent::ExportFailed { export, requested: kickoff.requested, why: error.to_string() })
+                .await?;
         }
         Ok(())
     }
@@ -197,14 +199,15 @@ impl ServerExport {
                     Some(wait) => format!("next try in {} s", wait.as_secs()),
                     None => "it names no time: next try in an hour".to_owned(),
                 };
-                let lost = if lost { ". The answer to an earlier try was lost, so it may be working on that one" } else { "" };
+                let lost =
+                    if lost { ". The answer to an earlier try was lost, so it may be working on that one" } else { "" };
                 return Err(Error::new(ErrorKind::Throttled, format!("{why}; {asks}{lost}")).into());
             }
         };
         (self.remember)(&ExportEvent::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
         parting.accepted();
         tracing::info!(
-            types = if kickoff.asked.is_empty() { "all".to_owned() } else { kickoff.asked.len().to_string() },
+            types = if kickoff.requested.is_empty() { "all".to_owned() } else { kickoff.requested.len().to_string() },
             incremental = kickoff.request.since.is_some(),
             "the server accepted the export"
         );
@@ -217,38 +220,49 @@ impl ServerExport {
     }
 
     /// Polls until the export is done, page by page of its manifest, and sends files on as soon as they are final.
-    async fn follow(&self, export: usize, kickoff: &Kickoff, accepted: &ExportHandle, index: &mut u32) -> Result<(), Ended> {
+    async fn follow(
+        &self,
+        export: usize,
+        kickoff: &Kickoff,
+        accepted: &ExportHandle,
+        index: &mut u32,
+    ) -> Result<(), Ended> {
         let mut pages = vec![accepted.status.clone()];
         let began = tokio::time::Instant::now();
-        let mut passed = Passed { time: None, files: 0, known: HashSet::new(), unusable: HashSet::new(), merged: Vec::new() };
+        let mut passed =
+            Passed { time: None, files: 0, known: HashSet::new(), unusable: HashSet::new(), merged: Vec::new() };
         loop {
             let page = pages.len() - 1;
-            let next = self.page(export, kickoff, accepted, (&pages[page].clone(), page, began), &mut passed, index).await?;
+            let next =
+                self.page(export, kickoff, accepted, (&pages[page].clone(), page, began), &mut passed, index).await?;
             match next {
                 None => break,
                 Some(next) if pages.contains(&next) => {
                     return Err(Error::new(ErrorKind::Server, "the manifest's pages go round in a circle").into());
                 }
                 Some(_) if pages.len() >= MAX_PAGES => {
-                    return Err(Error::new(ErrorKind::Server, format!("the manifest has more than {MAX_PAGES} pages")).into());
+                    return Err(
+                        Error::new(ErrorKind::Server, format!("the manifest has more than {MAX_PAGES} pages")).into()
+                    );
                 }
                 Some(next) => pages.push(next),
             }
         }
         if passed.files == 0 && kickoff.request.since.is_none() {
-            self.board.add(telemetry::DEVIATIONS, &"an export of everything is empty".into(), 1);
+            self.counters.add(telemetry::DEVIATIONS, &"an export of everything is empty".into(), 1);
             tracing::warn!(
-                types = %kickoff.asked.join(", "),
+                types = %kickoff.requested.join(", "),
                 "the full export is empty: check that the group and the types exist"
             );
         }
         let time = passed.time.map(|time| watermark_of(time, self.until));
-        let left = |names: &[ResourceType]| names.iter().filter(|name| !passed.merged.contains(name)).cloned().collect();
+        let left =
+            |names: &[ResourceType]| names.iter().filter(|name| !passed.merged.contains(name)).cloned().collect();
         self.log_end(export, passed.time);
         let end = ExportEnd {
             export,
-            asked: left(&kickoff.asked),
-            all_types: kickoff.asked.is_empty(),
+            requested: left(&kickoff.requested),
+            all_types: kickoff.requested.is_empty(),
             known: left(&kickoff.known),
             transaction_time: time,
             full: kickoff.request.since.is_none(),
@@ -278,7 +292,12 @@ impl ServerExport {
                 // It will hardly be another the next time; if it is not, another export is started.
                 Err(error) if error.kind() == ErrorKind::Server => {
                     (self.remember)(&ExportEvent::Unusable { status: &accepted.status })?;
-                    return Err(error.with_hint("run again: after three such responses a new export is started; `fhirlake jobs cancel` cancels this one now").into());
+                    return Err(error
+                        .with_hint(
+                            "run again: after three such responses a new export is started; \
+                        `fhirlake jobs cancel` cancels this one now",
+                        )
+                        .into());
                 }
                 answer => answer?,
             };
@@ -299,9 +318,14 @@ impl ServerExport {
                 Next::Working { progress, is_unrequested, pause } => {
                     if is_unrequested {
                         tracing::warn!(
-                            "the server lists files before the export is complete; set source.allow_partial_manifests to download them early"
+                            "the server lists files before the export is complete; set source.allow_partial_manifests \
+                                to download them early"
                         );
-                        self.board.add(telemetry::DEVIATIONS, &"a partial manifest that was not asked for".into(), 1);
+                        self.counters.add(
+                            telemetry::DEVIATIONS,
+                            &"a partial manifest that was not asked for".into(),
+                            1,
+                        );
                     }
                     let words = progress.as_deref().unwrap_or("in progress");
                     tracing::debug!(progress = words, "the server is exporting");
@@ -311,11 +335,13 @@ impl ServerExport {
                 Next::Retry(error, why, pause) => {
                     match why {
                         Retry::Transient => tracing::warn!(%error, "the poll failed; retrying"),
-                        Retry::SaidFailed => tracing::warn!(%error, "the server says that the export failed; polling again"),
+                        Retry::SaidFailed => {
+                            tracing::warn!(%error, "the server says that the export failed; polling again")
+                        }
                         Retry::NotFound => tracing::warn!(%error, "the server does not find the export; polling again"),
                     }
                     if why == Retry::Transient {
-                        self.board.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
+                        self.counters.add(telemetry::RETRIES, &telemetry::NO_TYPE.into(), 1);
                     }
                     pause
                 }
@@ -333,7 +359,9 @@ impl ServerExport {
             {
                 let why = format!("the export did not complete within source.timeout ({} s)", timeout.as_secs());
                 let error = Error::new(ErrorKind::Server, why);
-                return Err(error.with_hint("run again: the next run resumes this export; or raise source.timeout").into());
+                return Err(error
+                    .with_hint("run again: the next run resumes this export; or raise source.timeout")
+                    .into());
             }
             if self.stop.or(tokio::time::sleep(pause)).await.is_none() {
                 return Err(Error::new(ErrorKind::Interrupted, "stopped while the server was exporting").into());
@@ -354,95 +382,6 @@ impl ServerExport {
         };
         Ok(error.with_hint(hint))
     }
-
-    /// Sends on what a manifest lists and was not sent on before.
-    async fn pass_on(
-        &self,
-        export: usize,
-        accepted: &ExportHandle,
-        (url, page): (&Url, usize),
-        manifest: &Manifest,
-        passed: &mut Passed,
-        index: &mut u32,
-    ) -> Result<(), Ended> {
-        self.log_page(export, manifest);
-        for finding in &manifest.findings {
-            tracing::warn!(finding, "the manifest is not as it should be");
-            self.board.add(telemetry::DEVIATIONS, &finding.as_str().into(), 1);
-        }
-        match passed.time {
-            None => {
-                reached("the manifest is read");
-                passed.time = Some(manifest.transaction_time);
-                (self.remember)(&ExportEvent::Complete {
-                    status: &accepted.status,
-                    transaction_time: manifest.transaction_time,
-                })?;
-                passed.merged = accepted.merged(watermark_of(manifest.transaction_time, self.until)).cloned().collect();
-                if !passed.merged.is_empty() {
-                    tracing::info!(types = %passed.merged.join(", "), "merged out of this export, or a newer one, by an earlier run; left alone");
-                }
-            }
-            // Only what every page covers is surely here.
-            Some(time) if time != manifest.transaction_time => {
-                tracing::warn!("the manifest's pages differ in their transactionTime; the oldest counts");
-                self.board.add(telemetry::DEVIATIONS, &"pages of a manifest differ in transactionTime".into(), 1);
-                passed.time = Some(time.min(manifest.transaction_time));
-            }
-            Some(_) => {}
-        }
-        self.invalid_entries(export, accepted, manifest, page, passed, index).await?;
-        // A page that came again may list more, in any place; what it listed before has the place that it had then.
-        let fresh = self.links.page(export, page, url, accepted.separate, manifest).await;
-        let (mut files, mut held) = (Vec::new(), Vec::new());
-        let mut unknown_types = 0;
-        for (list, at, listed) in fresh {
-            let kind = [FileKind::Output, FileKind::Deleted, FileKind::Outcome][list];
-            let place = ManifestEntryId { page, kind, at };
-            passed.files += 1;
-            if listed.resource_type.as_deref().is_some_and(|name| !Model::r4().is_resource_type(name)) {
-                unknown_types += 1;
-                self.board.add(telemetry::DEVIATIONS, &"a file's type is not one of FHIR R4".into(), 1);
-            }
-            let file = export_file(*index, export, listed, manifest.requires_access_token, place);
-            if file.kind != kind {
-                self.board.add(telemetry::DEVIATIONS, &"OperationOutcomes are listed as output".into(), 1);
-            }
-            // The same file keeps its index, which its rows are known by.
-            let known = accepted.staged.get(&said_of(&file)).filter(|known| passed.known.insert(known.index));
-            let file = match known {
-                Some(known) => export_file(known.index, export, listed, manifest.requires_access_token, place),
-                None => {
-                    *index += 1;
-                    file
-                }
-            };
-            let merged = |name: &ResourceType| passed.merged.contains(name) && !accepted.mixed.contains(name);
-            if kind == FileKind::Output && file.declared.as_ref().is_some_and(merged) {
-                continue;
-            }
-            held.extend(known.and_then(|known| known.held.clone()));
-            files.push(Arc::new(file));
-        }
-        if unknown_types > 0 {
-            tracing::warn!(
-                files = unknown_types,
-                "the manifest declares types that FHIR R4 does not have; lines are routed by their own resourceType"
-            );
-        }
-        // The books must know a file before its first line comes.
-        let status = Some(accepted.status.as_str().into());
-        self.tell(ControlEvent::Page(ManifestPage { export, status, files: files.clone() })).await?;
-        if !held.is_empty() {
-            tracing::info!(files = held.len(), "staged by an earlier run; not downloaded again");
-            let indexes: HashSet<u32> = held.iter().map(|held| held.file).collect();
-            files.retain(|file| !indexes.contains(&file.index));
-        }
-        for held in held {
-            self.tell(ControlEvent::FileResumed(held.into())).await?;
-        }
-        self.files.send_all(files).await.map_err(|_| Ended::Unheard)
-    }
 }
 
 /// Returns true if the server's words on an export that failed name a parameter of one of its `_typeFilter` queries.
@@ -453,52 +392,5 @@ fn names_a_filter(error: &Error, filters: &[String]) -> bool {
     names.any(|name| !name.is_empty() && words.contains(name))
 }
 
-/// Index of the first file that a manifest lists: those below are lines out of quarantine, a file for each type. It is always
-/// the same, so that a file's rows keep their order of arrival from run to run.
-pub const FIRST_INDEX: u32 = 256;
-
 /// Pages of a manifest; each may have any number of files.
 const MAX_PAGES: usize = 10_000;
-
-/// Letters of a file's URL that its name has.
-const MAX_NAME: usize = 120;
-
-/// Files of an export that were sent on.
-struct Passed {
-    time: Option<i64>,
-    files: usize,
-    /// Entries that name no file, by their page.
-    unusable: HashSet<(usize, String)>,
-    /// Indexes of files that an earlier run listed: a file that two pages list has its own the second time.
-    known: HashSet<u32>,
-    /// Types that an earlier run merged.
-    merged: Vec<ResourceType>,
-}
-
-fn export_file(
-    index: u32,
-    export: usize,
-    listed: &ManifestFile,
-    requires_access_token: bool,
-    place: ManifestEntryId,
-) -> ExportFile {
-    let last = listed.url.path_segments().and_then(|mut parts| parts.next_back()).unwrap_or("file");
-    // It is in every line of a log that is about the file.
-    let last = last.get(..MAX_NAME).unwrap_or(last);
-    // A type is trusted as a name only where R4 has it: it becomes a folder.
-    let declared = listed.resource_type.as_deref().filter(|name| Model::r4().is_resource_type(name));
-    ExportFile {
-        index,
-        export,
-        name: format!("{}#{}:{last}", declared.unwrap_or("-"), index - FIRST_INDEX),
-        url: listed.url.clone(),
-        location: None,
-        // The server's messages, wherever it lists them.
-        kind: if declared == Some("OperationOutcome") { FileKind::Outcome } else { place.kind },
-        declared: declared.map(Into::into),
-        count: listed.count,
-        requires_access_token,
-        replayed: false,
-        place,
-    }
-}

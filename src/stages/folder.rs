@@ -9,7 +9,9 @@ use tokio_stream::StreamExt;
 use url::Url;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::messages::{ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType};
+use crate::messages::{
+    ControlEvent, ExportEnd, ExportFile, FileKind, ManifestEntryId, ManifestPage, MergeInput, ResourceType,
+};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
 use flow::{Cancellation, Sender};
 
@@ -42,21 +44,22 @@ impl FolderExport {
     pub async fn run(self) -> Result<()> {
         let Some(found) = self.stop.or(self.list()).await else { return Ok(()) };
         let found = found?;
-        let passed_over: BTreeMap<&str, usize> = self.passed_over.lock().iter().map(|(why, names)| (*why, names.len())).collect();
+        let passed_over: BTreeMap<&str, usize> =
+            self.passed_over.lock().iter().map(|(why, names)| (*why, names.len())).collect();
         for (why, files) in &passed_over {
             tracing::warn!(files, "files of the source folder are passed over: {why}");
         }
         if found.is_empty() {
             let others: Vec<String> = passed_over.iter().map(|(why, files)| format!("{files} {why}")).collect();
-            let others = if others.is_empty() { String::new() } else { format!("; passed over: {}", others.join(", ")) };
+            let others =
+                if others.is_empty() { String::new() } else { format!("; passed over: {}", others.join(", ")) };
             let of = if self.types.is_empty() { String::new() } else { format!(" of {}", self.types.join(", ")) };
             let why = format!(
                 "source.url: {} has no NDJSON file{of} (*.ndjson, *.jsonl, also .gz or .zst){others}",
                 place_of(&self.url)
             );
-            return Err(
-                Error::new(ErrorKind::Config, why).with_hint("put the files there, or correct source.url or source.types")
-            );
+            return Err(Error::new(ErrorKind::Config, why)
+                .with_hint("put the files there, or correct source.url or source.types"));
         }
         let mut files = Vec::with_capacity(found.len());
         for (index, Found { location, kind, declared }) in found.into_iter().enumerate() {
@@ -76,24 +79,26 @@ impl FolderExport {
             }));
         }
         let outputs = || files.iter().filter(|file| file.kind == FileKind::Output);
-        let mut asked: Vec<ResourceType> = outputs().filter_map(|file| file.declared.clone()).collect();
+        let mut requested: Vec<ResourceType> = outputs().filter_map(|file| file.declared.clone()).collect();
         let any_may_hold = outputs().any(|file| file.declared.is_none());
-        for name in self.types.iter().filter(|name| !any_may_hold && !asked.contains(name)).cloned().collect::<Vec<_>>() {
+        for name in
+            self.types.iter().filter(|name| !any_may_hold && !requested.contains(name)).cloned().collect::<Vec<_>>()
+        {
             tracing::warn!(resource_type = %name, "the source folder has no file of the type");
             if self.all_asked {
-                asked.push(name);
+                requested.push(name);
             }
         }
         // Such a file may hold each of them, and is read to its end before one of them commits.
         if any_may_hold && self.all_asked {
-            asked.extend(self.types.iter().cloned());
+            requested.extend(self.types.iter().cloned());
         }
-        asked.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
-        asked.sort();
-        asked.dedup();
+        requested.retain(|name| !EXCLUDED_TYPES.contains(&&**name));
+        requested.sort();
+        requested.dedup();
         let end = ExportEnd {
             export: 0,
-            asked,
+            requested,
             all_types: self.types.is_empty(),
             known: Vec::new(),
             transaction_time: None,
@@ -128,7 +133,8 @@ pub type PassedOver = Arc<Mutex<BTreeMap<&'static str, Vec<String>>>>;
 const PEEK: u64 = 64 << 10;
 
 impl FolderExport {
-    /// The files to be read, in the order of their paths: the order of arrival must not hang on the store's order of listing.
+    /// The files to be read, in the order of their paths: the order of arrival must not hang on the store's order of
+    /// listing.
     async fn list(&self) -> Result<Vec<Found>> {
         let failed = "the source folder cannot be listed";
         let mut listing = self.store.list(None);
@@ -152,13 +158,17 @@ impl FolderExport {
     }
 
     /// Returns true if a file is to be read; else why it is passed over, where it looks like one.
-    async fn judge(&self, object: &object_store::ObjectMeta) -> Result<std::result::Result<Found, Option<&'static str>>> {
+    async fn judge(
+        &self,
+        object: &object_store::ObjectMeta,
+    ) -> Result<std::result::Result<Found, Option<&'static str>>> {
         let name = object.location.to_string();
         let mut parts: Vec<&str> = name.split('/').collect();
         let Some(file) = parts.pop() else { return Ok(Err(None)) };
         let lower = file.to_ascii_lowercase();
         let is_hidden = parts.iter().chain([&file]).any(|part| part.starts_with(['.', '_']));
-        let Some(ending) = [".ndjson", ".jsonl"].iter().filter_map(|ending| Some(lower.rfind(ending)? + ending.len())).max()
+        let Some(ending) =
+            [".ndjson", ".jsonl"].iter().filter_map(|ending| Some(lower.rfind(ending)? + ending.len())).max()
         else {
             // Data may have other names than those of NDJSON; files that are no data lie in folders too.
             let is_data = [".json", ".gz", ".zst", ".zip"].iter().any(|ending| lower.ends_with(ending));
@@ -180,13 +190,17 @@ impl FolderExport {
         let of_client = |folder: &str, name: &str| parts.last() == Some(&folder) && declared.as_deref() == Some(name);
         let kind = match () {
             // Nothing says whether the resource came back since, or in another folder of these.
-            () if of_client("deleted", "Bundle") => return Ok(Err(Some("deletions: a folder does not say what is newer"))),
+            () if of_client("deleted", "Bundle") => {
+                return Ok(Err(Some("deletions: a folder does not say what is newer")));
+            }
             () if of_client("error", "OperationOutcome") => FileKind::Outcome,
             () => FileKind::Output,
         };
         let is_wanted = |name: &ResourceType| self.types.is_empty() || self.types.contains(name);
         match &declared {
-            Some(name) if kind == FileKind::Output && !is_wanted(name) => return Ok(Err(Some("types that are not asked for"))),
+            Some(name) if kind == FileKind::Output && !is_wanted(name) => {
+                return Ok(Err(Some("types that are not asked for")));
+            }
             None if lower.len() == ending && !self.has_resource(object).await? => {
                 return Ok(Err(Some("no resourceType in the first 64 KiB")));
             }

@@ -112,7 +112,7 @@ impl Ledger {
             ControlEvent::ExportEnd(end) => {
                 // What is left of them, lines in other types' files and deletions, an earlier run has merged.
                 self.merged.extend(end.merged.iter().cloned());
-                for name in end.asked.iter().chain(&end.known) {
+                for name in end.requested.iter().chain(&end.known) {
                     self.types.entry(name.clone()).or_default();
                 }
                 self.ends.insert(end.export, end);
@@ -144,8 +144,8 @@ impl Ledger {
                 self.exports += parts;
                 self.failed_exports.insert(export);
             }
-            ControlEvent::ExportFailed { export, asked, why } => {
-                for name in asked {
+            ControlEvent::ExportFailed { export, requested, why } => {
+                for name in requested {
                     self.fail(&name, why.clone());
                 }
                 self.failed_exports.insert(export);
@@ -226,9 +226,9 @@ impl Ledger {
 
     /// The end of the export that holds the type.
     pub fn end_of(&self, resource_type: &ResourceType) -> Option<&ExportEnd> {
-        let asked = self.ends.values().find(|end| end.asked.contains(resource_type));
+        let requested = self.ends.values().find(|end| end.requested.contains(resource_type));
         // One whose types are all merged answers for no other: of those it brings strays, not their history.
-        asked.or_else(|| self.ends.values().find(|end| end.all_types))
+        requested.or_else(|| self.ends.values().find(|end| end.all_types))
     }
 
     /// The oldest `transactionTime` of the exports that ended, microseconds since the epoch.
@@ -236,7 +236,8 @@ impl Ledger {
         self.ends.values().filter_map(|end| end.transaction_time).min()
     }
 
-    /// Returns true if an export of the run answers for the type: one that only strayed into its files has no watermark of it.
+    /// Returns true if an export of the run answers for the type: one that only strayed into its files has no watermark
+    /// of it.
     pub fn is_answered_for(&self, resource_type: &ResourceType) -> bool {
         self.is_merged(resource_type) || self.end_of(resource_type).is_some_and(|end| end.transaction_time.is_some())
     }

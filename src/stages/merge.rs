@@ -18,11 +18,13 @@ use super::ledger::{Completeness, Ledger};
 pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
 pub use super::staging::{CheckpointPolicy, Earlier, Staging, StagingSettings, columns_of};
 use crate::error::{Advice, Error, ErrorKind, Result};
-use crate::messages::{ControlEvent, ExportEnd, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text};
+use crate::messages::{
+    ControlEvent, ExportEnd, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text,
+};
 use crate::telemetry;
 use delta_upsert::{
-    Commit, Copies, Deletions, Merged, NotMatchedBySource, OrderRules, Scratch, StagedFile, TableSettings, Upsert, Watermark,
-    commit_info,
+    Commit, Copies, Deletions, Merged, NotMatchedBySource, OrderRules, Scratch, StagedFile, TableSettings, Upsert,
+    Watermark, commit_info,
 };
 use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
 use flow::{Cancellation, Counters, Receiver, compute};
@@ -61,7 +63,7 @@ pub struct MergeSettings {
 const FLUSH_FOR: Duration = Duration::from_secs(30);
 
 /// Hears of a type whose files hold rows of others, before it is merged.
-pub type Mixed = Arc<dyn Fn(&ResourceType) -> Result<()> + Send + Sync>;
+pub type UnrequestedTypeSink = Arc<dyn Fn(&ResourceType) -> Result<()> + Send + Sync>;
 
 /// The merge stage: one worker owns the ledger and all staged files.
 pub struct Merge {
@@ -76,9 +78,9 @@ pub struct Merge {
     /// Settings.
     pub settings: MergeSettings,
     /// Hears of types whose files hold rows of others.
-    pub mixed: Mixed,
+    pub unrequested_type: UnrequestedTypeSink,
     /// Counters.
-    pub board: Counters,
+    pub counters: Counters,
     /// True if the run was stopped.
     pub stop: Cancellation,
 }
@@ -125,8 +127,8 @@ impl Merge {
                     Some(parcel) => {
                         let input = parcel.into_inner();
                         if let Err(error) = self.take(input).await {
-                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged. The cancellation is
-                            // pulled by whom this error is returned to, so that it is the run's cause.
+                            // Staging cannot go on (a full disk): the run ends, and nothing more is merged. The
+                            // cancellation is pulled by whom this error is returned to, so that it is the run's cause.
                             outcome = Err(error);
                             open = false;
                             ready.clear();
@@ -179,23 +181,23 @@ impl Merge {
     async fn write_down(&mut self, flush: &mut Option<Flush>) {
         match flush {
             None if self.staging.is_due() => {
-                let behind = self.ledger.behind();
-                behind.iter().for_each(|(name, rows)| self.requests.request(name, *rows));
-                *flush = Some((behind.into_iter().collect(), Instant::now()));
+                let unstaged = self.ledger.unstaged();
+                unstaged.iter().for_each(|(name, rows)| self.requests.request(name, *rows));
+                *flush = Some((unstaged.into_iter().collect(), Instant::now()));
             }
             None => {}
-            Some((behind, since)) => {
-                behind.retain(|name, rows| {
+            Some((unstaged, since)) => {
+                unstaged.retain(|name, rows| {
                     let waits = self.ledger.staged_of(name).1 < *rows && !self.ledger.has_failed(name);
                     if !waits {
                         self.requests.withdraw(name);
                     }
                     waits
                 });
-                if !behind.is_empty() && since.elapsed() < FLUSH_FOR {
+                if !unstaged.is_empty() && since.elapsed() < FLUSH_FOR {
                     return;
                 }
-                behind.keys().for_each(|name| self.requests.withdraw(name));
+                unstaged.keys().for_each(|name| self.requests.withdraw(name));
                 *flush = None;
                 for (name, error) in self.staging.write_down(&self.ledger).await {
                     self.failed(&name, &error);
@@ -219,7 +221,7 @@ impl Merge {
                 let (name, rows) = (batch.resource_type.clone(), batch.keys.len() as u64);
                 self.staging.stage(*batch).await.map_err(|error| error.at(name.to_string()))?;
                 self.ledger.staged(&name, rows);
-                self.board.add(telemetry::STAGED, &name, rows);
+                self.counters.add(telemetry::STAGED, &name, rows);
                 Ok(())
             }
         }
@@ -232,22 +234,22 @@ impl Merge {
             ControlEvent::Page(page) => {
                 for file in page.files.iter().filter(|file| file.kind == FileKind::Output && !file.replayed) {
                     let label = file.declared.clone().unwrap_or_else(none);
-                    self.board.add(telemetry::FILES_EXPECTED, &label, 1);
-                    self.board.add(telemetry::RESOURCES_EXPECTED, &label, file.count.unwrap_or(0));
+                    self.counters.add(telemetry::FILES_EXPECTED, &label, 1);
+                    self.counters.add(telemetry::RESOURCES_EXPECTED, &label, file.count.unwrap_or(0));
                 }
             }
             ControlEvent::FileResumed(held) => {
                 self.staging.hold(held);
                 let label = self.ledger.declared(held.file).unwrap_or_else(none);
-                self.board.add(telemetry::FILES, &label, 1);
-                count_lines(&self.board, &label, held);
+                self.counters.add(telemetry::FILES, &label, 1);
+                count_lines(&self.counters, &label, held);
                 for (name, rows) in &held.rows {
-                    self.board.add(telemetry::STAGED, name, *rows);
+                    self.counters.add(telemetry::STAGED, name, *rows);
                 }
             }
             ControlEvent::Parsed(chunk) => {
                 let label = self.ledger.declared(chunk.file).unwrap_or_else(none);
-                count_lines(&self.board, &label, chunk);
+                count_lines(&self.counters, &label, chunk);
             }
             _ => {}
         }
@@ -262,7 +264,7 @@ impl Merge {
         self.staging.of(name).commits += 1;
         let earlier_commits = self.staging.of(name).commits - 1;
         if self.ledger.is_mixed(name) {
-            (self.mixed)(name)?;
+            (self.unrequested_type)(name)?;
         }
         let end = self.ledger.end_of(name);
         let hold = self.ledger.watermark_hold(name).filter(|_| end.is_some_and(|end| end.transaction_time.is_some()));
@@ -283,8 +285,8 @@ impl Merge {
         let deletions = deletions.unwrap_or_else(|| Deletions::new(&self.settings.scratch));
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
         // for gets its table though nothing came.
-        let asked = end.is_some_and(|end| end.asked.contains(name));
-        if table.version().is_none() && files.is_empty() && !asked {
+        let requested = end.is_some_and(|end| end.requested.contains(name));
+        if table.version().is_none() && files.is_empty() && !requested {
             let name = name.clone();
             return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default(), Copies::new())), None, 0.0) }));
         }
@@ -328,7 +330,8 @@ impl Merge {
             _ => return Ok(()),
         };
         let why = format!("rows not in the export would be deleted, but {why}; the table is unchanged");
-        Err(Error::new(ErrorKind::Data, why).with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
+        Err(Error::new(ErrorKind::Data, why)
+            .with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
     }
 
     fn record(&mut self, name: &ResourceType, result: Result<Commit>, left: Option<Vec<StagedFile>>, seconds: f64) {
@@ -349,7 +352,7 @@ impl Merge {
             Ok(Commit::Done(merged, copies)) => {
                 self.count_copies(name, &copies);
                 let rows = merged.inserted + merged.updated + merged.skipped;
-                self.board.add(telemetry::COMMITTED, name, rows);
+                self.counters.add(telemetry::COMMITTED, name, rows);
                 let outcome = &mut self.staging.of(name).outcome;
                 outcome.inserted += merged.inserted;
                 outcome.updated += merged.updated;
@@ -360,7 +363,8 @@ impl Merge {
                 outcome.committed |= merged.committed;
                 outcome.version = merged.version.or(outcome.version);
                 tracing::info!(
-                    resource_type = %name, version = merged.version, inserted = merged.inserted, updated = merged.updated,
+                    resource_type = %name, version = merged.version, inserted = merged.inserted,
+                    updated = merged.updated,
                     deleted = merged.deleted, skipped = merged.skipped, seconds,
                     "{}", if merged.committed { "committed" } else { "nothing to commit" }
                 );
@@ -383,7 +387,8 @@ impl Merge {
         }
     }
 
-    /// Reports resources that came more than once, where they are many: a server may write the same rows into several files.
+    /// Reports resources that came more than once, where they are many: a server may write the same rows into several
+    /// files.
     fn count_copies(&mut self, name: &ResourceType, copies: &Copies) {
         let of = &mut self.staging.of(name).outcome.copies;
         for (file, count) in copies {
@@ -427,7 +432,7 @@ impl Merge {
             outcome.quarantined = self.ledger.bad(&name);
             outcome.answered_for = self.ledger.is_answered_for(&name);
             outcome.watermark_hold = self.ledger.watermark_hold(&name).filter(|_| outcome.error.is_none());
-            report_copies(&self.board, &name, &mut outcome);
+            report_copies(&self.counters, &name, &mut outcome);
             (name.to_string(), outcome)
         });
         let types: BTreeMap<String, TypeOutcome> = types.collect();
@@ -449,7 +454,7 @@ impl Merge {
 }
 
 /// Says of a type that many of its resources came more than once; of few, nothing: an export is no snapshot.
-fn report_copies(board: &Counters, name: &ResourceType, outcome: &mut TypeOutcome) {
+fn report_copies(counters: &Counters, name: &ResourceType, outcome: &mut TypeOutcome) {
     let copies: u64 = outcome.copies.values().sum();
     if copies < LEAST_COPIES || copies * 10 < outcome.resources {
         outcome.copies.clear();
@@ -457,10 +462,11 @@ fn report_copies(board: &Counters, name: &ResourceType, outcome: &mut TypeOutcom
     }
     let files: Vec<&str> = outcome.copies.keys().take(SHOWN_FILES).map(String::as_str).collect();
     tracing::warn!(
-        resource_type = %name, copies, resources = outcome.resources, files = files.join(", "), of_files = outcome.copies.len(),
+        resource_type = %name, copies, resources = outcome.resources, files = files.join(", "),
+        of_files = outcome.copies.len(),
         "the server sent duplicate resources"
     );
-    board.add(telemetry::DEVIATIONS, &"the same resources came more than once".into(), copies);
+    counters.add(telemetry::DEVIATIONS, &"the same resources came more than once".into(), copies);
 }
 
 /// Copies of resources within a run below which nothing is said, and files that are named in a log.
@@ -468,17 +474,17 @@ const LEAST_COPIES: u64 = 10;
 const SHOWN_FILES: usize = 8;
 
 /// Counts what a file's lines were.
-fn count_lines(board: &Counters, declared: &ResourceType, lines: &ParsedChunk) {
+fn count_lines(counters: &Counters, declared: &ResourceType, lines: &ParsedChunk) {
     for (name, rows) in &lines.rows {
-        board.add(telemetry::PARSED, name, *rows);
+        counters.add(telemetry::PARSED, name, *rows);
     }
     for (name, count) in &lines.excluded {
-        board.add(telemetry::EXCLUDED, name, *count);
+        counters.add(telemetry::EXCLUDED, name, *count);
     }
     for (name, count) in &lines.bad {
-        board.add(telemetry::BAD_LINES, name.as_ref().unwrap_or(&telemetry::NO_TYPE.into()), *count);
+        counters.add(telemetry::BAD_LINES, name.as_ref().unwrap_or(&telemetry::NO_TYPE.into()), *count);
     }
-    board.add(telemetry::BYTES, declared, lines.bytes);
+    counters.add(telemetry::BYTES, declared, lines.bytes);
 }
 
 fn info(settings: &MergeSettings, end: Option<&ExportEnd>) -> BTreeMap<String, Value> {

@@ -201,8 +201,8 @@ pub struct RunContext {
 }
 
 impl RunContext {
-    /// Returns the workers. What else it holds is dropped: an edge closes when its last sender is gone, and ours must not outlive
-    /// the workers'.
+    /// Returns the workers. What else it holds is dropped: an edge closes when its last sender is gone, and ours must
+    /// not outlive the workers'.
     pub fn into_tasks(self) -> TaskGroup {
         self.tasks
     }

@@ -26,8 +26,8 @@ pub struct TypeOutcome {
     pub deleted: u64,
     /// Resources that the table has as new or newer.
     pub skipped: u64,
-    /// Of those, resources of a folder without the `meta.lastUpdated` (or any order) that the table's row has: nothing says that
-    /// they are newer.
+    /// Of those, resources of a folder without the `meta.lastUpdated` (or any order) that the table's row has: nothing
+    /// says that they are newer.
     #[serde(skip_serializing_if = "is_zero")]
     pub undated: u64,
     /// Bad lines.

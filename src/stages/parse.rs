@@ -14,11 +14,11 @@ use self::deletions::{NOT_DELETIONS, deletions, is_soft_deleted};
 use self::server_errors::Said;
 use crate::error::Result;
 use crate::messages::{
-    BadLine, BadLineSink, Chunk, ControlEvent, Deletion, ExportFile, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow,
-    ResourceType, RowKey, RowPosition, Rows, key_of,
+    BadLine, BadLineSink, Chunk, ControlEvent, Deletion, ExportFile, FileKind, LineId, MergeInput, ParsedChunk,
+    ParsedRow, ResourceType, RowKey, RowPosition, Rows, key_of,
 };
 use crate::telemetry;
-use fhir_arrow::tape::{Kind, Tape, Value, expanded_size_limit, parse_value, spread};
+use fhir_arrow::tape::{Kind, Tape, Value, expanded_size, expanded_size_limit, parse_value};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
 use flow::{Counters, Receiver, Sender};
 use foundation::instant::parse_instant;
@@ -49,7 +49,7 @@ pub struct Parse {
     /// Elements that resources are asked to be cut down to: `id`, or `Patient.id`.
     pub elements: Arc<[String]>,
     /// Counters.
-    pub board: Counters,
+    pub counters: Counters,
 }
 
 /// Kind of one line.
@@ -73,7 +73,8 @@ struct Names {
 
 impl Names {
     fn new() -> Self {
-        let mut known: Vec<ResourceType> = Model::r4().resource_types().iter().map(|name| Arc::from(name.as_str())).collect();
+        let mut known: Vec<ResourceType> =
+            Model::r4().resource_types().iter().map(|name| Arc::from(name.as_str())).collect();
         known.sort();
         Self { known }
     }
@@ -84,12 +85,14 @@ impl Names {
 }
 
 /// Rows without the tag, of types that are cut down: HAPI sends whole resources. Others cut down and do not say so.
-const NOT_CUT_DOWN: &str = "resources without SUBSETTED though source.elements is set: the server ignores it, or does not say so";
+const NOT_CUT_DOWN: &str =
+    "resources without SUBSETTED though source.elements is set: the server ignores it, or does not say so";
 
 impl Parse {
     /// Rows of a server's file that are not marked as cut down, though that was asked for (K12).
     fn came_whole(&self, file: &ExportFile, rows: &Rows) -> u64 {
-        let is_cut = |name: &str| self.elements.iter().any(|element| element.split_once('.').is_none_or(|(of, _)| of == name));
+        let is_cut =
+            |name: &str| self.elements.iter().any(|element| element.split_once('.').is_none_or(|(of, _)| of == name));
         if self.elements.is_empty() || file.replayed {
             return 0;
         }
@@ -110,14 +113,14 @@ impl Parse {
                 self.bad_lines.sync()?;
             }
             if not_deletions > 0 {
-                self.board.add(telemetry::DEVIATIONS, &NOT_DELETIONS.into(), not_deletions);
+                self.counters.add(telemetry::DEVIATIONS, &NOT_DELETIONS.into(), not_deletions);
             }
             let whole = self.came_whole(&chunk.file, &rows);
             if whole > 0 {
-                self.board.add(telemetry::DEVIATIONS, &NOT_CUT_DOWN.into(), whole);
+                self.counters.add(telemetry::DEVIATIONS, &NOT_CUT_DOWN.into(), whole);
             }
             for (severity, count) in outcomes {
-                self.board.add(telemetry::OUTCOME_ISSUES, &severity, count);
+                self.counters.add(telemetry::OUTCOME_ISSUES, &severity, count);
             }
             if !rows.by_type.is_empty() {
                 // The bytes now belong to the next edge's budget; holding both shares could never block
@@ -282,7 +285,8 @@ impl Work<'_> {
         let root = match parse_value(&mut self.tape, bytes, line.start, line.end) {
             Ok(root) => root,
             Err(fault) => {
-                // A page, an array or one resource over many lines; from a server, any text: it is no resource that is broken.
+                // A page, an array or one resource over many lines; from a server, any text: it is no resource that is
+                // broken.
                 let of_server = self.chunk.file.location.is_none();
                 let is_foreign = match bytes[line.start] {
                     b'{' => line.len() == 1,
@@ -304,13 +308,17 @@ impl Work<'_> {
                 // Nearly every line is of its file's own type, and need not be looked at again.
                 Ok(Line::Row(name, key)) if Some(&*name) == declared => Ok(Line::Row(name, key)),
                 // K18: the header of a block, in files that are organised by instances.
-                Ok(Line::Excluded(name)) if &*name == "Parameters" && declared != Some("Parameters") => Ok(Line::Header),
+                Ok(Line::Excluded(name)) if &*name == "Parameters" && declared != Some("Parameters") => {
+                    Ok(Line::Header)
+                }
                 meant => self.said.message(&self.chunk.file, value, &mut self.tally).map_or(meant, Ok),
             },
             FileKind::Deleted => {
                 let before = self.deletions.len();
                 let meant = deletions(self.names, value, &mut self.deletions, &mut self.not_deletions);
-                self.deletions[before..].iter().for_each(|gone| add(&mut self.tally.deleted, gone.resource_type.clone()));
+                self.deletions[before..]
+                    .iter()
+                    .for_each(|gone| add(&mut self.tally.deleted, gone.resource_type.clone()));
                 meant.map(|()| Line::Deletions)
             }
             FileKind::Outcome if type_of(value) == Some("OperationOutcome") => {
@@ -325,7 +333,7 @@ impl Work<'_> {
             && declared.is_some_and(|declared| declared != "Bundle");
         self.tally.foreign += u64::from(is_page && meant.is_ok());
         // Few are large enough to be looked at.
-        let spreads = || expanded_size_limit(nodes) > self.max_columns && spread(value) > self.max_columns;
+        let spreads = || expanded_size_limit(nodes) > self.max_columns && expanded_size(value) > self.max_columns;
         match meant {
             Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
             Ok(Line::Row(resource_type, key)) => {
@@ -410,7 +418,7 @@ impl Work<'_> {
             bytes,
             full_length,
         };
-        self.bad_lines.keep(&bad)?;
+        self.bad_lines.quarantine(&bad)?;
         self.is_kept = true;
         // Held against the type that the file declares, where that is one with a table.
         let declared = self.chunk.file.declared.clone().filter(|_| self.chunk.file.kind == FileKind::Output);

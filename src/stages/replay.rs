@@ -56,7 +56,9 @@ impl Replay {
             gathered.bytes.extend_from_slice(&line.bytes);
             gathered.bytes.push(b'\n');
             gathered.lines += 1;
-            if gathered.bytes.len() >= self.chunk_bytes && handle.block_on(self.chunks.send(gathered.chunk(file))).is_err() {
+            if gathered.bytes.len() >= self.chunk_bytes
+                && handle.block_on(self.chunks.send(gathered.chunk(file))).is_err()
+            {
                 return Ok(());
             }
         }

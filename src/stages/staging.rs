@@ -1,5 +1,5 @@
-//! Staged rows of a run, by type: files that are being written, files that are whole, deletions. And what of it is written
-//! down, so that a run that is killed or fails does not let the next one download it again.
+//! Staged rows of a run, by type: files that are being written, files that are whole, deletions. And what of it is
+//! written down, so that a run that is killed or fails does not let the next one download it again.
 
 mod checkpoint;
 
@@ -96,7 +96,7 @@ pub struct StagingSettings {
     /// Layout of tables that are created.
     pub layout: LayoutOptions,
     /// True if a later run can resume what is staged.
-    pub keep: Option<CheckpointPolicy>,
+    pub checkpoint: Option<CheckpointPolicy>,
 }
 
 /// Rows that earlier runs staged.
@@ -134,12 +134,17 @@ pub struct Staging {
     news_since: Option<Instant>,
     bytes_since: u64,
     /// Rows that encode still gathered when it was last written.
-    behind: Vec<(ResourceType, u64)>,
+    unstaged: Vec<(ResourceType, u64)>,
 }
 
 impl Staging {
     /// Nothing yet but what earlier runs staged. Tables that are not `opened` are opened when their rows come.
-    pub fn new(settings: StagingSettings, tables: Tables, opened: HashMap<ResourceType, Table>, earlier: Earlier) -> Self {
+    pub fn new(
+        settings: StagingSettings,
+        tables: Tables,
+        opened: HashMap<ResourceType, Table>,
+        earlier: Earlier,
+    ) -> Self {
         let Earlier { ours: again, others } = earlier;
         let listed: HashSet<String> = again.files.iter().chain(&others.files).map(|file| file.path.clone()).collect();
         Self {
@@ -158,7 +163,7 @@ impl Staging {
             files: 0,
             news_since: None,
             bytes_since: 0,
-            behind: Vec::new(),
+            unstaged: Vec::new(),
         }
     }
 
@@ -228,7 +233,8 @@ impl Staging {
             self.close_largest(StagingFile::size).await?;
         }
         let footer = |file: &StagingFile| file.footer_memory() as u64;
-        while self.types.values().filter_map(|stage| stage.open.as_ref()).map(footer).sum::<u64>() > self.settings.footers as u64
+        while self.types.values().filter_map(|stage| stage.open.as_ref()).map(footer).sum::<u64>()
+            > self.settings.footers as u64
         {
             self.close_largest(footer).await?;
         }
@@ -263,15 +269,21 @@ impl Staging {
         Ok(())
     }
 
-    /// Hands over what is staged of a type, to be merged; what earlier runs staged of it among it. An error where that is not
-    /// all that the ledger say: a type is never merged in part.
-    pub(super) async fn take(&mut self, name: &ResourceType, ledger: &Ledger) -> Result<(Vec<StagedFile>, Option<Deletions>)> {
+    /// Hands over what is staged of a type, to be merged; what earlier runs staged of it among it. An error where that
+    /// is not all that the ledger say: a type is never merged in part.
+    pub(super) async fn take(
+        &mut self,
+        name: &ResourceType,
+        ledger: &Ledger,
+    ) -> Result<(Vec<StagedFile>, Option<Deletions>)> {
         let table = self.table(name).await?;
         self.of(name).close_open(&table).await?;
-        let (ours, others) = std::mem::take(&mut self.again.files).into_iter().partition(|file| file.resource_type == *name);
+        let (ours, others) =
+            std::mem::take(&mut self.again.files).into_iter().partition(|file| file.resource_type == *name);
         self.again.files = others;
         self.read_again(name, ours, &table, ledger).await?;
-        let earlier = self.again.in_tables.iter().filter(|file| file.resource_type == *name).flat_map(|file| &file.by_file);
+        let earlier =
+            self.again.in_tables.iter().filter(|file| file.resource_type == *name).flat_map(|file| &file.by_file);
         let in_table: u64 = earlier.filter(|(index, _)| self.held.contains_key(index)).map(|(_, of)| of.rows).sum();
         let stage = self.types.entry(name.clone()).or_default();
         let handed = self.handed.entry(name.clone()).or_default();
@@ -283,7 +295,7 @@ impl Staging {
             return Err(Error::new(ErrorKind::State, why).with_hint("run again: what is missing is downloaded again"));
         }
         // Notes are for what is persisted only.
-        if self.settings.keep.is_some() {
+        if self.settings.checkpoint.is_some() {
             let columns = columns_of(name, &self.settings.layout, &table)?;
             stage.committing.extend(stage.staged.iter().map(|file| file.note(&table, &columns)));
         }
@@ -291,8 +303,14 @@ impl Staging {
     }
 
     /// Takes up what earlier runs staged of a type. Rows of files that come again do not count.
-    async fn read_again(&mut self, name: &ResourceType, files: Vec<StagedParquet>, table: &Table, ledger: &Ledger) -> Result<()> {
-        let Some(keep) = self.settings.keep.clone().filter(|_| !files.is_empty()) else { return Ok(()) };
+    async fn read_again(
+        &mut self,
+        name: &ResourceType,
+        files: Vec<StagedParquet>,
+        table: &Table,
+        ledger: &Ledger,
+    ) -> Result<()> {
+        let Some(checkpoint) = self.settings.checkpoint.clone().filter(|_| !files.is_empty()) else { return Ok(()) };
         let known: HashSet<u32> = ledger.listed().map(|(file, ..)| file.index).collect();
         let held: Arc<HashSet<u32>> = Arc::new(self.held.keys().copied().collect());
         let mut files = files.into_iter();
@@ -304,7 +322,7 @@ impl Staging {
                 table.discard_staged([file.path.as_str()]).await;
                 continue;
             }
-            let (keys, held, noted) = (keep.folder.keys_of(name, &file.path)?, held.clone(), file.clone());
+            let (keys, held, noted) = (checkpoint.folder.keys_of(name, &file.path)?, held.clone(), file.clone());
             let read = compute(tracing::Span::current(), async move { StagedFile::again(noted, &keys, &held) });
             match read.await? {
                 Ok(file) => {
@@ -336,7 +354,8 @@ impl Staging {
 
     /// The files that earlier runs staged rows of the type from are to come again.
     fn release(&mut self, name: &ResourceType) {
-        let of_type = self.held.iter().filter(|(_, rows)| rows.iter().any(|(of, _)| of == name)).map(|(index, _)| *index);
+        let of_type =
+            self.held.iter().filter(|(_, rows)| rows.iter().any(|(of, _)| of == name)).map(|(index, _)| *index);
         self.lost.extend(of_type);
     }
 

@@ -6,14 +6,32 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::lease::Lease;
 use crate::error::{Context, ErrorKind, Result};
 use foundation::secure_fs::{private_append, write_atomically};
 
+/// Protection of a document against other processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Protection {
+    /// It is written by the holder of the lease, and by nobody who has lost it.
+    ByLease,
+    /// It may be written by anybody, at any time.
+    None,
+}
+
+/// Returns true if `name` is directly in `folder`.
+pub(super) fn is_in(name: &str, folder: &str) -> bool {
+    let rest =
+        if folder.is_empty() { Some(name) } else { name.strip_prefix(folder).and_then(|rest| rest.strip_prefix('/')) };
+    rest.is_some_and(|rest| !rest.contains('/'))
+}
+
 /// A place for the files of a state. Names are relative, with `/` between their parts.
 ///
-/// Documents are small: they are read and replaced as a whole. Lines and keys may be large: they are in a local file, which
-/// [`Backend::publish`] makes durable.
+/// Documents are small: they are read and replaced as a whole. Lines and keys may be large: they are in a local file,
+/// which [`Backend::publish`] makes durable.
 pub(super) trait Backend: Debug + Send + Sync {
     /// Returns where `name` is, for messages and for other machines; the state itself where `name` is empty.
     fn location(&self, name: &str) -> String;
@@ -30,8 +48,8 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>>;
 
     /// Replaces a document by its whole new content or not at all; durable when it returns. Fails with
-    /// [`ErrorKind::Locked`] where the lease was lost.
-    fn replace(&self, name: &str, content: &[u8]) -> Result<()>;
+    /// [`ErrorKind::Locked`] where the lease was lost, unless it is not protected by it.
+    fn replace(&self, name: &str, content: &[u8], protection: Protection) -> Result<()>;
 
     /// Removes files; those that do not exist are passed over.
     fn remove(&self, names: &[String]) -> Result<()>;
@@ -41,7 +59,7 @@ pub(super) trait Backend: Debug + Send + Sync {
         self.remove(&self.list(folder)?)
     }
 
-    /// Returns the names of the files below `folder`, in their order.
+    /// Returns the names of the files directly in `folder`, in their order.
     fn list(&self, folder: &str) -> Result<Vec<String>>;
 
     /// Returns a local file with the content of `name`, up to date; it does not exist where `name` does not.
@@ -55,6 +73,9 @@ pub(super) trait Backend: Debug + Send + Sync {
         write_atomically(&self.local(name)?, content)?;
         self.publish(name)
     }
+
+    /// Returns what is locked while a document is read, changed and written.
+    fn changes(&self) -> &Mutex<()>;
 
     /// Takes the lease, or says who holds it.
     fn acquire(self: Arc<Self>, owner: &str) -> Result<Lease>;
@@ -92,7 +113,9 @@ impl LogFile {
 
     /// Appends `lines`, each with its line feed. Durable after [`LogFile::sync`].
     pub(super) fn append(&mut self, lines: &[u8]) -> Result<()> {
-        self.file.write_all(lines).context(ErrorKind::State, format!("{} cannot be written", self.backend.location(&self.name)))
+        self.file
+            .write_all(lines)
+            .context(ErrorKind::State, format!("{} cannot be written", self.backend.location(&self.name)))
     }
 
     /// Makes what was appended durable.

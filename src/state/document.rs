@@ -2,6 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -16,13 +17,15 @@ pub enum OnDamage {
 
 /// A document of the state.
 ///
-/// A file without a `version` member is of version 1. A change of its form that an older fhirlake would read wrongly raises
-/// [`Document::VERSION`]; a new field with a default does not.
+/// A file without a `version` member is of version 1. A change of its form that an older fhirlake would read wrongly
+/// raises [`Document::VERSION`]; a new field with a default does not.
 pub trait Document: Serialize + DeserializeOwned {
     /// Its file in the state.
     const NAME: &'static str;
     /// The version that this program writes, and the newest that it reads.
     const VERSION: u32 = 1;
+    /// True if only the holder of the lease writes it.
+    const IS_LEASED: bool = true;
     /// Treatment of one that cannot be read.
     const ON_DAMAGE: OnDamage;
 }
@@ -36,18 +39,15 @@ struct Versioned<'a, D> {
 
 #[derive(Deserialize)]
 struct Probe {
-    #[serde(default = "first")]
-    version: u32,
-}
-
-fn first() -> u32 {
-    1
+    /// Others may have put a member of this name there.
+    #[serde(default)]
+    version: Value,
 }
 
 /// Returns a document's text.
 pub(super) fn encode<D: Document>(document: &D) -> Result<Vec<u8>> {
-    let mut text =
-        serde_json::to_vec_pretty(&Versioned { version: D::VERSION, document }).context(ErrorKind::Internal, D::NAME)?;
+    let mut text = serde_json::to_vec_pretty(&Versioned { version: D::VERSION, document })
+        .context(ErrorKind::Internal, D::NAME)?;
     text.push(b'\n');
     Ok(text)
 }
@@ -59,10 +59,12 @@ pub(super) fn decode<D: Document>(text: &[u8], location: &str) -> Result<Option<
             Error::new(ErrorKind::State, format!("{location}: not a fhirlake state file: {}", without_values(&error)))
         };
         let probe: Probe = serde_json::from_slice(text).map_err(is_none)?;
-        if probe.version > D::VERSION {
-            let (version, known) = (probe.version, D::VERSION);
+        if let Some(version) = probe.version.as_u64().filter(|version| *version > u64::from(D::VERSION)) {
+            let known = D::VERSION;
             let what = format!("{location} is of version {version}, and this fhirlake knows versions up to {known}");
-            return Err(Error::new(ErrorKind::State, what).with_hint("run the newer fhirlake that wrote it, or a later one"));
+            return Err(
+                Error::new(ErrorKind::State, what).with_hint("run the newer fhirlake that wrote it, or a later one")
+            );
         }
         serde_json::from_slice(text).map_err(is_none)
     };
@@ -113,7 +115,8 @@ mod tests {
         const ON_DAMAGE: OnDamage = OnDamage::Rebuild("the cache is built again");
     }
 
-    // Breaks if a document cannot be read again, if one of an earlier version cannot, or if a newer one is read wrongly.
+    // Breaks if a document cannot be read again, if one of an earlier version cannot, or if a newer one is read
+    // wrongly.
     #[test]
     fn versions() {
         let note = Note { text: "a".into(), count: 1 };
@@ -121,16 +124,18 @@ mod tests {
         assert!(text.starts_with(b"{\n  \"version\": 2,"), "{}", String::from_utf8_lossy(&text));
         assert_eq!(decode::<Note>(&text, "x").unwrap(), Some(note));
         assert_eq!(decode::<Note>(br#"{"text":"b"}"#, "x").unwrap(), Some(Note { text: "b".into(), count: 0 }));
+        let of_others = br#"{"version":"1.2","text":"b"}"#;
+        assert_eq!(decode::<Note>(of_others, "x").unwrap().unwrap().text, "b");
         let error = decode::<Note>(br#"{"version":3,"text":"b"}"#, "/s/note.json").unwrap_err();
         assert_eq!(error.to_string(), "/s/note.json is of version 3, and this fhirlake knows versions up to 2");
         assert!(error.hint().unwrap().contains("newer fhirlake"));
     }
 
-    // Breaks if damage passes for an empty document where nothing can rebuild it, if it fails one that can be rebuilt, or if
-    // a value is shown.
+    // Breaks if damage passes for an empty document where nothing can rebuild it, if it fails one that can be rebuilt,
+    // or if a value is shown.
     #[test]
     fn damage() {
-        for text in ["", "{", "[]", "3", r#"{"text": 3}"#, r#"{"text":"b","count":"secret"}"#, r#"{"version":"x","text":"b"}"#] {
+        for text in ["", "{", "[]", "3", r#"{"text": 3}"#, r#"{"text":"b","count":"secret"}"#, r#"{"version":1}"#] {
             let error = decode::<Note>(text.as_bytes(), "note.json").unwrap_err();
             assert_eq!((error.kind(), error.hint()), (ErrorKind::State, Some("move it away")));
             assert!(!error.to_string().contains("secret"), "{error}");

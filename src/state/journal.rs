@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::backend::Backend;
+use super::backend::{Backend, Protection};
 use crate::error::{Context, ErrorKind, Result};
 use foundation::fault_points::reached;
 
@@ -49,7 +49,7 @@ impl Journal {
             text.push(b'\n');
         }
         reached("before the journal");
-        self.backend.replace(NAME, &text)?;
+        self.backend.replace(NAME, &text, Protection::ByLease)?;
         reached("the journal is written");
         Ok(())
     }
@@ -87,7 +87,12 @@ mod tests {
         assert!(journal.unfinished().unwrap().is_empty());
         let began = JournalEntry::Began { run: "r1".into(), types: vec!["Patient".into()] };
         journal.write(began.clone()).unwrap();
-        std::fs::OpenOptions::new().append(true).open(folder.path().join(NAME)).unwrap().write_all(b"{\"step\":\"acc").unwrap();
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(folder.path().join(NAME))
+            .unwrap()
+            .write_all(b"{\"step\":\"acc")
+            .unwrap();
         assert_eq!(journal.unfinished().unwrap(), std::slice::from_ref(&began));
         // What follows a line that was cut is not lost with it.
         let next = JournalEntry::Began { run: "r1b".into(), types: vec![] };

@@ -1,7 +1,7 @@
 //! The lease, which keeps two runs off one pipeline.
 //!
-//! In a folder it is a file lock of the operating system: it goes with the process, however that ends, so there is no heartbeat
-//! to miss and no stale lock to break. In an object store it is an object with an owner and an expiry.
+//! In a folder it is a file lock of the operating system: it goes with the process, however that ends, so there is no
+//! heartbeat to miss and no stale lock to break. In an object store it is an object with an owner and an expiry.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -74,7 +74,10 @@ impl FileLock {
                 let _ = file.read_to_string(&mut owner);
                 let owner = owner.trim();
                 let owner = if owner.is_empty() { String::new() } else { format!(" ({owner})") };
-                return Err(Error::new(ErrorKind::Locked, format!("another run holds this pipeline{owner}: {}", path.display())));
+                return Err(Error::new(
+                    ErrorKind::Locked,
+                    format!("another run holds this pipeline{owner}: {}", path.display()),
+                ));
             }
             Err(std::fs::TryLockError::Error(error)) => return Err(error).context(ErrorKind::State, failed()),
         }

@@ -3,11 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::backend::Backend;
+use parking_lot::Mutex;
+
+use super::backend::{Backend, Protection, is_in};
 use super::lease::{FileLock, Lease};
 use super::{LOCK, SCRATCH, STATE_FILE};
 use crate::error::{Context, Error, ErrorKind, Result};
 use foundation::secure_fs::{private_dir, write_atomically};
+
+/// Locked while a document is changed, in whichever folder: parts of a process open the same one more than once.
+static CHANGES: Mutex<()> = Mutex::new(());
 
 /// A folder.
 #[derive(Debug)]
@@ -49,7 +54,7 @@ impl Backend for LocalFolder {
         }
     }
 
-    fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
+    fn replace(&self, name: &str, content: &[u8], _protection: Protection) -> Result<()> {
         let path = self.path(name);
         if let Some(folder) = path.parent() {
             private_dir(folder)?;
@@ -80,6 +85,7 @@ impl Backend for LocalFolder {
 
     fn list(&self, folder: &str) -> Result<Vec<String>> {
         let mut names = files_below(&self.folder.join(folder), folder);
+        names.retain(|name| is_in(name, folder));
         names.sort();
         Ok(names)
     }
@@ -90,6 +96,10 @@ impl Backend for LocalFolder {
 
     fn publish(&self, _name: &str) -> Result<()> {
         Ok(())
+    }
+
+    fn changes(&self) -> &Mutex<()> {
+        &CHANGES
     }
 
     fn acquire(self: Arc<Self>, owner: &str) -> Result<Lease> {

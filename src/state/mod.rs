@@ -1,7 +1,7 @@
 //! The state of a pipeline between runs: typed, versioned documents, the lease, the journal, reports and quarantine.
 //!
-//! [`StateStore`] is the same for a folder of this machine (write, fsync, rename) and for an object store (conditional puts).
-//! All but the quarantine and the export jobs can be rebuilt from the tables.
+//! [`StateStore`] is the same for a folder of this machine (write, fsync, rename) and for an object store (conditional
+//! puts). All but the quarantine and the export jobs can be rebuilt from the tables.
 //!
 //! ```text
 //! state.json                 last_sync_time, as the Python sync script has it; watermarks     StateFile
@@ -40,7 +40,7 @@ use chrono::{DateTime, Utc};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use self::backend::{Backend, LogFile};
+use self::backend::{Backend, LogFile, Protection};
 use self::local::LocalFolder;
 use self::object_store::ObjectFolder;
 use crate::error::{Context, ErrorKind, Result};
@@ -84,6 +84,7 @@ impl FromIterator<(String, DateTime<Utc>)> for ScheduleTimes {
 
 impl Document for ScheduleTimes {
     const NAME: &'static str = "schedule.json";
+    const IS_LEASED: bool = false;
     // No reason never to run again.
     const ON_DAMAGE: OnDamage = OnDamage::Rebuild("the schedule's times are not readable; counting from now");
 }
@@ -138,11 +139,13 @@ impl StateStore {
 
     /// Replaces a document; durable when it returns.
     pub fn write<D: Document>(&self, document: &D) -> Result<()> {
-        self.backend.replace(D::NAME, &document::encode(document)?)
+        let protection = if D::IS_LEASED { Protection::ByLease } else { Protection::None };
+        self.backend.replace(D::NAME, &document::encode(document)?, protection)
     }
 
     /// Changes a document; durable when it returns. What is not changed is not written.
     pub fn change<D: Document + Default + Clone + PartialEq>(&self, change: impl FnOnce(&mut D)) -> Result<()> {
+        let _changes = self.backend.changes().lock();
         let before: D = self.read()?;
         let mut after = before.clone();
         change(&mut after);
@@ -195,7 +198,8 @@ impl StateStore {
         Arc::new(move || backend.check())
     }
 
-    /// Returns a local folder for what does not fit into memory. It holds patient data, and goes with the next run at the latest.
+    /// Returns a local folder for what does not fit into memory. It holds patient data, and goes with the next run at
+    /// the latest.
     pub fn scratch(&self) -> PathBuf {
         self.backend.scratch()
     }
@@ -230,6 +234,11 @@ impl StateStore {
     /// Returns all lines in quarantine, with the run that each came in.
     pub fn quarantined(&self) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
         quarantine::lines(&self.backend)
+    }
+
+    /// Returns the number of lines in quarantine.
+    pub fn quarantined_lines(&self) -> Result<u64> {
+        self.quarantined().try_fold(0, |lines, line| line.map(|_| lines + 1))
     }
 
     /// Returns how many lines a run can retry, by the type that their file declared.
@@ -286,38 +295,45 @@ impl StateStore {
         self.backend.location(&report_of(run))
     }
 
-    /// Persists a run's report, a document of its own in the folder [`Document::NAME`]. Reports and logs of the newest hundred
-    /// runs stay.
+    /// Persists a run's report, a document of its own in the folder [`Document::NAME`]. Reports and logs of the newest
+    /// hundred runs stay.
     pub fn save_report<R: Document>(&self, run: &str, report: &R) -> Result<()> {
-        self.backend.replace(&report_of(run), &document::encode(report)?)?;
-        let mut names = self.backend.list(REPORTS)?;
-        names.retain(|name| name.ends_with(".json"));
-        let Some(oldest) = names.len().checked_sub(RUNS_KEPT).and_then(|first| names.get(first)) else { return Ok(()) };
-        let oldest = run_of(oldest).to_owned();
-        let mut old = Vec::new();
-        for folder in BY_RUN {
-            old.extend(self.backend.list(folder)?.into_iter().filter(|name| *run_of(name) < *oldest));
-        }
-        if let Err(error) = self.backend.remove(&old) {
+        self.backend.replace(&report_of(run), &document::encode(report)?, Protection::None)?;
+        if let Err(error) = self.remove_old_runs() {
             tracing::warn!(%error, "reports of old runs could not be removed; the next run retries");
         }
         Ok(())
     }
 
-    /// Returns the reports of the newest runs, the newest first. One that cannot be read is left out.
-    pub fn reports<R: Document>(&self) -> impl Iterator<Item = R> + use<R> {
-        let mut names = self.backend.list(REPORTS).unwrap_or_default();
-        names.retain(|name| name.ends_with(".json"));
-        let backend = self.backend.clone();
-        names.into_iter().rev().filter_map(move |name| {
-            let text = std::fs::read(backend.local(&name).ok()?).ok()?;
-            document::decode(&text, &backend.location(&name)).ok()?
-        })
+    fn remove_old_runs(&self) -> Result<()> {
+        let names = self.report_names()?;
+        let Some(oldest) = names.len().checked_sub(RUNS_KEPT).and_then(|first| names.get(first)) else { return Ok(()) };
+        let oldest = run_of(oldest);
+        let mut old = Vec::new();
+        for folder in BY_RUN {
+            old.extend(self.backend.list(folder)?.into_iter().filter(|name| run_of(name) < oldest));
+        }
+        self.backend.remove(&old)
     }
 
-    /// Returns true if a run has left a report.
+    fn report_names(&self) -> Result<Vec<String>> {
+        let mut names = self.backend.list(REPORTS)?;
+        names.retain(|name| name.ends_with(".json"));
+        Ok(names)
+    }
+
+    /// Returns the reports of the newest runs, the newest first. One that cannot be read is left out.
+    pub fn reports<R: Document>(&self) -> Result<impl Iterator<Item = R> + use<R>> {
+        let (names, backend) = (self.report_names()?, self.backend.clone());
+        Ok(names.into_iter().rev().filter_map(move |name| {
+            let text = std::fs::read(backend.local(&name).ok()?).ok()?;
+            document::decode(&text, &backend.location(&name)).ok()?
+        }))
+    }
+
+    /// Returns true if a run has left a report, or may have.
     pub fn has_report(&self, run: &str) -> bool {
-        self.backend.local(&report_of(run)).is_ok_and(|file| file.exists())
+        self.backend.local(&report_of(run)).map_or(true, |file| file.exists())
     }
 }
 

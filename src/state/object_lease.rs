@@ -1,5 +1,5 @@
-//! The lease of a state in an object store: an object that is taken, renewed and released by conditional puts, and judged by
-//! the store's own clock.
+//! The lease of a state in an object store: an object that is taken, renewed and released by conditional puts, and
+//! judged by the store's own clock.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -40,6 +40,11 @@ pub(super) struct HeldLease {
 }
 
 impl HeldLease {
+    /// Notes that another holds it.
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
     /// A holder that could not renew it in time must think it another's, whatever the store says.
     pub(super) fn is_ours(&self, expiry: Duration) -> bool {
         let (steady, wall) = *self.renewed.lock();
@@ -60,8 +65,8 @@ fn text_of(owner: &str, token: &str, free: bool) -> Vec<u8> {
     serde_json::to_vec(&LeaseText { owner, token, free, turn }).unwrap_or_default()
 }
 
-/// Returns what the lease's object says, its version, and how long ago by the store's own clock it was written. The age of one
-/// that was released is not asked for.
+/// Returns what the lease's object says, its version, and how long ago by the store's own clock it was written. The age
+/// of one that was released is not asked for.
 async fn look(store: &dyn ObjectStore) -> Result<Option<(LeaseText, UpdateVersion, Duration)>> {
     let failed = "the lease";
     let got = match store.get(&ObjectPath::from(LOCK)).await {
@@ -99,8 +104,8 @@ impl ObjectFolder {
         (!there.0.free && there.2 <= expiry + Duration::from_secs(1)).then_some(there.0.owner)
     }
 
-    /// Takes the lease, or says who holds it, and forgets what this process knew of the state. Every step is a conditional
-    /// put: of two that try, one has it.
+    /// Takes the lease, or says who holds it, and forgets what this process knew of the state. Every step is a
+    /// conditional put: of two that try, one has it.
     pub(super) fn lock(self: &Arc<Self>, owner: &str) -> Result<ObjectLease> {
         let (store, owner, url, expiry) = (self.store.clone(), owner.to_owned(), &self.url, self.expiry);
         let began = Instant::now();
@@ -144,16 +149,19 @@ impl ObjectFolder {
         if let Some(runtime) = &self.runtime {
             runtime.spawn(async move { renew(&*store, &renewing, expiry).await });
         }
-        self.forget();
+        self.forget()?;
         self.stale.store(false, Ordering::Release);
         Ok(ObjectLease { folder: self.clone(), held })
     }
 }
 
+/// Renewals of a lease within its expiry (`lock_expiry` says so to users).
+const RENEWALS: u32 = 5;
+
 /// Renews a lease until it is released or lost.
 async fn renew(store: &dyn ObjectStore, held: &HeldLease, expiry: Duration) {
     loop {
-        tokio::time::sleep(expiry / 5).await;
+        tokio::time::sleep(expiry / RENEWALS).await;
         if held.over.load(Ordering::Acquire) {
             return;
         }
@@ -194,7 +202,8 @@ impl Drop for ObjectLease {
         let given = self.folder.wait(async move {
             let version = held.version.lock().await.clone();
             let options = PutOptions { mode: PutMode::Update(version), ..PutOptions::default() };
-            let put = store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, true).into(), options).await;
+            let put =
+                store.put_opts(&ObjectPath::from(LOCK), text_of(&held.owner, &held.token, true).into(), options).await;
             put.map(drop).context(ErrorKind::State, "the lease")
         });
         if let Err(error) = given {
@@ -205,7 +214,7 @@ impl Drop for ObjectLease {
 
 #[cfg(test)]
 mod tests {
-    use super::super::backend::Backend;
+    use super::super::backend::{Backend, Protection};
     use super::super::object_store::tests::folder;
     use super::*;
 
@@ -231,11 +240,15 @@ mod tests {
         std::thread::sleep(Duration::from_millis(3_300));
         let third = one.lock("third").unwrap();
         assert_eq!(other.check().unwrap_err().kind(), ErrorKind::Locked);
-        assert_eq!(other.replace("state.json", b"old").unwrap_err().kind(), ErrorKind::Locked);
+        assert_eq!(other.replace("state.json", b"old", Protection::ByLease).unwrap_err().kind(), ErrorKind::Locked);
         drop(taken);
         let local = other.local("journal.ndjson").unwrap();
         std::fs::write(local, b"old").unwrap();
-        assert_eq!(other.publish("journal.ndjson").unwrap_err().kind(), ErrorKind::Locked, "what it has is another's now");
+        assert_eq!(
+            other.publish("journal.ndjson").unwrap_err().kind(),
+            ErrorKind::Locked,
+            "what it has is another's now"
+        );
         assert_eq!(other.lock_holder().as_deref(), Some("third"));
         drop(third);
     }

@@ -1,7 +1,9 @@
-//! A state in an object store: documents are read and put as objects, each put conditional on the version that was read.
+//! A state in an object store: documents are read and put as objects, each put conditional on the version that was
+//! read.
 //!
-//! Lines and keys, which grow or are large, are in local files, one private folder for each process; [`Backend::publish`] puts
-//! them. The folder goes with the process; one that a killed process leaves holds patient data and is private.
+//! Lines and keys, which grow or are large, are in local files, one private folder for each process;
+//! [`Backend::publish`] puts them. The folder goes with the process; one that a killed process leaves holds patient
+//! data and is private.
 
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
@@ -16,7 +18,7 @@ use futures::stream::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion, WriteMultipart};
 
-use super::backend::Backend;
+use super::backend::{Backend, Protection, is_in};
 use super::lease::Lease;
 use super::local::files_below;
 use super::object_lease::HeldLease;
@@ -30,9 +32,13 @@ pub(super) const CLOCK: &str = "clock-";
 const AT_ONCE: usize = 16;
 /// Bytes of a part of an object.
 const PART: usize = 8 << 20;
-/// Time for which a document that was read is not read again by a process that does not hold the lease, such as one that shows a
-/// status page. Who holds the lease is the only writer.
-const FRESH: Duration = Duration::from_secs(5);
+/// Time for which a document that was read is not read again by a process that does not hold the lease, such as one
+/// that shows a status page. Who holds the lease is the only writer.
+const FRESH: Duration = Duration::from_secs(60);
+/// Time for which a put is repeated to which no answer came, and the pauses between two.
+const RETRY_FOR: Duration = Duration::from_secs(120);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LAST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The states of this process, so that all its parts share one lease and one copy of each file.
 static OPEN: Mutex<BTreeMap<String, Weak<ObjectFolder>>> = Mutex::new(BTreeMap::new());
@@ -64,11 +70,13 @@ pub(super) struct ObjectFolder {
     /// Its own, since those who write state do so where they cannot wait for a future.
     pub(super) runtime: Option<tokio::runtime::Runtime>,
     documents: Mutex<HashMap<String, KnownDocument>>,
+    changes: Mutex<()>,
     known: Mutex<HashMap<String, KnownFile>>,
     /// Time after its last renewal at which a lease expires.
     pub(super) expiry: Duration,
     pub(super) held: Mutex<Option<Arc<HeldLease>>>,
-    /// A lease was lost, and what this process knows is what it was then: nothing may be written before it is taken again.
+    /// A lease was lost, and what this process knows is what it was then: nothing may be written before it is taken
+    /// again.
     pub(super) stale: AtomicBool,
 }
 
@@ -89,7 +97,11 @@ impl Drop for ObjectFolder {
 
 impl ObjectFolder {
     /// Returns the folder at `url`, whose store `open` gives: the one that this process has open, or a new one.
-    pub(super) fn open(url: &str, expiry: Duration, open: impl FnOnce() -> Result<Arc<dyn ObjectStore>>) -> Result<Arc<Self>> {
+    pub(super) fn open(
+        url: &str,
+        expiry: Duration,
+        open: impl FnOnce() -> Result<Arc<dyn ObjectStore>>,
+    ) -> Result<Arc<Self>> {
         let mut opened = OPEN.lock();
         if let Some(folder) = opened.get(url).and_then(Weak::upgrade) {
             return Ok(folder);
@@ -115,6 +127,7 @@ impl ObjectFolder {
             files,
             runtime: Some(runtime),
             documents: Mutex::default(),
+            changes: Mutex::default(),
             known: Mutex::default(),
             expiry,
             held: Mutex::default(),
@@ -141,15 +154,18 @@ impl ObjectFolder {
         answered.recv().map_err(|_| gone())?
     }
 
-    /// Forgets what this process knows: another may have written since.
-    pub(super) fn forget(&self) {
+    /// Forgets what this process knows: another may have written since. Reports stay, which nobody changes.
+    pub(super) fn forget(&self) -> Result<()> {
         self.documents.lock().clear();
         let mut known = self.known.lock();
-        known.clear();
-        for name in files_below(self.files.path(), "").iter().filter(|name| !name.starts_with(SCRATCH)) {
-            // One that stays is replaced when it is read.
-            let _ = std::fs::remove_file(self.files.path().join(name));
+        let files = files_below(self.files.path(), "");
+        for name in files.iter().filter(|name| !name.starts_with(SCRATCH) && !is_immutable(name)) {
+            let path = self.files.path().join(name);
+            std::fs::remove_file(&path).context(ErrorKind::State, format!("{} cannot be removed", path.display()))?;
+            known.remove(name);
         }
+        known.retain(|name, _| is_immutable(name));
+        Ok(())
     }
 
     /// Returns true while this process holds the lease, and so is the only writer.
@@ -157,20 +173,71 @@ impl ObjectFolder {
         self.held.lock().as_ref().is_some_and(|held| held.is_ours(self.expiry))
     }
 
-    /// Puts a document where it still is what this process last read or put.
-    async fn put_document(store: &dyn ObjectStore, name: &str, content: Vec<u8>, mode: PutMode) -> Result<Option<UpdateVersion>> {
-        let (path, options) = (ObjectPath::from(name), PutOptions { mode, ..PutOptions::default() });
-        match store.put_opts(&path, content.clone().into(), options).await {
-            Ok(put) => Ok(Some(put.into())),
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                // An answer that was lost, and the put retried: then it is our own content.
-                let got = store.get(&path).await.context(ErrorKind::State, "an object")?;
-                let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
-                let there = got.bytes().await.context(ErrorKind::State, "an object")?;
-                Ok((*there == *content).then_some(version))
-            }
-            Err(error) => Err(error).context(ErrorKind::State, "an object"),
+    /// Reads a document from the store.
+    fn fetch_document(&self, name: &str) -> Result<KnownDocument> {
+        let (store, path, read) = (self.store.clone(), ObjectPath::from(name), Instant::now());
+        let got = self.wait(async move { get_document(&*store, &path).await });
+        let (content, version) = got.map_err(|error| self.failed(&format!("{name} cannot be read"), error))?;
+        Ok(KnownDocument { content, version, read })
+    }
+
+    /// Notes that another process has written although this one took the lease: it commits and writes nothing more.
+    fn lose_lease(&self, name: &str) -> Error {
+        if let Some(held) = self.held.lock().as_ref() {
+            held.lose();
         }
+        let what =
+            format!("{}: another process has replaced it, so it holds the lease of this run", self.location(name));
+        Error::new(ErrorKind::Locked, what)
+    }
+}
+
+type Versioned = (Option<Vec<u8>>, Option<UpdateVersion>);
+
+async fn get_document(store: &dyn ObjectStore, path: &ObjectPath) -> Result<Versioned> {
+    match store.get(path).await {
+        Ok(got) => {
+            let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+            Ok((Some(got.bytes().await.context(ErrorKind::State, "an object")?.to_vec()), Some(version)))
+        }
+        Err(object_store::Error::NotFound { .. }) => Ok((None, None)),
+        Err(error) => Err(error).context(ErrorKind::State, "an object"),
+    }
+}
+
+/// Puts a document where it still is what `before` says; `None` where it is not. A store's client does not repeat a put
+/// with a condition, since it cannot know whether the first one counted: reading it back tells.
+async fn put_document(
+    store: &dyn ObjectStore,
+    path: &ObjectPath,
+    content: Vec<u8>,
+    before: Versioned,
+) -> Result<Option<UpdateVersion>> {
+    let mut pause = FIRST_PAUSE;
+    let began = Instant::now();
+    let mut before = before;
+    loop {
+        let mode = before.1.clone().map_or(PutMode::Create, PutMode::Update);
+        let options = PutOptions { mode, ..PutOptions::default() };
+        let error = match store.put_opts(path, content.clone().into(), options).await {
+            Ok(put) => return Ok(Some(put.into())),
+            Err(error) => error,
+        };
+        let is_refused =
+            matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. });
+        match get_document(store, path).await {
+            Ok((Some(there), version)) if there == content => return Ok(version),
+            // Stores may give an object another version without another content.
+            Ok((there, version)) if there == before.0 => before = (there, version),
+            Ok(_) => return Ok(None),
+            Err(unread) if is_refused => return Err(unread),
+            Err(_) => {}
+        }
+        if began.elapsed() > RETRY_FOR {
+            return Err(error).context(ErrorKind::State, "an object");
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
     }
 }
 
@@ -191,46 +258,40 @@ impl Backend for ObjectFolder {
         {
             return Ok(known.content.clone());
         }
-        let (store, path, read) = (self.store.clone(), ObjectPath::from(name), Instant::now());
-        let got = self.wait(async move {
-            match store.get(&path).await {
-                Ok(got) => {
-                    let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
-                    let content = got.bytes().await.context(ErrorKind::State, "an object")?.to_vec();
-                    Ok((Some(content), Some(version)))
-                }
-                Err(object_store::Error::NotFound { .. }) => Ok((None, None)),
-                Err(error) => Err(error).context(ErrorKind::State, "an object"),
-            }
-        });
-        let (content, version) = got.map_err(|error| self.failed(&format!("{name} cannot be read"), error))?;
-        documents.insert(name.to_owned(), KnownDocument { content: content.clone(), version, read });
+        let known = self.fetch_document(name)?;
+        let content = known.content.clone();
+        documents.insert(name.to_owned(), known);
         Ok(content)
     }
 
-    fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
-        self.check()?;
+    fn replace(&self, name: &str, content: &[u8], protection: Protection) -> Result<()> {
+        // Locked first: what is true of the lease is true of the put.
         let mut documents = self.documents.lock();
-        // Who does not hold the lease writes what no other machine does, such as a report of its own run.
-        let mode = match documents.get(name).filter(|_| self.is_held()) {
-            None => PutMode::Overwrite,
-            Some(KnownDocument { version: Some(version), .. }) => PutMode::Update(version.clone()),
-            Some(KnownDocument { version: None, .. }) => PutMode::Create,
-        };
-        let (store, object, content) = (self.store.clone(), name.to_owned(), content.to_vec());
+        let is_leased = self.held.lock().is_some();
+        if protection == Protection::ByLease {
+            self.check()?;
+        }
+        let (store, path, content) = (self.store.clone(), ObjectPath::from(name), content.to_vec());
         let body = content.clone();
-        let put = self.wait(async move { Self::put_document(&*store, &object, body, mode).await });
+        let put = if protection == Protection::ByLease && is_leased {
+            let known = match documents.remove(name) {
+                Some(known) => known,
+                None => self.fetch_document(name)?,
+            };
+            let before = (known.content, known.version);
+            self.wait(async move { put_document(&*store, &path, body, before).await })
+        } else {
+            documents.remove(name);
+            let put = async move { store.put(&path, body.into()).await.context(ErrorKind::State, "an object") };
+            self.wait(async move { put.await.map(|put| Some(UpdateVersion::from(put))) })
+        };
         match put.map_err(|error| self.failed(&format!("{name} cannot be written"), error))? {
             version @ Some(_) => {
-                documents.insert(name.to_owned(), KnownDocument { content: Some(content), version, read: Instant::now() });
+                let known = KnownDocument { content: Some(content), version, read: Instant::now() };
+                documents.insert(name.to_owned(), known);
                 Ok(())
             }
-            None => {
-                documents.remove(name);
-                let what =
-                    format!("{}: another process has replaced it, and this run had locked the pipeline", self.location(name));
-                Err(Error::new(ErrorKind::Locked, what))
-            }
+            None => Err(self.lose_lease(name)),
         }
     }
 
@@ -239,7 +300,8 @@ impl Backend for ObjectFolder {
             return Ok(());
         }
         self.check()?;
-        let (store, paths) = (self.store.clone(), names.iter().map(|name| ObjectPath::from(name.as_str())).collect::<Vec<_>>());
+        let (store, paths) =
+            (self.store.clone(), names.iter().map(|name| ObjectPath::from(name.as_str())).collect::<Vec<_>>());
         let removed = self.wait(async move {
             let removals = paths.into_iter().map(|path| {
                 let store = store.clone();
@@ -271,7 +333,7 @@ impl Backend for ObjectFolder {
         let mut names = listed.map_err(|error| self.failed("cannot be listed", error))?;
         // What this process has written and not yet put.
         names.extend(files_below(&self.files.path().join(folder), folder));
-        names.retain(|name| is_of_the_state(name));
+        names.retain(|name| is_of_the_state(name) && is_in(name, folder));
         names.sort();
         names.dedup();
         Ok(names)
@@ -280,12 +342,14 @@ impl Backend for ObjectFolder {
     fn local(&self, name: &str) -> Result<PathBuf> {
         let path = local_path(self.files.path(), name)?;
         let mut known = self.known.lock();
-        let tag = match (known.get(name), fingerprint(&path)) {
+        let here = fingerprint(&path);
+        let tag = match (known.get(name), here) {
             // Written here and not yet put: it is ahead of the object.
             (of_object, Some(here)) if of_object.is_none_or(|of_object| of_object.file != here) => return Ok(path),
-            (Some(_), Some(_)) if self.is_held() => return Ok(path),
-            (Some(of_object), _) => of_object.tag.clone(),
-            (None, _) => None,
+            (Some(_), Some(_)) if self.is_held() || is_immutable(name) => return Ok(path),
+            (Some(of_object), Some(_)) => of_object.tag.clone(),
+            // Read anew, also where somebody has removed the local file.
+            (_, None) | (None, _) => None,
         };
         let (store, object, to) = (self.store.clone(), ObjectPath::from(name), path.clone());
         let fetched = self.wait(async move { fetch(&*store, &object, &to, tag).await });
@@ -308,7 +372,8 @@ impl Backend for ObjectFolder {
         self.check()?;
         let path = local_path(self.files.path(), name)?;
         let mut known = self.known.lock();
-        let Some(file) = fingerprint(&path) else { return Ok(()) };
+        let gone = || Error::new(ErrorKind::State, format!("{} is gone from this machine", path.display()));
+        let file = fingerprint(&path).ok_or_else(gone)?;
         if known.get(name).is_some_and(|known| known.file == file) {
             return Ok(());
         }
@@ -317,6 +382,10 @@ impl Backend for ObjectFolder {
         let tag = put.map_err(|error| self.failed(&format!("{name} cannot be written"), error))?;
         known.insert(name.to_owned(), KnownFile { tag, file });
         Ok(())
+    }
+
+    fn changes(&self) -> &Mutex<()> {
+        &self.changes
     }
 
     fn acquire(self: Arc<Self>, owner: &str) -> Result<Lease> {
@@ -345,6 +414,11 @@ impl Backend for ObjectFolder {
     fn folder(&self) -> Option<&Path> {
         None
     }
+}
+
+/// Returns true for a file that is written once.
+fn is_immutable(name: &str) -> bool {
+    name.starts_with("runs/")
 }
 
 /// Returns true for an object that is a file of the state.
@@ -428,61 +502,4 @@ async fn put(store: &dyn ObjectStore, object: &ObjectPath, path: &Path) -> Resul
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-
-    pub(in super::super) fn folder(store: &Arc<dyn ObjectStore>, expiry: u64) -> Arc<ObjectFolder> {
-        Arc::new(ObjectFolder::new("s3://lake/state", Duration::from_millis(expiry), store.clone()).unwrap())
-    }
-
-    fn in_memory() -> Arc<dyn ObjectStore> {
-        Arc::new(object_store::memory::InMemory::new())
-    }
-
-    // Breaks if a document, a removal or a big file is not in the store when the call returns, or scratch is.
-    #[test]
-    fn what_one_writes_another_reads() {
-        let store = in_memory();
-        let (one, other) = (folder(&store, 60_000), folder(&store, 60_000));
-        let keys = one.local("staged/a.keys").unwrap();
-        assert!(!keys.exists());
-        std::fs::create_dir_all(keys.parent().unwrap()).unwrap();
-        std::fs::create_dir_all(one.scratch()).unwrap();
-        std::fs::write(one.scratch().join("x"), b"x").unwrap();
-        let big: Vec<u8> = (0..PART * 2 + 77).map(|at| (at % 251) as u8).collect();
-        std::fs::write(&keys, &big).unwrap();
-        assert_eq!(one.list("").unwrap(), ["staged/a.keys"], "not put, but written");
-        assert!(other.list("").unwrap().is_empty());
-        one.publish("staged/a.keys").unwrap();
-        one.replace("staged/index.json", b"{}").unwrap();
-        assert_eq!(std::fs::read(other.local("staged/a.keys").unwrap()).unwrap(), big);
-        assert_eq!(other.list("staged").unwrap(), ["staged/a.keys", "staged/index.json"]);
-        one.remove(&["staged/a.keys".to_owned(), "never".to_owned()]).unwrap();
-        assert!(!other.local("staged/a.keys").unwrap().exists());
-        assert_eq!(other.list("").unwrap(), ["staged/index.json"]);
-        assert_eq!(one.location("runs/r.json"), "s3://lake/state/runs/r.json");
-    }
-
-    // Breaks if a run whose lease another took replaces a document, or if it goes by what it read before.
-    #[test]
-    fn a_document_that_another_replaced_is_not_replaced() {
-        let store = in_memory();
-        let (one, other) = (folder(&store, 60_000), folder(&store, 60_000));
-        assert_eq!(other.read("exports.json").unwrap(), None);
-        let lease = one.clone().acquire("one").unwrap();
-        for (missing, old, new) in [("a.json", None, "1"), ("exports.json", Some("2"), "3")] {
-            if let Some(old) = old {
-                one.replace(missing, old.as_bytes()).unwrap();
-            }
-            assert_eq!(one.read(missing).unwrap().as_deref(), old.map(str::as_bytes));
-            // One that thinks itself the holder still, as after a pause of its machine.
-            futures::executor::block_on(store.put(&ObjectPath::from(missing), "another's".into())).unwrap();
-            assert_eq!(one.replace(missing, new.as_bytes()).unwrap_err().kind(), ErrorKind::Locked);
-            assert_eq!(one.read(missing).unwrap().unwrap(), b"another's");
-        }
-        drop(lease);
-        // What was read before the lease was taken counts no more.
-        let _lease = other.clone().acquire("other").unwrap();
-        assert_eq!(other.read("exports.json").unwrap().unwrap(), b"another's");
-    }
-}
+pub(super) mod tests;

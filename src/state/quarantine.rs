@@ -17,7 +17,9 @@ use super::backend::{Backend, LogFile};
 use super::deleted;
 use super::server_messages::ServerMessages;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::messages::{BadLine, BadLines, Deletion, ExportFile, FileKind, LineId, ReplayedLine, ReplayedLines, ResourceType};
+use crate::messages::{
+    BadLine, BadLines, Deletion, ExportFile, FileKind, LineId, ReplayedLine, ReplayedLines, ResourceType,
+};
 use foundation::fault_points::reached;
 
 /// A line in quarantine, as its file holds it.
@@ -154,7 +156,9 @@ fn open(backend: &Arc<dyn Backend>, name: &str) -> Result<Option<BufReader<File>
 }
 
 /// Returns all lines of a quarantine, with the run that they came in; one file is open at a time.
-pub(super) fn lines(backend: &Arc<dyn Backend>) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
+pub(super) fn lines(
+    backend: &Arc<dyn Backend>,
+) -> impl Iterator<Item = Result<(String, QuarantinedLine)>> + Send + use<> {
     let backend = backend.clone();
     let (names, unlisted) = match files(&backend) {
         Ok(names) => (names, None),
@@ -194,9 +198,10 @@ pub(super) fn retryable(backend: &Arc<dyn Backend>) -> Result<BTreeMap<Option<Re
 /// Returns those lines.
 pub(super) fn replayed(backend: &Arc<dyn Backend>) -> ReplayedLines {
     let lines = lines(backend).filter_map(|line| match line {
-        Ok((_, line)) if line.can_be_tried() => {
-            Some(Ok(ReplayedLine { declared: line.resource_type.as_deref().map(ResourceType::from), bytes: line.bytes() }))
-        }
+        Ok((_, line)) if line.can_be_tried() => Some(Ok(ReplayedLine {
+            declared: line.resource_type.as_deref().map(ResourceType::from),
+            bytes: line.bytes(),
+        })),
         Ok(_) => None,
         Err(error) => Some(Err(error)),
     });
@@ -241,7 +246,8 @@ pub(super) fn find(backend: &Arc<dyn Backend>, ids: &[String]) -> Result<HashSet
     let all: HashSet<LineId> = lines(backend).map(|line| line.map(|(_, line)| line.id())).collect::<Result<_>>()?;
     let mut found = HashSet::new();
     for id in ids {
-        let named: Vec<LineId> = all.iter().filter(|line| line.to_string().starts_with(&id.to_lowercase())).copied().collect();
+        let named: Vec<LineId> =
+            all.iter().filter(|line| line.to_string().starts_with(&id.to_lowercase())).copied().collect();
         match named.as_slice() {
             [one] => drop(found.insert(*one)),
             [] => return Err(Error::new(ErrorKind::Config, format!("no line in quarantine has the id {id}"))),
@@ -258,10 +264,11 @@ pub(super) fn find(backend: &Arc<dyn Backend>, ids: &[String]) -> Result<HashSet
 }
 
 impl BadLines for Quarantine {
-    fn keep(&self, bad: &BadLine<'_>) -> Result<()> {
+    fn quarantine(&self, bad: &BadLine<'_>) -> Result<()> {
         let before = self.quarantined.fetch_add(1, Ordering::Relaxed);
         if before < LOGGED {
-            tracing::warn!(file = %bad.file.name, line = bad.line, offset = bad.offset, reason = %bad.reason, "a line went to quarantine");
+            tracing::warn!(file = %bad.file.name, line = bad.line, offset = bad.offset, reason = %bad.reason,
+                "a line went to quarantine");
         } else if before == LOGGED {
             tracing::warn!("more lines went to quarantine; the rest is only counted");
         }

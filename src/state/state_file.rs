@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde::de::{Error as _, IgnoredAny};
+use serde::de::{DeserializeOwned, Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
@@ -13,7 +13,8 @@ use super::{Document, OnDamage, STATE_FILE};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StateFile {
-    /// `last_sync_time`: the server's `transactionTime`, or, in a file that the Python sync script wrote, its client's clock.
+    /// `last_sync_time`: the server's `transactionTime`, or, in a file that the Python sync script wrote, its client's
+    /// clock.
     #[serde(with = "instant", skip_serializing_if = "Option::is_none")]
     pub last_sync_time: Option<DateTime<Utc>>,
     /// Time at which the last run completed, by our clock; absent in a file that the Python sync script wrote.
@@ -23,16 +24,17 @@ pub struct StateFile {
     #[serde(with = "instants", skip_serializing_if = "BTreeMap::is_empty")]
     pub watermarks: BTreeMap<String, DateTime<Utc>>,
     /// Successful runs since the tables were last optimized, and vacuumed, by the pipeline itself.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(deserialize_with = "lenient", skip_serializing_if = "is_zero")]
     pub runs_since_optimize: u64,
     /// See `runs_since_optimize`.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(deserialize_with = "lenient", skip_serializing_if = "is_zero")]
     pub runs_since_vacuum: u64,
     /// The scope that `last_sync_time` belongs to; absent in a file that the Python sync script wrote.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "lenient", skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
-    /// True if the run that it is of exported all types, and none by name. Files of earlier versions do not say so: then one
-    /// full export makes sure.
+    /// True if the run that it is of exported all types, and none by name. Files of earlier versions do not say so:
+    /// then one full export makes sure.
+    #[serde(deserialize_with = "lenient")]
     pub all_types: bool,
     /// Written by [`Document`].
     #[serde(skip_serializing, rename = "version")]
@@ -53,6 +55,11 @@ impl StateFile {
     pub fn is_of_sync_script(&self) -> bool {
         self.last_sync_time.is_some() && self.scope.is_none()
     }
+}
+
+/// Reads a member that only fhirlake writes; one that another has put there counts as missing.
+fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(serde_json::from_value(Value::deserialize(deserializer)?).unwrap_or_default())
 }
 
 fn is_zero(count: &u64) -> bool {
@@ -78,12 +85,17 @@ mod instant {
 mod instants {
     use super::*;
 
-    pub(super) fn serialize<S: Serializer>(times: &BTreeMap<String, DateTime<Utc>>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        times: &BTreeMap<String, DateTime<Utc>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_map(times.iter().map(|(name, time)| (name, python_time(time))))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, DateTime<Utc>>, D::Error> {
-        let members = BTreeMap::<String, Value>::deserialize(deserializer)?;
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<String, DateTime<Utc>>, D::Error> {
+        let members: BTreeMap<String, Value> = lenient(deserializer)?;
         Ok(members.into_iter().filter_map(|(name, time)| Some((name, parse_time(time.as_str()?)?))).collect())
     }
 }
@@ -95,7 +107,8 @@ fn python_time(time: &DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::AutoSi, false)
 }
 
-/// An instant, or Python's `isoformat()` or `str()` of a naive time, which the Python sync script may have written in UTC.
+/// An instant, or Python's `isoformat()` or `str()` of a naive time, which the Python sync script may have written in
+/// UTC.
 fn parse_time(text: &str) -> Option<DateTime<Utc>> {
     let text = text.replacen(' ', "T", 1);
     let zoned = DateTime::parse_from_rfc3339(&text).ok().map(|time| time.to_utc());
@@ -122,6 +135,20 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("2025-03-01T10:15:00.123456+00:00") && text.contains("\"note\": 1"), "{text}");
         assert_eq!(store.read::<StateFile>().unwrap(), state);
+    }
+
+    // Breaks if members of others, or odd ones, keep a run from being made.
+    #[test]
+    fn odd_members_count_as_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = StateStore::local(folder.path(), None);
+        let text = r#"{"last_sync_time":"2025-03-01T10:15:00Z","version":"1.2","all_types":null,"watermarks":null,
+            "scope":7,"runs_since_vacuum":"many","mine":[1]}"#;
+        std::fs::write(folder.path().join("state.json"), text).unwrap();
+        let state: StateFile = store.read().unwrap();
+        assert!(state.is_of_sync_script() && !state.all_types && state.watermarks.is_empty());
+        store.write(&state).unwrap();
+        assert!(std::fs::read_to_string(folder.path().join("state.json")).unwrap().contains("\"mine\""));
     }
 
     #[test]

@@ -54,7 +54,8 @@ macro_rules! metrics {
         pub const $constant: &str = $name;)+
         /// Every metric there is.
         pub const METRICS: &[Metric] = &[
-            $(Metric { name: $constant, instrument: Instrument::$instrument, unit: $unit, label: $label, what: $what },)+
+            $(Metric { name: $constant, instrument: Instrument::$instrument, unit: $unit, label: $label,
+                what: $what },)+
         ];
     };
 }
@@ -64,25 +65,32 @@ const TYPE: Option<&str> = Some("resource_type");
 metrics! {
     BUILD, "fhirlake.build.info", Gauge, "{build}", Some("version"), "The version that runs.";
     MEMORY, "process.memory.usage", Gauge, "By", None, "Memory that the process holds.";
-    HEALTHY, "fhirlake.pipeline.healthy", Gauge, "{pipeline}", None, "Whether the last success is recent enough: 1 or 0.";
-    LAST_SUCCESS, "fhirlake.run.last_success.timestamp", Gauge, "s", None, "When the last successful run completed, since 1970.";
+    HEALTHY, "fhirlake.pipeline.healthy", Gauge, "{pipeline}", None, "Whether the last success is recent enough: 1 or \
+        0.";
+    LAST_SUCCESS, "fhirlake.run.last_success.timestamp", Gauge, "s", None, "When the last successful run completed, \
+        since 1970.";
     LAST_DURATION, "fhirlake.run.last.duration", Gauge, "s", None, "How long the newest run took.";
     NEXT_RUN, "fhirlake.run.next.timestamp", Gauge, "s", None, "When the next run is due, since 1970.";
     RUN_ACTIVE, "fhirlake.run.active", Gauge, "{run}", None, "Whether a run is under way: 1 or 0.";
-    RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted, locked (another had the pipeline).";
-    MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Scheduled runs that could not start in time; each got one catch-up run.";
-    MERGED, "fhirlake.resources.merged", Counter, "{resource}", Some("resource_type, outcome"), "Resources by what came of them: inserted, updated, deleted, skipped.";
+    RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted, \
+        locked (another had the pipeline).";
+    MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Scheduled runs that could not start in time; each got \
+        one catch-up run.";
+    MERGED, "fhirlake.resources.merged", Counter, "{resource}", Some("resource_type, outcome"), "Resources by what \
+        came of them: inserted, updated, deleted, skipped.";
     TABLE_ROWS, "fhirlake.table.rows", Gauge, "{row}", TYPE, "Rows of a table.";
     TABLE_VERSION, "fhirlake.table.version", Gauge, "{version}", TYPE, "Version of a table.";
     TABLE_LAG, "fhirlake.table.lag", Gauge, "s", TYPE, "How far a table's watermark is behind our clock.";
     QUARANTINED, "fhirlake.quarantine.lines", Gauge, "{line}", None, "Lines in quarantine.";
     EXPORTS, "fhirlake.exports.in_flight", Gauge, "{export}", None, "Exports that the server works on or holds.";
-    EDGE_ITEMS, "fhirlake.edge.items", Gauge, "{item}", Some("edge"), "Items on an edge between two stages, while a run is under way.";
+    EDGE_ITEMS, "fhirlake.edge.items", Gauge, "{item}", Some("edge"), "Items on an edge between two stages, while a \
+        run is under way.";
     EDGE_BYTES, "fhirlake.edge.usage", Gauge, "By", Some("edge"), "Bytes on an edge.";
     EDGE_CAPACITY, "fhirlake.edge.limit", Gauge, "By", Some("edge"), "Bytes that an edge holds at most.";
     FILES, "fhirlake.files", Counter, "{file}", TYPE, "Files whose last byte was read.";
     FILES_EXPECTED, "fhirlake.files.expected", Counter, "{file}", TYPE, "Files that a manifest or folder lists.";
-    RESOURCES_EXPECTED, "fhirlake.resources.expected", Counter, "{resource}", TYPE, "Resources that a manifest promises.";
+    RESOURCES_EXPECTED, "fhirlake.resources.expected", Counter, "{resource}", TYPE, "Resources that a manifest \
+        promises.";
     BYTES, "fhirlake.ndjson.bytes", Counter, "By", TYPE, "Bytes of NDJSON read, uncompressed.";
     PARSED, "fhirlake.resources.parsed", Counter, "{resource}", TYPE, "Resources parsed.";
     STAGED, "fhirlake.resources.staged", Counter, "{resource}", TYPE, "Resources staged in Parquet files.";
@@ -90,16 +98,20 @@ metrics! {
     BAD_LINES, "fhirlake.lines.bad", Counter, "{line}", TYPE, "Lines that could not be read.";
     EXCLUDED, "fhirlake.lines.excluded", Counter, "{line}", TYPE, "Lines of types that have no table.";
     RETRIES, bulk_data_client::metrics::RETRIES, Counter, "{request}", None, "Requests that were tried again.";
-    ATTACHMENTS, "fhirlake.attachments", Counter, "{attachment}", Some("outcome"), "Attachments by what came of them: files, inline, left (links that are not to be followed), failed; unlike: fetched, and not of the size or hash that their resource says.";
-    OUTCOME_ISSUES, "fhirlake.export.outcome_issues", Counter, "{issue}", Some("issue"), "Issues in the export's error files, by severity and code.";
-    DEVIATIONS, bulk_data_client::metrics::DEVIATIONS, Counter, "{deviation}", Some("deviation"), "Ways in which the server differs from what the Bulk Data guide asks.";
+    ATTACHMENTS, "fhirlake.attachments", Counter, "{attachment}", Some("outcome"), "Attachments by what came of them: \
+        files, inline, left (links that are not to be followed), failed; unlike: fetched, and not of the size or hash \
+        that their resource says.";
+    OUTCOME_ISSUES, "fhirlake.export.outcome_issues", Counter, "{issue}", Some("issue"), "Issues in the export's \
+        error files, by severity and code.";
+    DEVIATIONS, bulk_data_client::metrics::DEVIATIONS, Counter, "{deviation}", Some("deviation"), "Ways in which the \
+        server differs from what the Bulk Data guide asks.";
 }
 
 /// Label of what belongs to no type.
 pub const NO_TYPE: &str = bulk_data_client::metrics::NO_LABEL;
 
-/// A line of the process's own status in bytes, where the system tells: `VmRSS` is the memory that it holds, `VmHWM` the most
-/// that it held.
+/// A line of the process's own status in bytes, where the system tells: `VmRSS` is the memory that it holds, `VmHWM`
+/// the most that it held.
 pub fn memory(line: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let text = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'))?;
@@ -118,7 +130,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// Receivers of traces, metrics and logs, and protocols. Read from the pipeline file and the standard `OTEL_*` variables.
+/// Receivers of traces, metrics and logs, and protocols. Read from the pipeline file and the standard `OTEL_*`
+/// variables.
 #[derive(Debug, Clone)]
 pub struct OtlpSettings {
     /// True if the environment names the service.
@@ -204,8 +217,8 @@ pub fn trace_id(span: &tracing::Span) -> Option<String> {
     None
 }
 
-/// Sends logs to `writer`, and traces, metrics and logs to where `settings` say; what cannot be set up is said in words.
-/// `colour` is for a terminal; `filter` is in `tracing`'s directive syntax, and is the writer's only.
+/// Sends logs to `writer`, and traces, metrics and logs to where `settings` say; what cannot be set up is said in
+/// words. `colour` is for a terminal; `filter` is in `tracing`'s directive syntax, and is the writer's only.
 pub fn init<W>(
     format: LogFormat,
     colour: bool,
@@ -226,7 +239,9 @@ where
     let layer = tracing_subscriber::fmt::layer().with_writer(writer).log_internal_errors(false);
     // Every line says of which run, file or commit it is: what stands around it.
     let layer = match json {
-        true => layer.json().flatten_event(true).with_current_span(false).with_span_list(true).with_filter(filter).boxed(),
+        true => {
+            layer.json().flatten_event(true).with_current_span(false).with_span_list(true).with_filter(filter).boxed()
+        }
         false => layer.with_ansi(terminal && colour).with_target(false).with_filter(filter).boxed(),
     };
     let (telemetry, problems, more) = set_up(settings);

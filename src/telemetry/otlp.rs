@@ -1,5 +1,5 @@
-//! Traces, metrics and logs to an OTLP receiver. The standard `OTEL_*` variables are the SDK's own to read; the pipeline file's
-//! endpoint is for whoever has none.
+//! Traces, metrics and logs to an OTLP receiver. The standard `OTEL_*` variables are the SDK's own to read; the
+//! pipeline file's endpoint is for whoever has none.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -53,7 +53,8 @@ impl Otlp {
     /// Sets up what the settings ask for; what cannot be is said by the second value.
     pub(crate) fn new(settings: &OtlpSettings) -> (Self, Vec<String>) {
         // The SDK reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME itself.
-        let mut resource = Resource::builder().with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+        let mut resource =
+            Resource::builder().with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
         if !settings.names_service {
             resource = resource.with_service_name("fhirlake");
         }
@@ -64,7 +65,8 @@ impl Otlp {
         if let Some(signal) = &settings.traces {
             match exporter!(SpanExporter, signal, "traces") {
                 Ok(exporter) => {
-                    let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.clone());
+                    let provider =
+                        SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.clone());
                     otlp.traces = Some(provider.build());
                 }
                 Err(error) => failed("traces", error.to_string()),
@@ -74,7 +76,8 @@ impl Otlp {
             match exporter!(MetricExporter, signal, "metrics") {
                 Ok(exporter) => {
                     let reader = PeriodicReader::builder(exporter).build();
-                    otlp.metrics = Some(SdkMeterProvider::builder().with_reader(reader).with_resource(resource.clone()).build());
+                    otlp.metrics =
+                        Some(SdkMeterProvider::builder().with_reader(reader).with_resource(resource.clone()).build());
                 }
                 Err(error) => failed("metrics", error.to_string()),
             }
@@ -82,7 +85,9 @@ impl Otlp {
         if let Some(signal) = &settings.logs {
             match exporter!(LogExporter, signal, "logs") {
                 Ok(exporter) => {
-                    otlp.logs = Some(SdkLoggerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build());
+                    otlp.logs = Some(
+                        SdkLoggerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build(),
+                    );
                 }
                 Err(error) => failed("logs", error.to_string()),
             }
@@ -90,7 +95,8 @@ impl Otlp {
         (otlp, problems)
     }
 
-    /// The layers of the log that send: spans, and what is logged. Only our own: a sender that logs would send for ever.
+    /// The layers of the log that send: spans, and what is logged. Only our own: a sender that logs would send for
+    /// ever.
     pub(crate) fn layers<S>(&self) -> Vec<Box<dyn Layer<S> + Send + Sync>>
     where
         S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
@@ -171,7 +177,9 @@ impl Otlp {
         let outcomes = [("traces", traces), ("metrics", metrics), ("logs", logs)];
         let failed = outcomes.into_iter().filter_map(|(signal, outcome)| Some((signal, outcome?.err()?)));
         failed
-            .map(|(signal, error)| format!("telemetry: not all {signal} could be sent, is the receiver there? ({error})"))
+            .map(|(signal, error)| {
+                format!("telemetry: not all {signal} could be sent, is the receiver there? ({error})")
+            })
             .collect()
     }
 }

@@ -25,12 +25,12 @@ pub(crate) fn tables_of(plan: &RunPlan, state: &StateStore) -> Result<Tables> {
 }
 
 /// Returns the client of a plan's server; `None` where its source is a folder.
-pub fn client(plan: &RunPlan, board: &Counters, stop: &Cancellation) -> Result<Option<Client>> {
+pub fn client(plan: &RunPlan, counters: &Counters, stop: &Cancellation) -> Result<Option<Client>> {
     match &plan.source {
         SourcePlan::Folder(_) => Ok(None),
         SourcePlan::Server { base, auth, http, .. } => {
             let auth = Auth::new(auth.clone())?;
-            Client::new(base.clone(), auth, http.clone(), board.clone(), stop.clone()).map(Some)
+            Client::new(base.clone(), auth, http.clone(), counters.clone(), stop.clone()).map(Some)
         }
     }
 }
@@ -45,16 +45,20 @@ pub(super) fn source_folder(url: &Url) -> Result<Arc<dyn object_store::ObjectSto
         return Err(Error::new(ErrorKind::Config, format!("source.url: {} is not a folder", path.display())));
     }
     // Not from the root: names on the way need not be such as objects may have.
-    let store = object_store::local::LocalFileSystem::new_with_prefix(&path).context(ErrorKind::Config, "source.url")?;
+    let store =
+        object_store::local::LocalFileSystem::new_with_prefix(&path).context(ErrorKind::Config, "source.url")?;
     Ok(Arc::new(store))
 }
 
 /// Returns the local folders that fhirlake writes into and that lie in the source folder, as seen from there.
 pub(super) fn own_folders(source: &Url, state: &StateStore, tables: &Tables) -> Vec<object_store::path::Path> {
     let state = state.folder().map(std::path::Path::to_path_buf);
-    let Some(source) = source.to_file_path().ok().and_then(|source| source.canonicalize().ok()) else { return Vec::new() };
+    let Some(source) = source.to_file_path().ok().and_then(|source| source.canonicalize().ok()) else {
+        return Vec::new();
+    };
     let canonical = |folder: std::path::PathBuf| folder.canonicalize().or_else(|_| std::path::absolute(&folder)).ok();
     let folders = state.into_iter().chain(tables.local()).filter_map(canonical);
-    let below = folders.filter_map(|folder| folder.strip_prefix(&source).ok()?.to_str().map(object_store::path::Path::parse));
+    let below =
+        folders.filter_map(|folder| folder.strip_prefix(&source).ok()?.to_str().map(object_store::path::Path::parse));
     below.filter_map(std::result::Result::ok).filter(|folder| folder.parts().next().is_some()).collect()
 }

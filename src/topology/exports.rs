@@ -9,8 +9,8 @@ use crate::jobs::ExportJobs;
 use crate::jobs::{self, ExportEvent};
 use flow::{Cancellation, Counters};
 
-/// Cancels exports in flight, by their numbers from 1, or all of them; how many. With all, what else is remembered of the server
-/// is forgotten too: a time to wait for, kick-offs without an answer, types that it refuses. Where the
+/// Cancels exports in flight, by their numbers from 1, or all of them; how many. With all, what else is remembered of
+/// the server is forgotten too: a time to wait for, kick-offs without an answer, types that it refuses. Where the
 /// server cannot be told, the export stays, and that is an error; with `forget` nobody is told.
 pub async fn cancel_exports(plan: &RunPlan, numbers: Option<&[usize]>, forget: bool) -> Result<usize> {
     let state = state_of(plan)?;
@@ -41,7 +41,8 @@ pub async fn cancel_exports(plan: &RunPlan, numbers: Option<&[usize]>, forget: b
     match failed {
         None => Ok(gone.len()),
         Some(error) => Err(error.with_hint(
-            "the server still has the export, so it is still listed: try again, or forget it without telling the server (--forget)",
+            "the server still has the export, so it is still listed: try again, or forget it without telling the \
+                server (--forget)",
         )),
     }
 }

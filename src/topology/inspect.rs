@@ -74,7 +74,9 @@ pub async fn check_dependencies(plan: &RunPlan) -> Vec<Dependency> {
                     Ok("not checked: no source.auth is set".into())
                 }
                 _ => client.check_auth().await.and_then(|granted| match granted {
-                    Some(granted) if granted.missing.is_empty() => Ok(granted.granted.unwrap_or_else(|| "granted".into())),
+                    Some(granted) if granted.missing.is_empty() => {
+                        Ok(granted.granted.unwrap_or_else(|| "granted".into()))
+                    }
                     Some(granted) => Err(Error::new(
                         ErrorKind::Auth,
                         format!(
@@ -92,7 +94,10 @@ pub async fn check_dependencies(plan: &RunPlan) -> Vec<Dependency> {
     }
     add("tables writable".into(), writable_tables(plan).await);
     let state = super::connect::state_of(plan).and_then(|state| {
-        state.acquire_lease().map(drop).or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
+        state
+            .acquire_lease()
+            .map(drop)
+            .or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
         state.read::<StateFile>()?;
         Ok(state.location())
     });

@@ -92,8 +92,10 @@ async fn optimize_locked(
     for (name, done) in &done {
         match done {
             Ok(done) if done.version.is_some() => tracing::info!(
-                resource_type = %name, version = done.version, files_removed = done.files_removed, files_added = done.files_added,
-                bytes_removed = done.bytes_removed, bytes_added = done.bytes_added, rows_purged = done.rows_purged, "optimized"
+                resource_type = %name, version = done.version, files_removed = done.files_removed,
+                files_added = done.files_added,
+                bytes_removed = done.bytes_removed, bytes_added = done.bytes_added, rows_purged = done.rows_purged,
+                "optimized"
             ),
             Ok(_) => {}
             Err(error) => tracing::warn!(resource_type = %name, %error, "the table was not optimized"),
@@ -150,11 +152,16 @@ pub(super) async fn after_run(plan: &RunPlan, state: &StateStore, stop: &Cancell
         file.runs_since_optimize = 0;
     }
     if due(plan.vacuum.after, file.runs_since_vacuum) {
-        let options =
-            VacuumOptions { retention: plan.vacuum.retention.map(|span| span.0), delete: true, ..VacuumOptions::default() };
+        let options = VacuumOptions {
+            retention: plan.vacuum.retention.map(|span| span.0),
+            delete: true,
+            ..VacuumOptions::default()
+        };
         for (name, done) in vacuum_locked(plan, state, &options, stop).await? {
             match done {
-                Ok(done) => tracing::info!(resource_type = %name, files = done.files.len(), bytes = done.bytes, "vacuumed"),
+                Ok(done) => {
+                    tracing::info!(resource_type = %name, files = done.files.len(), bytes = done.bytes, "vacuumed")
+                }
                 Err(error) => tracing::warn!(resource_type = %name, %error, "the table was not vacuumed"),
             }
         }

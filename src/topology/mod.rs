@@ -1,8 +1,8 @@
-//! The run as data: [`RunPlan`] is what the pipeline file resolves to, [`Topology`] the stages that it declares and the edges
-//! between them, [`run`] one run of it.
+//! The run as data: [`RunPlan`] is what the pipeline file resolves to, [`Topology`] the stages that it declares and the
+//! edges between them, [`run`] one run of it.
 //!
-//! The list of stages is here and nowhere else. Spawning, the split of `memory`, `explain`, the status page, metrics and the
-//! diagrams of the documents walk it.
+//! The list of stages is here and nowhere else. Spawning, the split of `memory`, `explain`, the status page, metrics
+//! and the diagrams of the documents walk it.
 
 mod connect;
 mod exports;
@@ -155,8 +155,8 @@ impl Topology {
         self.nodes.iter().filter_map(|node| node.input.as_ref())
     }
 
-    /// Draws the pipeline, at most 100 columns wide: what crosses each edge with its share of `memory`, the stages, and what
-    /// each does.
+    /// Draws the pipeline, at most 100 columns wide: what crosses each edge with its share of `memory`, the stages, and
+    /// what each does.
     pub fn diagram(&self) -> String {
         let percent = |node: &Node| match node.edge_percent() {
             0 => String::new(),
@@ -177,7 +177,8 @@ impl Topology {
             let name = node.spec.name.chars().count();
             let widest = below.iter().map(|line| line.chars().count() + 2).max().unwrap_or_default();
             let width = widest.max(name + label.chars().count() + 4);
-            let pad = |text: &str, width: usize| format!("{text}{}", " ".repeat(width.saturating_sub(text.chars().count())));
+            let pad =
+                |text: &str, width: usize| format!("{text}{}", " ".repeat(width.saturating_sub(text.chars().count())));
             lines[0].push_str(&pad(&format!("{}{label}", " ".repeat(name + 2)), width));
             let arrow = match next {
                 Some(_) => format!("{} {}▶ ", node.spec.name, "─".repeat(width - name - 3)),
@@ -251,17 +252,26 @@ mod tests {
         topology.edges().map(|edge| (edge.name.to_string(), edge.bytes >> 20)).collect()
     }
 
-    // Breaks if an optional stage takes memory that nobody gave it, or if an edge is named after a stage that is not there.
+    // Breaks if an optional stage takes memory that nobody gave it, or if an edge is named after a stage that is not
+    // there.
     #[test]
     fn an_optional_stage_splits_the_share_of_the_edge_that_it_is_put_into() {
         let mut stages = Stages::default();
         let edge = |name: &str, mib| (name.to_owned(), mib);
         let rest = |edges: Vec<(String, usize)>| edges.into_iter().skip(1).collect::<Vec<_>>();
-        assert_eq!(rest(edges_of(&stages)), [edge("download->parse", 14), edge("parse->encode", 18), edge("encode->merge", 9)]);
+        assert_eq!(
+            rest(edges_of(&stages)),
+            [edge("download->parse", 14), edge("parse->encode", 18), edge("encode->merge", 9)]
+        );
         stages.attachments = Some(AttachmentsSection::default());
         assert_eq!(
             rest(edges_of(&stages)),
-            [edge("download->parse", 14), edge("parse->attach", 9), edge("attach->encode", 9), edge("encode->merge", 9)]
+            [
+                edge("download->parse", 14),
+                edge("parse->attach", 9),
+                edge("attach->encode", 9),
+                edge("encode->merge", 9)
+            ]
         );
     }
 

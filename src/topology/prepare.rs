@@ -42,7 +42,7 @@ pub struct Prepared {
     pub(super) full: bool,
     pub(super) full_refresh: bool,
     /// True if it resumes an export that an earlier run ended without.
-    pub(super) behind: bool,
+    pub(super) is_catch_up: bool,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
     pub(super) until: Option<i64>,
     /// Types that are asked for by name and whose tables cannot be written, and why: they fail, and the others go on.
@@ -61,7 +61,8 @@ impl Prepared {
     }
     /// Types whose table exists already.
     pub fn existing(&self) -> Vec<&ResourceType> {
-        let mut names: Vec<_> = self.opened.iter().filter(|(_, table)| table.version().is_some()).map(|(name, _)| name).collect();
+        let mut names: Vec<_> =
+            self.opened.iter().filter(|(_, table)| table.version().is_some()).map(|(name, _)| name).collect();
         names.sort();
         names
     }
@@ -97,18 +98,22 @@ pub async fn prepare(plan: RunPlan, options: RunOptions) -> Result<Prepared> {
     let asks_for_all = groups.is_empty() || groups.contains_key(&None);
     let kickoffs = match &plan.source {
         SourcePlan::Folder(_) => Vec::new(),
-        SourcePlan::Server { level, options: asked, .. } => {
-            let request =
-                |types: Vec<String>, since| ExportRequest { level: level.clone(), types, since, options: asked.clone() };
+        SourcePlan::Server { level, options: requested, .. } => {
+            let request = |types: Vec<String>, since| ExportRequest {
+                level: level.clone(),
+                types,
+                since,
+                options: requested.clone(),
+            };
             if plan.types().is_all() {
                 let since = since_of_all(&plan, options, &groups, (&remembered, &app_id));
                 let known = open.types.clone();
-                vec![Kickoff { request: request(Vec::new(), since), asked: Vec::new(), known, in_flight: None }]
+                vec![Kickoff { request: request(Vec::new(), since), requested: Vec::new(), known, in_flight: None }]
             } else {
-                let planned = plan_kickoffs(groups, &jobs, &app_id, has_held_watermark(&state));
-                let kickoff = |(since, asked): (Option<i64>, Vec<ResourceType>)| Kickoff {
-                    request: request(asked.iter().map(ToString::to_string).collect(), since),
-                    asked,
+                let planned = plan_kickoffs(groups, &jobs, &app_id, has_held_watermark(&state)?);
+                let kickoff = |(since, requested): (Option<i64>, Vec<ResourceType>)| Kickoff {
+                    request: request(requested.iter().map(ToString::to_string).collect(), since),
+                    requested,
                     known: Vec::new(),
                     in_flight: None,
                 };
@@ -116,18 +121,31 @@ pub async fn prepare(plan: RunPlan, options: RunOptions) -> Result<Prepared> {
             }
         }
     };
-    let Resumed { kickoffs, behind, full_refresh } = match options.replay_only || options.new_export {
-        true => Resumed { kickoffs, behind: false, full_refresh: options.full_refresh },
+    let Resumed { kickoffs, is_catch_up, full_refresh } = match options.replay_only || options.new_export {
+        true => Resumed { kickoffs, is_catch_up: false, full_refresh: options.full_refresh },
         false => resume(&jobs, &app_id, kickoffs, options.full_refresh, &open.watermarks),
     };
-    // A run is full where it asks for all of each type: one new type, or one that is rejected, makes none of the others so.
+    // A run is full where it asks for all of each type: one new type, or one that is rejected, makes none of the others
+    // so.
     let all_are_full = kickoffs.iter().all(|kickoff| kickoff.request.since.is_none());
     let full = kickoffs.first().map_or(asks_for_all, |_| all_are_full);
     reject_unsafe_modes(&plan, all_are_full || options.replay_only)?;
     let until = plan.request.export.until.as_ref().and_then(|until| parse_instant(until.as_bytes()));
     let refused_lately = rejected_lately(&jobs, &app_id, Utc::now());
     let OpenTables { tables: opened, unwritable, .. } = open;
-    Ok(Prepared { plan, tables, opened, kickoffs, refused_lately, app_id, full, full_refresh, behind, until, unwritable })
+    Ok(Prepared {
+        plan,
+        tables,
+        opened,
+        kickoffs,
+        refused_lately,
+        app_id,
+        full,
+        full_refresh,
+        is_catch_up,
+        until,
+        unwritable,
+    })
 }
 
 /// Types by the `_since` that they are asked with, microseconds since the epoch; `None` asks for everything.
@@ -171,9 +189,11 @@ async fn open_tables(plan: &RunPlan, tables: &Tables, app_id: &str) -> Result<Op
             (Ok(_), Err(error)) if plan.types().is_all() => {
                 tracing::warn!(resource_type = %name, %error, "the table cannot be written");
             }
-            // One that cannot be read now, and can in a moment, must not get a later watermark: nothing was asked from its own.
+            // One that cannot be read now, and can in a moment, must not get a later watermark: nothing was asked from
+            // its own.
             (Ok(_), Err(error)) | (Err(error), _) => {
-                tracing::error!(resource_type = %name, %error, hint = error.advice(), "the table cannot be used; the type fails");
+                tracing::error!(resource_type = %name, %error, hint = error.advice(), "the table cannot be used; the \
+                    type fails");
                 open.unwritable.push((name, error));
             }
         }
@@ -204,10 +224,16 @@ fn since(
     }
 }
 
-/// Returns what all types in one export are asked with. Which types the server has is not known beforehand, so the export can
-/// only be incremental when a run of this very scope for all types has brought all of them, and each table says so itself: a type
-/// that failed then, or that a run for some types did not ask for, has no table, and would get its changes only.
-fn since_of_all(plan: &RunPlan, options: RunOptions, groups: &Groups, (remembered, app_id): (&StateFile, &str)) -> Option<i64> {
+/// Returns what all types in one export are asked with. Which types the server has is not known beforehand, so the
+/// export can only be incremental when a run of this very scope for all types has brought all of them, and each table
+/// says so itself: a type that failed then, or that a run for some types did not ask for, has no table, and would get
+/// its changes only.
+fn since_of_all(
+    plan: &RunPlan,
+    options: RunOptions,
+    groups: &Groups,
+    (remembered, app_id): (&StateFile, &str),
+) -> Option<i64> {
     let whole_before = remembered.scope.as_deref() == Some(app_id) && remembered.all_types;
     let all_known = !groups.is_empty() && !groups.contains_key(&None);
     match plan.request.since {
@@ -217,16 +243,17 @@ fn since_of_all(plan: &RunPlan, options: RunOptions, groups: &Groups, (remembere
 }
 
 /// Returns true if the newest run that was not stopped held a watermark: the server said that its export is not whole.
-fn has_held_watermark(state: &StateStore) -> bool {
-    let reports = RunReport::newest(state, REPORT_HISTORY);
-    let newest = reports.iter().find(|report| report.outcome() != RunOutcome::Stopped);
-    newest.is_some_and(|report| report.watermark_not_advanced)
+fn has_held_watermark(state: &StateStore) -> Result<bool> {
+    let mut reports = state.reports::<RunReport>()?.take(REPORT_HISTORY);
+    let newest = reports.find(|report| report.outcome() != RunOutcome::Stopped);
+    Ok(newest.is_some_and(|report| report.watermark_not_advanced))
 }
 
-/// Plans one kick-off for each group of types, and one for each type that the server rejected while it accepted others. Pure.
+/// Plans one kick-off for each group of types, and one for each type that the server rejected while it accepted others.
+/// Pure.
 ///
-/// Of the rejected ones the longest known comes first, since a rejection costs no slot, and where a server has one only, what it
-/// accepts again would never come behind the others; the rest come last.
+/// Of the rejected ones the longest known comes first, since a rejection costs no slot, and where a server has one
+/// only, what it accepts again would never come behind the others; the rest come last.
 fn plan_kickoffs(
     mut groups: Groups,
     jobs: &ExportJobs,
@@ -244,8 +271,8 @@ fn plan_kickoffs(
     groups.retain(|_, types| !types.is_empty());
     separate.sort_by_key(|(_, types)| types.first().and_then(rejected));
     let last = separate.split_off(separate.len().min(1));
-    // A server that has few slots, or gives an export a day, would have each group wait for the others. Where a watermark was
-    // held, those that can move must not be held back with others.
+    // A server that has few slots, or gives an export a day, would have each group wait for the others. Where a
+    // watermark was held, those that can move must not be held back with others.
     let throttles = jobs.throttled.as_ref().is_some_and(|until| until.scope == app_id);
     let groups = match (throttles, has_held_watermark) {
         (true, _) => together(groups, i64::MAX),
@@ -261,7 +288,8 @@ fn reject_unsafe_modes(plan: &RunPlan, is_full: bool) -> Result<()> {
         return Ok(());
     }
     if !is_full {
-        let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set since: none, or run with --full-refresh";
+        let why = "stages.merge.mode deletes what an export does not name, and this run asks for changes only: set \
+            since: none, or run with --full-refresh";
         return Err(Error::new(ErrorKind::Config, why));
     }
     if let SourcePlan::Server { level, .. } = &plan.source
@@ -272,8 +300,8 @@ fn reject_unsafe_modes(plan: &RunPlan, is_full: bool) -> Result<()> {
     Ok(())
 }
 
-/// Types whose watermarks lie at most `most` microseconds apart are asked for in one export, from the oldest of them: a server
-/// works on few exports at a time, and what is read twice changes nothing. From then on they have one watermark.
+/// Types whose watermarks lie at most `most` microseconds apart are asked for in one export, from the oldest of them: a
+/// server works on few exports at a time, and what is read twice changes nothing. From then on they have one watermark.
 fn together(groups: Groups, most: i64) -> Groups {
     let mut near = Groups::new();
     for (since, types) in groups {
@@ -339,7 +367,8 @@ mod tests {
     #[test]
     fn watermarks_within_an_hour_of_the_oldest_are_one_group() {
         let minutes = |minutes: i64| Some(minutes * 60 * 1_000_000);
-        let group = |since, names: &[&str]| (since, names.iter().map(|name| (*name).into()).collect::<Vec<ResourceType>>());
+        let group =
+            |since, names: &[&str]| (since, names.iter().map(|name| (*name).into()).collect::<Vec<ResourceType>>());
         let near = together(
             BTreeMap::from([
                 group(None, &["A"]),
@@ -360,14 +389,16 @@ mod tests {
         assert_eq!(near, BTreeMap::from(wanted));
     }
 
-    // Breaks if a rejected type stays with others, if it is not first and the rest last, or if types that were held are put with
-    // others.
+    // Breaks if a rejected type stays with others, if it is not first and the rest last, or if types that were held are
+    // put with others.
     #[test]
     fn kickoffs() {
         use crate::jobs::{RejectedType, ThrottledUntil};
         let minutes = |minutes: i64| Some(minutes * 60 * 1_000_000);
         let types = |names: &[&str]| names.iter().map(|name| (*name).into()).collect::<Vec<ResourceType>>();
-        let groups = || Groups::from([(None, types(&["A", "X"])), (minutes(0), types(&["B", "Y"])), (minutes(5), types(&["C"]))]);
+        let groups = || {
+            Groups::from([(None, types(&["A", "X"])), (minutes(0), types(&["B", "Y"])), (minutes(5), types(&["C"]))])
+        };
         let rejected = |name: &str, hour| RejectedType {
             resource_type: name.into(),
             scope: "s".into(),

@@ -45,8 +45,8 @@ pub(super) fn replay(plan: &RunPlan, state: &StateStore) -> Result<Option<Replay
     Ok(Some(Replayed { files, lines: state.replayed_lines() }))
 }
 
-/// Removes what a run left that was killed: staged files that no table's log names, and that are not persisted to be gone
-/// on with.
+/// Removes what a run left that was killed: staged files that no table's log names, and that are not persisted to be
+/// gone on with.
 pub(super) async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<&Checkpoint>) -> Result<()> {
     let steps = journal.unfinished()?;
     let runs = steps.iter().filter_map(|step| match step {
@@ -68,7 +68,8 @@ pub(super) async fn clean_up(journal: &Journal, tables: &Tables, staged: Option<
             }
             // Not this run's to judge: whoever needs the table will say so.
             Err(error) => {
-                tracing::warn!(resource_type = %name, %error, "what the last run left of the type stays until the next");
+                tracing::warn!(resource_type = %name, %error, "what the last run left of the type stays until the \
+                    next");
                 left = true;
             }
         }

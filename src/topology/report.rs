@@ -56,8 +56,8 @@ pub struct RunReport {
     pub count_findings: Vec<(String, u64, u64)>,
     /// Bad lines that belong to no table: of deletion files, error files and types without a table.
     pub other_bad_lines: u64,
-    /// True if the watermark of a type stays where it was, since the server reports errors of its export or what it said could
-    /// not be read; each type says why.
+    /// True if the watermark of a type stays where it was, since the server reports errors of its export or what it
+    /// said could not be read; each type says why.
     #[serde(rename = "watermark_held")]
     pub watermark_not_advanced: bool,
     /// File of the server's own messages about its export: they may name patients.
@@ -66,7 +66,8 @@ pub struct RunReport {
     /// Issues in the export's error files, by severity and code: `error not-found`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub outcome_issues: BTreeMap<String, u64>,
-    /// Attachments by what came of them: `files`, `inline`, `left` a link, `failed`; `unlike` where size or hash are not as said.
+    /// Attachments by what came of them: `files`, `inline`, `left` a link, `failed`; `unlike` where size or hash are
+    /// not as said.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub attachments: BTreeMap<String, u64>,
     /// Ways in which the server differs from what the Bulk Data guide asks, and how often each was met.
@@ -127,8 +128,8 @@ impl RunReport {
     }
 
     /// Returns the reports of the newest runs, at most `most`, the newest first.
-    pub fn newest(state: &StateStore, most: usize) -> Vec<RunReport> {
-        state.reports().take(most).collect()
+    pub fn newest(state: &StateStore, most: usize) -> Result<Vec<RunReport>> {
+        Ok(state.reports()?.take(most).collect())
     }
 
     /// Returns true if all that the server gave is in the tables: its exports are used up, whatever it says of them.
@@ -155,7 +156,8 @@ impl RunReport {
             "{}",
             match (self.succeeded, self.is_merged()) {
                 (true, _) => "the run succeeded",
-                (false, true) => "the run merged the received resources; watermarks were not advanced for incomplete types",
+                (false, true) =>
+                    "the run merged the received resources; watermarks were not advanced for incomplete types",
                 (false, false) => "the run ended, and some types failed",
             }
         );
@@ -167,13 +169,13 @@ impl RunReport {
         run: String,
         time: (DateTime<Utc>, Duration),
         full: bool,
-        board: &Counters,
+        counters: &Counters,
         merged: MergeReport,
         ended: Option<&Error>,
     ) -> RunReport {
         let (mut excluded, mut outcome_issues, mut attachments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (mut server_deviations, mut retries) = (BTreeMap::new(), 0);
-        for ((metric, label), value) in board.read() {
+        for ((metric, label), value) in counters.read() {
             match metric {
                 telemetry::EXCLUDED => drop(excluded.insert(label.to_string(), value)),
                 telemetry::OUTCOME_ISSUES => drop(outcome_issues.insert(label.to_string(), value)),
@@ -195,7 +197,7 @@ impl RunReport {
         }
         if !merged.count_findings.is_empty() {
             let (deviation, count) = ("count of a file differs from its resources", merged.count_findings.len() as u64);
-            board.add(telemetry::DEVIATIONS, &deviation.into(), count);
+            counters.add(telemetry::DEVIATIONS, &deviation.into(), count);
             server_deviations.insert(deviation.into(), count);
         }
         if outcome_issues.keys().any(|issue: &String| issue.starts_with("fatal") || issue.starts_with("error")) {
@@ -255,7 +257,8 @@ impl RunReport {
     }
 }
 
-/// Leaves a report of a run that failed before it could draw one up; of one that found the pipeline taken there is nothing to say.
+/// Leaves a report of a run that failed before it could draw one up; of one that found the pipeline taken there is
+/// nothing to say.
 pub fn for_failure(state: &StateStore, pipeline: &str, run: &str, started: DateTime<Utc>, error: &Error) {
     if error.kind() == ErrorKind::Locked || state.has_report(run) {
         return;
@@ -277,9 +280,10 @@ pub fn for_failure(state: &StateStore, pipeline: &str, run: &str, started: DateT
 }
 
 /// The last event of each export of a run; what it did is the run's, since its exports share the stages.
-pub(super) fn log_exports(log: &ExportLog, exports: usize, board: &Counters, took: Duration) {
-    let counts = board.read();
-    let sum = |name: &str| -> u64 { counts.iter().filter(|((metric, _), _)| *metric == name).map(|(_, value)| value).sum() };
+pub(super) fn log_exports(log: &ExportLog, exports: usize, counters: &Counters, took: Duration) {
+    let counts = counters.read();
+    let sum =
+        |name: &str| -> u64 { counts.iter().filter(|((metric, _), _)| *metric == name).map(|(_, value)| value).sum() };
     for export in 0..exports {
         let detail = || {
             serde_json::json!({

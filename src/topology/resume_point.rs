@@ -21,12 +21,16 @@ pub(super) struct ResumePoint {
     /// Index of the first file that no earlier run has listed.
     pub first_index: u32,
     /// Checkpoint of the run itself.
-    pub keep: Option<CheckpointPolicy>,
+    pub checkpoint: Option<CheckpointPolicy>,
 }
 
 /// Looks through what earlier runs staged of the exports that are resumed, and tells the kick-offs of it. What belongs
 /// to no export any more is removed.
-pub(super) async fn resume_point(state: &StateStore, staged: Option<Checkpoint>, prepared: &mut Prepared) -> Result<ResumePoint> {
+pub(super) async fn resume_point(
+    state: &StateStore,
+    staged: Option<Checkpoint>,
+    prepared: &mut Prepared,
+) -> Result<ResumePoint> {
     let folder = CheckpointStore::of(state);
     let exports = state.read::<ExportJobs>()?.jobs;
     let mut others = staged.unwrap_or_default();
@@ -49,23 +53,29 @@ pub(super) async fn resume_point(state: &StateStore, staged: Option<Checkpoint>,
             merged.extend(accepted.merged(watermark_of(time, prepared.until)).cloned());
         }
     }
-    look_through(&folder, &mut ours, &merged, prepared).await;
+    look_through(&folder, &mut ours, &merged, prepared).await?;
     discard(dead.files, prepared).await;
     for kickoff in &mut prepared.kickoffs {
         if let Some(accepted) = &mut kickoff.in_flight {
             accepted.staged = Arc::new(ours.of_export(accepted.status.as_str()));
         }
     }
-    let keep = CheckpointPolicy {
+    let checkpoint = CheckpointPolicy {
         folder,
         every: prepared.plan.stages.merge.checkpoint.0,
         bytes: prepared.plan.stages.merge.checkpoint_size.0,
     };
-    Ok(ResumePoint { earlier: Earlier { ours, others }, first_index, keep: Some(keep) })
+    Ok(ResumePoint { earlier: Earlier { ours, others }, first_index, checkpoint: Some(checkpoint) })
 }
 
-/// Leaves in `work` what waits to be merged, and what is in the tables already. What can be neither is to be downloaded again.
-async fn look_through(folder: &CheckpointStore, work: &mut Checkpoint, merged: &HashSet<ResourceType>, prepared: &Prepared) {
+/// Leaves in `work` what waits to be merged, and what is in the tables already. What can be neither is to be downloaded
+/// again.
+async fn look_through(
+    folder: &CheckpointStore,
+    work: &mut Checkpoint,
+    merged: &HashSet<ResourceType>,
+    prepared: &Prepared,
+) -> Result<()> {
     // Without a watermark, which rows of a table are of this export is not known to what deletes rows: they come again.
     let (in_tables, mut lost): (Vec<_>, Vec<_>) =
         std::mem::take(&mut work.in_tables).into_iter().partition(|file| merged.contains(&file.resource_type));
@@ -77,24 +87,29 @@ async fn look_through(folder: &CheckpointStore, work: &mut Checkpoint, merged: &
                 Some(table) => table.clone(),
                 None => prepared.tables.open(&name).await?,
             };
-            Ok::<_, Error>((columns_of(&name, &prepared.plan.layout(), &table)?, table.staged_file_states(&files).await?))
+            Ok::<_, Error>((
+                columns_of(&name, &prepared.plan.layout(), &table)?,
+                table.staged_file_states(&files).await?,
+            ))
         };
         let (columns, staged_file_states) = match found.await {
             Ok(found) => found,
             Err(error) => {
-                tracing::warn!(resource_type = %name, %error, "staged files cannot be checked; they are downloaded again");
+                tracing::warn!(resource_type = %name, %error, "staged files cannot be checked; they are downloaded \
+                    again");
                 lost.extend(files);
                 continue;
             }
         };
         for (file, fate) in files.into_iter().zip(staged_file_states) {
-            let has_keys = folder.keys_of(&name, &file.path).is_ok_and(|keys| keys.is_file());
+            let has_keys = fate == StagedFileState::Pending && folder.keys_of(&name, &file.path)?.is_file();
             match fate {
                 StagedFileState::Merged if merged.contains(&name) => work.in_tables.push(file),
                 StagedFileState::Merged => lost.push(file),
                 StagedFileState::Pending if file.columns == columns && has_keys => work.files.push(file),
                 StagedFileState::Pending | StagedFileState::Missing => {
-                    tracing::warn!(file = file.path, resource_type = %name, "staged rows cannot be used; they are downloaded again");
+                    tracing::warn!(file = file.path, resource_type = %name, "staged rows cannot be used; they are \
+                        downloaded again");
                     useless.push(file.clone());
                     lost.push(file);
                 }
@@ -106,10 +121,12 @@ async fn look_through(folder: &CheckpointStore, work: &mut Checkpoint, merged: &
     for file in work.files.iter_mut().chain(&mut work.in_tables) {
         file.by_file.retain(|index, _| held.contains(index));
     }
-    let (files, empty): (Vec<_>, Vec<_>) = std::mem::take(&mut work.files).into_iter().partition(|file| !file.by_file.is_empty());
+    let (files, empty): (Vec<_>, Vec<_>) =
+        std::mem::take(&mut work.files).into_iter().partition(|file| !file.by_file.is_empty());
     work.files = files;
     useless.extend(empty);
     discard(useless, prepared).await;
+    Ok(())
 }
 
 fn by_type(files: Vec<StagedParquet>) -> BTreeMap<ResourceType, Vec<StagedParquet>> {

@@ -47,17 +47,18 @@ pub struct RunOptions {
     pub part: bool,
 }
 
-/// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an earlier run
-/// ended without all of its export, the run first merges the rest of that, and then starts an incremental export.
+/// Runs a pipeline once. The report comes even when types failed; `Err` is for what ended the run itself. Where an
+/// earlier run ended without all of its export, the run first merges the rest of that, and then starts an incremental
+/// export.
 pub async fn run(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancellation) -> Result<RunReport> {
-    let report = passes(plan, options, watch, stop).await?;
+    let report = run_passes(plan, options, watch, stop).await?;
     // One that failed as a whole has said so itself.
     report.log();
     Ok(report)
 }
 
-async fn passes(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancellation) -> Result<RunReport> {
-    let (first, incomplete) = pass(plan.clone(), options, watch, stop).await?;
+async fn run_passes(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancellation) -> Result<RunReport> {
+    let (first, incomplete) = run_pass(plan.clone(), options, watch, stop).await?;
     if !incomplete || stop.is_cancelled() {
         return Ok(first);
     }
@@ -67,15 +68,15 @@ async fn passes(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancel
     if part && rest.is_empty() {
         return Ok(first);
     }
-    // The rest of the earlier export is merged, as the server was when it made that; types that fail again and again must not
-    // keep the others from what changed since.
+    // The rest of the earlier export is merged, as the server was when it made that; types that fail again and again
+    // must not keep the others from what changed since.
     tracing::info!("the rest of an earlier export is merged; starting the next incremental export");
     let state = state_of(&plan)?;
     let mut plan = plan;
     if part {
         plan.request.types = Types::Only(rest);
     }
-    let second = pass(plan, RunOptions { part, ..options }, watch, stop).await;
+    let second = run_pass(plan, RunOptions { part, ..options }, watch, stop).await;
     // A server with one slot has it taken as long as the first export is not whole: no news, and no failure of its own.
     let (second, _) = match second {
         Err(error) if part && error.kind() == ErrorKind::Throttled => return Ok(first),
@@ -89,9 +90,9 @@ async fn passes(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancel
 /// Target of the log's word that a run failed, for those who say it in their own way too.
 pub const RUN_FAILED: &str = "fhirlake::run_failed";
 
-/// Once through the pipeline, under an id of its own; a failure leaves a report too. Returns whether an earlier run's export
-/// was resumed, so that what changed since is still to be asked for.
-async fn pass(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancellation) -> Result<(RunReport, bool)> {
+/// Once through the pipeline, under an id of its own; a failure leaves a report too. Returns whether an earlier run's
+/// export was resumed, so that what changed since is still to be asked for.
+async fn run_pass(plan: RunPlan, options: RunOptions, watch: &Watch, stop: &Cancellation) -> Result<(RunReport, bool)> {
     let (name, id, started) = (plan.name.clone(), maintenance::run_id(), Utc::now());
     let span = tracing::info_span!("run", pipeline = %name, run = %id, trace_id = tracing::field::Empty);
     if let Some(id) = telemetry::trace_id(&span) {
@@ -158,7 +159,7 @@ impl Run {
         state.clear_scratch()?;
         let staged = CheckpointStore::of(&state).read()?;
         clean_up(&journal, &tables_of(&plan, &state)?, staged.as_ref()).await?;
-        let client = if options.replay_only { None } else { client(&plan, &watch.board, &stop)? };
+        let client = if options.replay_only { None } else { client(&plan, &watch.counters, &stop)? };
         let mut plan = plan;
         if client.is_none() {
             // Whom attachments are downloaded from is not there.
@@ -238,7 +239,7 @@ impl Run {
             elements: elements.into(),
             ignored_codes: plan.request.ignored_issue_codes.clone().into(),
             log: log.clone(),
-            counters: self.watch.board.clone(),
+            counters: self.watch.counters.clone(),
         };
         spawn_between(&mut context, &mut edges, files_out)?;
         let merge = self.merge_stage(merge, requests, exports, sink);
@@ -265,7 +266,9 @@ impl Run {
     ) -> Result<(Origin, usize, Option<Source>)> {
         let (prepared, plan) = (&self.prepared, &self.prepared.plan);
         match (&plan.source, self.client.clone()) {
-            _ if self.options.replay_only => Ok((Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0, None)),
+            _ if self.options.replay_only => {
+                Ok((Origin::Store(Arc::new(object_store::memory::InMemory::new())), 0, None))
+            }
             (SourcePlan::Server { timeout, .. }, Some(client)) => {
                 let (watch, links) = (self.watch.clone(), Links::default());
                 let source = ServerExport {
@@ -281,7 +284,7 @@ impl Run {
                     heard: Arc::new(move |text| watch.on(RunEvent::ServerStatus(text))),
                     links: links.clone(),
                     log: log.clone(),
-                    board: self.watch.board.clone(),
+                    counters: self.watch.counters.clone(),
                     stop: self.stop.clone(),
                 };
                 let exports = prepared.kickoffs.len();
@@ -343,7 +346,7 @@ impl Run {
             keys_in_memory: plan.memory.share(&KEYS),
             scratch: scratch.clone(),
             layout: layout.clone(),
-            keep: self.resume.keep.clone(),
+            checkpoint: self.resume.checkpoint.clone(),
         };
         let is_folder = matches!(plan.source, SourcePlan::Folder(_));
         Merge {
@@ -356,16 +359,22 @@ impl Run {
                 run: self.id.clone(),
                 app_id: prepared.app_id.clone(),
                 tables_at_once: section.tables_at_once,
-                order: OrderRules { full_refresh: prepared.full_refresh, undated_is_older: is_folder && !prepared.full_refresh },
+                order: OrderRules {
+                    full_refresh: prepared.full_refresh,
+                    undated_is_older: is_folder && !prepared.full_refresh,
+                },
                 absent,
                 match_memory: plan.memory.share(&MATCHING) / section.tables_at_once.max(1),
                 scratch,
                 layout,
-                table: TableSettings { deletion_vectors: section.deletion_vectors, upgrade: section.upgrade_deletion_vectors },
+                table: TableSettings {
+                    deletion_vectors: section.deletion_vectors,
+                    upgrade: section.upgrade_deletion_vectors,
+                },
                 began: self.began,
             },
-            mixed: Arc::new(move |resource_type| sink(&ExportEvent::UnrequestedType { resource_type })),
-            board: self.watch.board.clone(),
+            unrequested_type: Arc::new(move |resource_type| sink(&ExportEvent::UnrequestedType { resource_type })),
+            counters: self.watch.counters.clone(),
             stop: self.stop.clone(),
         }
     }
@@ -378,7 +387,7 @@ impl Run {
             self.journal.write(JournalEntry::Ended { run: self.id.clone() })?;
         }
         let merged = ended.merged.unwrap_or_default();
-        report::log_exports(&ended.log, merged.exports, &self.watch.board, ended.took);
+        report::log_exports(&ended.log, merged.exports, &self.watch.counters, ended.took);
         let of_server = merged.of_server();
         self.settle_quarantine(&merged)?;
         if self.client.is_some() {
@@ -393,13 +402,14 @@ impl Run {
             self.id.clone(),
             (self.started, self.began.elapsed()),
             prepared.full,
-            &self.watch.board,
+            &self.watch.counters,
             merged,
             ended.outcome.as_ref().err(),
         );
         // A stage that ends early on request ends well.
         report.stopped |= ended.outcome.is_ok() && self.stop.is_cancelled() && !report.succeeded;
-        report.passed_over = self.passed_over.lock().iter().map(|(why, names)| ((*why).to_owned(), names.clone())).collect();
+        report.passed_over =
+            self.passed_over.lock().iter().map(|(why, names)| ((*why).to_owned(), names.clone())).collect();
         report.server_messages = state.server_messages_location(&report.run);
         report.save(state)?;
         ended.outcome?;
@@ -428,7 +438,7 @@ impl Run {
             }
         }
         // Where the export had expired, the run has asked for everything since already.
-        Ok((report, prepared.behind && !self.expired.load(Ordering::Relaxed)))
+        Ok((report, prepared.is_catch_up && !self.expired.load(Ordering::Relaxed)))
     }
 
     /// Removes lines from quarantine that a table has now, or has in a newer version.
@@ -449,7 +459,8 @@ fn record_success(state: &StateStore, report: &RunReport, app_id: &str, all_type
     if let Some(time) = report.transaction_time.as_deref().and_then(|time| DateTime::parse_from_rfc3339(time).ok()) {
         file.last_sync_time = Some(time.to_utc());
         (file.scope, file.all_types) = (Some(app_id.to_owned()), all_types);
-        // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made again.
+        // Of a type that is not asked for any more nothing is known from here on: its table may be dropped, and made
+        // again.
         let done = report.types.iter().filter(|(_, outcome)| outcome.answered_for);
         file.watermarks = done.map(|(name, _)| (name.clone(), time.to_utc())).collect();
     }

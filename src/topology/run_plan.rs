@@ -9,7 +9,8 @@ use url::Url;
 
 use super::Topology;
 use crate::config::{
-    LevelName, OptimizeSection, PipelineFile, Problem, Read, SchedulePlan, SecretPlace, SourceSection, TlsSection, VacuumSection,
+    LevelName, OptimizeSection, PipelineFile, Problem, Read, SchedulePlan, SecretPlace, SourceSection, TlsSection,
+    VacuumSection,
 };
 use crate::stages::{Memory, Stages};
 use crate::values::{Text, Types, environment, is_of_server, warn_if_loose};
@@ -70,7 +71,8 @@ pub struct RunPlan {
     pub max_age: Duration,
 }
 
-/// Returns the place of a pipeline's state unless the file says otherwise: beside the tables, whose readers pass it over.
+/// Returns the place of a pipeline's state unless the file says otherwise: beside the tables, whose readers pass it
+/// over.
 pub fn default_state_folder(tables: &str, name: &str) -> Option<String> {
     let tables = delta_upsert::Tables::at(tables).ok()?;
     match tables.local() {
@@ -95,8 +97,8 @@ fn named_hosts(file: &PipelineFile, auth: &AuthSettings) -> Vec<String> {
     named
 }
 
-/// Returns true if the environment says that no host is asked by a proxy. The HTTP library takes `*` for all names and not for
-/// addresses.
+/// Returns true if the environment says that no host is asked by a proxy. The HTTP library takes `*` for all names and
+/// not for addresses.
 fn no_proxy() -> bool {
     let all = |name: &str| environment(name).is_some_and(|hosts| hosts.split(',').any(|host| host.trim() == "*"));
     all("NO_PROXY") || all("no_proxy")
@@ -131,7 +133,8 @@ impl RunPlan {
         // Read when the process begins; what is wrong with it is said here.
         file.telemetry.iter().for_each(|telemetry| drop(texts.resolve("telemetry.otlp", &telemetry.otlp)));
         let mut problems = texts.problems;
-        let tls = file.source.tls.as_ref().map_or_else(TlsSettings::default, |tls| tls_settings(tls, read, &mut problems));
+        let tls =
+            file.source.tls.as_ref().map_or_else(TlsSettings::default, |tls| tls_settings(tls, read, &mut problems));
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -214,7 +217,8 @@ fn auth(source: &SourceSection, level: &Level, texts: &mut Texts<'_>) -> Result<
         (None, None) => Proof::Key(String::new().into(), None),
     };
     let token_url = auth.token_url.as_ref().map(|url| Url::parse(&texts.resolve("source.auth.token_url", url)));
-    let token_url = token_url.transpose().map_err(|_| vec![texts.read.problem("source.auth.token_url", "not a URL", None)])?;
+    let token_url =
+        token_url.transpose().map_err(|_| vec![texts.read.problem("source.auth.token_url", "not a URL", None)])?;
     Ok(AuthSettings::Client(Box::new(ClientSettings {
         client_id: texts.resolve("source.auth.client_id", id).into(),
         proof,

@@ -29,7 +29,7 @@ type Listener = Arc<dyn Fn(&RunEvent<'_>) + Send + Sync>;
 #[derive(Clone, Default)]
 pub struct Watch {
     /// Counters by type.
-    pub board: Counters,
+    pub counters: Counters,
     /// Edges, once the run has made them.
     pub edges: Arc<Mutex<Vec<EdgeGauge>>>,
     /// The server's last message on its export.

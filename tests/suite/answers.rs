@@ -1,4 +1,5 @@
-//! Answers as servers and what stands before them send them: packed, under names that nobody knows, too early or too busy.
+//! Answers as servers and what stands before them send them: packed, under names that nobody knows, too early or too
+//! busy.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -15,11 +16,11 @@ use super::support::lake;
 
 type Answer = Arc<dyn Fn(&str, usize) -> Response + Send + Sync>;
 
-/// A server that answers each path (with its query) as it is told, which hears for the how-many-th time it is asked; what it was
-/// asked, in order.
+/// A server that answers each path (with its query) as it is told, which hears for the how-many-th time it is asked;
+/// what it was asked, in order.
 struct Server {
     base: String,
-    asked: Arc<Mutex<Vec<String>>>,
+    requested: Arc<Mutex<Vec<String>>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -31,7 +32,13 @@ impl Drop for Server {
 
 impl Server {
     fn kick_offs(&self) -> Vec<String> {
-        self.asked.lock().unwrap().iter().filter(|asked| asked.starts_with("GET /fhir/$export")).cloned().collect()
+        self.requested
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|requested| requested.starts_with("GET /fhir/$export"))
+            .cloned()
+            .collect()
     }
     fn source(&self, more: &str) -> String {
         format!("{{ url: \"{}\", retry_for: 1s, max_poll_interval: 1s{more} }}", self.base)
@@ -41,20 +48,20 @@ impl Server {
 async fn server(answer: impl Fn(&str, usize) -> Response + Send + Sync + 'static) -> Server {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}/fhir", listener.local_addr().unwrap());
-    let asked = Arc::<Mutex<Vec<String>>>::default();
-    async fn serve(State((answer, asked)): State<(Answer, Arc<Mutex<Vec<String>>>)>, request: Request) -> Response {
+    let requested = Arc::<Mutex<Vec<String>>>::default();
+    async fn serve(State((answer, requested)): State<(Answer, Arc<Mutex<Vec<String>>>)>, request: Request) -> Response {
         let place = format!("{} {}", request.method(), request.uri());
         let count = {
-            let mut asked = asked.lock().unwrap();
-            asked.push(place.clone());
-            asked.iter().filter(|before| **before == place).count()
+            let mut requested = requested.lock().unwrap();
+            requested.push(place.clone());
+            requested.iter().filter(|before| **before == place).count()
         };
         answer(&place, count)
     }
-    let app = Router::new().fallback(serve).with_state((Arc::new(answer) as Answer, asked.clone()));
+    let app = Router::new().fallback(serve).with_state((Arc::new(answer) as Answer, requested.clone()));
     #[expect(clippy::disallowed_methods, reason = "the test's own task")]
     let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-    Server { base, asked, task }
+    Server { base, requested, task }
 }
 
 fn accepted() -> Response {
@@ -64,7 +71,9 @@ fn accepted() -> Response {
 fn manifest(types: &[&str]) -> String {
     let output: Vec<String> = types.iter().map(|name| format!(r#"{{"type":"{name}","url":"/{name}"}}"#)).collect();
     let output = output.join(",");
-    format!(r#"{{"transactionTime":"2026-01-01T00:00:00Z","request":"x","requiresAccessToken":false,"output":[{output}]}}"#)
+    format!(
+        r#"{{"transactionTime":"2026-01-01T00:00:00Z","request":"x","requiresAccessToken":false,"output":[{output}]}}"#
+    )
 }
 
 fn gzip(text: &str) -> Vec<u8> {
@@ -118,7 +127,10 @@ async fn files_are_read_whatever_their_coding_is_called() {
     })
     .await;
     let report = lake().run(&server.source(", types: [Patient]"), "").await.unwrap();
-    assert!(report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("Content-Encoding br")), "{report:#?}");
+    assert!(
+        report.types["Patient"].error.as_ref().is_some_and(|error| error.contains("Content-Encoding br")),
+        "{report:#?}"
+    );
 }
 
 // Breaks if an answer that is packed, which a proxy does unasked, is no JSON.
@@ -160,8 +172,8 @@ async fn every_answer_is_unpacked() {
     assert!(error.to_string().contains("not your day"), "{error}");
 }
 
-const EIGHT: &str =
-    ", types: [Patient, Condition, Observation, Encounter, Claim, Device, Procedure, Immunization], max_kick_off_wait: 1s";
+const EIGHT: &str = ", types: [Patient, Condition, Observation, Encounter, Claim, Device, Procedure, Immunization], \
+    max_kick_off_wait: 1s";
 
 // Breaks if a server that has no slot free is asked for each type, or is not let alone.
 #[tokio::test(flavor = "multi_thread")]
@@ -185,7 +197,8 @@ async fn a_busy_server_is_asked_once_and_later() {
     }
 }
 
-// Breaks if a refusal that is about no type costs a kick-off for each of them, or one that is about a type is not found.
+// Breaks if a refusal that is about no type costs a kick-off for each of them, or one that is about a type is not
+// found.
 #[tokio::test(flavor = "multi_thread")]
 async fn types_are_told_apart_only_where_a_refusal_may_be_about_them() {
     let all = server(|_, _| outcome(StatusCode::BAD_REQUEST, "invalid", "parameter not known: x")).await;
@@ -204,7 +217,8 @@ async fn types_are_told_apart_only_where_a_refusal_may_be_about_them() {
         })
         .await;
         let report = lake().run(&one.source(EIGHT), "").await.unwrap();
-        let failed: Vec<&str> = report.types.iter().filter(|(_, of)| of.error.is_some()).map(|(name, _)| name.as_str()).collect();
+        let failed: Vec<&str> =
+            report.types.iter().filter(|(_, of)| of.error.is_some()).map(|(name, _)| name.as_str()).collect();
         assert_eq!(failed, ["Claim"], "{words}: {report:#?}");
         assert!(one.kick_offs().len() <= 10, "{words}: {:#?}", one.kick_offs());
     }
@@ -262,12 +276,14 @@ async fn an_export_whose_files_are_gone_is_started_anew_by_the_next_run() {
         let lake = lake();
         let source = server.source(", types: [Patient, Condition]");
         let report = lake.run(&source, "").await.unwrap();
-        assert!(!report.succeeded && report.types["Patient"].error.is_some() && report.types["Condition"].error.is_none());
+        assert!(
+            !report.succeeded && report.types["Patient"].error.is_some() && report.types["Condition"].error.is_none()
+        );
         *gone.lock().unwrap() = false;
         let report = lake.run(&source, "").await.unwrap();
         assert!(report.succeeded && report.types["Patient"].inserted == 2, "{report:#?}");
         // One that asks for all patients, beside one for what changed of the other type.
-        let anew = server.kick_offs()[1..].iter().any(|asked| !asked.contains("_since"));
+        let anew = server.kick_offs()[1..].iter().any(|requested| !requested.contains("_since"));
         assert_eq!(anew, expected, "{status}: {:?}", server.kick_offs());
     }
 }
@@ -287,13 +303,13 @@ async fn the_first_poll_comes_early() {
     assert!(done.expect("it waited for all of Retry-After").unwrap().succeeded);
 }
 
-// Breaks if nobody learns that a server sends whole resources where it was asked for some elements, or if those of types that
-// no element is of are taken for it.
+// Breaks if nobody learns that a server sends whole resources where it was asked for some elements, or if those of
+// types that no element is of are taken for it.
 #[tokio::test]
 async fn elements_that_a_server_ignores_are_reported() {
     let cut = r#"{"resourceType":"Patient","id":"b","meta":{"tag":[{"system":"http://terminology.hl7.org/CodeSystem/v3-ObservationValue","code":"SUBSETTED"}]}}"#;
     for (elements, whole) in [("[id]", 3), ("[Patient.id]", 2), ("[Observation.id, Observation.status]", 1)] {
-        let server = server(move |asked, _| match asked {
+        let server = server(move |requested, _| match requested {
             "GET /status" => manifest(&["Patient", "Observation"]).into_response(),
             "GET /Patient" => format!("{}{cut}\n", lines("Patient", "p", 2)).into_response(),
             "GET /Observation" => lines("Observation", "o", 1).into_response(),
@@ -302,16 +318,19 @@ async fn elements_that_a_server_ignores_are_reported() {
         .await;
         let report = lake().run(&server.source(&format!(", elements: {elements}")), "").await.unwrap();
         assert!(report.succeeded, "{report:#?}");
-        let said: Vec<_> = report.server_deviations.iter().filter(|(name, _)| name.contains("source.elements")).collect();
+        let said: Vec<_> =
+            report.server_deviations.iter().filter(|(name, _)| name.contains("source.elements")).collect();
         assert_eq!(said.len(), 1, "{elements}: {:?}", report.server_deviations);
         assert_eq!(*said[0].1, whole, "{elements}");
     }
 }
 
-// Breaks if a gateway that asks for a client certificate by HTTP, after the handshake, gets an answer that does not name the key.
+// Breaks if a gateway that asks for a client certificate by HTTP, after the handshake, gets an answer that does not
+// name the key.
 #[tokio::test]
 async fn gateways_that_want_a_certificate_by_http() {
-    let nginx = "<html>\r\n<head><title>400 No required SSL certificate was sent</title></head>\r\n<body>\r\n</body></html>\r\n";
+    let nginx = "<html>\r\n<head><title>400 No required SSL certificate was \
+        sent</title></head>\r\n<body>\r\n</body></html>\r\n";
     let iis = "<h2>403 - Forbidden: Access is denied.</h2>\r\n<h3>Client Certificate required.</h3>";
     for (status, words) in [(StatusCode::BAD_REQUEST, nginx), (StatusCode::FORBIDDEN, iis)] {
         for types in ["[Patient]", "[Patient, Observation]"] {
@@ -379,11 +398,12 @@ async fn an_error_that_comes_late_is_asked_behind() {
     .await;
     let (lake, source) = (lake(), server.source(", types: [Patient, Condition]"));
     let report = lake.run(&source, "").await.unwrap();
-    let held: Vec<_> = report.types.iter().filter(|(_, of)| of.watermark_hold.is_some()).map(|(name, _)| name.as_str()).collect();
+    let held: Vec<_> =
+        report.types.iter().filter(|(_, of)| of.watermark_hold.is_some()).map(|(name, _)| name.as_str()).collect();
     assert_eq!(held, ["Condition", "Patient"], "{report:#?}");
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     assert!(lake.run(&source, "").await.unwrap().succeeded);
-    let since: Vec<bool> = server.kick_offs().iter().map(|asked| asked.contains("_since=")).collect();
+    let since: Vec<bool> = server.kick_offs().iter().map(|requested| requested.contains("_since=")).collect();
     assert!(!since[..since.len() - 1].contains(&true) && since[since.len() - 1], "{:?}", server.kick_offs());
 }
 
@@ -396,7 +416,10 @@ async fn resources_in_place_of_a_manifest_are_not_shown() {
         (bundle, "a Bundle of"),
         (format!("{patient}\n{patient}\n"), "JSON of"),
         (format!("[{patient}]"), "JSON of"),
-        (r#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"wrong job"}]}"#.to_owned(), "wrong job"),
+        (
+            r#"{"resourceType":"OperationOutcome","issue":[{"code":"x","diagnostics":"wrong job"}]}"#.to_owned(),
+            "wrong job",
+        ),
         ("<html>Sign in</html>".to_owned(), "Sign in"),
     ] {
         let server = server(move |place, _| match place {

@@ -45,7 +45,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("config", &["config", "error", "stages", "values"]),
 ];
 
-// Breaks if a crate depends on one that it must not know: the four libraries meet in Arrow types and do not know each other.
+// Breaks if a crate depends on one that it must not know: the four libraries meet in Arrow types and do not know each
+// other.
 #[test]
 fn crates_know_only_what_is_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
@@ -90,8 +91,8 @@ fn who_may_import_whom() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-// Stages meet in `messages` and in what they declare; the ledger, staging and the outcome are merge's own, and replayed lines
-// enter with downloaded ones.
+// Stages meet in `messages` and in what they declare; the ledger, staging and the outcome are merge's own, and replayed
+// lines enter with downloaded ones.
 #[test]
 fn stages_never_import_each_other() {
     let stages = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/stages");
@@ -113,7 +114,9 @@ fn stages_never_import_each_other() {
         }
         // `super::` of a stage's own file is the stages' module.
         if below.components().count() == 1 {
-            for line in code.lines().filter(|line| line.starts_with("use super::") || line.starts_with("pub use super::")) {
+            for line in
+                code.lines().filter(|line| line.starts_with("use super::") || line.starts_with("pub use super::"))
+            {
                 let named = line.split("super::").nth(1).unwrap().split("::").next().unwrap();
                 assert!(of_merge.contains(&stage) && of_merge.contains(&named), "{}: {line}", path.display());
             }
@@ -138,6 +141,21 @@ fn no_unwrap_outside_tests() {
             assert!(!line.contains(".unwrap()") && !line.contains(".expect("), "{}:{}", path.display(), number + 1);
         }
     }
+}
+
+// rustfmt holds the width of code. A comment, or a text that could be broken, is not wider either; JSON and URLs may be.
+#[test]
+fn lines_are_at_most_120_columns_wide() {
+    let mut wide = Vec::new();
+    for (path, text) in sources() {
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| line.chars().count() > 120) {
+            let is_data = ["\":", "r#\"", "://", "\\\"", "%2C"].iter().any(|mark| line.contains(mark));
+            if line.trim_start().starts_with("//") || !is_data {
+                wide.push(format!("{}:{}", path.display(), number + 1));
+            }
+        }
+    }
+    assert!(wide.is_empty(), "{}", wide.join("\n"));
 }
 
 // A doc comment names the thing or says what it does; a question is not its name.

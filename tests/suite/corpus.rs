@@ -1,4 +1,5 @@
-//! What fuzzers found worth keeping (`fuzz/corpus`), and bytes that nobody thought of, through every target of the fuzzers.
+//! What fuzzers found worth keeping (`fuzz/corpus`), and bytes that nobody thought of, through every target of the
+//! fuzzers.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! The crash matrix: the real process is killed (SIGKILL) before and after every durable step, and at random moments; started
-//! again, it must end in what the server had, with nothing left behind. Needs the cargo feature `fault-points`.
+//! The crash matrix: the real process is killed (SIGKILL) before and after every durable step, and at random moments;
+//! started again, it must end in what the server had, with nothing left behind. Needs the cargo feature `fault-points`.
 //!
 //! `FHIRLAKE_CRASHES=N` makes N random trials instead of a few, and goes to the last time that a step is taken too.
 
@@ -98,14 +98,18 @@ impl Bench {
         assert_eq!(state.quarantined().count(), 1, "{when}: the bad line is kept once");
         assert_eq!(state.read::<ExportJobs>().unwrap(), Default::default(), "{when}: exports in flight");
         assert_eq!(state.journal().unfinished().unwrap(), [], "{when}: the journal");
-        assert!(CheckpointStore::of(&state).read().unwrap().is_none_or(|staged| staged.files.is_empty()), "{when}: staged files");
+        assert!(
+            CheckpointStore::of(&state).read().unwrap().is_none_or(|staged| staged.files.is_empty()),
+            "{when}: staged files"
+        );
         let scratch = std::fs::read_dir(state.scratch()).map(|entries| entries.count()).unwrap_or(0);
         assert_eq!(scratch, 0, "{when}: scratch");
         self.succeed(VACUUM, when);
         for name in TYPES {
             let (there, named) = self.lake.files(name).await;
             assert_eq!(there, named, "{when}: {name}: files that no version names, or that are missing");
-            let table = Tables::at(&self.lake.tables().display().to_string()).unwrap().open(&name.into()).await.unwrap();
+            let table =
+                Tables::at(&self.lake.tables().display().to_string()).unwrap().open(&name.into()).await.unwrap();
             let snapshot = table.delta().unwrap().snapshot().unwrap();
             let vectors: BTreeSet<String> = snapshot
                 .log_data()
@@ -118,7 +122,8 @@ impl Bench {
                 .collect();
             assert!(self.vectors || vectors.is_empty());
             let folder = self.lake.tables().join(format!("{name}.parquet"));
-            let there = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            let there =
+                std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
             let there: BTreeSet<String> = there.filter(|name| name.ends_with(".bin")).collect();
             assert_eq!(there, vectors, "{when}: {name}: vectors");
         }
@@ -140,7 +145,7 @@ impl Bench {
                 None => points.push((name.to_owned(), 1)),
             }
         }
-        let (mut killed, mut asked) = (0, 0);
+        let (mut killed, mut requested) = (0, 0);
         for (name, count) in points {
             // The middle is where some tables have their commit and others do not.
             let numbers = match most() {
@@ -152,7 +157,7 @@ impl Bench {
                 let when = format!("{what}, killed at `{name}` number {number} of {count}");
                 let kickoffs = self.server.seen().kickoffs.len();
                 let output = self.run(stage, &[("FHIRLAKE_FAULT_POINT", &format!("{name}:{number}"))]);
-                asked += 1;
+                requested += 1;
                 // With several workers a point may be come to less often.
                 let was_killed = output.status.signal() == Some(9);
                 killed += usize::from(was_killed);
@@ -160,12 +165,12 @@ impl Bench {
                 self.check(&when).await;
                 // Before, nobody can know of the first export; after the last commit, what changed since is asked for.
                 if was_killed && UNDER_WAY.contains(&name.as_str()) {
-                    let asked = self.server.seen().kickoffs.len() - kickoffs;
-                    assert!(asked <= 1, "{when}: {asked} kick-offs");
+                    let requested = self.server.seen().kickoffs.len() - kickoffs;
+                    assert!(requested <= 1, "{when}: {requested} kick-offs");
                 }
             }
         }
-        assert!(killed * 10 >= asked * 8, "{what}: only {killed} of {asked} points were come to again");
+        assert!(killed * 10 >= requested * 8, "{what}: only {killed} of {requested} points were come to again");
         self.restore();
         self.succeed(stage, what);
         killed
@@ -209,7 +214,8 @@ fn tell(what: &str) {
     eprintln!("{what}");
 }
 
-// Breaks if a step is taken before what it rests on is durable, or if what a killed run left is taken for something else.
+// Breaks if a step is taken before what it rests on is durable, or if what a killed run left is taken for something
+// else.
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_before_and_after_every_durable_step() {
     for vectors in [true, false] {
@@ -254,8 +260,8 @@ async fn killed_at_random() {
     tell(&format!("killed {killed} times at random in {} trials", trials * 10));
 }
 
-// Breaks if an export whose types were all merged before the kill is taken for one that answers for every type: a type that
-// strayed into its files would get its watermark, and its history would never come.
+// Breaks if an export whose types were all merged before the kill is taken for one that answers for every type: a type
+// that strayed into its files would get its watermark, and its history would never come.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stray_of_an_export_whose_own_types_are_merged_gets_no_watermark() {
     let server = DemoServer::start(Population::new(5, 24), 0, 6).await.unwrap();
@@ -290,7 +296,9 @@ async fn a_stray_of_an_export_whose_own_types_are_merged_gets_no_watermark() {
     assert!(lake.run(&of("Patient, Procedure"), "").await.unwrap().succeeded);
     let kickoffs = server.seen().kickoffs;
     assert!(
-        kickoffs[before..].iter().any(|asked| asked["_type"] == "Procedure" && !asked.contains_key("_since")),
+        kickoffs[before..]
+            .iter()
+            .any(|requested| requested["_type"] == "Procedure" && !requested.contains_key("_since")),
         "{kickoffs:?}"
     );
 }

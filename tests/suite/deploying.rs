@@ -1,5 +1,5 @@
-//! What `docs/deploy` and `docs/alerts.yaml` say, judged by the tools of those that read it: Docker's, Kubernetes', systemd's and
-//! Prometheus' own. Where a tool is absent that is said.
+//! What `docs/deploy` and `docs/alerts.yaml` say, judged by the tools of those that read it: Docker's, Kubernetes',
+//! systemd's and Prometheus' own. Where a tool is absent that is said.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -8,7 +8,8 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What a tool says; `None` where it is not there. Tools of tests/linters.txt are looked for in `FHIRLAKE_LINTERS` first.
+/// What a tool says; `None` where it is not there. Tools of tests/linters.txt are looked for in `FHIRLAKE_LINTERS`
+/// first.
 fn judged(tool: &str, arguments: &[&str], file: &Path) -> Option<Output> {
     let own = fhirlake::config::environment("FHIRLAKE_LINTERS").map(|folder| PathBuf::from(folder).join(tool));
     let program = own.filter(|program| program.exists()).unwrap_or_else(|| tool.into());

@@ -32,8 +32,11 @@ fn pipelines_are_valid() {
 fn yaml_blocks_of_the_documents_are_valid() {
     let mut checked = 0;
     let folders = ["docs", "docs/how-to"].map(|name| std::fs::read_dir(root().join(name)).unwrap().flatten());
-    let pages =
-        folders.into_iter().flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|ext| ext == "md"));
+    let pages = folders
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|ext| ext == "md"));
     for path in pages.chain([root().join("README.md")]) {
         let text = std::fs::read_to_string(&path).unwrap();
         for block in text.split("```yaml\n").skip(1).map(|rest| rest.split("```").next().unwrap()) {
@@ -51,8 +54,10 @@ fn yaml_blocks_of_the_documents_are_valid() {
 fn the_full_pipeline_names_every_key_at_its_default() {
     let text = std::fs::read_to_string(root().join("pipelines/full.yaml")).unwrap();
     let full = read_pipeline(&text, &[]).unwrap().file;
-    let minimal =
-        format!("version: 1\nname: {}\nsource: {{ url: {} }}\ntables: {}\n", full.name, full.source.url.0, full.tables.0);
+    let minimal = format!(
+        "version: 1\nname: {}\nsource: {{ url: {} }}\ntables: {}\n",
+        full.name, full.source.url.0, full.tables.0
+    );
     let defaults = read_pipeline(&minimal, &[]).unwrap().file;
     let (full_json, mut expected) = (serde_json::to_value(&full).unwrap(), serde_json::to_value(&defaults).unwrap());
     // Keys without a default, which the example shows a value for.
@@ -81,8 +86,11 @@ fn the_full_pipeline_names_every_key_at_its_default() {
     }
     assert_eq!(full_json, expected);
     let schema = pipeline_json_schema();
-    for (definition, properties) in
-        schema["$defs"].as_object().unwrap().iter().filter_map(|(name, def)| Some((name, def["properties"].as_object()?)))
+    for (definition, properties) in schema["$defs"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter_map(|(name, def)| Some((name, def["properties"].as_object()?)))
     {
         for key in properties.keys() {
             assert!(text.contains(&format!("{key}:")), "pipelines/full.yaml does not name `{key}` of {definition}");

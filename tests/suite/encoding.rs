@@ -14,7 +14,9 @@ async fn answer(lake: &Lake, question: &str) -> Vec<Vec<Option<String>>> {
     let mut rows = Vec::new();
     for batch in &batches {
         let columns: Vec<_> = batch.schema().fields().iter().map(|field| strings(batch, field.name())).collect();
-        rows.extend((0..batch.num_rows()).map(|row| columns.iter().map(|column| column[row].clone()).collect::<Vec<_>>()));
+        rows.extend(
+            (0..batch.num_rows()).map(|row| columns.iter().map(|column| column[row].clone()).collect::<Vec<_>>()),
+        );
     }
     rows
 }
@@ -58,12 +60,16 @@ async fn decimals_keep_value_and_scale() {
     let report = lake.run(&source, "").await.unwrap();
     let found = answer(
         &lake,
-        "SELECT id, CAST(\"valueQuantity\"['value'] AS VARCHAR) AS v, CAST(\"valueQuantity\"['value_scale'] AS VARCHAR) AS s FROM \"Observation\" ORDER BY id",
+        "SELECT id, CAST(\"valueQuantity\"['value'] AS VARCHAR) AS v, CAST(\"valueQuantity\"['value_scale'] AS \
+            VARCHAR) AS s FROM \"Observation\" ORDER BY id",
     )
     .await;
     let expected: Vec<_> = written.iter().map(|(id, _, value, scale)| some(&[id, value, scale])).collect();
     assert_eq!(found, expected);
-    assert_eq!(report.types["Observation"].unmapped, BTreeMap::from([("Observation.valueQuantity.value".to_owned(), 3)]));
+    assert_eq!(
+        report.types["Observation"].unmapped,
+        BTreeMap::from([("Observation.valueQuantity.value".to_owned(), 3)])
+    );
 }
 
 // 76 kg is 76000 g, in every place where a quantity can stand; what is not UCUM has no canonical form.
@@ -82,7 +88,8 @@ async fn quantities_have_their_canonical_form() {
     lake.run(&source, "").await.unwrap();
     let shown = |column: &str| {
         format!(
-            "CAST({column}['_value_canonicalized']['value'] AS VARCHAR) || '/' || CAST({column}['_value_canonicalized']['scale'] AS VARCHAR) || ' ' || {column}['_code_canonicalized']"
+            "CAST({column}['_value_canonicalized']['value'] AS VARCHAR) || '/' || \
+                CAST({column}['_value_canonicalized']['scale'] AS VARCHAR) || ' ' || {column}['_code_canonicalized']"
         )
     };
     let question = format!(
@@ -123,7 +130,8 @@ async fn odd_and_held() {
     assert!(report.succeeded, "{report:#?}");
     let found = answer(
         &lake,
-        "SELECT id, id_versioned AS v, CAST(meta['lastUpdated'] AS VARCHAR) AS t, array_to_string(name[1]['given'], ',', '-') AS g FROM \"Patient\" ORDER BY id",
+        "SELECT id, id_versioned AS v, CAST(meta['lastUpdated'] AS VARCHAR) AS t, array_to_string(name[1]['given'], \
+            ',', '-') AS g FROM \"Patient\" ORDER BY id",
     )
     .await;
     assert_eq!(
@@ -170,7 +178,8 @@ async fn what_cannot_be_held_is_counted_by_path_and_kept_in_source() {
     assert_eq!(found, [some(&[line, "1"])]);
 }
 
-// What comes twice is kept once and counted; what is no extension is counted; nothing makes an element that has nothing.
+// What comes twice is kept once and counted; what is no extension is counted; nothing makes an element that has
+// nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn twice_and_hollow() {
     let lines = concat!(
@@ -183,23 +192,27 @@ async fn twice_and_hollow() {
     let (_data, source) = folder(&[("Patient.ndjson", lines), ("Observation.ndjson", quantity)]);
     let lake = lake();
     let report = lake.run(&source, "").await.unwrap();
-    let question = "SELECT id, gender, \"maritalStatus\" IS NULL AS m, CAST(cardinality(_extension) AS VARCHAR) AS e, _extension IS NULL AS n FROM \"Patient\" ORDER BY id";
+    let question = "SELECT id, gender, \"maritalStatus\" IS NULL AS m, CAST(cardinality(_extension) AS VARCHAR) AS e, \
+        _extension IS NULL AS n FROM \"Patient\" ORDER BY id";
     let found = answer(&lake, question).await;
     assert_eq!(found[0], some(&["a", "male", "true", "1", "false"]));
     assert_eq!(found[1][..3], some(&["b", "NULL", "true"]));
     assert_eq!(found[1][4].as_deref(), Some("false"), "an empty map, as Pathling writes it");
     // A member's name that does not look like one of FHIR's is not repeated: it may be anything.
-    let expected = [("Patient.gender", 1), ("Patient.extension", 2), ("Patient.maritalStatus.extension", 1), ("Patient.?", 1)];
+    let expected =
+        [("Patient.gender", 1), ("Patient.extension", 2), ("Patient.maritalStatus.extension", 1), ("Patient.?", 1)];
     let expected = BTreeMap::from(expected.map(|(path, count)| (path.to_owned(), count)));
     assert_eq!(report.types["Patient"].unmapped, expected);
-    let question = "SELECT \"valueQuantity\"['value'] IS NULL AS v, CAST(\"valueQuantity\"['value_scale'] AS VARCHAR) AS s, CAST(\"valueQuantity\"['_value_canonicalized']['value'] AS VARCHAR) AS c FROM \"Observation\"";
+    let question = "SELECT \"valueQuantity\"['value'] IS NULL AS v, CAST(\"valueQuantity\"['value_scale'] AS VARCHAR) \
+        AS s, CAST(\"valueQuantity\"['_value_canonicalized']['value'] AS VARCHAR) AS c FROM \"Observation\"";
     assert_eq!(answer(&lake, question).await, [some(&["true", "0", "1000000000000000000000000000000000"])]);
 }
 
 // One rich row among millions of small ones must not multiply memory by its columns.
 #[tokio::test(flavor = "multi_thread")]
 async fn sparse_rows_close_a_batch_by_their_columns() {
-    let rich: Vec<String> = (0..300).map(|n| format!("{{\"url\":\"u{n}\",\"valueAddress\":{{\"city\":\"c\"}}}}")).collect();
+    let rich: Vec<String> =
+        (0..300).map(|n| format!("{{\"url\":\"u{n}\",\"valueAddress\":{{\"city\":\"c\"}}}}")).collect();
     let mut lines = format!(
         "{{\"resourceType\":\"Patient\",\"id\":\"rich\",\"extension\":[{}],\"name\":[{{\"family\":\"f\",\"period\":{{\"start\":\"2020\",\"end\":\"2021\"}}}}],\"contact\":[{{\"name\":{{\"text\":\"t\"}}}}]}}\n",
         rich.join(",")
@@ -258,8 +271,9 @@ async fn the_same_lines_give_the_same_bytes() {
     assert!(seen[0] == seen[1], "two runs of one file wrote different bytes");
 }
 
-// Files hold the top-level columns that they fill, with all that is within: Spark before 4.1 takes a group for null where
-// none of the columns that a query asks for is there. A setting writes what is filled alone, another every column.
+// Files hold the top-level columns that they fill, with all that is within: Spark before 4.1 takes a group for null
+// where none of the columns that a query asks for is there. A setting writes what is filled alone, another every
+// column.
 #[tokio::test(flavor = "multi_thread")]
 async fn files_hold_the_columns_that_they_fill_or_all() {
     let lines = r#"{"resourceType":"Patient","id":"a","gender":"female","birthDate":"1970-01-01","name":[{"family":"A"}],"extension":[{"url":"u","valueCode":"c"}]}"#;
@@ -288,7 +302,8 @@ async fn files_hold_the_columns_that_they_fill_or_all() {
         answer(&usual, "SELECT id, name[1]['period']['start'] AS p, name[1]['family'] AS f FROM \"Patient\"").await,
         answer(&full, "SELECT id, name[1]['period']['start'] AS p, name[1]['family'] AS f FROM \"Patient\"").await
     );
-    let question = "SELECT id, gender, \"birthDate\", name[1]['family'] AS f, contact IS NULL AS c, \"maritalStatus\"['text'] AS m FROM \"Patient\"";
+    let question = "SELECT id, gender, \"birthDate\", name[1]['family'] AS f, contact IS NULL AS c, \
+        \"maritalStatus\"['text'] AS m FROM \"Patient\"";
     assert_eq!(answer(&sparse, question).await, answer(&full, question).await);
 }
 
@@ -325,7 +340,8 @@ async fn parquet_files_are_made_for_readers() {
             with_statistics.push(path);
         }
     }
-    let expected = ["id", "status", "medicationCodeableConcept.coding.list.element.code", "subject.reference", "authoredOn"];
+    let expected =
+        ["id", "status", "medicationCodeableConcept.coding.list.element.code", "subject.reference", "authoredOn"];
     assert_eq!(with_statistics, expected);
 }
 
@@ -343,7 +359,8 @@ async fn one_giant_resource_passes_or_is_refused() {
     let data = tempfile::tempdir().unwrap();
     let patients: String = (0..2_000).map(|n| format!("{{\"resourceType\":\"Patient\",\"id\":\"p{n}\"}}\n")).collect();
     std::fs::write(data.path().join("Patient.ndjson"), patients).unwrap();
-    std::fs::write(data.path().join("Binary.ndjson"), binary("small", 1) + &binary("giant", 200) + &binary("last", 1)).unwrap();
+    std::fs::write(data.path().join("Binary.ndjson"), binary("small", 1) + &binary("giant", 200) + &binary("last", 1))
+        .unwrap();
     for (settings, binaries, refused) in [("", 2, 1), ("stages: { parse: { max_line: 256MiB } }\n", 3, 0)] {
         let lake = lake();
         let report = lake.run(&folder_source(data.path()), settings).await.unwrap();

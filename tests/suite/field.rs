@@ -35,7 +35,11 @@ async fn k3_k4_k8_s4_f3_headers_as_servers_want_them() {
     let seen = server.seen();
     assert_eq!(seen.accept["kick-off"], BTreeSet::from(["application/fhir+json".to_owned()]));
     assert_eq!(seen.accept["status"], BTreeSet::from(["application/json".to_owned()]));
-    assert!(seen.accept["file"].iter().all(|accept| accept.starts_with("application/fhir+ndjson")), "{:?}", seen.accept);
+    assert!(
+        seen.accept["file"].iter().all(|accept| accept.starts_with("application/fhir+ndjson")),
+        "{:?}",
+        seen.accept
+    );
     assert_eq!(seen.accept_encoding, BTreeSet::from(["gzip, deflate".to_owned()]));
     assert_eq!(seen.prefer, ["respond-async"]);
     assert!(!seen.kickoffs[0].contains_key("_outputFormat"), "some servers refuse what the guide names");
@@ -46,7 +50,9 @@ async fn k3_k4_k8_s4_f3_headers_as_servers_want_them() {
 // T1: no token goes over plain http, unless it stays on this machine or the file says so.
 #[test]
 fn t1_tls_is_asked_for_where_a_token_goes() {
-    let file = |url: &str| format!("version: 1\nname: x\nsource:\n  url: {url}\n  auth: {{ bearer_token: x }}\ntables: /tmp/t\n");
+    let file = |url: &str| {
+        format!("version: 1\nname: x\nsource:\n  url: {url}\n  auth: {{ bearer_token: x }}\ntables: /tmp/t\n")
+    };
     let problems = read_pipeline(&file("http://ehr.example/fhir"), &[]).unwrap_err();
     assert!(problems[0].to_string().contains("plain_http"), "{}", problems[0]);
     assert_eq!((problems.len(), problems[0].place.0), (1, 4));
@@ -63,7 +69,11 @@ async fn t3_t15_a_key_is_registered_and_the_servers_capabilities_are_read() {
     let key = lake.folder.path().join("key.jwk");
     let (code, jwks, _) = fhirlake(&["keygen"], &key);
     assert_eq!(code, 0);
-    server.register(Registration { client_id: "me".into(), jwks: Some(serde_json::from_str(&jwks).unwrap()), secret: None });
+    server.register(Registration {
+        client_id: "me".into(),
+        jwks: Some(serde_json::from_str(&jwks).unwrap()),
+        secret: None,
+    });
     let auth = format!(", auth: {{ client_id: me, private_key: \"${{file:{}}}\" }}", key.display());
     let file = lake.pipeline_file(&source(&server, &auth));
     let (code, said, _) = fhirlake(&["validate"], &file);
@@ -110,12 +120,16 @@ async fn s2_s10_polls_back_off_and_one_that_finds_nothing_is_asked_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn s9_an_export_with_failures_is_merged_and_says_so() {
     let issue = |severity: &str| {
-        format!("{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"exception\"}}]}}\n")
+        format!(
+            "{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"exception\"}}]}}\n"
+        )
     };
     let errors = [issue("error"), issue("error"), issue("warning")].concat().into_bytes();
     let (server, lake) = (server(Faults { errors, ..Faults::default() }).await, lake());
     let report = lake.run(&source(&server, ""), "").await.unwrap();
-    assert!(!report.succeeded && report.watermark_not_advanced && report.types.values().all(|kept| kept.error.is_none()));
+    assert!(
+        !report.succeeded && report.watermark_not_advanced && report.types.values().all(|kept| kept.error.is_none())
+    );
     assert_eq!((report.outcome_issues["error exception"], report.outcome_issues["warning exception"]), (2, 1));
     assert_is(&lake, &server.population(), &TYPES).await;
 }
@@ -135,10 +149,18 @@ async fn f9_f10_resources_without_a_version_and_references_of_any_form() {
     for status in ["final", "amended", "amended"] {
         let (_data, source) = folder(&[("Observation.ndjson", &line(status))]);
         assert!(lake.run(&source, "").await.unwrap().succeeded);
-        let rows = lake.sql("SELECT id, status, subject['reference'] AS a, encounter['reference'] AS b, focus[1]['reference'] AS c FROM Observation").await;
+        let rows = lake
+            .sql(
+                "SELECT id, status, subject['reference'] AS a, encounter['reference'] AS b, \
+            focus[1]['reference'] AS c FROM Observation",
+            )
+            .await;
         let column = |name: &str| strings(&rows[0], name)[0].clone().unwrap();
         assert_eq!((rows[0].num_rows(), column("id"), column("status")), (1, long.clone(), status.to_owned()));
-        assert_eq!([column("a"), column("b"), column("c")], ["Patient/1", "https://other.example/fhir/Patient/1", "urn:uuid:7"]);
+        assert_eq!(
+            [column("a"), column("b"), column("c")],
+            ["Patient/1", "https://other.example/fhir/Patient/1", "urn:uuid:7"]
+        );
     }
     assert_eq!(lake.history("Observation").await.len(), 2, "the third run brought nothing new, and commits nothing");
 }
@@ -147,7 +169,8 @@ async fn f9_f10_resources_without_a_version_and_references_of_any_form() {
 #[tokio::test(flavor = "multi_thread")]
 async fn f8_as_many_files_at_a_time_as_asked_for() {
     for most in [1, 4] {
-        let (server, lake) = (server(Faults { slow: Some(Duration::from_millis(20)), ..Faults::default() }).await, lake());
+        let (server, lake) =
+            (server(Faults { slow: Some(Duration::from_millis(20)), ..Faults::default() }).await, lake());
         let stages = format!("stages: {{ download: {{ concurrency: {most} }} }}\n");
         assert!(lake.run(&source(&server, ""), &stages).await.unwrap().succeeded);
         assert_eq!(server.seen().at_once, most);
@@ -164,7 +187,12 @@ async fn k21_a_kick_off_whose_answer_is_lost_is_told() {
     assert_is(&right, &server.population(), &TYPES).await;
     assert!(right.state_store().read::<ExportJobs>().unwrap().unconfirmed.is_empty(), "an answer came in the end");
     // The server has one slot, and the lost export takes it.
-    let faults = Faults { kickoffs_lost: 1, kickoffs_throttled: 1, kickoff_retry_after: Some("600".into()), ..Faults::default() };
+    let faults = Faults {
+        kickoffs_lost: 1,
+        kickoffs_throttled: 1,
+        kickoff_retry_after: Some("600".into()),
+        ..Faults::default()
+    };
     server.set_faults(Faults { kickoffs_throttled: 0, ..faults.clone() });
     let lake = lake();
     let hasty = source(&server, "").replace("retry_for: 20s", "retry_for: 0s");
@@ -183,7 +211,8 @@ async fn k21_a_kick_off_whose_answer_is_lost_is_told() {
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
 }
 
-// 1.6: an export that cannot be given back is given back by the next run, and one that cannot be cancelled stays listed.
+// 1.6: an export that cannot be given back is given back by the next run, and one that cannot be cancelled stays
+// listed.
 #[tokio::test(flavor = "multi_thread")]
 async fn d1_an_export_is_given_back_as_soon_as_the_server_hears_it() {
     let (server, lake) = (server(Faults { deletes_refused: 1, ..Faults::default() }).await, lake());
@@ -245,11 +274,19 @@ async fn f11_attachments_are_unpacked_and_compared_with_what_is_said_of_them() {
         );
         let line = format!("{{\"resourceType\":\"Patient\",\"id\":\"with\",\"photo\":[{photo}]}}\n");
         let unlike = binary.clone();
-        server.set_faults(Faults { gzip, binary, junk: [("Patient".to_owned(), line.into_bytes())].into(), ..Faults::default() });
+        server.set_faults(Faults {
+            gzip,
+            binary,
+            junk: [("Patient".to_owned(), line.into_bytes())].into(),
+            ..Faults::default()
+        });
         let report = lake.run(&source(&server, ""), "stages: { attachments: { inline_up_to: 1KiB } }\n").await.unwrap();
         assert!(report.succeeded, "{report:#?}");
         let rows = lake
-            .sql("SELECT encode(p['data'], 'hex') AS data FROM (SELECT unnest(photo) AS p FROM Patient WHERE id = 'with')")
+            .sql(
+                "SELECT encode(p['data'], 'hex') AS data FROM (SELECT unnest(photo) AS p FROM Patient WHERE id = \
+                'with')",
+            )
             .await;
         let data: Vec<_> = rows.iter().flat_map(|batch| strings(batch, "data")).collect();
         let hex: String = unlike.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -262,8 +299,13 @@ async fn f11_attachments_are_unpacked_and_compared_with_what_is_said_of_them() {
 // The log that Bulk Data clients share. Breaks if an event is missing, or a secret of a link is in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_export_log_has_every_event() {
-    let faults =
-        Faults { polls: 1, polls_transient: 1, signed_links: true, missing_files: vec!["Claim.0".into()], ..Faults::default() };
+    let faults = Faults {
+        polls: 1,
+        polls_transient: 1,
+        signed_links: true,
+        missing_files: vec!["Claim.0".into()],
+        ..Faults::default()
+    };
     let (server, lake) = (server(faults).await, lake());
     lake.run(&source(&server, ", export_log: true"), "").await.unwrap();
     let mut logs = std::fs::read_dir(lake.state().join("export-logs")).unwrap();
@@ -337,10 +379,14 @@ async fn an_export_is_never_given_up_for_what_fails_here() {
     let kickoffs = server.seen().kickoffs;
     assert_eq!(kickoffs.len(), 5, "each later run goes on with the first");
     assert!(
-        kickoffs[1..].iter().all(|asked| asked["_type"] == "Immunization,Claim" && asked.contains_key("_since")),
+        kickoffs[1..]
+            .iter()
+            .all(|requested| requested["_type"] == "Immunization,Claim" && requested.contains_key("_since")),
         "{kickoffs:?}"
     );
-    assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.iter().any(|export| export.status.ends_with("/jobs/0")));
+    assert!(
+        lake.state_store().read::<ExportJobs>().unwrap().jobs.iter().any(|export| export.status.ends_with("/jobs/0"))
+    );
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
     assert!(lake.state_store().read::<ExportJobs>().unwrap().jobs.is_empty());
@@ -350,7 +396,8 @@ async fn an_export_is_never_given_up_for_what_fails_here() {
 #[tokio::test(flavor = "multi_thread")]
 async fn k21_at_once_is_no_busy_loop() {
     for wait in ["0", "Mon, 01 Jan 2024 00:00:00 GMT"] {
-        let faults = Faults { kickoffs_throttled: 100_000, kickoff_retry_after: Some(wait.into()), ..Faults::default() };
+        let faults =
+            Faults { kickoffs_throttled: 100_000, kickoff_retry_after: Some(wait.into()), ..Faults::default() };
         let (server, lake) = (server(faults).await, lake());
         let hasty = source(&server, ", max_kick_off_wait: 2s").replace("retry_for: 20s", "retry_for: 2s");
         let error = lake.run(&hasty, "").await.unwrap_err();
@@ -361,8 +408,12 @@ async fn k21_at_once_is_no_busy_loop() {
     }
     // Nobody there: nothing arrived, so nothing is unknown.
     let lake = lake();
-    let error = lake.run("{ url: \"http://127.0.0.1:9/fhir\", types: [Patient], retry_for: 0s }", "").await.unwrap_err();
-    assert_eq!((error.kind(), lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.len()), (ErrorKind::Network, 0));
+    let error =
+        lake.run("{ url: \"http://127.0.0.1:9/fhir\", types: [Patient], retry_for: 0s }", "").await.unwrap_err();
+    assert_eq!(
+        (error.kind(), lake.state_store().read::<ExportJobs>().unwrap().unconfirmed.len()),
+        (ErrorKind::Network, 0)
+    );
 }
 
 // S8: a manifest that grows in any place. Breaks if a file is taken for another that stood in its place.
@@ -382,20 +433,24 @@ async fn files_that_are_too_short_fail_where_that_is_asked_for() {
     let strict = "stages: { download: { on_short_file: fail } }\n";
     let report = lake.run(&source(&server, ""), strict).await.unwrap();
     assert!(
-        report.types.values().all(|kept| kept.error.as_ref().is_some_and(|error| error.contains("the manifest has count"))),
+        report
+            .types
+            .values()
+            .all(|kept| kept.error.as_ref().is_some_and(|error| error.contains("the manifest has count"))),
         "{report:#?}"
     );
     assert!(lake.run(&source(&server, ""), "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
 }
 
-// Section 3: one run through all that servers were seen to do wrong and that a client can live with; then killed half-way, and
-// gone on with.
+// Section 3: one run through all that servers were seen to do wrong and that a client can live with; then killed
+// half-way, and gone on with.
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_goes_wrong_and_the_run_is_killed() {
     let bad = b"\xef\xbb\xbf\r\n\n{\"resourceType\":\"Patient\",\"id\":\n".to_vec();
     let date = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(1));
-    let outcome = b"{\"resourceType\":\"OperationOutcome\",\"issue\":[{\"severity\":\"warning\",\"code\":\"timeout\"}]}\n";
+    let outcome =
+        b"{\"resourceType\":\"OperationOutcome\",\"issue\":[{\"severity\":\"warning\",\"code\":\"timeout\"}]}\n";
     let faults = Faults {
         kickoffs_lost: 1,
         kickoffs_throttled: 1,
@@ -432,7 +487,8 @@ async fn everything_goes_wrong_and_the_run_is_killed() {
     let (server, lake) = (server(faults.clone()).await, lake());
     let (_key, auth) = register(&server, KeyAlgorithm::Es384);
     let more = format!(
-        "{auth}, lenient: true, until: 2030-01-01T00:00:00Z, separate_export_status: true, allow_partial_manifests: true"
+        "{auth}, lenient: true, until: 2030-01-01T00:00:00Z, separate_export_status: true, allow_partial_manifests: \
+            true"
     );
     let file = lake.pipeline_file(&source(&server, &more));
     for step in 0..2 {
@@ -441,8 +497,14 @@ async fn everything_goes_wrong_and_the_run_is_killed() {
         let mut killed = 0;
         for _ in 0..3 {
             let mut run = Command::new(env!("CARGO_BIN_EXE_fhirlake"));
-            run.arg("run").arg(&file).args(["--set", "stages.merge.checkpoint=100ms", "--set", "stages.download.concurrency=1"]);
-            let (mut run, files) = (run.stderr(std::process::Stdio::null()).spawn().unwrap(), server.seen().files.len());
+            run.arg("run").arg(&file).args([
+                "--set",
+                "stages.merge.checkpoint=100ms",
+                "--set",
+                "stages.download.concurrency=1",
+            ]);
+            let (mut run, files) =
+                (run.stderr(std::process::Stdio::null()).spawn().unwrap(), server.seen().files.len());
             while run.try_wait().unwrap().is_none() {
                 if server.seen().files.len() > files + 6 {
                     run.kill().unwrap();

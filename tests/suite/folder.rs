@@ -96,7 +96,8 @@ async fn a_zstd_file_that_is_cut_short_fails_its_type() {
     let report = lake.run(&folder_source(data.path()), "").await.unwrap();
     assert!(report.types["Patient"].error.as_ref().unwrap().contains("cut short"), "{report:#?}");
     // Several frames one after the other are one file.
-    std::fs::write(&file, [packed.clone(), zstd::encode_all(patient("x", "B").as_bytes(), 1).unwrap()].concat()).unwrap();
+    std::fs::write(&file, [packed.clone(), zstd::encode_all(patient("x", "B").as_bytes(), 1).unwrap()].concat())
+        .unwrap();
     assert!(lake.run(&folder_source(data.path()), "").await.unwrap().succeeded);
     assert_eq!(lake.count("Patient").await, 20_001);
 }
@@ -142,7 +143,8 @@ async fn duplicates_within_a_run_leave_the_newest() {
     // And against the table: the older copy alone changes nothing, the newer one does.
     std::fs::write(data.path().join("Patient.ndjson"), &lines[1]).unwrap();
     assert_eq!(lake.run(&folder_source(data.path()), "").await.unwrap().types["Patient"].skipped, 1);
-    std::fs::write(data.path().join("Patient.ndjson"), copy("t", r#""lastUpdated":"2026-01-03T00:00:00Z""#, "newer")).unwrap();
+    std::fs::write(data.path().join("Patient.ndjson"), copy("t", r#""lastUpdated":"2026-01-03T00:00:00Z""#, "newer"))
+        .unwrap();
     assert_eq!(lake.run(&folder_source(data.path()), "").await.unwrap().types["Patient"].updated, 1);
     assert_eq!(lake.count("Patient").await, 4);
 }

@@ -47,7 +47,9 @@ fn golden(value: Value<'_>) -> Option<Cell> {
         Kind::Object => {
             let entries = value.entries();
             Cell::Struct(
-                entries.filter_map(|(name, value)| Some((String::from_utf8(name.to_vec()).unwrap(), golden(value)?))).collect(),
+                entries
+                    .filter_map(|(name, value)| Some((String::from_utf8(name.to_vec()).unwrap(), golden(value)?)))
+                    .collect(),
             )
         }
     })
@@ -61,13 +63,19 @@ fn ours(array: &dyn Array, slot: usize) -> Option<Cell> {
     Some(match array.data_type() {
         DataType::Boolean => Cell::Flag(array.as_boolean().value(slot)),
         DataType::Int32 => number(&array.as_primitive::<Int32Type>().value(slot).to_string()),
-        DataType::Decimal128(_, scale) => number(&format!("{}e{}", array.as_primitive::<Decimal128Type>().value(slot), -scale)),
+        DataType::Decimal128(_, scale) => {
+            number(&format!("{}e{}", array.as_primitive::<Decimal128Type>().value(slot), -scale))
+        }
         DataType::Timestamp(_, _) => Cell::Instant(array.as_primitive::<TimestampMicrosecondType>().value(slot)),
         DataType::Utf8 => Cell::Text(array.as_string::<i32>().value(slot).to_owned()),
-        DataType::Binary => Cell::Text(base64::engine::general_purpose::STANDARD.encode(array.as_binary::<i32>().value(slot))),
+        DataType::Binary => {
+            Cell::Text(base64::engine::general_purpose::STANDARD.encode(array.as_binary::<i32>().value(slot)))
+        }
         DataType::Struct(fields) => {
             let fields = fields.iter().zip(array.as_struct().columns());
-            Cell::Struct(fields.filter_map(|(field, column)| Some((field.name().clone(), ours(column, slot)?))).collect())
+            Cell::Struct(
+                fields.filter_map(|(field, column)| Some((field.name().clone(), ours(column, slot)?))).collect(),
+            )
         }
         DataType::List(_) => {
             let items = array.as_list::<i32>().value(slot);
@@ -77,7 +85,9 @@ fn ours(array: &dyn Array, slot: usize) -> Option<Cell> {
             let entries = array.as_map().value(slot);
             let keys = entries.column(0).as_primitive::<Int32Type>();
             Cell::Struct(
-                (0..entries.len()).filter_map(|at| Some((keys.value(at).to_string(), ours(entries.column(1), at)?))).collect(),
+                (0..entries.len())
+                    .filter_map(|at| Some((keys.value(at).to_string(), ours(entries.column(1), at)?)))
+                    .collect(),
             )
         }
         other => panic!("no column of ours has type {other}"),
@@ -86,16 +96,21 @@ fn ours(array: &dyn Array, slot: usize) -> Option<Cell> {
 
 /// Where we differ on purpose: which rule, and why.
 const DIFFERENCES: [(&str, &str); 6] = [
-    ("canonical", "the UCUM library was stubbed when the rows were written; ours are tested against it (schema/ucum.rs)"),
+    (
+        "canonical",
+        "the UCUM library was stubbed when the rows were written; ours are tested against it (schema/ucum.rs)",
+    ),
     ("scale", "the true scale is kept; the golden rows cap it at 6"),
     ("div", "a narrative is kept as it came; HAPI writes its XHTML anew"),
     (
         "subclass",
-        "HAPI's class of the value is a subclass of another choice's, so both columns fill; ours fills the one that the resource has",
+        "HAPI's class of the value is a subclass of another choice's, so both columns fill; ours fills the one that \
+            the resource has",
     ),
     (
         "orphan",
-        "extensions of primitives and of contained resources are under keys that nothing refers to; ours are counted as lost",
+        "extensions of primitives and of contained resources are under keys that nothing refers to; ours are counted \
+            as lost",
     ),
     ("resourceType", "HAPI takes ExampleScenario.instance.resourceType for the type of a resource and drops it"),
 ];
@@ -163,7 +178,9 @@ impl Comparison {
     fn cells(&mut self, path: &str, name: &str, ours: Option<&Cell>, golden: Option<&Cell>) {
         match (ours, golden) {
             (None, None) => {}
-            (Some(_), None) if matches!(name, "_value_canonicalized" | "_code_canonicalized") => self.explained("canonical"),
+            (Some(_), None) if matches!(name, "_value_canonicalized" | "_code_canonicalized") => {
+                self.explained("canonical")
+            }
             (Some(_), None) if path == "ExampleScenario.instance.resourceType" => self.explained("resourceType"),
             (Some(Cell::Number(ours, 0)), Some(Cell::Number(golden, 0))) if name == "_fid" => {
                 if let Some(before) = self.fids.insert(golden.clone(), ours.clone())
@@ -188,7 +205,9 @@ impl Comparison {
                     self.wrong(path, &format!("scale {ours:?}, golden {golden:?}"));
                 }
             }
-            (Some(Cell::Text(_)), Some(Cell::Text(_))) if path.ends_with("text.div") && ours != golden => self.explained("div"),
+            (Some(Cell::Text(_)), Some(Cell::Text(_))) if path.ends_with("text.div") && ours != golden => {
+                self.explained("div")
+            }
             (Some(Cell::Instant(micros)), Some(Cell::Text(text))) => match parse_instant(text.as_bytes()) {
                 Some(theirs) if theirs == *micros => {}
                 _ => self.wrong(path, &format!("{micros} µs, golden {text}")),
@@ -231,7 +250,8 @@ fn rows_are_pathlings() {
     let folder = unpack(&shared.join("golden/pathling-rows.tar.gz"));
     let mut comparison = Comparison::default();
     let mut rows = 0;
-    let mut files: Vec<_> = std::fs::read_dir(folder.path().join("in")).unwrap().flatten().map(|entry| entry.path()).collect();
+    let mut files: Vec<_> =
+        std::fs::read_dir(folder.path().join("in")).unwrap().flatten().map(|entry| entry.path()).collect();
     files.sort();
     for file in files {
         let stem = file.file_stem().unwrap().to_str().unwrap().to_owned();
@@ -270,7 +290,12 @@ fn rows_are_pathlings() {
         }
     }
     let wrong = &comparison.unexplained;
-    assert!(wrong.is_empty(), "{} differences without a reason:\n{}", wrong.len(), wrong[..wrong.len().min(40)].join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} differences without a reason:\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(40)].join("\n")
+    );
     assert_eq!(rows, 1_891);
     assert_eq!(comparison.used.get("orphan"), Some(&8));
     for (rule, _) in DIFFERENCES {

@@ -1,5 +1,5 @@
-//! A server that means harm, or is broken as if it did: each attack is bounded, named in the error, and leaves the other types
-//! alone.
+//! A server that means harm, or is broken as if it did: each attack is bounded, named in the error, and leaves the
+//! other types alone.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ type Answer = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 /// A server that accepts an export, and answers everything else as it is told.
 pub(crate) struct Mock {
     pub address: SocketAddr,
-    pub asked: Arc<AtomicUsize>,
+    pub requested: Arc<AtomicUsize>,
     pub deleted: Arc<AtomicUsize>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -34,12 +34,12 @@ impl Drop for Mock {
 #[derive(Clone)]
 struct Shop {
     answer: Answer,
-    asked: Arc<AtomicUsize>,
+    requested: Arc<AtomicUsize>,
     deleted: Arc<AtomicUsize>,
 }
 
 async fn serve_one(State(shop): State<Shop>, request: Request) -> Response {
-    shop.asked.fetch_add(1, Ordering::Relaxed);
+    shop.requested.fetch_add(1, Ordering::Relaxed);
     if request.method() == "DELETE" {
         shop.deleted.fetch_add(1, Ordering::Relaxed);
     }
@@ -55,12 +55,12 @@ async fn serve_one(State(shop): State<Shop>, request: Request) -> Response {
 async fn mock_at(address: &str, answer: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Mock {
     let listener = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (asked, deleted) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
-    let shop = Shop { answer: Arc::new(answer), asked: asked.clone(), deleted: deleted.clone() };
+    let (requested, deleted) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let shop = Shop { answer: Arc::new(answer), requested: requested.clone(), deleted: deleted.clone() };
     let app = Router::new().fallback(serve_one).with_state(shop);
     #[expect(clippy::disallowed_methods, reason = "the test's own task")]
     let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-    Mock { address, asked, deleted, task }
+    Mock { address, requested, deleted, task }
 }
 
 pub(crate) async fn mock(answer: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Mock {
@@ -68,7 +68,8 @@ pub(crate) async fn mock(answer: impl Fn(&Request) -> Response + Send + Sync + '
 }
 
 fn manifest(output: &str) -> Response {
-    let body = format!("{{\"transactionTime\":\"2026-01-01T00:00:00Z\",\"requiresAccessToken\":false,\"output\":[{output}]}}");
+    let body =
+        format!("{{\"transactionTime\":\"2026-01-01T00:00:00Z\",\"requiresAccessToken\":false,\"output\":[{output}]}}");
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 
@@ -116,7 +117,8 @@ async fn files_that_look_alike_are_all_read() {
                     .map(|query| format!(r#"{{"type":"Patient","url":"/dl?{query}"}}"#))
                     .to_vec();
                 output.extend(
-                    ["127.0.0.1", "localhost"].map(|host| format!(r#"{{"type":"Condition","url":"http://{host}:{port}/f/1"}}"#)),
+                    ["127.0.0.1", "localhost"]
+                        .map(|host| format!(r#"{{"type":"Condition","url":"http://{host}:{port}/f/1"}}"#)),
                 );
                 manifest(&output.join(","))
             }
@@ -217,11 +219,12 @@ async fn a_refused_file_gives_a_code_and_no_words() {
     assert!(!std::fs::read_to_string(report.path()).unwrap().contains("Zebediah"));
 }
 
-// Breaks if what is no file, or a part of one, is taken for a file without more resources: its type would be passed as up to date,
-// and a reconcile would delete the others.
+// Breaks if what is no file, or a part of one, is taken for a file without more resources: its type would be passed as
+// up to date, and a reconcile would delete the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_whole_file_fails_its_type_alone() {
-    let range = |range: &'static str| (StatusCode::PARTIAL_CONTENT, [(header::CONTENT_RANGE, range)], lines("Patient", "p", 2));
+    let range =
+        |range: &'static str| (StatusCode::PARTIAL_CONTENT, [(header::CONTENT_RANGE, range)], lines("Patient", "p", 2));
     let html = ([(header::CONTENT_TYPE, "Text/HTML; charset=utf-8")], "<html>Sign in</html>\n");
     let outcome = r#"{"resourceType":"OperationOutcome","issue":[{"severity":"fatal","code":"exception"}]}"#;
     let pretty = "{\n  \"resourceType\": \"Patient\",\n  \"id\": \"p\"\n}\n";
@@ -235,7 +238,10 @@ async fn what_is_no_whole_file_fails_its_type_alone() {
         (Box::new(move || html.clone().into_response()), "not an export file"),
         (Box::new(|| "<html>\n<body>Sign in</body>\n".into_response()), "not an export file"),
         (Box::new(move || outcome.into_response()), "not an export file"),
-        (Box::new(move || outcome.replace("\"issue\"", "\"id\":\"o\",\"issue\"").into_response()), "not an export file"),
+        (
+            Box::new(move || outcome.replace("\"issue\"", "\"id\":\"o\",\"issue\"").into_response()),
+            "not an export file",
+        ),
         (Box::new(|| r#"{"resourceType":"Bundle","id":"b","type":"searchset"}"#.into_response()), "not an export file"),
         (Box::new(|| r#"{"message":"Forbidden"}"#.into_response()), "not an export file"),
         (Box::new(|| "Service unavailable".into_response()), "not an export file"),
@@ -253,7 +259,8 @@ async fn what_is_no_whole_file_fails_its_type_alone() {
         fails_alone(&lake, &source(&server, ""), "", words).await;
         assert!(!lake.tables().join("Patient.parquet/_delta_log").exists(), "{words}: a table would have a watermark");
     }
-    // What is odd, and honest: a header that says HTML, an outcome that is a remark, nothing at all, a type beside its own.
+    // What is odd, and honest: a header that says HTML, an outcome that is a remark, nothing at all, a type beside its
+    // own.
     let remark = r#"{"resourceType":"OperationOutcome","issue":[{"severity":"information","code":"informational"}]}"#;
     for (body, patients) in
         [(lines("Patient", "p", 2), 2), (String::new(), 0), (remark.to_owned(), 0), (lines("Device", "d", 1), 0)]
@@ -271,22 +278,23 @@ async fn what_is_no_whole_file_fails_its_type_alone() {
     }
 }
 
-// Breaks if a server that gives the kick-off's own place for the export's status is asked for one export after the other.
+// Breaks if a server that gives the kick-off's own place for the export's status is asked for one export after the
+// other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_status_that_is_the_kick_off_itself_is_refused() {
     let server = mock(|_| StatusCode::ACCEPTED.into_response()).await;
     let error = lake().run(&source(&server, ", parameters: { circle: \"1\" }"), "").await.unwrap_err();
     assert!(error.kind() == ErrorKind::Server && error.to_string().contains("Content-Location"), "{error}");
-    assert_eq!(server.asked.load(Ordering::Relaxed), 1);
+    assert_eq!(server.requested.load(Ordering::Relaxed), 1);
 }
 
-// Breaks if the link of an attachment, which is an element of a resource, gets into the log, or a store's words that are no code.
+// Breaks if the link of an attachment, which is an element of a resource, gets into the log, or a store's words that
+// are no code.
 #[tokio::test(flavor = "multi_thread")]
 async fn links_of_attachments_are_not_told() {
     let server = mock(|request| match request.uri().path() {
-        "/patient" => {
-            "{\"resourceType\":\"Patient\",\"id\":\"p\",\"photo\":[{\"url\":\"Binary/Zebediah-Quux\"}]}\n".into_response()
-        }
+        "/patient" => "{\"resourceType\":\"Patient\",\"id\":\"p\",\"photo\":[{\"url\":\"Binary/Zebediah-Quux\"}]}\n"
+            .into_response(),
         "/status" => manifest(&format!(r#"{{"type":"Patient","url":"/patient"}},{CONDITION}"#)),
         "/condition" => condition(request).unwrap(),
         _ => (StatusCode::SERVICE_UNAVAILABLE, "{\"issue\":[{\"code\":\"Zebediah-Quux\"}]}").into_response(),
@@ -340,7 +348,8 @@ async fn a_part_of_an_attachment_is_not_taken_for_it() {
 async fn missing_files_do_not_wait_for_each_other() {
     let server = mock(|request| match request.uri().path() {
         "/status" => {
-            let missing: Vec<String> = (0..300).map(|at| format!(r#"{{"type":"Patient","url":"/missing/{at}"}}"#)).collect();
+            let missing: Vec<String> =
+                (0..300).map(|at| format!(r#"{{"type":"Patient","url":"/missing/{at}"}}"#)).collect();
             manifest(&format!("{},{CONDITION}", missing.join(",")))
         }
         path if path.starts_with("/missing") => StatusCode::NOT_FOUND.into_response(),
@@ -403,7 +412,7 @@ async fn a_server_elsewhere_does_not_lead_to_this_machine() {
             }
         }
     }
-    assert_eq!(victim.asked.load(Ordering::Relaxed), 0, "the victim was asked");
+    assert_eq!(victim.requested.load(Ordering::Relaxed), 0, "the victim was asked");
     // Whoever writes the pipeline file may.
     let server = mock_at(&address, move |request| match request.uri().path() {
         "/status" => manifest(&format!(r#"{{"type":"Patient","url":"http://127.0.0.1:{port}/x"}},{CONDITION}"#)),
@@ -429,10 +438,11 @@ async fn a_delete_is_not_led_to_another_host() {
     .await;
     let report = lake().run(&source(&server, ""), "").await.unwrap();
     assert!(report.succeeded && server.deleted.load(Ordering::Relaxed) == 1);
-    assert_eq!(victim.asked.load(Ordering::Relaxed), 0);
+    assert_eq!(victim.requested.load(Ordering::Relaxed), 0);
 }
 
-// Lines that are meant to break a reader: each is read or kept in quarantine with a reason, and the lines beside it are read.
+// Lines that are meant to break a reader: each is read or kept in quarantine with a reason, and the lines beside it are
+// read.
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_that_mean_harm() {
     let patient = |rest: &str| format!("{{\"resourceType\":\"Patient\",\"id\":\"x\"{rest}}}").into_bytes();
@@ -477,7 +487,11 @@ async fn lines_that_mean_harm() {
     assert_eq!(report.types["Patient"].quarantined + report.other_bad_lines, bad.len() as u64);
     let ids = lake.ids("Patient").await;
     for id in ["good", "x", "../../etc/passwd", "a/b\\c\0\n"] {
-        assert!(ids.iter().any(|there| there == id), "{id:?} is not in {:?}", ids.iter().map(|id| id.len()).collect::<Vec<_>>());
+        assert!(
+            ids.iter().any(|there| there == id),
+            "{id:?} is not in {:?}",
+            ids.iter().map(|id| id.len()).collect::<Vec<_>>()
+        );
     }
     assert_eq!(ids.len(), 5);
     assert_eq!(lake.ids("Condition").await, ["of another type"]);
@@ -489,8 +503,9 @@ async fn lines_that_mean_harm() {
 // Breaks if downloads that gather long lines wait for each other for ever: one connection that breaks off is enough.
 #[tokio::test(flavor = "multi_thread")]
 async fn long_lines_in_many_files_of_which_one_breaks_off() {
-    let line =
-        |number: &str| format!("{{\"resourceType\":\"Patient\",\"id\":\"p{number}\",\"note\":\"{}\"}}\n", "x".repeat(6 << 20));
+    let line = |number: &str| {
+        format!("{{\"resourceType\":\"Patient\",\"id\":\"p{number}\",\"note\":\"{}\"}}\n", "x".repeat(6 << 20))
+    };
     let broken = AtomicUsize::new(0);
     let server = mock(move |request| match request.uri().path() {
         "/status" => {
@@ -516,7 +531,8 @@ async fn long_lines_in_many_files_of_which_one_breaks_off() {
     .await;
     let lake = lake();
     let source = source(&server, "");
-    let run = tokio::time::timeout(Duration::from_secs(90), lake.run(&source, "stages: { download: { concurrency: 8 } }\n"));
+    let run =
+        tokio::time::timeout(Duration::from_secs(90), lake.run(&source, "stages: { download: { concurrency: 8 } }\n"));
     let report = run.await.expect("the downloads wait for each other").unwrap();
     assert!(report.succeeded, "{report:?}");
     assert_eq!(lake.ids("Patient").await.len(), 8);

@@ -1,5 +1,5 @@
-//! Faults of the machine: a disk that is full or cannot be written, a clock that is set back, names that do not resolve, memory
-//! that is limited. Each ends in a clear error and a run that can simply be repeated.
+//! Faults of the machine: a disk that is full or cannot be written, a clock that is set back, names that do not
+//! resolve, memory that is limited. Each ends in a clear error and a run that can simply be repeated.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -62,9 +62,9 @@ fn file(lake: &Lake, server: &DemoServer, rest: &str) -> String {
     file.display().to_string()
 }
 
-// Breaks if a full disk leaves half a table, a message without a cause, or a state that the next run cannot use. From a disk on
-// which nothing fits to one on which all does: it is full while files are staged, while a table is committed, and while state,
-// journal and report are written.
+// Breaks if a full disk leaves half a table, a message without a cause, or a state that the next run cannot use. From a
+// disk on which nothing fits to one on which all does: it is full while files are staged, while a table is committed,
+// and while state, journal and report are written.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_is_full_at_any_moment() {
     let server = server().await;
@@ -105,7 +105,8 @@ async fn a_disk_that_is_full_at_any_moment() {
     skipped(&format!("(not skipped) full disks ended in exit codes {codes:?}"));
 }
 
-// Breaks if a full disk ends a run as if somebody had stopped it, because an export that is still waited for is stopped with it.
+// Breaks if a full disk ends a run as if somebody had stopped it, because an export that is still waited for is stopped
+// with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_is_full_while_another_export_is_waited_for() {
     let (server, lake) = (DemoServer::start(Population::new(9, 300), 0, 20).await.unwrap(), lake());
@@ -114,12 +115,13 @@ async fn a_disk_that_is_full_while_another_export_is_waited_for() {
     };
     let of = |types: &str| format!("{{ url: \"{}\", types: [{types}], retry_for: 1s, timeout: 60s }}", server.base());
     assert!(lake.run(&of("Patient"), "").await.unwrap().succeeded);
-    // Observation and Claim have no table yet: they are asked for first. Their files come slowly, so that Patient is asked for
-    // before the disk is full.
+    // Observation and Claim have no table yet: they are asked for first. Their files come slowly, so that Patient is
+    // asked for before the disk is full.
     let slow = Some(std::time::Duration::from_millis(20));
     server.set_faults(Faults { endless_type: Some("Patient".into()), slow, ..Faults::default() });
     let file = lake.pipeline_file(&of("Patient, Observation, Claim"));
-    let yaml = std::fs::read_to_string(&file).unwrap() + "stages: { encode: { row_group: 64KiB }, merge: { checkpoint: 1h } }\n";
+    let yaml = std::fs::read_to_string(&file).unwrap()
+        + "stages: { encode: { row_group: 64KiB }, merge: { checkpoint: 1h } }\n";
     std::fs::write(&file, yaml).unwrap();
     let file = file.display().to_string();
     let filler = lake.folder.path().join("filler");
@@ -232,8 +234,9 @@ async fn memory_that_is_limited() {
         assert!(output.status.success(), "{:?}: {}", output.status, said(&output));
         server.step(200, 20, 5);
     }
-    let peak =
-        ["memory.max_usage_in_bytes", "memory.peak"].iter().find_map(|name| std::fs::read_to_string(group.join(name)).ok());
+    let peak = ["memory.max_usage_in_bytes", "memory.peak"]
+        .iter()
+        .find_map(|name| std::fs::read_to_string(group.join(name)).ok());
     skipped(&format!(
         "(not skipped) with {} bytes allowed the group had at most {}",
         memory + 250_000_000,
@@ -242,10 +245,10 @@ async fn memory_that_is_limited() {
     let _ = std::fs::remove_dir(&group);
 }
 
-/// A list of which the first item has every element that its columns have room for, a few levels deep, and the others none.
+/// A list of which the first item has every element that its columns have room for, a few levels deep, and the others
+/// none.
 fn spreading_line(id: usize, items: usize) -> String {
-    let concept =
-        r#"{"id":"a","text":"t","coding":[{"id":"a","system":"s","version":"v","code":"c","display":"d","userSelected":true}]}"#;
+    let concept = r#"{"id":"a","text":"t","coding":[{"id":"a","system":"s","version":"v","code":"c","display":"d","userSelected":true}]}"#;
     let (money, period) = (r#"{"id":"a","value":1,"currency":"EUR"}"#, r#"{"id":"a","start":"2020","end":"2021"}"#);
     let reference = format!(
         r#"{{"id":"a","reference":"A/1","type":"A","display":"d","identifier":{{"use":"usual","system":"s","value":"v","period":{period},"type":{concept}}}}}"#
@@ -260,8 +263,8 @@ fn spreading_line(id: usize, items: usize) -> String {
     format!("{{\"resourceType\":\"ExplanationOfBenefit\",\"id\":\"e{id}\",\"item\":[{item}{}]}}\n", ",{}".repeat(items))
 }
 
-// Breaks if what an item of a list fills, and millions of others leave empty, takes memory for each of them: in one line, which is
-// bad then, or in many.
+// Breaks if what an item of a list fills, and millions of others leave empty, takes memory for each of them: in one
+// line, which is bad then, or in many.
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_that_spread_do_not_take_more_memory() {
     let memory = 64 << 20;
@@ -294,8 +297,8 @@ async fn lists_that_spread_do_not_take_more_memory() {
     }
 }
 
-// A machine so busy that the process hardly runs, and a reader of its log that takes a line now and then: breaks if the server's
-// waiting, or a full pipe, costs a row or ends the run.
+// A machine so busy that the process hardly runs, and a reader of its log that takes a line now and then: breaks if the
+// server's waiting, or a full pipe, costs a row or ends the run.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_is_slow() {
     use std::io::Read;

@@ -51,9 +51,12 @@ async fn worn() -> (Lake, RunPlan) {
 
 /// All that a reader can see, row by row.
 async fn everything(lake: &Lake) -> BTreeSet<String> {
-    let sql = "SELECT id, id_versioned AS iv, meta['versionId'] AS v, CAST(meta['lastUpdated'] AS VARCHAR) AS u, name[1]['family'] AS f, \
-               name[1]['given'][1] AS g, CAST(name IS NULL AS VARCHAR) AS n, maritalStatus['text'] AS m, CAST(maritalStatus IS NULL AS VARCHAR) AS mn, \
-               map_extract(_extension, _fid)[1][1]['valueString'] AS e, CAST(_extension IS NULL AS VARCHAR) AS en, CAST(array_length(name[1]['given']) AS VARCHAR) AS l FROM Patient";
+    let sql = "SELECT id, id_versioned AS iv, meta['versionId'] AS v, CAST(meta['lastUpdated'] AS VARCHAR) AS u, \
+        name[1]['family'] AS f, \
+               name[1]['given'][1] AS g, CAST(name IS NULL AS VARCHAR) AS n, maritalStatus['text'] AS m, \
+               CAST(maritalStatus IS NULL AS VARCHAR) AS mn, \
+               map_extract(_extension, _fid)[1][1]['valueString'] AS e, CAST(_extension IS NULL AS VARCHAR) AS en, \
+               CAST(array_length(name[1]['given']) AS VARCHAR) AS l FROM Patient";
     let mut rows = BTreeSet::new();
     for batch in lake.sql(sql).await {
         let columns: Vec<Vec<Option<String>>> =
@@ -77,8 +80,12 @@ async fn optimize_changes_files_and_no_answer() {
         let before = everything(&lake).await;
         assert_eq!(before.len(), 500);
         let (_, files) = lake.files("Patient").await;
-        let done =
-            optimize(&plan, &options(cluster), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+        let done = optimize(&plan, &options(cluster), &Cancellation::default())
+            .await
+            .unwrap()
+            .remove("Patient")
+            .unwrap()
+            .unwrap();
         assert_eq!((done.files_removed, done.files_added), (files.len() as u64, 1));
         assert!(done.rows_purged > 0);
         assert_eq!(everything(&lake).await, before);
@@ -88,11 +95,16 @@ async fn optimize_changes_files_and_no_answer() {
         let snapshot = table.delta().unwrap().snapshot().unwrap();
         assert!(snapshot.log_data().iter().all(|file| file.deletion_vector_descriptor().is_none()));
         // In the order of their ids, where that was asked for.
-        let ids: Vec<_> = lake.sql("SELECT id FROM Patient").await.iter().flat_map(|batch| strings(batch, "id")).collect();
+        let ids: Vec<_> =
+            lake.sql("SELECT id FROM Patient").await.iter().flat_map(|batch| strings(batch, "id")).collect();
         assert_eq!(ids.is_sorted(), cluster);
         // Again: nothing to do.
-        let again =
-            optimize(&plan, &options(cluster), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+        let again = optimize(&plan, &options(cluster), &Cancellation::default())
+            .await
+            .unwrap()
+            .remove("Patient")
+            .unwrap()
+            .unwrap();
         assert_eq!(again, Default::default());
         // Later runs merge into what it made.
         let (_data, source) = folder(&[("Patient.ndjson", &patients(100..105, 6))]);
@@ -111,7 +123,8 @@ async fn killed_maintenance_is_made_good_by_the_next() {
     let lake = lake();
     for version in [1, 2] {
         for part in 0..12 {
-            let (_data, source) = folder(&[("Patient.ndjson", &many(part * 2000..(part + 1) * 2000 - version * 100, version))]);
+            let (_data, source) =
+                folder(&[("Patient.ndjson", &many(part * 2000..(part + 1) * 2000 - version * 100, version))]);
             assert!(lake.run(&source, "").await.unwrap().succeeded);
         }
     }
@@ -153,14 +166,16 @@ async fn killed_maintenance_is_made_good_by_the_next() {
     assert_eq!(there, named, "files that nothing names");
 }
 
-// Breaks if sorting needs the table in memory, or if a table without deletion vectors or with large files is not left alone.
+// Breaks if sorting needs the table in memory, or if a table without deletion vectors or with large files is not left
+// alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn optimize_leaves_alone_what_is_well() {
     let lake = lake();
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..10, 1))]);
     lake.run(&source, "").await.unwrap();
     let plan = lake.plan(&source, "");
-    let done = optimize(&plan, &options(false), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    let done =
+        optimize(&plan, &options(false), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     assert_eq!(done.version, None);
     // Few marked rows are no reason either.
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..1, 2))]);
@@ -170,9 +185,10 @@ async fn optimize_leaves_alone_what_is_well() {
     std::sync::Arc::make_mut(&mut plan.stages).merge.target_file = fhirlake::values::ByteSize(10);
     let done = optimize(&plan, &few, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     assert_eq!(done.version, None);
-    let error = optimize(&plan, &OptimizeOptions { types: vec!["Group".to_owned()].into(), ..few }, &Cancellation::default())
-        .await
-        .unwrap_err();
+    let error =
+        optimize(&plan, &OptimizeOptions { types: vec!["Group".to_owned()].into(), ..few }, &Cancellation::default())
+            .await
+            .unwrap_err();
     assert!(error.to_string().contains("no table of Group"), "{error}");
 }
 
@@ -206,8 +222,8 @@ fn all_files(lake: &Lake) -> BTreeSet<String> {
     entries.filter(|entry| entry.path().is_file()).map(|entry| entry.file_name().into_string().unwrap()).collect()
 }
 
-// Breaks if vacuum takes a file, or a deletion vector, that a version within the retention needs, or one of a run that has
-// not committed yet.
+// Breaks if vacuum takes a file, or a deletion vector, that a version within the retention needs, or one of a run that
+// has not committed yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn vacuum_takes_what_no_version_within_the_retention_names() {
     let (lake, plan) = worn().await;
@@ -223,14 +239,20 @@ async fn vacuum_takes_what_no_version_within_the_retention_names() {
     let week = VacuumOptions { retention: Some(Duration::from_secs(7 * 86400)), ..VacuumOptions::default() };
     let found = vacuum(&plan, &week, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
     let found: BTreeSet<String> = found.files.into_iter().collect();
-    // The files that optimize exchanged were the newest's until now; deletion vectors that later ones replaced were not.
+    // The files that optimize exchanged were the newest's until now; deletion vectors that later ones replaced were
+    // not.
     assert!(found.contains("part-someone-else.parquet"));
     assert!(!found.contains("part-20990101T000000000Z-aaaaaa-00001.zstd.parquet"), "it may be of a run that goes on");
     let old_vectors: Vec<_> = found.iter().filter(|file| file.starts_with("deletion_vector")).collect();
     assert!(!old_vectors.is_empty() && found.len() == old_vectors.len() + 1, "{found:?}");
-    assert_eq!(all_files(&lake).intersection(&before_optimize).count(), before_optimize.len(), "a dry run removes nothing");
+    assert_eq!(
+        all_files(&lake).intersection(&before_optimize).count(),
+        before_optimize.len(),
+        "a dry run removes nothing"
+    );
     // The version before optimize can still be read once they are gone.
-    let deleted = vacuum(&plan, &VacuumOptions { delete: true, ..week.clone() }, &Cancellation::default()).await.unwrap();
+    let deleted =
+        vacuum(&plan, &VacuumOptions { delete: true, ..week.clone() }, &Cancellation::default()).await.unwrap();
     assert!(deleted["Patient"].as_ref().unwrap().deleted);
     assert!(found.iter().all(|file| !all_files(&lake).contains(file)));
     assert_eq!(everything(&lake).await, answer);

@@ -59,7 +59,9 @@ fn merge(table: &mut BTreeMap<u8, Copy>, run: &[Copy], full_refresh: bool) {
             Some(held) if !full_refresh && held.updated.is_some() && staged.updated != held.updated => {
                 staged.updated > held.updated
             }
-            Some(held) if !full_refresh && staged.updated.is_none() && staged.version.is_none() && held.version.is_some() => {
+            Some(held)
+                if !full_refresh && staged.updated.is_none() && staged.version.is_none() && held.version.is_some() =>
+            {
                 false
             }
             Some(held) if staged.updated.is_none() && held.updated.is_some() => true,
@@ -109,7 +111,8 @@ proptest! {
                 assert_eq!(outcome.inserted + outcome.updated + outcome.skipped, run.len() as u64);
             }
             let batches = lake
-                .sql("SELECT id, language AS c, meta['versionId'] AS v, CAST(date_part('day', meta['lastUpdated']) AS VARCHAR) AS u FROM Patient")
+                .sql("SELECT id, language AS c, meta['versionId'] AS v, CAST(date_part('day', meta['lastUpdated']) AS \
+                    VARCHAR) AS u FROM Patient")
                 .await;
             let mut found = BTreeMap::new();
             for batch in &batches {
@@ -129,8 +132,8 @@ proptest! {
     }
 }
 
-// Breaks if a type that commits twice in a run, since more of its rows came in another type's file, loses its first commit's
-// deletion vector, or takes its own commit for another writer's.
+// Breaks if a type that commits twice in a run, since more of its rows came in another type's file, loses its first
+// commit's deletion vector, or takes its own commit for another writer's.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_type_may_commit_twice_in_a_run() {
     let lake = lake();

@@ -67,8 +67,10 @@ async fn reconcile_deletes_what_the_export_does_not_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn never_more_than_max_deleted() {
     let lake = twenty().await;
-    let (_data, source) =
-        folder(&[("Patient.ndjson", &patients(0..17, 2)), ("Device.ndjson", "{\"resourceType\":\"Device\",\"id\":\"d\"}\n")]);
+    let (_data, source) = folder(&[
+        ("Patient.ndjson", &patients(0..17, 2)),
+        ("Device.ndjson", "{\"resourceType\":\"Device\",\"id\":\"d\"}\n"),
+    ]);
     for name in ["reconcile", "overwrite"] {
         let report = lake.run(&source, &mode(name, "")).await.unwrap();
         let error = report.types["Patient"].error.as_deref().unwrap();
@@ -84,7 +86,9 @@ async fn never_more_than_max_deleted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_where_the_export_surely_names_all() {
     let lake = twenty().await;
-    for (text, why) in [(patients(0..19, 2) + "{\n", "1 lines could not be read"), (String::new(), "brings no resource")] {
+    for (text, why) in
+        [(patients(0..19, 2) + "{\n", "1 lines could not be read"), (String::new(), "brings no resource")]
+    {
         let (_data, source) = folder(&[("Patient.ndjson", &text)]);
         let report = lake.run(&source, &mode("reconcile", "")).await.unwrap();
         let error = report.types["Patient"].error.as_deref().unwrap();
@@ -101,8 +105,9 @@ async fn not_after_errors_of_the_export() {
     let source = format!("{{ url: \"{}\", types: [Patient], since: none }}", server.base());
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     for (severity, refused) in [("error", true), ("warning", false)] {
-        let issue =
-            format!("{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"x\"}}]}}\n");
+        let issue = format!(
+            "{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"x\"}}]}}\n"
+        );
         server.set_faults(Faults { errors: issue.into_bytes(), ..Default::default() });
         let report = lake.run(&source, &mode("reconcile", "")).await.unwrap();
         let error = report.types["Patient"].error.as_deref();

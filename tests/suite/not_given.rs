@@ -94,7 +94,8 @@ async fn an_error_that_names_no_type_of_the_export_holds_all() {
         ("error", "disk full", ", ignored_issue_codes: [exception]", vec![]),
         ("error", "disk full", ", ignored_issue_codes: [forbidden]", vec!["Condition", "Patient"]),
     ] {
-        let both = [output("Patient", "/p", lines("Patient", "p", 2)), output("Condition", "/c", lines("Condition", "c", 2))];
+        let both =
+            [output("Patient", "/p", lines("Patient", "p", 2)), output("Condition", "/c", lines("Condition", "c", 2))];
         let error = ("error", "OperationOutcome", "/e", outcome(severity, words));
         let (mock, _) = server(both.into_iter().chain([error]).collect()).await;
         assert_eq!(held(&lake().run(&source(&mock, more), "").await.unwrap()), expected, "{severity} {words}{more}");
@@ -120,7 +121,8 @@ async fn rows_that_end_with_something_else_hold_their_type() {
         ("Acc\u{e8}s refus\u{e9}\n", 1),
     ];
     for (last, bad) in cases {
-        let text: Vec<u8> = format!("{rows}{last}").chars().map(|letter| u8::try_from(u32::from(letter)).unwrap()).collect();
+        let text: Vec<u8> =
+            format!("{rows}{last}").chars().map(|letter| u8::try_from(u32::from(letter)).unwrap()).collect();
         let patients = output("Patient", "/p", text);
         let (mock, _) = server(vec![patients, output("Condition", "/c", lines("Condition", "c", 2))]).await;
         let lake = lake();
@@ -142,7 +144,8 @@ async fn files_of_which_nothing_can_be_read_fail_their_type() {
     let latin = b"<html>\n<body>\nAcc\xe8s refus\xe9".to_vec();
     let utf16: Vec<u8> = lines("Patient", "p", 2).encode_utf16().flat_map(u16::to_le_bytes).collect();
     for bytes in [zip, latin, utf16, b"{\"resourceType\":\"Patient\",!}".to_vec(), b"a,b\n1,2\n".to_vec()] {
-        let (mock, _) = server(vec![output("Patient", "/p", bytes), output("Condition", "/c", lines("Condition", "c", 2))]).await;
+        let (mock, _) =
+            server(vec![output("Patient", "/p", bytes), output("Condition", "/c", lines("Condition", "c", 2))]).await;
         let lake = lake();
         let report = lake.run(&source(&mock, ""), "").await.unwrap();
         let error = report.types["Patient"].error.as_deref().unwrap_or_default();
@@ -195,7 +198,8 @@ async fn more_than_a_hundred_and_a_hundredth_of_bad_lines_fail_a_type() {
 
 /// A lake of three patients, and what a run with this file of deletions makes of it.
 async fn deletions(text: &str) -> (Lake, RunReport) {
-    let both = [output("Patient", "/p", lines("Patient", "p", 3)), output("Condition", "/c", lines("Condition", "c", 1))];
+    let both =
+        [output("Patient", "/p", lines("Patient", "p", 3)), output("Condition", "/c", lines("Condition", "c", 1))];
     let (mock, files) = server(both.to_vec()).await;
     let lake = lake();
     assert!(lake.run(&source(&mock, ""), "").await.unwrap().succeeded);
@@ -261,7 +265,8 @@ async fn soft_deleted(value: &str) {
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     // `b` came back after it was deleted, `d` was there and is gone, and of `c` the table has a newer version.
     let text =
-        [marked("a", 2), marked("b", 2), row("b", 3), row("d", 1), marked("d", 2), marked("c", 4), marked("e", 1)].join("\n");
+        [marked("a", 2), marked("b", 2), row("b", 3), row("d", 1), marked("d", 2), marked("c", 4), marked("e", 1)]
+            .join("\n");
     let (_data, source) = folder(&[("Patient.ndjson", &text)]);
     let report = lake.run(&source, "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
@@ -321,8 +326,11 @@ async fn folders_are_read_with_what_is_below_them() {
     assert!(passed.contains(&"deleted/1.Bundle.ndjson"), "nothing says what is newer: {passed:?}");
     assert!(!passed.contains(&"notes.txt"), "{passed:?}");
     // The state and the tables may lie in the folder: what is kept there is none of it.
-    std::fs::write(lake.folder.path().join("Patient.ndjson"), row("Patient", "g") + "{\"resourceType\":\"Patient\",!}\n")
-        .unwrap();
+    std::fs::write(
+        lake.folder.path().join("Patient.ndjson"),
+        row("Patient", "g") + "{\"resourceType\":\"Patient\",!}\n",
+    )
+    .unwrap();
     let source = super::support::folder_source(lake.folder.path());
     for _ in 0..2 {
         let report = lake.run(&source, "").await.unwrap();
@@ -350,7 +358,8 @@ async fn an_undated_copy_in_a_folder_does_not_replace_a_dated_row() {
 // Breaks if a table that cannot be written fails more than its type.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_cannot_be_written_fails_its_type_alone() {
-    let both = [output("Patient", "/p", lines("Patient", "p", 3)), output("Condition", "/c", lines("Condition", "c", 2))];
+    let both =
+        [output("Patient", "/p", lines("Patient", "p", 3)), output("Condition", "/c", lines("Condition", "c", 2))];
     let (mock, _) = server(both.to_vec()).await;
     let lake = lake();
     assert!(lake.run(&source(&mock, ""), "").await.unwrap().succeeded);
@@ -383,7 +392,8 @@ async fn types_that_r4_does_not_have_fail_no_other() {
         output("Ingredient", "/i", lines("Ingredient", "i", 200)),
     ])
     .await;
-    let (lake, all) = (lake(), format!("{{ url: \"http://{}/fhir\", retry_for: 1s, max_poll_interval: 1s }}", mock.address));
+    let (lake, all) =
+        (lake(), format!("{{ url: \"http://{}/fhir\", retry_for: 1s, max_poll_interval: 1s }}", mock.address));
     // The second run tries the lines in quarantine again.
     for _ in 0..2 {
         let report = lake.run(&all, "").await.unwrap();
@@ -399,7 +409,8 @@ async fn outcomes_that_are_listed_as_output_are_the_servers_words() {
         [("Failed to export 2.Condition.ndjson", vec!["Condition"]), ("disk full", vec!["Condition", "Patient"])]
     {
         for id in ["", "\"id\":\"o1\","] {
-            let text = String::from_utf8(outcome("error", words)).unwrap().replace("\"issue\"", &format!("{id}\"issue\""));
+            let text =
+                String::from_utf8(outcome("error", words)).unwrap().replace("\"issue\"", &format!("{id}\"issue\""));
             let files = vec![
                 output("Patient", "/p", lines("Patient", "p", 3)),
                 output("Condition", "/c", lines("Condition", "c", 2)),
@@ -412,11 +423,14 @@ async fn outcomes_that_are_listed_as_output_are_the_servers_words() {
     }
 }
 
-// Breaks if a file that holds nothing but an error cannot be let through, by those who know that their server always says it.
+// Breaks if a file that holds nothing but an error cannot be let through, by those who know that their server always
+// says it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_of_errors_alone_is_let_through_where_they_are_ignored() {
-    let files =
-        vec![output("Patient", "/p", outcome("error", "no access")), output("Condition", "/c", lines("Condition", "c", 2))];
+    let files = vec![
+        output("Patient", "/p", outcome("error", "no access")),
+        output("Condition", "/c", lines("Condition", "c", 2)),
+    ];
     for (more, succeeds) in [
         ("", false),
         (", export_errors: ignore", true),

@@ -1,4 +1,5 @@
-//! Telemetry, as somebody else's receiver gets it: `oteltap` of `tests/readers.txt`, beside the Python that FHIRLAKE_READERS names.
+//! Telemetry, as somebody else's receiver gets it: `oteltap` of `tests/readers.txt`, beside the Python that
+//! FHIRLAKE_READERS names.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -12,7 +13,8 @@ use serde_json::Value;
 use super::support::lake;
 
 fn oteltap() -> Option<PathBuf> {
-    let found = environment("FHIRLAKE_READERS").map(PathBuf::from).and_then(|python| Some(python.parent()?.join("oteltap")));
+    let found =
+        environment("FHIRLAKE_READERS").map(PathBuf::from).and_then(|python| Some(python.parent()?.join("oteltap")));
     if let Some(found) = found.filter(|path| path.exists()) {
         return Some(found);
     }
@@ -33,8 +35,8 @@ impl Drop for Ended {
     }
 }
 
-// Breaks if a span, metric or log line does not arrive, if they do not belong together, if the server does not hear of the trace,
-// or if anything of a patient is among them.
+// Breaks if a span, metric or log line does not arrive, if they do not belong together, if the server does not hear of
+// the trace, or if anything of a patient is among them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receiver_gets_the_trace_of_a_run_its_metrics_and_its_logs() {
     let Some(oteltap) = oteltap() else { return };
@@ -80,14 +82,21 @@ async fn a_receiver_gets_the_trace_of_a_run_its_metrics_and_its_logs() {
     let trace = run_span["traceId"].as_str().unwrap();
     assert!(spans.iter().all(|span| span["traceId"] == trace), "one trace");
     assert!(spans.iter().filter(|span| span["name"] != "run").all(|span| span["parentSpanId"] == run_span["spanId"]));
-    let metric = |name: &str| json.iter().find(|value| value["name"] == name && value["sum"].is_object()).cloned().unwrap();
+    let metric =
+        |name: &str| json.iter().find(|value| value["name"] == name && value["sum"].is_object()).cloned().unwrap();
     let points = metric("fhirlake.resources.parsed")["sum"]["dataPoints"].as_array().unwrap().clone();
     let of_patients = points.iter().find(|point| point["attributes"][1]["value"]["stringValue"] == "Patient").unwrap();
-    assert_eq!((&of_patients["asInt"], metric("fhirlake.ndjson.bytes")["unit"].as_str()), (&Value::from(12), Some("By")));
+    assert_eq!(
+        (&of_patients["asInt"], metric("fhirlake.ndjson.bytes")["unit"].as_str()),
+        (&Value::from(12), Some("By"))
+    );
     let committed = json.iter().find(|value| value["body"]["stringValue"] == "committed").unwrap();
     assert_eq!(committed["traceId"], trace, "a line of the log belongs to its trace");
     let said = String::from_utf8(run.stderr).unwrap();
-    assert!(said.lines().any(|line| line.contains("committed") && line.contains(trace)), "and so it does in the log itself");
+    assert!(
+        said.lines().any(|line| line.contains("committed") && line.contains(trace)),
+        "and so it does in the log itself"
+    );
     let seen = server.seen();
     assert!(
         !seen.traces.is_empty() && seen.traces.iter().all(|sent| sent.starts_with(&format!("00-{trace}-"))),

@@ -1,7 +1,7 @@
 //! Tables that Pathling on Spark and fhirlake write by turns: the Python sync script before, beside and after us.
 //!
-//! `FHIRLAKE_PATHLING` names a Python with `tests/pathling.txt`, `FHIRLAKE_PATHLING_JARS` its jars and `JAVA_HOME` a Java 21;
-//! without them the test is skipped. `.ci/pathling` installs all three.
+//! `FHIRLAKE_PATHLING` names a Python with `tests/pathling.txt`, `FHIRLAKE_PATHLING_JARS` its jars and `JAVA_HOME` a
+//! Java 21; without them the test is skipped. `.ci/pathling` installs all three.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -27,13 +27,20 @@ impl Pathling {
         let Some(python) = std::env::var_os("FHIRLAKE_PATHLING").filter(|python| !python.is_empty()) else {
             #[expect(clippy::disallowed_macros, reason = "a skipped test must be seen")]
             {
-                eprintln!("SKIPPED: FHIRLAKE_PATHLING names no Python with Pathling, so nothing is written by turns with it");
+                eprintln!(
+                    "SKIPPED: FHIRLAKE_PATHLING names no Python with Pathling, so nothing is written by turns with it"
+                );
             }
             return None;
         };
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/by_turns.py");
-        let mut process =
-            Command::new(python).arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut process = Command::new(python)
+            .arg(script)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let (tell, hear) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
         let mut started = Self { process, tell, hear };
         assert!(started.answer().get("ready").is_some());
@@ -45,7 +52,10 @@ impl Pathling {
         // What a library prints there is not ours.
         while !line.starts_with('{') {
             line.clear();
-            assert!(self.hear.read_line(&mut line).unwrap() > 0, "Spark ended: run tests/by_turns.py by hand to see why");
+            assert!(
+                self.hear.read_line(&mut line).unwrap() > 0,
+                "Spark ended: run tests/by_turns.py by hand to see why"
+            );
         }
         serde_json::from_str(&line).unwrap()
     }
@@ -128,8 +138,8 @@ fn unversioned() -> tempfile::TempDir {
         "100",
     ];
     let codes = [
-        "mmol/L", "10*12/L", "10*3/uL", "[in_i]", "kg", "%", "mg/dL", "Cel", "/uL", "{score}", "mm[Hg]", "[degF]", "mol",
-        "no-unit",
+        "mmol/L", "10*12/L", "10*3/uL", "[in_i]", "kg", "%", "mg/dL", "Cel", "/uL", "{score}", "mm[Hg]", "[degF]",
+        "mol", "no-unit",
     ];
     let mut observations = String::new();
     for (at, value) in values.iter().enumerate() {
@@ -153,12 +163,16 @@ fn unversioned() -> tempfile::TempDir {
     };
     std::fs::write(folder.path().join("Observation.ndjson"), observations).unwrap();
     std::fs::write(folder.path().join("Patient.ndjson"), (0..50).map(patient).collect::<String>()).unwrap();
-    std::fs::write(folder.path().join("ExplanationOfBenefit.ndjson"), values.iter().enumerate().map(benefit).collect::<String>())
-        .unwrap();
+    std::fs::write(
+        folder.path().join("ExplanationOfBenefit.ndjson"),
+        values.iter().enumerate().map(benefit).collect::<String>(),
+    )
+    .unwrap();
     folder
 }
 
-// Breaks if one of both cannot merge into what the other wrote, encodes otherwise, or takes the other's rows for changed.
+// Breaks if one of both cannot merge into what the other wrote, encodes otherwise, or takes the other's rows for
+// changed.
 #[tokio::test(flavor = "multi_thread")]
 async fn pathling_and_we_write_by_turns() {
     let Some(mut pathling) = Pathling::start() else { return };

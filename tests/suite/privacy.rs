@@ -1,4 +1,5 @@
-//! Nothing of a patient is in what people and machines other than the tables' readers see, and what is kept is the user's alone.
+//! Nothing of a patient is in what people and machines other than the tables' readers see, and what is kept is the
+//! user's alone.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -16,8 +17,20 @@ fn telling(json: &Value, key: &str, found: &mut BTreeSet<String>) {
         Value::Object(members) => members.iter().for_each(|(key, value)| telling(value, key, found)),
         Value::Array(items) => items.iter().for_each(|item| telling(item, key, found)),
         Value::String(text) => {
-            let tells =
-                ["family", "given", "value", "line", "city", "postalCode", "birthDate", "text", "div", "id", "reference", "data"];
+            let tells = [
+                "family",
+                "given",
+                "value",
+                "line",
+                "city",
+                "postalCode",
+                "birthDate",
+                "text",
+                "div",
+                "id",
+                "reference",
+                "data",
+            ];
             if tells.contains(&key) && text.len() >= 4 {
                 found.insert(text.clone());
             }
@@ -38,8 +51,8 @@ fn modes(folder: &Path, open: &mut Vec<String>) {
     }
 }
 
-// Breaks if a name, an identifier or an id of the population is in a log, a report, an error, a metric or the page, or if
-// others can read what is kept, whatever the umask.
+// Breaks if a name, an identifier or an id of the population is in a log, a report, an error, a metric or the page, or
+// if others can read what is kept, whatever the umask.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_a_patient_is_told() {
     let server = DemoServer::start(Population::new(31, 40), 0, 10).await.unwrap();
@@ -66,8 +79,10 @@ async fn nothing_of_a_patient_is_told() {
     assert!(texts.len() > 500, "{}", texts.len());
     server.set_faults(Faults { junk: [("Patient".to_owned(), junk)].into(), ..Faults::default() });
     let lake = lake();
-    let source =
-        format!("{{ url: \"{}\", types: [Patient, Observation, Condition], export_log: true, retry_for: 1s }}", server.base());
+    let source = format!(
+        "{{ url: \"{}\", types: [Patient, Observation, Condition], export_log: true, retry_for: 1s }}",
+        server.base()
+    );
     let file = lake.pipeline_file(&source);
     let more = std::fs::read_to_string(&file).unwrap() + "schedule: [{ cron: \"* * * * * *\" }]\n";
     std::fs::write(&file, more).unwrap();
@@ -130,7 +145,11 @@ async fn nothing_of_a_patient_is_told() {
     }
     serve.kill().unwrap();
     serve.wait().unwrap();
-    assert!(whole(&seen), "{}", seen.lines().filter(|line| line.starts_with("fhirlake_")).collect::<Vec<_>>().join("\n"));
+    assert!(
+        whole(&seen),
+        "{}",
+        seen.lines().filter(|line| line.starts_with("fhirlake_")).collect::<Vec<_>>().join("\n")
+    );
     said.push_str(&seen);
     lines.map_while(Result::ok).for_each(|line| said.push_str(&line));
     for folder in ["runs", "export-logs"] {
@@ -172,7 +191,11 @@ fn there_is_no_core_dump() {
     use std::os::unix::process::ExitStatusExt;
     let folder = tempfile::tempdir().unwrap();
     let mut child = Command::new("bash")
-        .args(["-c", "ulimit -c unlimited 2>/dev/null; exec \"$0\" demo --serve --patients 1", env!("CARGO_BIN_EXE_fhirlake")])
+        .args([
+            "-c",
+            "ulimit -c unlimited 2>/dev/null; exec \"$0\" demo --serve --patients 1",
+            env!("CARGO_BIN_EXE_fhirlake"),
+        ])
         .current_dir(folder.path())
         .stderr(std::process::Stdio::null())
         .spawn()

@@ -30,14 +30,24 @@ fn the_demo_does_the_main_job() {
     assert!(err.contains("quarantined") && err.contains("peak memory") && err.contains("Try next"), "{err}");
     let pipeline = format!("{folder}/pipeline.yaml");
     let status = fhirlake(&["status", &pipeline]);
-    assert!(status.status.success() && text(&status.stdout).contains("ExplanationOfBenefit"), "{}", text(&status.stdout));
+    assert!(
+        status.status.success() && text(&status.stdout).contains("ExplanationOfBenefit"),
+        "{}",
+        text(&status.stdout)
+    );
     let tables = format!("{folder}/tables");
     let json = fhirlake(&["query", "SELECT count(*) AS n FROM Patient", "--tables", &tables, "--output", "json"]);
     assert_eq!(text(&json.stdout).trim(), "{\"n\":21}");
     let all = fhirlake(&["query", "SELECT * FROM Patient LIMIT 1", &pipeline, "--output", "json"]);
     let row: serde_json::Value = serde_json::from_slice(&all.stdout).unwrap();
     assert!(row["_extension"]["0"][0]["url"].as_str().unwrap().contains("us-core-race"), "{row}");
-    let csv = fhirlake(&["query", "SELECT id, name, _extension FROM Patient ORDER BY id LIMIT 1", &pipeline, "--output", "csv"]);
+    let csv = fhirlake(&[
+        "query",
+        "SELECT id, name, _extension FROM Patient ORDER BY id LIMIT 1",
+        &pipeline,
+        "--output",
+        "csv",
+    ]);
     assert!(
         text(&csv.stdout).starts_with("id,name,_extension\n") && text(&csv.stdout).contains("family"),
         "{}",
@@ -75,15 +85,22 @@ fn validate_shows_every_problem_and_exits_with_the_code_of_configuration() {
     assert_eq!(output.status.code(), Some(2), "{err}");
     assert!(err.contains("p.yaml:3:26: source.typs: unknown key (did you mean `types`?)"), "{err}");
     assert!(err.contains("tables: required and missing"), "{err}");
-    assert!(err.contains("p.yaml:3:11: source.url: not a URL"), "what only has meaning beyond the schema is said too: {err}");
+    assert!(
+        err.contains("p.yaml:3:11: source.url: not a URL"),
+        "what only has meaning beyond the schema is said too: {err}"
+    );
 }
 
 #[test]
 fn schema_and_completions() {
     let tree = fhirlake(&["schema", "Patient", "--no-extensions"]);
     let out = text(&tree.stdout);
-    assert!(out.starts_with("Patient\n  id: string\n  id_versioned: string\n  meta: struct\n") && !out.contains("_fid"), "{out}");
-    let delta: serde_json::Value = serde_json::from_slice(&fhirlake(&["schema", "Patient", "--format", "delta"]).stdout).unwrap();
+    assert!(
+        out.starts_with("Patient\n  id: string\n  id_versioned: string\n  meta: struct\n") && !out.contains("_fid"),
+        "{out}"
+    );
+    let delta: serde_json::Value =
+        serde_json::from_slice(&fhirlake(&["schema", "Patient", "--format", "delta"]).stdout).unwrap();
     assert_eq!(delta["fields"][0]["name"], "id");
     assert_eq!(fhirlake(&["schema", "patient"]).status.code(), Some(2));
     assert!(text(&fhirlake(&["completions", "bash"]).stdout).contains("fhirlake"));
@@ -117,7 +134,13 @@ async fn a_killed_run_is_made_good_by_the_next() {
     server.set_faults(Faults { slow: Some(Duration::from_millis(100)), ..Default::default() });
     let file = lake.folder.path().join("p.yaml");
     let yaml = format!(
-        "version: 1\nname: k\nsource: {{ url: \"{}\", types: [Patient, Observation, Claim] }}\nstages: {{ encode: {{ row_group: 64KiB }}, download: {{ concurrency: 2 }}, merge: {{ checkpoint: 20ms }} }}\ntables: {}\nstate: {}\n",
+        "version: 1\nname: k\nsource: {{ url: \"{}\", types: [Patient, Observation, Claim] }}\nstages: \
+            \
+            \
+            \
+            \
+            \
+            {{ encode: {{ row_group: 64KiB }}, download: {{ concurrency: 2 }}, merge: {{ checkpoint: 20ms }} }}\ntables: {}\nstate: {}\n",
         server.base(),
         lake.tables().display(),
         lake.state().display()
@@ -193,10 +216,17 @@ fn the_report_as_json() {
         arguments.extend(more);
         arguments.push(&file);
         let output = fhirlake(&arguments);
-        (serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap(), output.status.code(), text(&output.stderr))
+        (
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap(),
+            output.status.code(),
+            text(&output.stderr),
+        )
     };
     let (report, code, err) = json(&[]);
-    assert_eq!((&report["succeeded"], &report["types"]["Patient"]["inserted"], code), (&true.into(), &1.into(), Some(0)));
+    assert_eq!(
+        (&report["succeeded"], &report["types"]["Patient"]["inserted"], code),
+        (&true.into(), &1.into(), Some(0))
+    );
     assert!(err.is_empty(), "{err}");
     let (report, code, _) = json(&["--set", "stages.parse.max_bad_lines=0"]);
     assert_eq!((&report["succeeded"], code), (&false.into(), Some(10)));

@@ -1,5 +1,5 @@
-//! The duties of a Bulk Data client and the troubles of real servers, each against the embedded server. A test's name begins
-//! with the ids of the rows that it covers.
+//! The duties of a Bulk Data client and the troubles of real servers, each against the embedded server. A test's name
+//! begins with the ids of the rows that it covers.
 
 use std::time::Duration;
 
@@ -62,7 +62,8 @@ async fn t2_t4_t5_t9_t13_a_backend_service_is_authorized_by_discovery() {
 #[tokio::test(flavor = "multi_thread")]
 async fn t11_tokens_that_end_are_renewed_in_the_middle_of_everything() {
     let (server, lake) = (
-        server(Faults { token_life: Some(1), polls: 2, slow: Some(Duration::from_millis(300)), ..Faults::default() }).await,
+        server(Faults { token_life: Some(1), polls: 2, slow: Some(Duration::from_millis(300)), ..Faults::default() })
+            .await,
         lake(),
     );
     let (_key, auth) = register(&server, KeyAlgorithm::Es384);
@@ -99,7 +100,10 @@ async fn a_clients_secret_in_the_header_and_in_the_form_and_a_wrong_one() {
     let lake = lake();
     let error = lake.run(&source(&server, ", auth: { client_id: me, client_secret: wr0ng }"), "").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Auth);
-    assert!(error.to_string().contains("secret is not the client's") && !error.to_string().contains("wr0ng"), "{error}");
+    assert!(
+        error.to_string().contains("secret is not the client's") && !error.to_string().contains("wr0ng"),
+        "{error}"
+    );
     let error = lake.run(&source(&server, ""), "").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Auth, "{error}");
 }
@@ -140,8 +144,10 @@ async fn k6_k11_parameters_that_the_server_does_not_support() {
 // K7, K10, K12, K14, K15, K18: the parameters as the server gets them.
 #[tokio::test(flavor = "multi_thread")]
 async fn k7_k10_k12_k14_k15_parameters_arrive_as_they_are_meant() {
-    let more = ", until: 2030-01-01T00:00:00Z, elements: [id, meta], type_filters: [\"Claim?code=a,b&x=y z\", \"Patient?active=true\"], \
-                include_associated_data: [LatestProvenanceResources], parameters: { _x: [\"1\", \"2\"] }, headers: { X-Own: \"yes\" }";
+    let more = ", until: 2030-01-01T00:00:00Z, elements: [id, meta], type_filters: [\"Claim?code=a,b&x=y z\", \
+        \"Patient?active=true\"], \
+                include_associated_data: [LatestProvenanceResources], parameters: { _x: [\"1\", \"2\"] }, headers: \
+                { X-Own: \"yes\" }";
     for method in ["get", "post"] {
         let (server, _lake) = right(Faults::default(), &format!("{more}, method: {method}")).await;
         let query = &server.seen().kickoffs[0];
@@ -182,11 +188,13 @@ async fn k21_a_throttled_kick_off_is_waited_for_or_remembered() {
 #[tokio::test(flavor = "multi_thread")]
 async fn s1_s3_s5_s6_s7_polls_that_fail_do_not_fail_the_export() {
     let soon = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(1));
-    let epoch = (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 500).to_string();
+    let epoch =
+        (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 500).to_string();
     for wait in ["0", "-1", "soon", &soon, &epoch] {
         right(Faults { polls: 1, poll_retry_after: Some(wait.into()), ..Faults::default() }, "").await;
     }
-    let trouble = Faults { polls: 2, polls_transient: 2, polls_throttled: 1, polls_bad_gateway: 2, ..Faults::default() };
+    let trouble =
+        Faults { polls: 2, polls_transient: 2, polls_throttled: 1, polls_bad_gateway: 2, ..Faults::default() };
     let (server, _lake) = right(trouble, ", max_poll_interval: 1s").await;
     assert_eq!(server.seen().kickoffs.len(), 1);
     let failed = self::server(Faults { export_fails: true, ..Faults::default() }).await;
@@ -208,7 +216,8 @@ async fn k5_separate_export_status() {
 // K19, S8: pages of the manifest, each there before the next.
 #[tokio::test(flavor = "multi_thread")]
 async fn k19_s8_a_manifest_of_many_pages_and_partial_ones() {
-    let (server, lake) = right(Faults { page_files: 2, polls: 1, ..Faults::default() }, ", allow_partial_manifests: true").await;
+    let (server, lake) =
+        right(Faults { page_files: 2, polls: 1, ..Faults::default() }, ", allow_partial_manifests: true").await;
     assert!(server.seen().kickoffs[0].contains_key("allowPartialManifests"));
     server.step(100, 50, 2);
     assert!(lake.run(&source(&server, ", allow_partial_manifests: true"), "").await.unwrap().succeeded);
@@ -249,7 +258,8 @@ async fn requires_access_token_with_signed_links() {
     assert_eq!(server.seen().leaked, 12, "each file once");
 }
 
-// K18: files that are organised by patients have no type, and a header before each block, which may go on in another file.
+// K18: files that are organised by patients have no type, and a header before each block, which may go on in another
+// file.
 #[tokio::test(flavor = "multi_thread")]
 async fn k18_files_that_are_organised_by_patients() {
     let (server, lake) = right(Faults::default(), ", organize_output_by: Patient").await;
@@ -294,9 +304,13 @@ async fn an_export_that_outlasts_its_run_is_gone_on_with() {
     assert!(error.advice().contains("resumes this export"));
     let source = source(&server, "");
     let file = lake.pipeline_file(&source);
-    let jobs = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(["jobs", "list"]).arg(&file).output().unwrap();
+    let jobs =
+        std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(["jobs", "list"]).arg(&file).output().unwrap();
     let said = String::from_utf8(jobs.stdout).unwrap();
-    assert!(said.contains("in progress") && said.contains("/jobs/0") && said.contains("Patient,Immunization,Claim"), "{said}");
+    assert!(
+        said.contains("in progress") && said.contains("/jobs/0") && said.contains("Patient,Immunization,Claim"),
+        "{said}"
+    );
     server.finish_polls();
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     assert_is(&lake, &server.population(), &TYPES).await;
@@ -326,16 +340,20 @@ async fn an_export_that_is_gone_or_was_asked_for_otherwise_is_asked_for_anew() {
     assert!(!server.seen().kickoffs.last().unwrap().contains_key("_since"));
 }
 
-// F11. Breaks if an attachment is not fetched, fetched without the token that it needs, fetched from a host that nobody named,
-// or if a resource whose attachment cannot be had is lost.
+// F11. Breaks if an attachment is not fetched, fetched without the token that it needs, fetched from a host that nobody
+// named, or if a resource whose attachment cannot be had is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn f11_attachments_are_files_beside_the_tables_or_in_the_resource() {
     for as_fhir in [false, true] {
         let (server, lake) = (server(Faults::default()).await, lake());
         let link = |at: &str| format!("{{\"contentType\":\"text/plain\",\"url\":\"{at}\"}}");
         let base = server.base().to_owned();
-        let links =
-            [format!("{base}/Binary/100"), format!("{base}/Binary/3000000"), "Binary/101".into(), format!("{base}/Binary/none")];
+        let links = [
+            format!("{base}/Binary/100"),
+            format!("{base}/Binary/3000000"),
+            "Binary/101".into(),
+            format!("{base}/Binary/none"),
+        ];
         let hosts = ["http://localhost:1/x".to_owned(), "file:///etc/passwd".to_owned()];
         let photos: Vec<String> = links.iter().chain(&hosts).map(|at| link(at)).collect();
         let with = format!("{{\"resourceType\":\"Patient\",\"id\":\"with\",\"photo\":[{}]}}\n", photos.join(","));
@@ -348,7 +366,12 @@ async fn f11_attachments_are_files_beside_the_tables_or_in_the_resource() {
         // The line is in each of the four files; each copy is fetched, or found again.
         let counts: Vec<(&str, u64)> = report.attachments.iter().map(|(what, count)| (what.as_str(), *count)).collect();
         assert_eq!(counts, [("failed", 4), ("files", 4), ("inline", 8), ("left", 8)]);
-        let rows = lake.sql("SELECT p['url'] AS url, character_length(CAST(p['data'] AS VARCHAR)) AS size FROM (SELECT unnest(photo) AS p FROM Patient WHERE id = 'with')").await;
+        let rows = lake
+            .sql(
+                "SELECT p['url'] AS url, character_length(CAST(p['data'] AS VARCHAR)) AS size FROM \
+            (SELECT unnest(photo) AS p FROM Patient WHERE id = 'with')",
+            )
+            .await;
         let mut found: Vec<(Option<String>, Option<String>)> = Vec::new();
         for batch in &rows {
             found.extend(strings(batch, "url").into_iter().zip(strings(batch, "size")));
@@ -380,7 +403,8 @@ fn the_example_of_faults_names_all_of_them() {
 // The script of a server may be written as YAML.
 #[test]
 fn faults_are_a_script() {
-    let text = "kickoffs_throttled: 2\nslow: 20\njunk: { Patient: \"x\\n\" }\nerrors: \"{}\"\ntransaction_time: 2026-01-01T00:00:00Z\nscopes: [system/*.rs]\n";
+    let text = "kickoffs_throttled: 2\nslow: 20\njunk: { Patient: \"x\\n\" }\nerrors: \"{}\"\ntransaction_time: \
+        2026-01-01T00:00:00Z\nscopes: [system/*.rs]\n";
     let faults: Faults = serde_saphyr::from_str(text).unwrap();
     assert_eq!((faults.kickoffs_throttled, faults.slow), (2, Some(Duration::from_millis(20))));
     assert_eq!((faults.junk["Patient"].as_slice(), faults.errors.as_slice()), (b"x\n".as_slice(), b"{}".as_slice()));
@@ -416,7 +440,8 @@ async fn a_fault_of_every_kind_in_one_run() {
     let (server, lake) = (server(faults.clone()).await, lake());
     let (_key, auth) = register(&server, KeyAlgorithm::Rs384);
     let more = format!(
-        "{auth}, lenient: true, until: 2030-01-01T00:00:00Z, separate_export_status: true, allow_partial_manifests: true, max_poll_interval: 1s"
+        "{auth}, lenient: true, until: 2030-01-01T00:00:00Z, separate_export_status: true, allow_partial_manifests: \
+            true, max_poll_interval: 1s"
     );
     for step in 0..2 {
         server.set_faults(faults.clone());
@@ -428,8 +453,8 @@ async fn a_fault_of_every_kind_in_one_run() {
     }
 }
 
-// Breaks if types that came by exports of their own have an export each for ever, or if what happened between their watermarks
-// is not asked for.
+// Breaks if types that came by exports of their own have an export each for ever, or if what happened between their
+// watermarks is not asked for.
 #[tokio::test(flavor = "multi_thread")]
 async fn types_whose_watermarks_lie_close_together_share_an_export() {
     let (server, lake) = (server(Faults::default()).await, lake());
@@ -449,8 +474,8 @@ async fn types_whose_watermarks_lie_close_together_share_an_export() {
     assert_eq!(kickoffs[2]["_since"].replace('Z', "+00:00"), patient.transaction_time.unwrap().replace('Z', "+00:00"));
 }
 
-// Breaks if a type that the server refuses keeps its neighbours from what changed: of one watermark, as after a first sync, or of
-// several. Once it is known which it is, it costs each run one request.
+// Breaks if a type that the server refuses keeps its neighbours from what changed: of one watermark, as after a first
+// sync, or of several. Once it is known which it is, it costs each run one request.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_type_that_is_refused_holds_back_no_neighbour() {
     let (server, lake) = (server(Faults::default()).await, lake());
@@ -487,12 +512,15 @@ async fn a_type_that_is_refused_holds_back_no_neighbour() {
     }
 }
 
-// Breaks if a server that refuses whatever it is asked is asked type by type again and again, or if its first words are lost.
+// Breaks if a server that refuses whatever it is asked is asked type by type again and again, or if its first words are
+// lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_refuses_everything_is_asked_type_by_type_once_a_day() {
     let (server, lake) = (server(Faults { unsupported: vec!["_type".into()], ..Faults::default() }).await, lake());
-    let source =
-        format!("{{ url: \"{}\", types: [Patient, Claim, Observation], lenient: false, retry_for: 20s }}", server.base());
+    let source = format!(
+        "{{ url: \"{}\", types: [Patient, Claim, Observation], lenient: false, retry_for: 20s }}",
+        server.base()
+    );
     // All three, and each by itself; what is refused whatever it names is not asked for again on that day.
     for kickoffs in [4, 1, 1] {
         let before = server.seen().kickoffs.len();

@@ -101,7 +101,8 @@ async fn what_was_deleted_since_does_not_come_back() {
     let served = format!("{{ url: \"{}\", types: [Immunization] }}", server.base());
     assert!(lake.run(&served, "").await.unwrap().succeeded);
     let ids = lake.ids("Immunization").await;
-    let mut lines: Vec<String> = ids.iter().map(|id| patient(id, 99, ",!").replace("Patient", "Immunization")).collect();
+    let mut lines: Vec<String> =
+        ids.iter().map(|id| patient(id, 99, ",!").replace("Patient", "Immunization")).collect();
     // A file of which nothing can be read is none.
     lines.push(patient(&ids[0], 0, "").replace("Patient", "Immunization"));
     let (_data, source) = folder(&[("Immunization.ndjson", &lines.join("\n"))]);
@@ -151,15 +152,21 @@ async fn lines_are_named_and_dismissed() {
     assert!(lake.run(&source, "").await.unwrap().succeeded);
     let yaml = lake.pipeline_file(&source);
     let run = |arguments: &[&str]| {
-        let output =
-            std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).arg("quarantine").args(arguments).output().unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake"))
+            .arg("quarantine")
+            .args(arguments)
+            .output()
+            .unwrap();
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         (output.status.code(), text(&output.stdout), text(&output.stderr))
     };
     let yaml = yaml.to_str().unwrap();
     let (code, listed, _) = run(&["list", yaml]);
     assert_eq!(code, Some(0));
-    assert!(listed.contains("Patient.ndjson:2") && listed.contains("not JSON") && !listed.contains("secret"), "{listed}");
+    assert!(
+        listed.contains("Patient.ndjson:2") && listed.contains("not JSON") && !listed.contains("secret"),
+        "{listed}"
+    );
     let id = listed.lines().find(|line| line.contains(":2 ")).unwrap().split_whitespace().next().unwrap().to_owned();
     let (_, shown, _) = run(&["show", yaml, &id]);
     assert_eq!(shown, "secret two\n");

@@ -18,7 +18,9 @@ fn python() -> Option<std::ffi::OsString> {
     if python.is_none() {
         #[expect(clippy::disallowed_macros, reason = "a skipped test must be seen")]
         {
-            eprintln!("SKIPPED: FHIRLAKE_READERS names no Python with tests/readers.txt, so no other reader reads our tables");
+            eprintln!(
+                "SKIPPED: FHIRLAKE_READERS names no Python with tests/readers.txt, so no other reader reads our tables"
+            );
         }
     }
     python
@@ -44,7 +46,8 @@ pub(crate) fn expect(population: &Population, types: &[&str]) -> tempfile::TempD
 
 fn check(python: &std::ffi::OsStr, what: &str, lake: &Lake, expected: &tempfile::TempDir) {
     let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/readers.py");
-    let output = std::process::Command::new(python).arg(script).arg(expected.path()).arg(lake.tables()).output().unwrap();
+    let output =
+        std::process::Command::new(python).arg(script).arg(expected.path()).arg(lake.tables()).output().unwrap();
     let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
     write!(said, "{}", String::from_utf8_lossy(&output.stderr)).unwrap();
     assert!(output.status.success(), "{what}:\n{said}");

@@ -1,4 +1,5 @@
-//! Documents that are generated from the code, and the links between all of them. `FHIRLAKE_UPDATE=1` generates them again.
+//! Documents that are generated from the code, and the links between all of them. `FHIRLAKE_UPDATE=1` generates them
+//! again.
 
 use std::path::{Path, PathBuf};
 
@@ -25,8 +26,11 @@ fn one_line(text: &str) -> String {
 
 /// The definition that a key's value is of.
 fn named(property: &Value) -> Option<&str> {
-    let of = |value: &Value| value.get("$ref").and_then(Value::as_str).map(|text| text.rsplit('/').next().unwrap().to_owned());
-    let direct = of(property).or_else(|| property["anyOf"].as_array()?.iter().find_map(of)).or_else(|| of(&property["items"]));
+    let of = |value: &Value| {
+        value.get("$ref").and_then(Value::as_str).map(|text| text.rsplit('/').next().unwrap().to_owned())
+    };
+    let direct =
+        of(property).or_else(|| property["anyOf"].as_array()?.iter().find_map(of)).or_else(|| of(&property["items"]));
     direct.map(|name| -> &str { Box::leak(name.into_boxed_str()) })
 }
 
@@ -37,7 +41,8 @@ fn kind(property: &Value, definitions: &Value) -> String {
         if is_section(name) {
             return format!("{}[{name}](#{})", if list { "list of " } else { "" }, name.to_lowercase());
         }
-        let choices = definitions[name]["oneOf"].as_array().into_iter().flatten().filter_map(|choice| choice["const"].as_str());
+        let choices =
+            definitions[name]["oneOf"].as_array().into_iter().flatten().filter_map(|choice| choice["const"].as_str());
         let choices: Vec<String> = choices.map(|choice| format!("`{choice}`")).collect();
         return if choices.is_empty() { name.to_owned() } else { choices.join(", ") };
     }
@@ -83,7 +88,9 @@ fn keys(out: &mut String, section: &Value, definitions: &Value) {
     let required: Vec<&str> = section["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     for (key, property) in section["properties"].as_object().unwrap() {
         let what = property["description"].as_str().map(str::to_owned);
-        let what = what.or_else(|| definitions[named(property)?]["description"].as_str().map(str::to_owned)).unwrap_or_default();
+        let what = what
+            .or_else(|| definitions[named(property)?]["description"].as_str().map(str::to_owned))
+            .unwrap_or_default();
         let default = match &property["default"] {
             _ if required.contains(&key.as_str()) => ", required".to_owned(),
             Value::Null | Value::Object(_) => String::new(),
@@ -104,23 +111,29 @@ fn the_reference_is_the_structs() {
     let mut text = format!("# Pipeline file\n\n{GENERATED}");
     paragraph(
         &mut text,
-        "[`full.yaml`](../../pipelines/full.yaml) has every key at its default. `fhirlake validate FILE` reports what is wrong \
+        "[`full.yaml`](../../pipelines/full.yaml) has every key at its default. `fhirlake validate FILE` reports what \
+            is wrong \
          with a file, with line and column.",
     );
     paragraph(
         &mut text,
         "Sizes have a unit (`16MiB`, `1GB`), spans too (`90s`, `5m`, `1h`, `7d`). `${env:NAME}`, `${file:PATH}` and \
-         `${azure-key-vault:VAULT/SECRET}` are resolved in `tables`, `state`, `telemetry.otlp`, and of `source` in `url`, \
-         `headers`, and `client_id`, `private_key`, `client_secret`, `token_url` and `bearer_token` of `auth`. Elsewhere they \
+         `${azure-key-vault:VAULT/SECRET}` are resolved in `tables`, `state`, `telemetry.otlp`, and of `source` in \
+         `url`, \
+         `headers`, and `client_id`, `private_key`, `client_secret`, `token_url` and `bearer_token` of `auth`. \
+         Elsewhere they \
          are an error.",
     );
     keys(&mut text, &schema, definitions);
-    for (name, section) in definitions.as_object().unwrap().iter().filter(|(_, section)| section["properties"].is_object()) {
+    for (name, section) in
+        definitions.as_object().unwrap().iter().filter(|(_, section)| section["properties"].is_object())
+    {
         text.push_str(&format!("## {name}\n\n"));
         paragraph(&mut text, section["description"].as_str().unwrap_or_default());
         keys(&mut text, section, definitions);
     }
-    let choices: Vec<_> = definitions.as_object().unwrap().iter().filter(|(_, section)| section["oneOf"].is_array()).collect();
+    let choices: Vec<_> =
+        definitions.as_object().unwrap().iter().filter(|(_, section)| section["oneOf"].is_array()).collect();
     text.push_str("## Choices\n\n");
     for (name, section) in choices {
         paragraph(&mut text, &format!("**{name}**: {}", section["description"].as_str().unwrap_or_default()));
@@ -153,12 +166,16 @@ fn the_report_is_the_structs() {
 #[test]
 fn the_reference_names_every_metric() {
     let mut text = format!(
-        "# Metrics\n\n{GENERATED}Names and units follow OpenTelemetry's conventions. `/metrics` has them as Prometheus writes them.\n\
+        "# Metrics\n\n{GENERATED}Names and units follow OpenTelemetry's conventions. `/metrics` has them as \
+            Prometheus writes them.\n\
          Counters count from the start of the process. All but those of the process have the label\n`pipeline`.\n\n"
     );
     for metric in METRICS {
         let label = metric.label.map(|label| format!(", label `{}`", label.replace(", ", "`, `"))).unwrap_or_default();
-        item(&mut text, &format!("**`{}`** (`{}`, {}{label}): {}", metric.name, metric.prometheus(), metric.unit, metric.what));
+        item(
+            &mut text,
+            &format!("**`{}`** (`{}`, {}{label}): {}", metric.name, metric.prometheus(), metric.unit, metric.what),
+        );
     }
     hold(&docs("reference/metrics.md"), &text);
 }
@@ -168,7 +185,8 @@ fn the_reference_names_every_metric() {
 fn the_reference_names_every_exit_code() {
     use fhirlake::error::{Advice, ErrorKind};
     let mut text = format!(
-        "# Exit codes\n\n{GENERATED}A scheduler may run the command again after a code that is marked so.\n\n* **0**: success.\n"
+        "# Exit codes\n\n{GENERATED}A scheduler may run the command again after a code that is marked so.\n\n* **0**: \
+            success.\n"
     );
     let mut kinds = ErrorKind::ALL;
     kinds.sort_by_key(|kind| kind.exit_code());
@@ -299,7 +317,10 @@ fn links_lead_somewhere_and_lines_are_short() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let summary = std::fs::read_to_string(docs("SUMMARY.md")).unwrap();
     let root = docs("");
-    for page in pages().iter().filter_map(|page| page.strip_prefix(&root).ok()).filter(|page| page.to_str() != Some("SUMMARY.md"))
+    for page in pages()
+        .iter()
+        .filter_map(|page| page.strip_prefix(&root).ok())
+        .filter(|page| page.to_str() != Some("SUMMARY.md"))
     {
         assert!(summary.contains(&format!("({})", page.display())), "SUMMARY.md does not list {}", page.display());
     }
@@ -312,7 +333,8 @@ fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
     for name in ["alerts.yaml", "grafana.json"] {
         let text = std::fs::read_to_string(docs(name)).unwrap();
         let words = text.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
-        let named: Vec<&str> = words.filter(|word| word.starts_with("fhirlake_") || word.starts_with("process_")).collect();
+        let named: Vec<&str> =
+            words.filter(|word| word.starts_with("fhirlake_") || word.starts_with("process_")).collect();
         assert!(named.len() >= 8, "{name}");
         for word in named {
             assert!(known.iter().any(|metric| metric == word), "{name} asks for {word}");
@@ -344,11 +366,14 @@ fn what_is_deployed_can_be_read() {
     let container = |pod: &Value| pod["spec"]["containers"][0].clone();
     let deployment = all.iter().find(|document| document["kind"] == "Deployment").unwrap();
     let job = &documents("kubernetes-cronjob.yaml")[0];
-    for container in [container(&deployment["spec"]["template"]), container(&job["spec"]["jobTemplate"]["spec"]["template"])] {
+    for container in
+        [container(&deployment["spec"]["template"]), container(&job["spec"]["jobTemplate"]["spec"]["template"])]
+    {
         let arguments: Vec<&str> =
             container["args"].as_array().unwrap().iter().map(|argument| argument.as_str().unwrap()).collect();
         // `--help` behind them: the arguments are parsed, and nothing is done.
-        let run = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(&arguments).arg("--help").output().unwrap();
+        let run =
+            std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(&arguments).arg("--help").output().unwrap();
         assert!(run.status.success(), "{arguments:?}");
         assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
         assert!(container["volumeMounts"].as_array().unwrap().iter().any(|mount| mount["mountPath"] == "/lake"));

@@ -40,15 +40,17 @@ async fn start(plans: Vec<RunPlan>, token: Option<&str>) -> Service {
 async fn start_with(keepers: Vec<PipelineScheduler>, token: Option<&str>) -> Service {
     let stop = Cancellation::default();
     let hosts = vec!["lake.example".to_owned()];
-    let settings =
-        WebSettings { listen: "127.0.0.1:0".parse().unwrap(), hosts, token: token.map(|token| token.to_owned().into()) };
+    let settings = WebSettings {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        hosts,
+        token: token.map(|token| token.to_owned().into()),
+    };
     let (said, heard) = tokio::sync::oneshot::channel();
     let own = stop.clone();
     #[expect(clippy::disallowed_methods, reason = "the test's own task")]
-    let ended =
-        tokio::spawn(
-            async move { serve(keepers, settings, own, &Telemetry::default(), |address| said.send(address).unwrap()).await },
-        );
+    let ended = tokio::spawn(async move {
+        serve(keepers, settings, own, &Telemetry::default(), |address| said.send(address).unwrap()).await
+    });
     Service { address: heard.await.unwrap(), stop, ended }
 }
 
@@ -101,7 +103,10 @@ async fn what_is_due_is_run_and_can_be_watched() {
     assert_eq!(pipeline["health"]["status"], "healthy");
     assert!(pipeline["runs"].as_array().unwrap().iter().all(|run| run["succeeded"] == true), "{pipeline:#}");
     assert_eq!(pipeline["tables"][0]["name"], "Claim");
-    assert!(pipeline["tables"][1]["rows"].as_u64().unwrap() >= 30 && pipeline["tables"][1]["lag_seconds"].as_i64().unwrap() < 60);
+    assert!(
+        pipeline["tables"][1]["rows"].as_u64().unwrap() >= 30
+            && pipeline["tables"][1]["lag_seconds"].as_i64().unwrap() < 60
+    );
     let (code, health) = service.get("/health").await;
     let health: Value = serde_json::from_str(&health).unwrap();
     assert_eq!(
@@ -144,7 +149,8 @@ async fn what_is_due_is_run_and_can_be_watched() {
 async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     let (server, lake) = (demo().await, lake());
     // Seldom enough that none is due while the test runs.
-    let yearly = "schedule: [{ cron: \"0 0 1 1 *\" }, { cron: \"0 0 2 1 *\", full_refresh: true, time_zone: Europe/Berlin }]\n";
+    let yearly =
+        "schedule: [{ cron: \"0 0 1 1 *\" }, { cron: \"0 0 2 1 *\", full_refresh: true, time_zone: Europe/Berlin }]\n";
     let state = StateStore::local(&lake.state(), None);
     let long_ago = Utc::now() - TimeDelta::days(3000);
     let names: Vec<String> = plan(&lake, &server, yearly).schedules.into_iter().map(|schedule| schedule.name).collect();
@@ -168,7 +174,10 @@ async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     let service = start(vec![plan(&lake, &server, again)], None).await;
     let status = service.until(|status| runs(status) >= 1).await;
     let failed = &status["pipelines"][0]["runs"][0];
-    assert!(failed["errors"][0].as_str().unwrap().contains("the export failed") && failed["hint"].is_string(), "{failed:#}");
+    assert!(
+        failed["errors"][0].as_str().unwrap().contains("the export failed") && failed["hint"].is_string(),
+        "{failed:#}"
+    );
     assert_eq!(service.get("/health").await, (503, "{\"status\":\"unhealthy\",\"last_sync\":null}".to_owned()));
     assert!(service.get("/").await.1.contains("Last errors"));
     server.set_faults(Faults::default());
@@ -187,7 +196,8 @@ async fn missed_runs_are_made_up_for_once_and_failed_ones_made_again() {
     service.end().await;
 }
 
-// Breaks if a pipeline that waits to make a run again does nothing else: what comes due meanwhile, and a file that is corrected.
+// Breaks if a pipeline that waits to make a run again does nothing else: what comes due meanwhile, and a file that is
+// corrected.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_to_be_made_again_holds_up_nothing() {
     let (server, lake) = (demo().await, lake());
@@ -210,18 +220,23 @@ async fn what_waits_to_be_made_again_holds_up_nothing() {
     let again = status["pipelines"][0]["again"].clone();
     server.set_faults(Faults::default());
     std::fs::write(&file, "corrected").unwrap();
-    let status = service.until(|status| runs(status) >= 3 && status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
+    let status =
+        service.until(|status| runs(status) >= 3 && status["pipelines"][0]["runs"][0]["succeeded"] == true).await;
     assert_eq!(status["pipelines"][0]["again"], again, "the full run waits on");
-    assert!(state.read::<ScheduleTimes>().unwrap().times[&name] < Utc::now() - TimeDelta::days(300), "it was not made yet");
+    assert!(
+        state.read::<ScheduleTimes>().unwrap().times[&name] < Utc::now() - TimeDelta::days(300),
+        "it was not made yet"
+    );
     service.end().await;
 }
 
-// Breaks if a full run that failed is forgotten, if a schedule is only known once it had a run, or if a file that changes while
-// nothing is due is not seen.
+// Breaks if a full run that failed is forgotten, if a schedule is only known once it had a run, or if a file that
+// changes while nothing is due is not seen.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_run_is_owed_until_it_is_made() {
     let (server, lake) = (demo().await, lake());
-    let both = "schedule: [{ cron: \"* * * * * *\", retries: 0 }, { cron: \"0 0 1 1 *\", full_refresh: true, retries: 0 }]\n";
+    let both =
+        "schedule: [{ cron: \"* * * * * *\", retries: 0 }, { cron: \"0 0 1 1 *\", full_refresh: true, retries: 0 }]\n";
     let state = StateStore::local(&lake.state(), None);
     let names: Vec<String> = plan(&lake, &server, both).schedules.into_iter().map(|schedule| schedule.name).collect();
     let long_ago = Utc::now() - TimeDelta::days(400);
@@ -328,7 +343,8 @@ fn browser(arguments: &[&str]) -> Option<String> {
     Some(String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
 }
 
-// Breaks if the page is not one in a browser: its own script is refused by its own policy, nothing moves, or it is blank.
+// Breaks if the page is not one in a browser: its own script is refused by its own policy, nothing moves, or it is
+// blank.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_shows_the_page_and_its_script_keeps_it_fresh() {
     let (server, lake) = (demo().await, lake());
@@ -336,7 +352,9 @@ async fn a_browser_shows_the_page_and_its_script_keeps_it_fresh() {
     service.until(|status| runs(status) >= 1).await;
     let url = format!("http://{}/", service.address);
     let log = "--enable-logging=stderr";
-    let Some(seen) = browser(&["--virtual-time-budget=8000", "--dump-dom", log, &url]) else { return service.end().await };
+    let Some(seen) = browser(&["--virtual-time-budget=8000", "--dump-dom", log, &url]) else {
+        return service.end().await;
+    };
     assert!(seen.contains("Patient") && seen.contains("<main"), "{seen}");
     assert!(!seen.contains("Content Security Policy") && !seen.contains("Uncaught"), "{seen}");
     assert!(seen.contains("data-refreshed=") && !seen.contains("class=\"stale\""), "the script asked again: {seen}");
@@ -370,7 +388,8 @@ async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
         .until(|status| status["pipelines"][0]["running"]["types"].as_array().is_some_and(|types| !types.is_empty()))
         .await;
     let running = &status["pipelines"][0]["running"];
-    let names: Vec<&str> = running["stages"].as_array().unwrap().iter().map(|stage| stage["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        running["stages"].as_array().unwrap().iter().map(|stage| stage["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["export", "download", "parse", "encode", "merge"]);
     assert_eq!(running["edges"].as_array().unwrap().len(), 4);
     let page = service.get("/").await.1;
@@ -378,19 +397,24 @@ async fn a_stop_ends_a_run_cleanly_and_the_next_start_goes_on() {
     service.end().await;
     let state = StateStore::local(&lake.state(), None);
     assert_eq!(state.read::<ExportJobs>().unwrap().jobs.len(), 1);
-    let report = fhirlake::topology::RunReport::newest(&state, 1).pop().unwrap();
+    let report = fhirlake::topology::RunReport::newest(&state, 1).unwrap().pop().unwrap();
     assert_eq!(report.outcome(), fhirlake::topology::RunOutcome::Stopped);
     server.set_faults(Faults::default());
     let service = start(vec![plan(&lake, &server, soon)], None).await;
-    service.until(|status| status["pipelines"][0]["runs"].as_array().unwrap().iter().any(|run| run["succeeded"] == true)).await;
+    service
+        .until(|status| status["pipelines"][0]["runs"].as_array().unwrap().iter().any(|run| run["succeeded"] == true))
+        .await;
     service.end().await;
     assert_is(&lake, &server.population(), &TYPES).await;
     let kickoffs = server.seen().kickoffs;
-    assert!(kickoffs[1..].iter().all(|asked| asked.contains_key("_since")), "the first export was gone on with: {kickoffs:?}");
+    assert!(
+        kickoffs[1..].iter().all(|requested| requested.contains_key("_since")),
+        "the first export was gone on with: {kickoffs:?}"
+    );
 }
 
-// Who may see what. Breaks if a page of another origin can read, if a name that was made to lead here is answered, if the token
-// is not asked for, or if anything can be changed.
+// Who may see what. Breaks if a page of another origin can read, if a name that was made to lead here is answered, if
+// the token is not asked for, or if anything can be changed.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_web_is_closed_to_strangers() {
     let (server, lake) = (demo().await, lake());
@@ -459,8 +483,9 @@ async fn a_file_that_is_broken_meanwhile_fails_its_runs_only() {
     let service = start_with(vec![keeper.unwrap()], None).await;
     service.until(|status| runs(status) >= 1).await;
     broken.store(true, std::sync::atomic::Ordering::Relaxed);
-    let is_said =
-        |status: &Value| status["pipelines"][0]["runs"][0]["errors"][0].as_str().is_some_and(|error| error.contains("line 7"));
+    let is_said = |status: &Value| {
+        status["pipelines"][0]["runs"][0]["errors"][0].as_str().is_some_and(|error| error.contains("line 7"))
+    };
     service.until(is_said).await;
     assert!(service.get("/").await.1.contains("line 7 is no key"));
     broken.store(false, std::sync::atomic::Ordering::Relaxed);

@@ -40,7 +40,10 @@ async fn initial_then_incremental_then_nothing() {
     assert!(deleted > 0 && inserted > 0, "{second:#?}");
     let seen = server.seen();
     assert_eq!(seen.kickoffs.len(), 2, "types of one watermark share a kick-off");
-    assert_eq!(seen.kickoffs[1]["_since"].replace('Z', "+00:00"), first.transaction_time.unwrap().replace('Z', "+00:00"));
+    assert_eq!(
+        seen.kickoffs[1]["_since"].replace('Z', "+00:00"),
+        first.transaction_time.unwrap().replace('Z', "+00:00")
+    );
     assert_eq!(seen.deleted, 2, "the server's files are given back after the commit");
 
     let third = lake.run(&source, "").await.unwrap();
@@ -53,7 +56,13 @@ async fn initial_then_incremental_then_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unavailable_files_cut_bodies_and_throttling_are_ridden_out() {
     let (server, lake) = (server(40).await, lake());
-    server.set_faults(Faults { files_unavailable: 3, files_cut: 4, kickoffs_throttled: 1, polls: 2, ..Default::default() });
+    server.set_faults(Faults {
+        files_unavailable: 3,
+        files_cut: 4,
+        kickoffs_throttled: 1,
+        polls: 2,
+        ..Default::default()
+    });
     let report = lake.run(&source(&server), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert!(report.retries >= 5, "{}", report.retries);
@@ -99,7 +108,8 @@ async fn a_missing_file_fails_its_type_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_lines_are_quarantined_with_their_place_and_too_many_fail_the_type() {
     let (server, lake) = (server(8).await, lake());
-    let junk = b"\n{\"resourceType\":\"Patient\"}\nnot json\n\xff\xfe\n{\"resourceType\":\"Nonsense\",\"id\":\"1\"}\n".to_vec();
+    let junk = b"\n{\"resourceType\":\"Patient\"}\nnot json\n\xff\xfe\n{\"resourceType\":\"Nonsense\",\"id\":\"1\"}\n"
+        .to_vec();
     server.set_faults(Faults { junk: [("Patient".to_owned(), junk)].into(), ..Default::default() });
     let strict = lake.run(&source(&server), "stages: { parse: { max_bad_lines: 3 } }\n").await.unwrap();
     assert!(strict.types["Patient"].error.as_ref().unwrap().contains("4 bad lines"), "{strict:#?}");
@@ -117,7 +127,8 @@ async fn bad_lines_are_quarantined_with_their_place_and_too_many_fail_the_type()
     assert_eq!(kept.count(), 1, "a line that comes again is kept once");
     let lines: Vec<serde_json::Value> =
         std::fs::read_to_string(&file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let places: Vec<_> = lines.iter().map(|line| (line["line"].as_u64().unwrap(), line["offset"].as_u64().unwrap())).collect();
+    let places: Vec<_> =
+        lines.iter().map(|line| (line["line"].as_u64().unwrap(), line["offset"].as_u64().unwrap())).collect();
     assert_eq!(places, [(2, 1), (3, 28), (4, 37), (5, 40)]);
     assert_eq!(lines[1]["text"], "not json");
     assert_eq!(lines[2]["base64"], "//4=");
@@ -201,8 +212,10 @@ async fn the_recipes_state_file_is_used_less_five_minutes() {
 async fn a_full_refresh_asks_for_everything() {
     let (server, lake) = (server(6).await, lake());
     lake.run(&source(&server), "").await.unwrap();
-    let report =
-        lake.run_with(lake.plan(&source(&server), ""), RunOptions { full_refresh: true, ..RunOptions::default() }).await.unwrap();
+    let report = lake
+        .run_with(lake.plan(&source(&server), ""), RunOptions { full_refresh: true, ..RunOptions::default() })
+        .await
+        .unwrap();
     assert!(report.full && report.succeeded);
     assert!(!server.seen().kickoffs[1].contains_key("_since"));
     let updated: u64 = report.types.values().map(|outcome| outcome.updated).sum();
@@ -210,8 +223,8 @@ async fn a_full_refresh_asks_for_everything() {
     assert_is(&lake, &server.population(), &TYPES).await;
 }
 
-// Breaks if what was deleted between an incremental run and a full refresh stays for ever: a full export does not name it, and
-// a later incremental one would not be asked about that time.
+// Breaks if what was deleted between an incremental run and a full refresh stays for ever: a full export does not name
+// it, and a later incremental one would not be asked about that time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_refresh_loses_no_deletions() {
     let (server, lake) = (server(40).await, lake());
@@ -227,7 +240,11 @@ async fn a_full_refresh_loses_no_deletions() {
         assert_is(&lake, &server.population(), &TYPES).await;
         // And once they are known, they are not asked for again.
         let report = lake.run(&source(&server), "").await.unwrap();
-        assert_eq!(report.types.values().map(|kept| kept.resources + kept.deleted).sum::<u64>(), 0, "{round}: {report:#?}");
+        assert_eq!(
+            report.types.values().map(|kept| kept.resources + kept.deleted).sum::<u64>(),
+            0,
+            "{round}: {report:#?}"
+        );
     }
 }
 
@@ -256,7 +273,8 @@ async fn a_stop_leaves_whole_tables_or_none() {
     for after in [0, 20, 60, 120, 250, 400, 700] {
         let (lake, stop) = (lake(), Cancellation::default());
         let watch = Watch::default();
-        let plan = lake.plan(&source(&server), "stages: { download: { concurrency: 1 }, merge: { tables_at_once: 1 } }\n");
+        let plan =
+            lake.plan(&source(&server), "stages: { download: { concurrency: 1 }, merge: { tables_at_once: 1 } }\n");
         let (outcome, ()) = tokio::join!(run(plan, RunOptions::default(), &watch, &stop), async {
             tokio::time::sleep(Duration::from_millis(after)).await;
             stop.cancel();
@@ -312,7 +330,8 @@ async fn all_types_after_some_are_exported_in_full() {
     assert_is(&lake, &server.population(), &DEMO_TYPES).await;
 }
 
-// Breaks if a type that has no table is asked for by its changes only, or if types of one watermark are asked for apart.
+// Breaks if a type that has no table is asked for by its changes only, or if types of one watermark are asked for
+// apart.
 #[tokio::test(flavor = "multi_thread")]
 async fn types_of_one_watermark_share_a_kick_off() {
     let (server, lake) = (server(10).await, lake());
@@ -321,16 +340,19 @@ async fn types_of_one_watermark_share_a_kick_off() {
     server.step(100, 50, 1);
     let report = lake.run(&source("Patient, Condition, Observation, Claim"), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
-    let asked: BTreeSet<(String, bool)> =
-        server.seen().kickoffs[1..].iter().map(|query| (query["_type"].clone(), query.contains_key("_since"))).collect();
+    let requested: BTreeSet<(String, bool)> = server.seen().kickoffs[1..]
+        .iter()
+        .map(|query| (query["_type"].clone(), query.contains_key("_since")))
+        .collect();
     let expected = [("Condition,Patient".to_owned(), true), ("Claim,Observation".to_owned(), false)];
     let sorted = |types: &str| {
         let mut types: Vec<&str> = types.split(',').collect();
         types.sort_unstable();
         types.join(",")
     };
-    let asked: BTreeSet<(String, bool)> = asked.into_iter().map(|(types, since)| (sorted(&types), since)).collect();
-    assert_eq!(asked, expected.into_iter().collect());
+    let requested: BTreeSet<(String, bool)> =
+        requested.into_iter().map(|(types, since)| (sorted(&types), since)).collect();
+    assert_eq!(requested, expected.into_iter().collect());
     assert_is(&lake, &server.population(), &["Patient", "Condition", "Observation", "Claim"]).await;
 }
 
@@ -353,7 +375,9 @@ async fn a_forbidden_type_is_reported_and_set_aside() {
 async fn fatal_outcomes_hold_the_watermark_and_warnings_do_not() {
     let (server, lake) = (server(6).await, lake());
     let issue = |severity: &str| {
-        format!("{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"exception\"}}]}}\n")
+        format!(
+            "{{\"resourceType\":\"OperationOutcome\",\"issue\":[{{\"severity\":\"{severity}\",\"code\":\"exception\"}}]}}\n"
+        )
     };
     server.set_faults(Faults { errors: issue("fatal").into_bytes(), ..Default::default() });
     let report = lake.run(&source(&server), "").await.unwrap();
@@ -389,7 +413,8 @@ async fn bad_lines_of_deletion_files_are_held_against_the_types() {
     assert_eq!(report.other_bad_lines, 4);
 }
 
-// Breaks if a type that only strayed into another's files is taken for one that was synced: its history would never come.
+// Breaks if a type that only strayed into another's files is taken for one that was synced: its history would never
+// come.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_type_that_only_strayed_in_is_asked_for_as_a_whole_later() {
     let (server, lake) = (server(12).await, lake());
@@ -401,7 +426,10 @@ async fn a_type_that_only_strayed_in_is_asked_for_as_a_whole_later() {
     server.set_faults(Faults::default());
     assert!(lake.run(&of("Patient, Claim"), "").await.unwrap().succeeded);
     let kickoffs = server.seen().kickoffs;
-    assert!(kickoffs.iter().any(|asked| asked["_type"] == "Claim" && !asked.contains_key("_since")), "{kickoffs:?}");
+    assert!(
+        kickoffs.iter().any(|requested| requested["_type"] == "Claim" && !requested.contains_key("_since")),
+        "{kickoffs:?}"
+    );
     assert!(lake.ids("Claim").await.len() > 12);
 }
 
@@ -412,7 +440,10 @@ async fn stray_rows_take_the_shape_of_an_existing_table() {
     let only = |name: &str| format!("{{ url: \"{}\", types: [{name}] }}", server.base());
     lake.run(&only("Coverage"), "stages: { encode: { extensions: false } }\n").await.unwrap();
     let stray = r#"{"resourceType":"Coverage","id":"stray","extension":[{"url":"u","valueCode":"x"}]}"#;
-    server.set_faults(Faults { junk: [("Patient".to_owned(), format!("{stray}\n").into_bytes())].into(), ..Default::default() });
+    server.set_faults(Faults {
+        junk: [("Patient".to_owned(), format!("{stray}\n").into_bytes())].into(),
+        ..Default::default()
+    });
     let report = lake.run(&only("Patient"), "").await.unwrap();
     assert!(report.succeeded, "{report:#?}");
     assert_eq!(report.types["Coverage"].unmapped["Coverage.extension"], 1);

@@ -1,7 +1,7 @@
 //! Tables on object stores, against stand-ins on the loopback (`tests/stores.py`).
 //!
-//! `FHIRLAKE_STORES` names a Python that has `tests/stores.txt`, `FHIRLAKE_AZURITE` Azurite's `azurite-blob`. Without them,
-//! or without the store's cargo feature, a test is skipped.
+//! `FHIRLAKE_STORES` names a Python that has `tests/stores.txt`, `FHIRLAKE_AZURITE` Azurite's `azurite-blob`. Without
+//! them, or without the store's cargo feature, a test is skipped.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader};
@@ -89,7 +89,12 @@ fn store(kind: &str) -> Option<Store> {
             ]
         }
     };
-    Some(Store { process, tables: format!("{scheme}://lake/fhir"), environment: environment.into_iter().collect(), folder })
+    Some(Store {
+        process,
+        tables: format!("{scheme}://lake/fhir"),
+        environment: environment.into_iter().collect(),
+        folder,
+    })
 }
 
 impl Store {
@@ -109,8 +114,11 @@ impl Store {
     fn pipeline(&self, name: &str, source: &str, rest: &str) -> String {
         let file = self.folder.path().join(format!("{name}.yaml"));
         let state = self.folder.path().join(name);
-        let yaml =
-            format!("version: 1\nname: {name}\nsource: {source}\ntables: {}\nstate: {}\n{rest}", self.tables, state.display());
+        let yaml = format!(
+            "version: 1\nname: {name}\nsource: {source}\ntables: {}\nstate: {}\n{rest}",
+            self.tables,
+            state.display()
+        );
         std::fs::write(&file, yaml).unwrap();
         file.display().to_string()
     }
@@ -146,8 +154,10 @@ impl Store {
     /// Objects of a type's table that are no log, and those that its newest version names.
     async fn objects(&self, resource_type: &str) -> (Vec<String>, Vec<String>) {
         let mut table = self.at(&format!("{}/{resource_type}.parquet", self.tables));
-        let there: Vec<object_store::ObjectMeta> = table.log_store().object_store(None).list(None).try_collect().await.unwrap();
-        let there = there.into_iter().map(|object| object.location.to_string()).filter(|path| !path.starts_with("_delta_log"));
+        let there: Vec<object_store::ObjectMeta> =
+            table.log_store().object_store(None).list(None).try_collect().await.unwrap();
+        let there =
+            there.into_iter().map(|object| object.location.to_string()).filter(|path| !path.starts_with("_delta_log"));
         let named = if table.verify_deltatable_existence().await.unwrap() {
             table.load().await.unwrap();
             table.snapshot().unwrap().log_data().iter().map(|file| file.path().into_owned()).collect()
@@ -165,8 +175,10 @@ async fn state(kind: &str) {
     let copies = tempfile::tempdir().unwrap();
     let place = store.tables.replace("/fhir", "/state");
     let yaml = format!(
-        "version: 1\nname: away\nsource: {{ url: \"{}\", types: [{}], delete_export: never }}\ntables: {}\nstate: {place}\n\
-         lock_expiry: 5s\nstages: {{ download: {{ concurrency: 1 }}, encode: {{ row_group: 64KiB }}, merge: {{ checkpoint: 100ms, checkpoint_size: 1KiB }} }}\n",
+        "version: 1\nname: away\nsource: {{ url: \"{}\", types: [{}], delete_export: never }}\ntables: {}\nstate: \
+            {place}\n\
+         lock_expiry: 5s\nstages: \
+         {{ download: {{ concurrency: 1 }}, encode: {{ row_group: 64KiB }}, merge: {{ checkpoint: 100ms, checkpoint_size: 1KiB }} }}\n",
         server.base(),
         types.join(", "),
         store.tables
@@ -179,7 +191,9 @@ async fn state(kind: &str) {
         command
     };
     let run = |arguments: &[&str]| tokio::task::block_in_place(|| command(arguments).output().unwrap());
-    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    let said = |output: &Output| {
+        String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
+    };
     server.set_faults(Faults { slow: Some(Duration::from_millis(250)), ..Faults::default() });
     for after in [200, 900] {
         let mut killed = command(&["run", &file]).stderr(Stdio::null()).spawn().unwrap();
@@ -201,7 +215,8 @@ async fn state(kind: &str) {
         tokio::time::sleep(Duration::from_millis(7_500)).await;
     }
     server.set_faults(Faults::default());
-    // Of two that come at the same time one runs; what the killed ones had staged and asked for is known to whoever it is.
+    // Of two that come at the same time one runs; what the killed ones had staged and asked for is known to whoever it
+    // is.
     let both = [(); 2].map(|()| command(&["run", &file]).stderr(Stdio::piped()).spawn().unwrap());
     let both = both.map(|run| tokio::task::block_in_place(|| run.wait_with_output().unwrap()));
     let mut codes = both.each_ref().map(|output| output.status.code().unwrap());
@@ -212,7 +227,8 @@ async fn state(kind: &str) {
     for name in types {
         assert_eq!(store.versions(name), expected(&server.population(), name), "{kind}: {name}");
         let (there, named) = store.objects(name).await;
-        let orphans: Vec<&String> = there.iter().filter(|path| path.ends_with(".parquet") && !named.contains(path)).collect();
+        let orphans: Vec<&String> =
+            there.iter().filter(|path| path.ends_with(".parquet") && !named.contains(path)).collect();
         assert!(orphans.is_empty(), "{kind}: {name}: {orphans:?}");
     }
     // Another machine goes on from there: a bad line, its quarantine, and the watermark.
@@ -303,7 +319,8 @@ async fn everything(kind: &str) {
     same("after the first run");
     for name in types {
         let (there, named) = store.objects(name).await;
-        let orphans: Vec<&String> = there.iter().filter(|path| path.ends_with(".parquet") && !named.contains(path)).collect();
+        let orphans: Vec<&String> =
+            there.iter().filter(|path| path.ends_with(".parquet") && !named.contains(path)).collect();
         assert!(orphans.is_empty(), "{kind}: {name}: {orphans:?}");
     }
     // Vectors, then copies without them, then one file of all.
@@ -359,8 +376,8 @@ async fn everything(kind: &str) {
     assert_eq!(store.versions("Location").len(), 1000, "{kind}: NDJSON from the store");
 }
 
-// Breaks if a table on the store is not what it would be in a folder: a killed run's objects stay, rows are lost to a writer
-// who comes at the same time, or maintenance changes what a query answers.
+// Breaks if a table on the store is not what it would be in a folder: a killed run's objects stay, rows are lost to a
+// writer who comes at the same time, or maintenance changes what a query answers.
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_on_s3() {
     everything("s3").await;
@@ -390,7 +407,10 @@ fn a_place_that_cannot_be_is_said_with_line_and_column() {
         ("az://lake/fhir?sig=secret", "no query in the URL of the tables"),
     ];
     if cfg!(not(feature = "gcs")) {
-        cases.push(("gs://lake/fhir", "gs:// is not in this build; build it with `cargo build --release --features gcs`"));
+        cases.push((
+            "gs://lake/fhir",
+            "gs:// is not in this build; build it with `cargo build --release --features gcs`",
+        ));
     }
     for (tables, expected) in cases {
         let file = folder.path().join("p.yaml");

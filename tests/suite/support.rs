@@ -118,7 +118,8 @@ impl Lake {
         // Those still being written have a suffix of the store's own.
         there.retain(|name| name.contains(".parquet"));
         there.sort();
-        let table = Tables::at(&self.tables().display().to_string()).unwrap().open(&resource_type.into()).await.unwrap();
+        let table =
+            Tables::at(&self.tables().display().to_string()).unwrap().open(&resource_type.into()).await.unwrap();
         let mut named: Vec<String> = match table.delta() {
             Some(delta) => {
                 let snapshot = delta.snapshot().unwrap();
@@ -212,7 +213,8 @@ pub(crate) fn shared() -> Option<PathBuf> {
 /// Unpacks a tar.gz into a temporary folder.
 pub(crate) fn unpack(archive: &Path) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let status = std::process::Command::new("tar").arg("xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
+    let status =
+        std::process::Command::new("tar").arg("xzf").arg(archive).arg("-C").arg(folder.path()).status().unwrap();
     assert!(status.success());
     folder
 }

@@ -27,7 +27,10 @@ async fn without_deletion_vectors_only_touched_files_are_rewritten() {
     // Twice the same id in one run, so that a staged row loses too.
     let changed = vec![patient("07", 2, ""), patient("07", 3, r#","gender":"other""#), patient("99", 1, "")];
     let report = lake.run(&write(data.path(), "Patient.ndjson", &changed), rest).await.unwrap();
-    assert_eq!((report.types["Patient"].updated, report.types["Patient"].inserted, report.types["Patient"].skipped), (1, 1, 1));
+    assert_eq!(
+        (report.types["Patient"].updated, report.types["Patient"].inserted, report.types["Patient"].skipped),
+        (1, 1, 1)
+    );
     let (there, after) = lake.files("Patient").await;
     assert_eq!(before.iter().filter(|file| after.contains(file)).count(), 1, "the untouched file stays");
     assert!(
@@ -107,7 +110,10 @@ async fn columns_that_files_leave_out_read_as_null() {
     lake.run(&write(data.path(), "Patient.ndjson", &rows[..1]), "").await.unwrap();
     lake.run(&write(data.path(), "Patient.ndjson", &rows[1..]), "").await.unwrap();
     let batches = lake
-        .sql("SELECT id, name[1]['family'] AS f, name[1]['given'][3] AS g, maritalStatus['text'] AS m, maritalStatus IS NULL AS n, _extension IS NULL AS e FROM Patient ORDER BY id")
+        .sql(
+            "SELECT id, name[1]['family'] AS f, name[1]['given'][3] AS g, maritalStatus['text'] AS m, maritalStatus \
+            IS NULL AS n, _extension IS NULL AS e FROM Patient ORDER BY id",
+        )
         .await;
     let column = |name: &str| batches.iter().flat_map(|batch| strings(batch, name)).collect::<Vec<_>>();
     assert_eq!(column("f"), [Some("A".to_owned()), None]);
@@ -124,7 +130,11 @@ async fn extensions_land_in_the_map_under_the_fid_of_their_element() {
     let nested = r#","extension":[{"url":"race","extension":[{"url":"omb","valueCode":"x"}]}],"name":[{"family":"A","extension":[{"url":"onname","valueString":"y"}]}]"#;
     lake.run(&write(data.path(), "Patient.ndjson", &[patient("a", 1, nested)]), "").await.unwrap();
     let batches = lake
-        .sql("SELECT map_extract(_extension, _fid)[1][1]['url'] AS top, map_extract(_extension, map_extract(_extension, _fid)[1][1]['_fid'])[1][1]['valueCode'] AS inner_code, map_extract(_extension, name[1]['_fid'])[1][1]['valueString'] AS on_name FROM Patient")
+        .sql(
+            "SELECT map_extract(_extension, _fid)[1][1]['url'] AS top, map_extract(_extension, \
+            map_extract(_extension, _fid)[1][1]['_fid'])[1][1]['valueCode'] AS inner_code, map_extract(_extension, \
+            name[1]['_fid'])[1][1]['valueString'] AS on_name FROM Patient",
+        )
         .await;
     let column = |name: &str| strings(&batches[0], name);
     assert_eq!(column("top"), [Some("race".to_owned())]);
@@ -137,7 +147,10 @@ async fn values_of_every_kind() {
     let (data, lake) = (tempfile::tempdir().unwrap(), lake());
     let line = r#"{"resourceType":"Observation","id":"o","meta":{"lastUpdated":"2026-01-02T03:04:05.678901+01:00"},"status":"final","code":{"text":"é\n\"q\""},"valueQuantity":{"value":1.00,"unit":"kg"},"referenceRange":[{"low":{"value":1E3}},{"low":{"value":-0.0000005}}],"unknown":{"x":1},"_status":{"id":"1"},"valueBoolean":"yes","contained":[{}]}"#;
     let report = lake
-        .run(&write(data.path(), "Observation.ndjson", &[line.to_owned()]), "stages: { encode: { source_json: true } }\n")
+        .run(
+            &write(data.path(), "Observation.ndjson", &[line.to_owned()]),
+            "stages: { encode: { source_json: true } }\n",
+        )
         .await
         .unwrap();
     let batches = lake
@@ -163,10 +176,14 @@ async fn only_the_resources_own_id_is_versioned_in_full() {
     let (data, lake) = (tempfile::tempdir().unwrap(), lake());
     let line = r#"{"resourceType":"ImplementationGuide","id":"g","meta":{"versionId":"3"},"packageId":"a.b"}"#;
     lake.run(&write(data.path(), "ImplementationGuide.ndjson", &[line.to_owned()]), "").await.unwrap();
-    let sql = "SELECT id_versioned AS i, packageId_versioned AS p, meta['versionId_versioned'] AS v FROM ImplementationGuide";
+    let sql =
+        "SELECT id_versioned AS i, packageId_versioned AS p, meta['versionId_versioned'] AS v FROM ImplementationGuide";
     let batches = lake.sql(sql).await;
     let value = |name: &str| strings(&batches[0], name)[0].clone().unwrap();
-    assert_eq!((value("i").as_str(), value("p").as_str(), value("v").as_str()), ("ImplementationGuide/g/_history/3", "a.b", "3"));
+    assert_eq!(
+        (value("i").as_str(), value("p").as_str(), value("v").as_str()),
+        ("ImplementationGuide/g/_history/3", "a.b", "3")
+    );
 }
 
 // Breaks if a feature that our commits would break is passed over.
@@ -247,7 +264,11 @@ async fn features_are_refused_by_name_or_asked_nothing_of() {
         let error = lake.run(&named, "").await.unwrap_err();
         assert_eq!(error.kind(), fhirlake::error::ErrorKind::Table, "{name}: {error}");
         assert!(error.to_string().contains(name), "{name}: {error}");
-        assert_eq!(std::fs::read_dir(lake.tables().join("Patient.parquet")).unwrap().count(), 1, "{name}: half-written");
+        assert_eq!(
+            std::fs::read_dir(lake.tables().join("Patient.parquet")).unwrap().count(),
+            1,
+            "{name}: half-written"
+        );
     }
     let taken: [Change; 3] = [
         |_, _| {},
@@ -276,10 +297,16 @@ async fn columns_are_added_when_asked_for() {
         let text = |name: &str| serde_json::json!({ "name": name, "type": "string", "nullable": true, "metadata": {} });
         let reference = serde_json::json!({ "type": "struct", "fields": [text("reference"), text("display")] });
         let fields = metadata["schema"]["fields"].as_array_mut().unwrap();
-        fields.push(serde_json::json!({ "name": "managingOrganization", "type": reference, "nullable": true, "metadata": {} }));
+        fields.push(
+            serde_json::json!({ "name": "managingOrganization", "type": reference, "nullable": true, "metadata": {} }),
+        );
     });
     let line = |id: &str| {
-        patient(id, 1, r#","gender":"male","managingOrganization":{"reference":"Organization/1","type":"Organization"}"#)
+        patient(
+            id,
+            1,
+            r#","gender":"male","managingOrganization":{"reference":"Organization/1","type":"Organization"}"#,
+        )
     };
     let run = async |id: &str, rest: &str| {
         let (_data, source) = super::support::folder(&[("Patient.ndjson", &line(id))]);
@@ -293,7 +320,8 @@ async fn columns_are_added_when_asked_for() {
     let evolve = "stages: { merge: { schema_evolution: add-columns } }\n";
     assert!(run("b", evolve).await.is_empty());
     assert!(run("c", evolve).await.is_empty());
-    let sql = "SELECT id, gender, managingOrganization['reference'] AS r, managingOrganization['type'] AS t, meta['versionId'] AS v FROM Patient ORDER BY id";
+    let sql = "SELECT id, gender, managingOrganization['reference'] AS r, managingOrganization['type'] AS t, \
+        meta['versionId'] AS v FROM Patient ORDER BY id";
     let batches = lake.sql(sql).await;
     let column = |name: &str| batches.iter().flat_map(|batch| strings(batch, name)).collect::<Vec<_>>();
     let some = |text: &str| Some(text.to_owned());
@@ -301,7 +329,8 @@ async fn columns_are_added_when_asked_for() {
     assert_eq!(column("r"), [some("Organization/1"), some("Organization/1"), some("Organization/1")]);
     assert_eq!(column("t"), [None, some("Organization"), some("Organization")]);
     assert_eq!(column("v"), [None, some("1"), some("1")]);
-    let added: Vec<_> = lake.history("Patient").await.into_iter().filter(|info| info["operation"] == "ADD COLUMN").collect();
+    let added: Vec<_> =
+        lake.history("Patient").await.into_iter().filter(|info| info["operation"] == "ADD COLUMN").collect();
     assert_eq!(added.len(), 1, "once: {added:?}");
 }
 
@@ -369,7 +398,9 @@ async fn checkpoints_come_at_the_tables_interval_and_their_failure_is_not_the_co
 // Breaks if a folder is made under one name and looked for under another.
 #[tokio::test(flavor = "multi_thread")]
 async fn folders_of_any_name() {
-    for name in ["a%20b", "a\\b", "100%", "%25", "a%2Fb", "a b", "ä", "a#b?c", "[x]*", "tab\tin", "q'\"", "..x", "~", "a:b"] {
+    for name in
+        ["a%20b", "a\\b", "100%", "%25", "a%2Fb", "a b", "ä", "a#b?c", "[x]*", "tab\tin", "q'\"", "..x", "~", "a:b"]
+    {
         let all = tempfile::tempdir().unwrap();
         let (data, tables) = (all.path().join(name), all.path().join(format!("{name}-t")).join(name));
         std::fs::create_dir(&data).unwrap();
@@ -430,7 +461,9 @@ async fn checkpoints_that_cannot_be_read_are_passed_over() {
     ];
     for (what, broken) in breaks {
         let (data, lake) = (tempfile::tempdir().unwrap(), lake());
-        let source = |version: u32| write(data.path(), "Patient.ndjson", &[patient("a", version, ""), patient("b", version, "")]);
+        let source = |version: u32| {
+            write(data.path(), "Patient.ndjson", &[patient("a", version, ""), patient("b", version, "")])
+        };
         for version in 1..=4 {
             assert!(lake.run(&source(version), "").await.unwrap().succeeded);
         }

@@ -100,7 +100,8 @@ async fn fails(lake: &Lake, source: &str, words: &str, hint: &str) {
     assert!(error.advice().contains(hint), "`{hint}` is not in: {}", error.advice());
 }
 
-// Breaks if what stays until somebody changes a certificate is tried again, or the message does not say which and what to set.
+// Breaks if what stays until somebody changes a certificate is tried again, or the message does not say which and what
+// to set.
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_that_are_wrong_fail_at_once() {
     let (lake, trusted) = (lake(), format!(", tls: {{ {} }}", ca()));
@@ -146,12 +147,17 @@ async fn a_ca_and_a_client_certificate_of_the_pipeline_file_are_used() {
 
 fn run(lake: &Lake, source: &str, environment: &[(&str, &str)]) -> (Option<i32>, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fhirlake"));
-    for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"] {
+    for name in
+        ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"]
+    {
         command.env_remove(name);
     }
     let file = lake.pipeline_file(source);
     let output = command.envs(environment.iter().copied()).arg("run").arg(file).output().unwrap();
-    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout))
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout),
+    )
 }
 
 // Breaks if the environment's CA, proxy or the hosts without one are not what counts.
@@ -176,7 +182,8 @@ async fn the_environment_names_cas_and_proxies() {
     assert_eq!(run(&lake(), &by_address, &[trusted, proxy, ("no_proxy", "*")]).0, Some(0), "an address is a host too");
 }
 
-// Breaks if a certificate that cannot be read is found out when the night's run begins, or the message does not say what to do.
+// Breaks if a certificate that cannot be read is found out when the night's run begins, or the message does not say
+// what to do.
 #[test]
 fn certificates_are_read_before_anything_is_asked() {
     let folder = tempfile::tempdir().unwrap();
@@ -189,7 +196,8 @@ fn certificates_are_read_before_anything_is_asked() {
         "encrypted.pem",
         &std::fs::read_to_string(key("client-only.pem")).unwrap().replace(
             "-----END CERTIFICATE-----\n",
-            "-----END CERTIFICATE-----\n-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n",
+            "-----END CERTIFICATE-----\n-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE \
+                KEY-----\n",
         ),
     );
     let (client, other) =
@@ -211,7 +219,8 @@ fn certificates_are_read_before_anything_is_asked() {
     }
 }
 
-// Breaks if a server that does not know of the TLS before it leads us to a port that speaks no HTTP, and nothing says so.
+// Breaks if a server that does not know of the TLS before it leads us to a port that speaks no HTTP, and nothing says
+// so.
 #[tokio::test(flavor = "multi_thread")]
 async fn plain_links_of_a_tls_server_are_named() {
     let port = server("server.pem", false, &[&version::TLS13]).await;
@@ -227,7 +236,9 @@ async fn plain_links_of_a_tls_server_are_named() {
 // Breaks if a key that is given in another form than PEM is taken for a path, and shown.
 #[test]
 fn a_key_that_is_no_pem_is_not_shown() {
-    let yaml = "version: 1\nname: x\nsource: { url: \"https://h/fhir\", tls: { client_certificate: AAAAsecretAAAA, client_key: BBBBsecretBBBB } }\ntables: /tmp/x\n";
+    let yaml = "version: 1\nname: x\nsource: \
+        { url: \"https://h/fhir\", tls: { client_certificate: AAAAsecretAAAA, client_key: BBBBsecretBBBB } }\ntables: \
+        /tmp/x\n";
     let read = fhirlake::config::read_pipeline(yaml, &[]).unwrap();
     let problems = fhirlake::topology::RunPlan::resolve(&read).err().unwrap();
     let text = fhirlake::config::Problem::error("x.yaml", &problems).to_string();

@@ -42,14 +42,22 @@ fn folder_with(files: &[(&str, &str)]) -> tempfile::TempDir {
     folder
 }
 
-const FOLDER: &str = "version: 1\nname: archive\nsource: { url: \"file://FOLDER/in\" }\ntables: FOLDER/lake\nstages: { download: { concurrency: 1 }, parse: { workers: 1 }, encode: { workers: 1 } }\n";
-const SERVER: &str = "version: 1\nname: hospital\nsource: { url: \"http://127.0.0.1:9/fhir\", types: [Patient, Claim], retry_for: 0s }\ntables: FOLDER/lake\nstages: { parse: { workers: 2 }, encode: { workers: 2 } }\nschedule: []\n";
+const FOLDER: &str = "version: 1\nname: archive\nsource: { url: \"file://FOLDER/in\" }\ntables: FOLDER/lake\nstages: \
+    { download: { concurrency: 1 }, parse: { workers: 1 }, encode: { workers: 1 } }\n";
+const SERVER: &str = "version: 1\nname: hospital\nsource: \
+    { url: \"http://127.0.0.1:9/fhir\", types: [Patient, Claim], retry_for: 0s }\ntables: FOLDER/lake\nstages: \
+    { parse: { workers: 2 }, encode: { workers: 2 } }\nschedule: []\n";
 
 #[test]
 fn errors() {
-    let wrong = "version: 2\nname: x\nsource:\n  url: nonsense\n  level: grup\n  types: [Pateint]\nmemry: 1GiB\ntables: t\n";
-    let folder =
-        folder_with(&[("wrong.yaml", wrong), ("folder.yaml", FOLDER), ("server.yaml", SERVER), ("in/notes.txt", "not NDJSON")]);
+    let wrong =
+        "version: 2\nname: x\nsource:\n  url: nonsense\n  level: grup\n  types: [Pateint]\nmemry: 1GiB\ntables: t\n";
+    let folder = folder_with(&[
+        ("wrong.yaml", wrong),
+        ("folder.yaml", FOLDER),
+        ("server.yaml", SERVER),
+        ("in/notes.txt", "not NDJSON"),
+    ]);
     let commands: [&[&str]; 10] = [
         &["run", "missing.yaml"],
         &["run", "wrong.yaml"],
@@ -69,7 +77,8 @@ fn errors() {
 fn explain() {
     let attachments = SERVER.replace("stages: {", "stages: { attachments: { concurrency: 3 },");
     let folder = folder_with(&[("server.yaml", SERVER), ("attachments.yaml", &attachments), ("folder.yaml", FOLDER)]);
-    let explained = ["server.yaml", "attachments.yaml", "folder.yaml"].map(|file| said(folder.path(), &["explain", file]));
+    let explained =
+        ["server.yaml", "attachments.yaml", "folder.yaml"].map(|file| said(folder.path(), &["explain", file]));
     insta::assert_snapshot!(explained.join("\n"));
 }
 
@@ -85,7 +94,8 @@ fn reports() {
     let run = said(folder.path(), &["run", "folder.yaml"]);
     // Seconds and rates differ from run to run.
     let numbers = |line: &str| -> String {
-        let name = line.trim_start_matches("Claim (failed)").trim_start_matches(|letter: char| letter.is_ascii_alphabetic());
+        let name =
+            line.trim_start_matches("Claim (failed)").trim_start_matches(|letter: char| letter.is_ascii_alphabetic());
         let is_row = name.trim_start().starts_with(|letter: char| letter.is_ascii_digit()) && name.starts_with("  ");
         if is_row { line.split_whitespace().take(8).collect::<Vec<_>>().join(" ") } else { line.to_owned() }
     };

@@ -69,8 +69,9 @@ async fn rows(lake: &Lake) -> BTreeMap<String, Vec<String>> {
     found
 }
 
-// Breaks if an id that stands more than once in a table, in one file or in several, does so after a run that brings it or
-// deletes it, whether the keys fit into memory or not, and whether rows are marked or files rewritten; or if any other row goes.
+// Breaks if an id that stands more than once in a table, in one file or in several, does so after a run that brings it
+// or deletes it, whether the keys fit into memory or not, and whether rows are marked or files rewritten; or if any
+// other row goes.
 #[tokio::test(flavor = "multi_thread")]
 async fn duplicates_in_a_table_end_as_one() {
     for (in_memory, vectors) in [(true, true), (true, false), (false, true), (false, false)] {
@@ -109,8 +110,8 @@ async fn duplicates_in_a_table_end_as_one() {
     }
 }
 
-// Breaks if a vector that is kept in the log itself, or at a place of its own, is taken for none, or if rows that it marks
-// come back when more are marked.
+// Breaks if a vector that is kept in the log itself, or at a place of its own, is taken for none, or if rows that it
+// marks come back when more are marked.
 #[tokio::test(flavor = "multi_thread")]
 async fn vectors_of_any_storage_kind_are_merged_with() {
     for kind in ["i", "p"] {
@@ -271,7 +272,8 @@ async fn takes(lake: &Lake, steps: &[Step]) {
             }
             Step::Optimize => {
                 let plan = lake.plan("{ url: \"file:///nowhere\" }", "");
-                let options = OptimizeOptions { types: Default::default(), cluster: at % 2 == 0, min_deleted: Limit::Count(1) };
+                let options =
+                    OptimizeOptions { types: Default::default(), cluster: at % 2 == 0, min_deleted: Limit::Count(1) };
                 let done = optimize(&plan, &options, &Cancellation::default()).await.unwrap();
                 assert!(done.values().all(Result::is_ok));
             }
@@ -287,7 +289,8 @@ async fn takes(lake: &Lake, steps: &[Step]) {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 60, ..ProptestConfig::default() })]
-    // Breaks if some interleaving of two pipelines and an outside writer loses a row, doubles it, or brings an old one back.
+    // Breaks if some interleaving of two pipelines and an outside writer loses a row, doubles it, or brings an old one
+    // back.
     #[test]
     fn any_interleaving_of_writers(steps in steps()) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -308,7 +311,13 @@ async fn instants_of_twelve_bytes() {
         let (_data, source) = folder(&[("Patient.ndjson", &patients(0..1, 1))]);
         assert!(lake.run(&source, &setting).await.unwrap().succeeded);
         let file = table(&lake).join("spark.parquet");
-        let schema = "message spark_schema { optional binary id (STRING); optional group meta { optional binary versionId (STRING); optional int96 lastUpdated; } }";
+        let schema = "message spark_schema \
+            \
+            \
+            \
+            \
+            \
+            { optional binary id (STRING); optional group meta { optional binary versionId (STRING); optional int96 lastUpdated; } }";
         let schema = Arc::new(parse_message_type(schema).unwrap());
         let properties = Arc::new(WriterProperties::builder().build());
         let mut writer = SerializedFileWriter::new(std::fs::File::create(&file).unwrap(), schema, properties).unwrap();
@@ -335,8 +344,9 @@ async fn instants_of_twelve_bytes() {
         let report = lake.run(&source, &setting).await.unwrap();
         let outcome = &report.types["Patient"];
         assert_eq!((outcome.inserted, outcome.updated, outcome.skipped), (0, 1, 2), "{report:#?}");
-        let batches =
-            lake.sql("SELECT id, CAST(date_part('year', meta['lastUpdated']) AS VARCHAR) AS y FROM Patient ORDER BY id").await;
+        let batches = lake
+            .sql("SELECT id, CAST(date_part('year', meta['lastUpdated']) AS VARCHAR) AS y FROM Patient ORDER BY id")
+            .await;
         let years: Vec<Option<String>> = batches.iter().flat_map(|batch| strings(batch, "y")).collect();
         assert_eq!(years, ["2026", "2026", "2026", "9999"].map(|year| Some(year.to_owned())));
     }

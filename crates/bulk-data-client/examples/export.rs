@@ -1,6 +1,6 @@
 //! Exports some types and counts the lines of each file:
-//! `cargo run --release --example export -- https://bulk-data.smarthealthit.org/fhir Patient Condition`. Without arguments it
-//! exports from an embedded server.
+//! `cargo run --release --example export -- https://bulk-data.smarthealthit.org/fhir Patient Condition`. Without
+//! arguments it exports from an embedded server.
 
 use std::io::Write;
 use std::sync::atomic::AtomicBool;
@@ -21,7 +21,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let types = if types.is_empty() { vec!["Patient".to_owned(), "Condition".to_owned()] } else { types };
 
     let auth = Auth::new(AuthSettings::None)?;
-    let client = Client::new(Url::parse(&base)?, auth, HttpSettings::default(), Default::default(), Default::default())?;
+    let client =
+        Client::new(Url::parse(&base)?, auth, HttpSettings::default(), Default::default(), Default::default())?;
     let request = ExportRequest { level: Level::System, types, since: None, options: ExportOptions::default() };
     let manifest = export(&client, &request).await?;
     let mut out = std::io::stdout();

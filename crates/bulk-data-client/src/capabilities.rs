@@ -50,7 +50,9 @@ impl Capabilities {
             let Some(known) = self.search_parameters(name) else { continue };
             for parameter in query.split('&').map(|part| part.split(['=', ':', '.']).next().unwrap_or_default()) {
                 if !parameter.starts_with('_') && !known.contains(&parameter) {
-                    remarks.push(format!("its CapabilityStatement does not name the search parameter {parameter} of {name}"));
+                    remarks.push(format!(
+                        "its CapabilityStatement does not name the search parameter {parameter} of {name}"
+                    ));
                 }
             }
         }
@@ -64,7 +66,8 @@ impl Capabilities {
                 name.ends_with("export") || text(operation, "definition").contains("export")
             })
         };
-        let of_bulk_data = list(&self.statement, "instantiates").filter_map(Value::as_str).any(|url| url.contains("bulkdata"));
+        let of_bulk_data =
+            list(&self.statement, "instantiates").filter_map(Value::as_str).any(|url| url.contains("bulkdata"));
         let own = match level {
             Level::System => "",
             Level::Patient => "Patient",
@@ -94,7 +97,8 @@ mod tests {
 
     #[test]
     fn t15_what_a_statement_does_not_name_is_remarked_on() {
-        let statement = json!({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "rest": [{"mode": "server",
+        let statement = json!({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1",
+            "rest": [{"mode": "server",
             "resource": [{"type": "Group", "operation": [{"name": "export", "definition": "x"}]},
                          {"type": "Observation", "searchParam": [{"name": "code"}]}, {"type": "Patient"}]}]});
         let capabilities = Capabilities::new(statement);
@@ -102,7 +106,10 @@ mod tests {
         let filters = |filter: &str| ExportOptions { type_filters: vec![filter.into()], ..ExportOptions::default() };
         assert!(capabilities.remarks(&group, &filters("Observation?code:in=x&_lastUpdated=gt2020")).is_empty());
         assert!(capabilities.remarks(&group, &filters("Patient?anything=x")).is_empty(), "it says nothing of Patient");
-        assert!(capabilities.remarks(&group, &filters("Observation?kode=x"))[0].contains("search parameter kode of Observation"));
+        assert!(
+            capabilities.remarks(&group, &filters("Observation?kode=x"))[0]
+                .contains("search parameter kode of Observation")
+        );
         assert!(capabilities.remarks(&Level::System, &ExportOptions::default())[0].contains("$export"));
         let other = Capabilities::new(json!({"resourceType": "CapabilityStatement", "fhirVersion": "5.0.0",
             "instantiates": ["http://hl7.org/fhir/uv/bulkdata/CapabilityStatement/bulk-data"]}));

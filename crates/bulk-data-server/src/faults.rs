@@ -22,10 +22,11 @@ pub struct Faults {
     pub polls_bad_gateway: usize,
     /// Polls that are answered 404 with an OperationOutcome, though the export is there.
     pub polls_missing: usize,
-    /// Statuses of the first polls, in their order: 202, 404 with an outcome, others with an outcome of code `processing`;
-    /// 503 with `Retry-After: 1`.
+    /// Statuses of the first polls, in their order: 202, 404 with an outcome, others with an outcome of code
+    /// `processing`; 503 with `Retry-After: 1`.
     pub polls_script: Vec<u16>,
-    /// True if the manifest grows, where the client sends `allowPartialManifests`: a first poll is answered 202 with the last file alone.
+    /// True if the manifest grows, where the client sends `allowPartialManifests`: a first poll is answered 202 with
+    /// the last file alone.
     pub growing: bool,
     /// Kick-offs that make an export, and whose connection is then closed without an answer.
     pub kickoffs_lost: usize,
@@ -91,7 +92,8 @@ pub struct Faults {
     pub errors: Vec<u8>,
     /// Ids put into `deleted`, beside the true ones: `Type/id`.
     pub also_deleted: Vec<String>,
-    /// Files a page of the manifest, where the client sends `allowPartialManifests`; 0 for one page. Each page but the last is there while the server still works.
+    /// Files a page of the manifest, where the client sends `allowPartialManifests`; 0 for one page. Each page but the
+    /// last is there while the server still works.
     pub page_files: usize,
     /// True if the manifest is of STU 4: `outcome` and no `request`.
     pub stu4: bool,
@@ -109,11 +111,6 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Returns true if manifests are not as the handler draws them up.
-    pub(crate) fn distort_manifests(&self) -> bool {
-        self.sloppy_manifest || self.reordered || self.count_off_by > 0
-    }
-
     /// Returns true if one of `files` is the file `name`.
     pub(crate) fn names(files: &[String], name: &str) -> bool {
         files.iter().any(|file| file.trim_end_matches(".ndjson") == name.trim_end_matches(".ndjson"))

@@ -68,7 +68,7 @@ impl Drop for Sending {
 fn send_file(State((shared, _)): Shop, id: usize, name: &str, headers: &HeaderMap) -> Response {
     let (job, faults, per_file, sending) = {
         let mut world = shared.lock();
-        world.seen.asked(id, name);
+        world.seen.requested(id, name);
         let Some(Some(job)) = world.jobs.get(id).cloned() else {
             return outcome(StatusCode::NOT_FOUND, "not-found", "no such export");
         };
@@ -77,13 +77,15 @@ fn send_file(State((shared, _)): Shop, id: usize, name: &str, headers: &HeaderMa
         (job, world.faults.clone(), world.patients_per_file, Sending(shared.clone()))
     };
     let mut parts = name.split('.');
-    let (kind, part) = (parts.next().unwrap_or_default().to_owned(), parts.next().and_then(|part| part.parse::<u32>().ok()));
+    let (kind, part) =
+        (parts.next().unwrap_or_default().to_owned(), parts.next().and_then(|part| part.parse::<u32>().ok()));
     let Some(part) = part else {
         return outcome(StatusCode::NOT_FOUND, "not-found", "no such file");
     };
     let tag = format!("\"{id}-{name}\"");
-    let range =
-        headers.get("range").and_then(|range| range.to_str().ok()?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+    let range = headers
+        .get("range")
+        .and_then(|range| range.to_str().ok()?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     let same = headers.get("if-range").is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
     let from: Option<usize> = range.filter(|_| faults.ranges && same);
     if from.is_some() {
@@ -149,7 +151,8 @@ impl FileWriter {
         if name == "errors" {
             text.push_str(&String::from_utf8_lossy(&self.faults.errors));
             for name in &self.job.ignored {
-                let issue = json!({"severity": "warning", "code": "not-supported", "diagnostics": format!("{name} was ignored")});
+                let issue = json!({"severity": "warning", "code": "not-supported", "diagnostics": format!("{name} was \
+                    ignored")});
                 text.push_str(&format!("{}\n", json!({"resourceType": "OperationOutcome", "issue": [issue]})));
             }
         } else if name == "deleted" {
@@ -160,7 +163,11 @@ impl FileWriter {
                 for patient in 0..population.patients() {
                     population.for_each(kind, patient, |number, fate| {
                         if fate.deleted && since.is_some_and(|since| fate.updated >= since) {
-                            text.push_str(&deletion(&format!("{}/{}", DEMO_TYPES[kind], population.id(kind, patient, number))));
+                            text.push_str(&deletion(&format!(
+                                "{}/{}",
+                                DEMO_TYPES[kind],
+                                population.id(kind, patient, number)
+                            )));
                         }
                     });
                 }
@@ -171,7 +178,8 @@ impl FileWriter {
             let (first_half, second_half) = kinds.split_at(kinds.len() / 2);
             let last = patients.end == population.patients();
             let block = |patient: u32, kinds: &[usize], text: &mut String| {
-                let parameter = json!([{"name": "Patient", "valueReference": {"reference": format!("Patient/{patient}")}}]);
+                let parameter =
+                    json!([{"name": "Patient", "valueReference": {"reference": format!("Patient/{patient}")}}]);
                 text.push_str(&format!("{}\n", json!({"resourceType": "Parameters", "parameter": parameter})));
                 for kind in kinds {
                     population.for_each(*kind, patient, |number, fate| {

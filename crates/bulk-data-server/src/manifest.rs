@@ -59,8 +59,8 @@ pub(crate) fn manifest(
     };
     let deleted = list(deleted || !faults.also_deleted.is_empty(), "Bundle", "deleted.0.ndjson");
     let errors = list(!faults.errors.is_empty() || !job.ignored.is_empty(), "OperationOutcome", "errors.0.ndjson");
-    let mut manifest =
-        json!({ "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true), "requiresAccessToken": protected });
+    let mut manifest = json!({ "transactionTime": job.time.to_rfc3339_opts(SecondsFormat::Millis, true),
+        "requiresAccessToken": protected });
     if faults.page_files > 0 && job.paged {
         let pages = output.len().div_ceil(faults.page_files).max(1);
         output = output.into_iter().skip(page * faults.page_files).take(faults.page_files).collect();
@@ -93,8 +93,9 @@ pub(crate) fn distort(manifest: &mut Value, faults: &Faults) {
             *count = (count.as_u64().unwrap_or(0) + faults.count_off_by).into();
         }
         // Each time the manifest is asked for, its links have another number.
-        let number =
-            output.first().and_then(|file| file["url"].as_str()?.split("expires=").nth(1)?.split('&').next()?.parse().ok());
+        let number = output
+            .first()
+            .and_then(|file| file["url"].as_str()?.split("expires=").nth(1)?.split('&').next()?.parse().ok());
         if faults.reordered && number.is_some_and(|number: usize| number.is_multiple_of(2)) {
             output.reverse();
         }

@@ -134,10 +134,17 @@ fn parameters(query: &str, body: &[u8]) -> HashMap<String, String> {
     let json: Value = serde_json::from_slice(body).unwrap_or_default();
     for parameter in json.get("parameter").and_then(Value::as_array).into_iter().flatten() {
         let name = parameter.get("name").and_then(Value::as_str).unwrap_or_default();
-        let value = parameter.as_object().into_iter().flatten().find(|(key, _)| key.starts_with("value")).map(|(_, value)| value);
+        let value = parameter
+            .as_object()
+            .into_iter()
+            .flatten()
+            .find(|(key, _)| key.starts_with("value"))
+            .map(|(_, value)| value);
         let value = match value {
             Some(Value::String(text)) => text.clone(),
-            Some(Value::Object(reference)) => reference.get("reference").and_then(Value::as_str).unwrap_or_default().to_owned(),
+            Some(Value::Object(reference)) => {
+                reference.get("reference").and_then(Value::as_str).unwrap_or_default().to_owned()
+            }
             other => other.map(ToString::to_string).unwrap_or_default(),
         };
         all.push((name.to_owned(), value));
@@ -182,8 +189,8 @@ fn instead(world: &mut World, base: &str, call: &Call, parameters: &Parameters, 
                 return Some(after(outcome(StatusCode::TOO_MANY_REQUESTS, "throttled", "one export at a time"), &wait));
             }
             let forbidden = faults.forbidden_type.as_ref()?;
-            let asked = parameters.0.get("_type")?;
-            let is_forbidden = asked.split(',').any(|name| name == forbidden);
+            let requested = parameters.0.get("_type")?;
+            let is_forbidden = requested.split(',').any(|name| name == forbidden);
             is_forbidden.then(|| outcome(StatusCode::FORBIDDEN, "forbidden", "not for this client"))
         }
         Call::Status(id) => {
@@ -230,10 +237,11 @@ fn instead(world: &mut World, base: &str, call: &Call, parameters: &Parameters, 
             let is_missing =
                 faults.missing_type.as_deref() == name.split('.').next() || Faults::names(&faults.missing_files, name);
             let is_expired = faults.links_end && links_of(query) < 2;
-            if jobs.get(*job).is_none_or(Option::is_none) || !(is_missing || is_expired || faults.files_unavailable > 0) {
+            if jobs.get(*job).is_none_or(Option::is_none) || !(is_missing || is_expired || faults.files_unavailable > 0)
+            {
                 return None;
             }
-            world.seen.asked(*job, name);
+            world.seen.requested(*job, name);
             if is_expired {
                 let body = ([(header::CONTENT_TYPE, "application/xml")], "<Error>Request has expired</Error>");
                 return Some((StatusCode::FORBIDDEN, body).into_response());
@@ -261,7 +269,7 @@ async fn distort(faults: &Faults, call: &Call, answer: Response, (is_lost, is_cu
             let nothing = tokio_stream::once(Err::<bytes::Bytes, _>(std::io::Error::other("lost")));
             Response::new(Body::from_stream(nothing))
         }
-        Call::Status(_) if faults.distort_manifests() && is_json(&answer) => {
+        Call::Status(_) if is_json(&answer) => {
             let (parts, body) = answer.into_parts();
             let body = to_bytes(body, MOST).await.unwrap_or_default();
             let mut manifest: Value = serde_json::from_slice(&body).unwrap_or_default();

@@ -73,7 +73,7 @@ pub struct Population {
 
 /// State of a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fate {
+pub struct ResourceState {
     /// `meta.versionId`.
     pub version: u32,
     /// `meta.lastUpdated`, or when it was deleted.
@@ -110,24 +110,24 @@ impl Population {
     }
 
     /// Returns the state of a resource; `None` before its patient came.
-    pub fn fate(&self, kind: usize, patient: u32, number: u32) -> Option<Fate> {
+    pub fn fate(&self, kind: usize, patient: u32, number: u32) -> Option<ResourceState> {
         let born = self.steps.iter().position(|step| patient < step.patients)?;
-        let mut fate = Fate { version: 1, updated: self.steps[born].time, deleted: false };
+        let mut fate = ResourceState { version: 1, updated: self.steps[born].time, deleted: false };
         for (index, step) in self.steps.iter().enumerate().skip(born + 1) {
-            let draw =
-                Random::new(&[self.seed, 77, kind as u64, u64::from(patient), u64::from(number), index as u64]).below(1000);
+            let draw = Random::new(&[self.seed, 77, kind as u64, u64::from(patient), u64::from(number), index as u64])
+                .below(1000);
             if may_be_deleted(kind) && draw < step.deleted * 4 {
-                return Some(Fate { deleted: true, updated: step.time, ..fate });
+                return Some(ResourceState { deleted: true, updated: step.time, ..fate });
             }
             if draw >= 1000 - step.changed {
-                fate = Fate { version: fate.version + 1, updated: step.time, deleted: false };
+                fate = ResourceState { version: fate.version + 1, updated: step.time, deleted: false };
             }
         }
         Some(fate)
     }
 
     /// Calls `f` for every resource of `kind` of `patient`, with its number and fate.
-    pub fn for_each(&self, kind: usize, patient: u32, mut f: impl FnMut(u32, Fate)) {
+    pub fn for_each(&self, kind: usize, patient: u32, mut f: impl FnMut(u32, ResourceState)) {
         for number in self.numbers(kind, patient) {
             if let Some(fate) = self.fate(kind, patient, number) {
                 f(number, fate);
@@ -136,7 +136,7 @@ impl Population {
     }
 
     /// A resource as a line of NDJSON, its end included.
-    pub fn write(&self, kind: usize, patient: u32, number: u32, fate: Fate, out: &mut String) {
+    pub fn write(&self, kind: usize, patient: u32, number: u32, fate: ResourceState, out: &mut String) {
         crate::resources::write(self, kind, patient, number, fate, out);
     }
 

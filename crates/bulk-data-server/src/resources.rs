@@ -4,18 +4,27 @@ use std::fmt::Write;
 
 use chrono::{Duration, SecondsFormat};
 
-use crate::population::{DEMO_TYPES, Fate, Population, Random};
+use crate::population::{DEMO_TYPES, Population, Random, ResourceState};
 
 const GIVEN: [&str; 24] = [
-    "Ana", "Björn", "Carlos", "Dana", "Eleni", "Fatima", "Grace", "Hiroshi", "Ines", "Jamal", "Kim", "Lars", "Mei", "Noah",
-    "Olga", "Priya", "Quentin", "Rosa", "Samuel", "Tariq", "Uma", "Viktor", "Wanda", "Zoë",
+    "Ana", "Björn", "Carlos", "Dana", "Eleni", "Fatima", "Grace", "Hiroshi", "Ines", "Jamal", "Kim", "Lars", "Mei",
+    "Noah", "Olga", "Priya", "Quentin", "Rosa", "Samuel", "Tariq", "Uma", "Viktor", "Wanda", "Zoë",
 ];
 const FAMILY: [&str; 24] = [
-    "Abbott", "Bauer", "Castillo", "Dubois", "Eriksen", "Fischer", "García", "Hughes", "Ito", "Jansen", "Kowalski", "Larsen",
-    "Müller", "Nguyen", "O'Brien", "Patel", "Quinn", "Rossi", "Schmidt", "Tanaka", "Ueda", "Vasquez", "Wright", "Zhang",
+    "Abbott", "Bauer", "Castillo", "Dubois", "Eriksen", "Fischer", "García", "Hughes", "Ito", "Jansen", "Kowalski",
+    "Larsen", "Müller", "Nguyen", "O'Brien", "Patel", "Quinn", "Rossi", "Schmidt", "Tanaka", "Ueda", "Vasquez",
+    "Wright", "Zhang",
 ];
-const STREETS: [&str; 8] =
-    ["Oak Street", "Main Street", "Lake View Road", "Hill Lane", "Mill Road", "Church Street", "Park Avenue", "Elm Drive"];
+const STREETS: [&str; 8] = [
+    "Oak Street",
+    "Main Street",
+    "Lake View Road",
+    "Hill Lane",
+    "Mill Road",
+    "Church Street",
+    "Park Avenue",
+    "Elm Drive",
+];
 const CITIES: [(&str, &str, &str); 6] = [
     ("Boston", "MA", "02118"),
     ("Worcester", "MA", "01608"),
@@ -193,8 +202,18 @@ macro_rules! put {
     };
 }
 
+// Below the macro that it uses.
+mod claims;
+
 /// Appends a resource as a line.
-pub(crate) fn write(population: &Population, kind: usize, patient: u32, number: u32, fate: Fate, out: &mut String) {
+pub(crate) fn write(
+    population: &Population,
+    kind: usize,
+    patient: u32,
+    number: u32,
+    fate: ResourceState,
+    out: &mut String,
+) {
     let name = DEMO_TYPES[kind];
     let own = id(population, kind, patient, number);
     let mut page = Page { population, patient, out };
@@ -219,8 +238,8 @@ pub(crate) fn write(population: &Population, kind: usize, patient: u32, number: 
         "Procedure" => procedure(&mut page, &mut random, number),
         "Immunization" => immunization(&mut page, &mut random, number),
         "AllergyIntolerance" => allergy(&mut page, &mut random),
-        "Claim" => claim(&mut page, &mut random, number),
-        _ => explanation_of_benefit(&mut page, &mut random, number),
+        "Claim" => claims::claim(&mut page, &mut random, number),
+        _ => claims::explanation_of_benefit(&mut page, &mut random, number),
     }
     page.out.push_str("}\n");
 }
@@ -243,15 +262,18 @@ fn practitioner(page: &mut Page<'_>, random: &mut Random, number: u32) {
     );
 }
 
-fn patient_resource(page: &mut Page<'_>, random: &mut Random, fate: Fate) {
+fn patient_resource(page: &mut Page<'_>, random: &mut Random, fate: ResourceState) {
     let (family, given, middle) = (*random.pick(&FAMILY), *random.pick(&GIVEN), *random.pick(&GIVEN));
     let (race_code, race) = *random.pick(&RACES);
     let hispanic = random.jitter(18);
     let (city, state, zip) = *random.pick(&CITIES);
     let gender = if random.jitter(50) { "female" } else { "male" };
-    let birth =
-        chrono::NaiveDate::from_ymd_opt(1930 + random.below(90) as i32, 1 + random.below(12) as u32, 1 + random.below(28) as u32)
-            .unwrap_or_default();
+    let birth = chrono::NaiveDate::from_ymd_opt(
+        1930 + random.below(90) as i32,
+        1 + random.below(12) as u32,
+        1 + random.below(28) as u32,
+    )
+    .unwrap_or_default();
     let (ethnicity_code, ethnicity) =
         if hispanic { ("2135-2", "Hispanic or Latino") } else { ("2186-5", "Not Hispanic or Latino") };
     let number = page.patient;
@@ -304,7 +326,7 @@ fn encounter(page: &mut Page<'_>, random: &mut Random, number: u32) {
     );
 }
 
-fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate) {
+fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, fate: ResourceState) {
     let (snomed, name, icd) = *random.pick(&CONDITIONS);
     let status = if fate.version > 1 || random.jitter(40) { "resolved" } else { "active" };
     let time = page.encounter_time(number);
@@ -318,7 +340,7 @@ fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate) 
     );
 }
 
-fn observation(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate) {
+fn observation(page: &mut Page<'_>, random: &mut Random, number: u32, fate: ResourceState) {
     let (encounter, slot) = (number / 16, number % 16);
     let time = page.encounter_time(encounter).to_rfc3339();
     let vital = slot < 3;
@@ -390,7 +412,9 @@ fn observation(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate
 fn diagnostic_report(page: &mut Page<'_>, number: u32) {
     let time = page.encounter_time(number);
     let results: Vec<String> = (0..LABS_PER_PANEL)
-        .map(|slot| format!(r#"{{"reference":"{}"}}"#, page.reference("Observation", page.patient, number * 16 + 3 + slot)))
+        .map(|slot| {
+            format!(r#"{{"reference":"{}"}}"#, page.reference("Observation", page.patient, number * 16 + 3 + slot))
+        })
         .collect();
     put!(
         page,
@@ -404,7 +428,7 @@ fn diagnostic_report(page: &mut Page<'_>, number: u32) {
     );
 }
 
-fn medication_request(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Fate) {
+fn medication_request(page: &mut Page<'_>, random: &mut Random, number: u32, fate: ResourceState) {
     let (code, name) = *random.pick(&DRUGS);
     let status = if fate.version > 1 { "stopped" } else { "active" };
     put!(
@@ -450,59 +474,5 @@ fn allergy(page: &mut Page<'_>, random: &mut Random) {
         page,
         r#""clinicalStatus":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/allergyintolerance-clinical","code":"active"}}]}},"verificationStatus":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/allergyintolerance-verification","code":"confirmed"}}]}},"type":"allergy","category":["food"],"criticality":"low","code":{{"coding":[{{"system":"http://snomed.info/sct","code":"{code}","display":"{name}"}}],"text":"{name}"}},"patient":{{"reference":"{}"}},"recordedDate":"2016-05-06T08:00:00-05:00""#,
         page.subject()
-    );
-}
-
-fn money(cents: u64) -> String {
-    format!(r#"{{"value":{}.{:02},"currency":"USD"}}"#, cents / 100, cents % 100)
-}
-
-fn claim_lines(page: &Page<'_>, random: &mut Random, number: u32) -> (String, u64) {
-    let time = page.encounter_time(number);
-    let (mut items, mut total) = (Vec::new(), 0);
-    for sequence in 1..=1 + random.below(3) {
-        let cents = 4_000 + random.below(40_000);
-        total += cents;
-        let (code, name) = *random.pick(&PROCEDURES);
-        items.push(format!(r#"{{"sequence":{sequence},"productOrService":{{"coding":[{{"system":"http://snomed.info/sct","code":"{code}","display":"{name}"}}],"text":"{name}"}},"servicedPeriod":{{"start":"{}","end":"{}"}},"net":{},"encounter":[{{"reference":"{}"}}]}}"#,
-            time.to_rfc3339(), (time + Duration::minutes(30)).to_rfc3339(), money(cents), page.reference("Encounter", page.patient, number)));
-    }
-    (items.join(","), total)
-}
-
-const CLAIM_TYPE: &str = r#"{"coding":[{"system":"http://terminology.hl7.org/CodeSystem/claim-type","code":"institutional"}]}"#;
-
-fn claim(page: &mut Page<'_>, random: &mut Random, number: u32) {
-    let (items, total) = claim_lines(page, random, number);
-    let time = page.encounter_time(number);
-    put!(
-        page,
-        r#""status":"active","type":{CLAIM_TYPE},"use":"claim","patient":{{"reference":"{}"}},"billablePeriod":{{"start":"{}","end":"{}"}},"created":"{}","provider":{{"reference":"{}"}},"priority":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/processpriority","code":"normal"}}]}},"insurance":[{{"sequence":1,"focal":true,"coverage":{{"reference":"{}"}}}}],"item":[{items}],"total":{}"#,
-        page.subject(),
-        time.to_rfc3339(),
-        (time + Duration::minutes(30)).to_rfc3339(),
-        time.to_rfc3339(),
-        page.reference("Organization", 0, page.patient % SITES),
-        page.reference("Coverage", page.patient, 0),
-        money(total)
-    );
-}
-
-fn explanation_of_benefit(page: &mut Page<'_>, random: &mut Random, number: u32) {
-    let (items, total) = claim_lines(page, random, number);
-    let time = page.encounter_time(number);
-    let adjudicated = items.replace(r#""net":"#, r#""adjudication":[{"category":{"coding":[{"system":"https://bluebutton.cms.gov/resources/variables/line_coinsrnc_amt","code":"coinsurance","display":"Line Beneficiary Coinsurance Amount"}]},"amount":{"value":12.50,"currency":"USD"}},{"category":{"coding":[{"system":"https://bluebutton.cms.gov/resources/variables/line_sbmtd_chrg_amt","code":"submitted","display":"Line Submitted Charge Amount"}]},"amount":{"value":62.40,"currency":"USD"}}],"net":"#);
-    put!(
-        page,
-        r##""contained":[{{"resourceType":"ServiceRequest","id":"referral","status":"completed","intent":"order","subject":{{"reference":"{subject}"}},"requester":{{"reference":"{doctor}"}},"performer":[{{"reference":"{doctor}"}}]}},{{"resourceType":"Coverage","id":"coverage","status":"active","type":{{"text":"Medicare"}},"beneficiary":{{"reference":"{subject}"}},"payor":[{{"display":"Medicare"}}]}}],"identifier":[{{"system":"https://bluebutton.cms.gov/resources/variables/clm_id","value":"{patient}{number}"}}],"status":"active","type":{CLAIM_TYPE},"use":"claim","patient":{{"reference":"{subject}"}},"billablePeriod":{{"start":"{start}","end":"{end}"}},"created":"{start}","insurer":{{"display":"Medicare"}},"provider":{{"reference":"{site}"}},"referral":{{"reference":"#referral"}},"claim":{{"reference":"{claim}"}},"outcome":"complete","insurance":[{{"focal":true,"coverage":{{"reference":"#coverage","display":"Medicare"}}}}],"item":[{adjudicated}],"total":[{{"category":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/adjudication","code":"submitted","display":"Submitted Amount"}}],"text":"Submitted Amount"}},"amount":{total}}}],"payment":{{"amount":{paid}}}"##,
-        subject = page.subject(),
-        doctor = page.reference("Practitioner", 0, page.doctor(number)),
-        patient = page.patient,
-        start = time.to_rfc3339(),
-        end = (time + Duration::days(365)).to_rfc3339(),
-        site = page.reference("Organization", 0, page.patient % SITES),
-        claim = page.reference("Claim", page.patient, number),
-        total = money(total),
-        paid = money(total * 8 / 10)
     );
 }

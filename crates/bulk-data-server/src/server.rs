@@ -60,7 +60,7 @@ pub struct Seen {
 
 impl Seen {
     /// Notes that a file of an export was asked for.
-    pub(crate) fn asked(&mut self, job: usize, name: &str) {
+    pub(crate) fn requested(&mut self, job: usize, name: &str) {
         self.files.push(name.to_owned());
         self.jobs.push(job);
     }
@@ -161,9 +161,9 @@ impl DemoServer {
         });
         let stop = Cancellation::default();
         let mut tasks = TaskGroup::new(stop.clone());
-        let pulled = stop.clone();
+        let stopped = stop.clone();
         tasks.spawn("demo server", async move {
-            let served = axum::serve(listener, app).with_graceful_shutdown(async move { pulled.cancelled().await });
+            let served = axum::serve(listener, app).with_graceful_shutdown(async move { stopped.cancelled().await });
             served.await.context(ErrorKind::Network, "the demo server stopped")
         });
         Ok(Self { base: format!("http://{address}/fhir"), world, stop, _crew: tasks })
@@ -219,7 +219,8 @@ impl DemoServer {
 pub(crate) type Shop = State<(Shared, String)>;
 
 pub(crate) fn outcome(status: StatusCode, code: &str, text: &str) -> Response {
-    let body = json!({"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": code, "diagnostics": text}]});
+    let body = json!({"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": code,
+        "diagnostics": text}]});
     (status, [("content-type", "application/fhir+json")], body.to_string()).into_response()
 }
 
@@ -230,10 +231,13 @@ async fn metadata() -> Response {
         "instantiates": ["http://hl7.org/fhir/uv/bulkdata/CapabilityStatement/bulk-data"],
         "rest": [{
             "mode": "server",
-            "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/export"}],
+            "operation": [{"name": "export",
+                "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/export"}],
             "resource": [
-                {"type": "Patient", "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/patient-export"}]},
-                {"type": "Group", "operation": [{"name": "export", "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/group-export"}]}
+                {"type": "Patient", "operation": [{"name": "export",
+                    "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/patient-export"}]},
+                {"type": "Group", "operation": [{"name": "export",
+                    "definition": "http://hl7.org/fhir/uv/bulkdata/OperationDefinition/group-export"}]}
             ]
         }]
     });
@@ -274,16 +278,17 @@ async fn kick_off(
     if !prefers.contains("respond-async") {
         return outcome(StatusCode::BAD_REQUEST, "invalid", "the header Prefer must contain respond-async");
     }
-    let ignored: Vec<String> = world.faults.unsupported.iter().filter(|name| query.contains_key(*name)).cloned().collect();
+    let ignored: Vec<String> =
+        world.faults.unsupported.iter().filter(|name| query.contains_key(*name)).cloned().collect();
     if let (Some(name), false) = (ignored.first(), prefers.contains("handling=lenient")) {
         return outcome(StatusCode::BAD_REQUEST, "not-supported", &format!("the parameter {name} is not supported"));
     }
-    let asked: Option<Vec<&str>> = query.get("_type").map(|types| types.split(',').collect());
+    let requested: Option<Vec<&str>> = query.get("_type").map(|types| types.split(',').collect());
     let mut kinds = Vec::new();
     let group = path.iter().find(|(name, _)| *name == "id").map(|(_, id)| id.to_owned());
     let is_there = group.is_none_or(|group| world.faults.groups.as_ref().is_none_or(|groups| groups.contains(&group)));
     for (kind, name) in DEMO_TYPES.iter().enumerate().filter(|_| is_there) {
-        if asked.as_ref().is_none_or(|asked| asked.contains(name)) {
+        if requested.as_ref().is_none_or(|requested| requested.contains(name)) {
             kinds.push(kind);
         }
     }
@@ -294,8 +299,11 @@ async fn kick_off(
     };
     let time = world.faults.transaction_time.unwrap_or_else(Utc::now);
     let separate = world.faults.separate_status && prefers.contains("separate-export-status");
-    let is_endless =
-        world.faults.endless_type.as_deref().is_some_and(|endless| asked.iter().flatten().any(|name| *name == endless));
+    let is_endless = world
+        .faults
+        .endless_type
+        .as_deref()
+        .is_some_and(|endless| requested.iter().flatten().any(|name| *name == endless));
     let (population, polls) = (world.population.clone(), if is_endless { usize::MAX } else { world.faults.polls });
     let organized = query.get("organizeOutputBy").is_some_and(|name| name == "Patient");
     let paged = query.get("allowPartialManifests").is_some_and(|value| value == "true");
@@ -344,7 +352,8 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize) -> Re
     let protected = world.lock().tokens.registered.is_some();
     // Counting the population is work: not for the reactor.
     let made =
-        compute(tracing::Span::none(), async move { manifest(&job, &faults, per_file, &base, (id, page), protected) }).await;
+        compute(tracing::Span::none(), async move { manifest(&job, &faults, per_file, &base, (id, page), protected) })
+            .await;
     match made {
         Ok(mut manifest) => {
             let grows = growing && job_links == 1;
@@ -358,7 +367,9 @@ async fn answer_status(State((world, base)): Shop, id: usize, page: usize) -> Re
             let headers = [("content-type", "application/json".to_owned()), ("expires", expires)];
             let mut answer = (code, headers, manifest.to_string()).into_response();
             if separate {
-                answer.headers_mut().insert("x-export-status", HeaderValue::from_static(if still { "202" } else { "200" }));
+                answer
+                    .headers_mut()
+                    .insert("x-export-status", HeaderValue::from_static(if still { "202" } else { "200" }));
             }
             answer
         }

@@ -90,12 +90,14 @@ impl Tokens {
         if let Some(secret) = &registered.secret {
             let basic = headers.get("authorization").and_then(|header| header.to_str().ok()?.strip_prefix("Basic "));
             let basic = basic.and_then(|text| String::from_utf8(STANDARD.decode(text).ok()?).ok());
-            let in_form = form.get("client_id") == Some(&registered.client_id) && form.get("client_secret") == Some(secret);
+            let in_form =
+                form.get("client_id") == Some(&registered.client_id) && form.get("client_secret") == Some(secret);
             let in_header = basic == Some(format!("{}:{secret}", registered.client_id));
             return if in_form != in_header { Ok(()) } else { Err("the secret is not the client's".into()) };
         }
         let assertion = form.get("client_assertion").ok_or("no client_assertion")?;
-        if form.get("client_assertion_type").map(String::as_str) != Some("urn:ietf:params:oauth:client-assertion-type:jwt-bearer")
+        if form.get("client_assertion_type").map(String::as_str)
+            != Some("urn:ietf:params:oauth:client-assertion-type:jwt-bearer")
         {
             return Err("client_assertion_type".into());
         }
@@ -117,7 +119,8 @@ impl Tokens {
         if text("iss") != Some(&registered.client_id) || text("sub") != Some(&registered.client_id) {
             return Err("iss and sub must be the client's id".into());
         }
-        let left = claims.get("exp").and_then(Value::as_i64).unwrap_or(0) - (chrono::Utc::now().timestamp() + faults.clock_ahead);
+        let left = claims.get("exp").and_then(Value::as_i64).unwrap_or(0)
+            - (chrono::Utc::now().timestamp() + faults.clock_ahead);
         if !(1..=300).contains(&left) {
             return Err(format!("exp is {left} s ahead"));
         }

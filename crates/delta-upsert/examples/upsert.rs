@@ -1,5 +1,5 @@
-//! Upserts two batches of rows with a string column `id` into a table in a temporary folder: the second replaces a row and adds
-//! one, and nothing is rewritten.
+//! Upserts two batches of rows with a string column `id` into a table in a temporary folder: the second replaces a row
+//! and adds one, and nothing is rewritten.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -9,8 +9,8 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use delta_upsert::{
-    Commit, Deletions, EncodedBatch, FileRows, NotMatchedBySource, OrderRules, PageEncoder, RowKey, RowPosition, Scratch,
-    StagingFile, TableSettings, Tables, Upsert, key_of,
+    Commit, Deletions, EncodedBatch, FileRows, NotMatchedBySource, OrderRules, PageEncoder, RowKey, RowPosition,
+    Scratch, StagingFile, TableSettings, Tables, Upsert, key_of,
 };
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -37,8 +37,15 @@ async fn upsert(tables: &Tables, scratch: &Path, version: i64, rows: &[(&str, &s
     let mut table = tables.open(&"People".into()).await?;
     let path = format!("part-{version}.parquet").as_str().into();
     let mut file = StagingFile::create(&table, path, schema.clone(), scratch).await?;
-    file.append(EncodedBatch { resource_type: "People".into(), columns: schema.clone(), parquet, metadata, keys, by_file })
-        .await?;
+    file.append(EncodedBatch {
+        resource_type: "People".into(),
+        columns: schema.clone(),
+        parquet,
+        metadata,
+        keys,
+        by_file,
+    })
+    .await?;
     let upsert = Upsert {
         files: vec![file.close(&table).await?],
         deletions: Deletions::new(scratch),

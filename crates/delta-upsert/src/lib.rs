@@ -1,13 +1,15 @@
 //! Upserts of whole rows into Delta Lake tables, by key and without a join of rows.
 //!
-//! 1. A [`StagingFile`] takes row groups into a Parquet file inside the table's folder that no version of the table names
-//!    yet, and keeps of each row its [`RowKey`]: the hash of its id, and the version that decides which copy wins.
-//! 2. [`Upsert`] matches those keys with the `id` column of the table's files, marks superseded rows in deletion vectors (or
-//!    rewrites the files that they are in, where a table has no deletion vectors), and makes one atomic commit.
+//! 1. A [`StagingFile`] takes row groups into a Parquet file inside the table's folder that no version of the table
+//!    names yet, and keeps of each row its [`RowKey`]: the hash of its id, and the version that decides which copy
+//!    wins.
+//! 2. [`Upsert`] matches those keys with the `id` column of the table's files, marks superseded rows in deletion
+//!    vectors (or rewrites the files that they are in, where a table has no deletion vectors), and makes one atomic
+//!    commit.
 //! 3. [`Table`] opens, creates, and checks tables; [`Table::optimize`] and [`Table::vacuum`] maintain them.
 //!
-//! Rows reach this crate as the bytes of Parquet row groups ([`EncodedBatch`]), so it knows nothing of what is in them but
-//! a column `id`.
+//! Rows reach this crate as the bytes of Parquet row groups ([`EncodedBatch`]), so it knows nothing of what is in them
+//! but a column `id`.
 
 mod commit;
 mod maintenance;

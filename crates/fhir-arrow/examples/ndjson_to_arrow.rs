@@ -1,6 +1,7 @@
 //! Encodes NDJSON of one resource type into a record batch, and prints its columns and what has no column.
 //!
-//! `cargo run --release --example ndjson_to_arrow -- Patient < Patient.ndjson`, or without arguments two made-up patients.
+//! `cargo run --release --example ndjson_to_arrow -- Patient < Patient.ndjson`, or without arguments two made-up
+//! patients.
 
 use std::io::Read;
 use std::sync::Arc;

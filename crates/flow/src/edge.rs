@@ -133,7 +133,11 @@ impl<T> Clone for Receiver<T> {
 /// }
 /// # }
 /// ```
-pub fn edge<T: ByteSized>(name: impl Into<Arc<str>>, max_items: usize, max_bytes: usize) -> (Sender<T>, Receiver<T>, EdgeGauge) {
+pub fn edge<T: ByteSized>(
+    name: impl Into<Arc<str>>,
+    max_items: usize,
+    max_bytes: usize,
+) -> (Sender<T>, Receiver<T>, EdgeGauge) {
     let (sender, receiver) = async_channel::bounded(max_items.max(1));
     let gauge = EdgeGauge {
         name: name.into(),

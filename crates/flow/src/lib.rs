@@ -30,7 +30,10 @@ pub async fn compute<T: Send + 'static>(
     #[expect(clippy::disallowed_methods, reason = "flow is the one that spawns")]
     let work = tokio::task::spawn_blocking(move || span.in_scope(|| handle.block_on(work)));
     work.await.map_err(|panic| {
-        foundation::error::Error::new(foundation::error::ErrorKind::Internal, format!("a worker ended abnormally: {panic}"))
+        foundation::error::Error::new(
+            foundation::error::ErrorKind::Internal,
+            format!("a worker ended abnormally: {panic}"),
+        )
     })
 }
 

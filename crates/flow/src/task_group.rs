@@ -57,7 +57,8 @@ pub struct TaskGroup {
     stop: Cancellation,
 }
 
-/// Keeps the first error, and cancels the source. One that comes after it, full disks after Ctrl-C above all, goes to the log.
+/// Keeps the first error, and cancels the source. One that comes after it, full disks after Ctrl-C above all, goes to
+/// the log.
 fn note(first: &Mutex<Option<Error>>, stop: &Cancellation, error: Error) {
     let mut first = first.lock();
     match &*first {
@@ -91,7 +92,11 @@ impl TaskGroup {
 
     /// Starts a worker on a thread of its own: one that computes. `work` may block on the edges with
     /// `tokio::runtime::Handle::block_on`.
-    pub fn spawn_cpu(&mut self, name: &'static str, work: impl FnOnce(&tokio::runtime::Handle) -> Result<()> + Send + 'static) {
+    pub fn spawn_cpu(
+        &mut self,
+        name: &'static str,
+        work: impl FnOnce(&tokio::runtime::Handle) -> Result<()> + Send + 'static,
+    ) {
         let finish = self.register(name);
         let handle = tokio::runtime::Handle::current();
         self.workers.spawn_blocking(move || {

@@ -76,7 +76,15 @@ type Source = Box<dyn std::error::Error + Send + Sync>;
 impl Error {
     /// An error of `kind`; `message` says what happened.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), places: Vec::new(), hint: None, status: None, is_permanent: false, source: None }
+        Self {
+            kind,
+            message: message.into(),
+            places: Vec::new(),
+            hint: None,
+            status: None,
+            is_permanent: false,
+            source: None,
+        }
     }
     fn described(mut self, what: impl fmt::Display) -> Self {
         if let Some(source) = &self.source {

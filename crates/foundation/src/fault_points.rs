@@ -1,5 +1,5 @@
-//! Points at which a test kills the process: before and after every durable step. Nothing at all without the cargo feature
-//! `fault-points`, which no release has.
+//! Points at which a test kills the process: before and after every durable step. Nothing at all without the cargo
+//! feature `fault-points`, which no release has.
 //!
 //! `FHIRLAKE_FAULT_POINT=NAME:N` kills the process (SIGKILL) when it comes to the point NAME the Nth time;
 //! `FHIRLAKE_FAULT_POINTS_SEEN=FILE` writes each point's name down that is reached.

@@ -88,7 +88,10 @@ mod tests {
 
     #[test]
     fn counts_and_shares() {
-        assert_eq!((Limit::Count(7).of(3), Limit::Percent(50.0).of(10), Limit::CountOrPercent(100, 1.0).of(20_000)), (7, 5, 200));
+        assert_eq!(
+            (Limit::Count(7).of(3), Limit::Percent(50.0).of(10), Limit::CountOrPercent(100, 1.0).of(20_000)),
+            (7, 5, 200)
+        );
         let limit = Limit::try_from(Written::Percent("0.5%".into())).unwrap();
         assert_eq!((limit, limit.of(1_000)), (Limit::Percent(0.5), 5));
         for wrong in ["5", "-1%", "x%", "%"] {

@@ -16,8 +16,8 @@ pub fn private_dir(path: &Path) -> Result<()> {
     builder.create(path).context(ErrorKind::Storage, format!("{} cannot be made", path.display()))
 }
 
-/// A core dump would hold patient data and secrets: there is none from here on, neither as a file nor through a pipe, and
-/// another process of the same user, a debugger too, cannot look into this one.
+/// A core dump would hold patient data and secrets: there is none from here on, neither as a file nor through a pipe,
+/// and another process of the same user, a debugger too, cannot look into this one.
 pub fn no_core_dumps() -> std::io::Result<()> {
     // SAFETY: both only set properties of this process.
     #[cfg(unix)]
@@ -57,7 +57,8 @@ pub fn private_new(path: &Path, content: &[u8]) -> Result<()> {
 /// A file without a name in `folder`: it goes with the process.
 pub fn unnamed_file(folder: &Path) -> Result<File> {
     private_dir(folder)?;
-    tempfile::tempfile_in(folder).context(ErrorKind::Storage, format!("no temporary file can be created in {}", folder.display()))
+    tempfile::tempfile_in(folder)
+        .context(ErrorKind::Storage, format!("no temporary file can be created in {}", folder.display()))
 }
 
 /// An empty private file that is to take the place of `path`, and where it is until then.

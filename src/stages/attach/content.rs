@@ -31,8 +31,9 @@ impl Content {
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
         loop {
             let piece = self.body.next().await.transpose();
-            let piece = piece
-                .map_err(|error| Error::new(ErrorKind::Network, format!("connection closed early: {}", error.without_url())))?;
+            let piece = piece.map_err(|error| {
+                Error::new(ErrorKind::Network, format!("connection closed early: {}", error.without_url()))
+            })?;
             let Some(encoding) = &self.encoding else { return Ok(piece) };
             let mut came = Vec::new();
             let mut sink = |bytes: &[u8]| {

@@ -58,7 +58,8 @@ impl Gathered {
             let mut parsed = Vec::with_capacity(rows.len());
             for (row, new) in rows {
                 let root = parse_value(&mut tape, &bytes, new.start, new.end);
-                let root = root.map_err(|fault| Error::new(ErrorKind::Internal, format!("a rewritten row: {fault}")))?;
+                let root =
+                    root.map_err(|fault| Error::new(ErrorKind::Internal, format!("a rewritten row: {fault}")))?;
                 parsed.push(ParsedRow { root, ..row });
             }
             by_type.push((name, parsed));
@@ -129,19 +130,21 @@ mod tests {
     // Breaks if anything but the link changes when a row is rewritten: numbers keep their digits, texts their letters.
     #[test]
     fn a_row_is_written_as_it_was_but_for_the_links() {
-        let json =
-            r#"{"a":1.00,"b":[null,true,false,-0.5e10],"c":"é\n\"\\\u0001","d":{"url":"x","contentType":"t"},"e":{"url":"y"}}"#;
+        let json = r#"{"a":1.00,"b":[null,true,false,-0.5e10],"c":"é\n\"\\\u0001","d":{"url":"x","contentType":"t"},"e":{"url":"y"}}"#;
         let mut tape = Tape::default();
         let root = parse_value(&mut tape, json.as_bytes(), 0, json.len()).unwrap();
         let document = tape.over(json.as_bytes());
         let value = document.value(root);
         let at = |name: &[u8]| value.get(name).unwrap().index();
-        let fetched =
-            [(at(b"d"), Fetched::File(Path::from("attachments/x.pdf"))), (at(b"e"), Fetched::Inline(b"hello".to_vec()))];
+        let fetched = [
+            (at(b"d"), Fetched::File(Path::from("attachments/x.pdf"))),
+            (at(b"e"), Fetched::Inline(b"hello".to_vec())),
+        ];
         let mut out = Vec::new();
         write_json(value, &fetched.into(), &mut out).unwrap();
-        let expected =
-            json.replace("\"url\":\"x\"", "\"url\":\"attachments/x.pdf\"").replace("\"url\":\"y\"", "\"data\":\"aGVsbG8=\"");
+        let expected = json
+            .replace("\"url\":\"x\"", "\"url\":\"attachments/x.pdf\"")
+            .replace("\"url\":\"y\"", "\"data\":\"aGVsbG8=\"");
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
 }

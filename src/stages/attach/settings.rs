@@ -15,10 +15,11 @@ use flow::{Receiver, Sender};
 use foundation::secure_fs::private_dir;
 
 section! {
-    /// Attachments that resources link to: fetched, and kept as files in `attachments` beside the tables, or in the resource.
+    /// Attachments that resources link to: fetched, and kept as files in `attachments` beside the tables, or in the
+    /// resource.
     pub struct AttachmentsSection {
-        /// Attachments of at most so many bytes become the `data` of their resource; larger ones, and all with 0, become files, and
-        /// `url` their path from the tables' folder on.
+        /// Attachments of at most so many bytes become the `data` of their resource; larger ones, and all with 0,
+        /// become files, and `url` their path from the tables' folder on.
         pub inline_up_to: ByteSize = ByteSize(0),
         /// Larger ones stay links.
         pub max_size: ByteSize = ByteSize(1 << 30),
@@ -26,7 +27,8 @@ section! {
         pub types: Types = Types::All,
         /// Content types that are fetched, `application/pdf` or `image/*`; empty for all.
         pub content_types: Vec<String> = Vec::new(),
-        /// Hosts beside the server's and the export files' that attachments are fetched from; `[any]` for all there are.
+        /// Hosts beside the server's and the export files' that attachments are fetched from; `[any]` for all there
+        /// are.
         pub origins: Vec<String> = Vec::new(),
         /// Attachments at the same time.
         #[schemars(range(min = 1, max = 256))]
@@ -89,7 +91,7 @@ impl Stage for Attach {
                 places: places.clone(),
                 failures: Arc::clone(&failures),
                 said: Arc::clone(&said),
-                board: run.counters.clone(),
+                counters: run.counters.clone(),
                 stop: run.tasks.stop().clone(),
             };
             run.tasks.spawn("attach", async move { worker.run().await }.in_current_span());

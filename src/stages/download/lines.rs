@@ -72,7 +72,8 @@ pub(super) struct Lines<'a> {
     handle: &'a Handle,
     file: Arc<ExportFile>,
     buffer: Vec<u8>,
-    /// Bytes of the buffer that are known to have no line end: a line of 200 MB is not to be searched at every piece of it.
+    /// Bytes of the buffer that are known to have no line end: a line of 200 MB is not to be searched at every piece of
+    /// it.
     searched: usize,
     /// Line end; where it is CR, each becomes LF in the buffer.
     ends: LineEnds,
@@ -139,7 +140,10 @@ impl<'a> Lines<'a> {
                 return Ok(());
             }
             if again.with_rest() != *hash {
-                let error = Error::new(ErrorKind::Server, "the file changed while it was read again; its rows cannot be trusted");
+                let error = Error::new(
+                    ErrorKind::Server,
+                    "the file changed while it was read again; its rows cannot be trusted",
+                );
                 return Err(Broken::Never(error));
             }
             self.known = None;
@@ -150,7 +154,8 @@ impl<'a> Lines<'a> {
         self.passed.add(bytes);
         self.read += bytes.len() as u64;
         if self.read > self.stage.settings.max_file.0 {
-            let why = format!("the file has more than stages.download.max_file ({} bytes)", self.stage.settings.max_file.0);
+            let why =
+                format!("the file has more than stages.download.max_file ({} bytes)", self.stage.settings.max_file.0);
             return Err(Broken::Never(Error::new(ErrorKind::Data, why)));
         }
         let chunk_bytes = self.stage.settings.chunk.bytes();
@@ -188,8 +193,8 @@ impl<'a> Lines<'a> {
         Ok(())
     }
 
-    /// Finds out how the file's lines end, and makes each CR of one that ends them so an LF. A CR between two values of a line
-    /// that ends with LF is white space.
+    /// Finds out how the file's lines end, and makes each CR of one that ends them so an LF. A CR between two values of
+    /// a line that ends with LF is white space.
     fn unify_line_ends(&mut self) {
         while self.ends == LineEnds::Unknown {
             let Some(at) = memchr::memchr2(b'\r', b'\n', &self.buffer[self.looked..]).map(|at| self.looked + at) else {
@@ -244,7 +249,8 @@ impl<'a> Lines<'a> {
     }
 
     fn pass_on(&mut self, bytes: Bytes, lines: u64, oversized: Option<u64>) -> Result<(), Broken> {
-        let chunk = Chunk { file: self.file.clone(), first_line: self.lines + 1, offset: self.offset, bytes, oversized };
+        let chunk =
+            Chunk { file: self.file.clone(), first_line: self.lines + 1, offset: self.offset, bytes, oversized };
         self.lines += lines;
         self.handle.block_on(self.stage.chunks.send(chunk)).map_err(|_| Broken::Stopped)
     }

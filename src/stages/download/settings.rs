@@ -88,7 +88,7 @@ impl Stage for Download {
                 max_line: run.stages.parse.max_line(run.memory.total()),
                 long_lines: long_lines.clone(),
                 log: run.log.clone(),
-                board: run.counters.clone(),
+                counters: run.counters.clone(),
                 stop: run.tasks.stop().clone(),
             };
             let span = span.clone();

@@ -42,7 +42,8 @@ pub enum FileColumns {
     /// A top-level column is there with all that is within it, or not at all: right with every reader.
     #[default]
     Whole,
-    /// Only what a row fills, at every depth: smaller and faster. Spark before 4.1 reads such files wrong (SPARK-53535).
+    /// Only what a row fills, at every depth: smaller and faster. Spark before 4.1 reads such files wrong
+    /// (SPARK-53535).
     Filled,
     /// Every column of the table.
     All,
@@ -59,7 +60,8 @@ impl EncodeSection {
         found.add_if(!(1 << 16..=1 << 30).contains(&row_group), "row_group", "must be from 64KiB to 1GiB", None);
     }
 
-    /// Returns the layout of tables that are created. With `add_columns`, tables that exist get the columns that they lack.
+    /// Returns the layout of tables that are created. With `add_columns`, tables that exist get the columns that they
+    /// lack.
     pub fn layout(&self, add_columns: bool) -> LayoutOptions {
         LayoutOptions {
             extensions: self.extensions,
@@ -85,15 +87,16 @@ impl From<FileColumns> for ColumnPruning {
 pub const OPEN_BATCHES: Share = Share { name: "open batches", percent: 36 };
 
 impl EncodeSection {
-    /// Returns the bytes of NDJSON at which a row group is closed. Each worker may close a batch while the others are open.
+    /// Returns the bytes of NDJSON at which a row group is closed. Each worker may close a batch while the others are
+    /// open.
     pub fn row_group(&self, memory: &Memory) -> usize {
         self.row_group.bytes().min(memory.share(&OPEN_BATCHES) / (workers(self.workers) + 1))
     }
 }
 
 impl Stage for Encode {
-    // Weights by what was measured: a byte of NDJSON weighs about 1.6 bytes with its tape, about one as columns, and a fifth of
-    // that as pages; closing a batch needs its columns and pages at once.
+    // Weights by what was measured: a byte of NDJSON weighs about 1.6 bytes with its tape, about one as columns, and a
+    // fifth of that as pages; closing a batch needs its columns and pages at once.
     const SPEC: &'static StageSpec = &StageSpec {
         name: "encode",
         summary: &["Arrow columns,", "Parquet pages"],

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Ended, Passed, ServerExport, export_file};
+use super::pages::{Passed, export_file};
+use super::{Ended, ServerExport};
 use crate::jobs::ExportHandle;
 use crate::messages::{ControlEvent, FileKind, ManifestEntryId, ManifestPage};
 use bulk_data_client::{Manifest, ManifestFile};
@@ -24,12 +25,19 @@ impl ServerExport {
             }
             let kind = [FileKind::Output, FileKind::Deleted, FileKind::Outcome][unusable.list.min(2)];
             let place = ManifestEntryId { page, kind, at: usize::MAX - at };
-            let listed =
-                ManifestFile { resource_type: unusable.resource_type.clone(), url: accepted.status.clone(), count: None };
+            let listed = ManifestFile {
+                resource_type: unusable.resource_type.clone(),
+                url: accepted.status.clone(),
+                count: None,
+            };
             let file = export_file(*index, export, &listed, false, place);
             let (number, name) = (file.index, file.name.clone());
             *index += 1;
-            tracing::error!(file = name, why = unusable.why, "an entry of the manifest is not a file that can be requested");
+            tracing::error!(
+                file = name,
+                why = unusable.why,
+                "an entry of the manifest is not a file that can be requested"
+            );
             let status = Some(accepted.status.as_str().into());
             self.tell(ControlEvent::Page(ManifestPage { export, status, files: vec![Arc::new(file)] })).await?;
             self.tell(ControlEvent::FileFailed(number, unusable.why.clone(), None)).await?;

@@ -38,11 +38,10 @@ impl ServerExport {
                 || json!({ "body": null, "xProgress": progress, "retryAfter": wait.map(|wait| wait.as_secs()) }),
             ),
             PollStatus::Transient { error, .. } | PollStatus::NotFound { error, .. } | PollStatus::Failed(error) => {
-                self.log.note(
-                    export,
-                    "status_error",
-                    || json!({ "body": null, "code": error.status(), "message": error.to_string(), "responseHeaders": {} }),
-                );
+                self.log.note(export, "status_error", || {
+                    json!({ "body": null, "code": error.status(), "message": error.to_string(),
+                        "responseHeaders": {} })
+                });
             }
             PollStatus::Done(_) => {}
         }

@@ -1,4 +1,5 @@
-//! Decision after each poll, without waiting and without asking: [`Polls`] is told of an answer and says what comes next.
+//! Decision after each poll, without waiting and without asking: [`Polls`] is told of an answer and says what comes
+//! next.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +7,7 @@ use crate::error::Error;
 use bulk_data_client::{HttpSettings, Manifest, PollStatus};
 
 /// Answers in a row that say that there is no such export, or that it failed, before that is believed.
-const ABSENCES: u32 = 3;
+const MAX_NOT_FOUND: u32 = 3;
 
 /// Longest pause between polls that is our own choice.
 const OUR_LONGEST_PAUSE: Duration = Duration::from_secs(300);
@@ -67,7 +68,7 @@ pub(super) struct Polls<'a> {
     pause: Duration,
     failing_since: Option<Instant>,
     missing_since: Option<Instant>,
-    absences: u32,
+    not_found_count: u32,
     has_warned: bool,
 }
 
@@ -81,7 +82,7 @@ impl<'a> Polls<'a> {
             pause: settings.min_pause,
             failing_since: None,
             missing_since: None,
-            absences: 0,
+            not_found_count: 0,
             has_warned: false,
         }
     }
@@ -89,7 +90,7 @@ impl<'a> Polls<'a> {
     /// Returns what comes next after an answer at `now`.
     pub(super) fn on(&mut self, answer: PollStatus, now: Instant) -> Next {
         if !matches!(answer, PollStatus::NotFound { .. } | PollStatus::Failed(_)) {
-            (self.missing_since, self.absences) = (None, 0);
+            (self.missing_since, self.not_found_count) = (None, 0);
         }
         match answer {
             PollStatus::Done(manifest) => Next::Done(manifest),
@@ -112,16 +113,18 @@ impl<'a> Polls<'a> {
                 let least = if throttled { self.settings.min_pause } else { Duration::ZERO };
                 Next::Retry(error, Retry::Transient, self.pause_of(wait, least))
             }
-            PollStatus::Failed(error) if self.absences + 1 < ABSENCES => {
-                self.absences += 1;
+            PollStatus::Failed(error) if self.not_found_count + 1 < MAX_NOT_FOUND => {
+                self.not_found_count += 1;
                 Next::Retry(error, Retry::SaidFailed, self.pause_of(None, Duration::ZERO))
             }
             PollStatus::Failed(error) => Next::Failed(error),
             PollStatus::NotFound { error, definitive } => {
                 // A gateway may not find its server for a while.
                 let since = *self.missing_since.get_or_insert(now);
-                self.absences += 1;
-                if now.duration_since(since) > self.settings.retry_for || (definitive && self.absences >= ABSENCES) {
+                self.not_found_count += 1;
+                if now.duration_since(since) > self.settings.retry_for
+                    || (definitive && self.not_found_count >= MAX_NOT_FOUND)
+                {
                     return Next::Gone(error);
                 }
                 Next::Retry(error, Retry::NotFound, self.pause_of(None, Duration::ZERO))
@@ -130,10 +133,10 @@ impl<'a> Polls<'a> {
     }
 
     /// Returns the pause before the next poll: what the server asks for, within limits, or our own, which grows.
-    fn pause_of(&mut self, asked: Option<Duration>, least: Duration) -> Duration {
+    fn pause_of(&mut self, requested: Option<Duration>, least: Duration) -> Duration {
         // "At once" is not meant: it would be a busy loop.
-        let asked = asked.filter(|wait| *wait >= self.settings.min_pause);
-        let pause = asked.unwrap_or(self.pause).max(least).min(self.settings.max_pause);
+        let requested = requested.filter(|wait| *wait >= self.settings.min_pause);
+        let pause = requested.unwrap_or(self.pause).max(least).min(self.settings.max_pause);
         let is_quiet = least.is_zero() && self.missing_since.is_none() && self.failing_since.is_none();
         let pause = if std::mem::take(&mut self.is_early) && is_quiet { pause.min(EARLY_POLL) } else { pause };
         self.pause = (self.pause * 2).min(self.settings.max_pause).min(OUR_LONGEST_PAUSE);
@@ -161,8 +164,8 @@ mod tests {
         }
     }
 
-    // Breaks if a server's two minutes are waited for before the first look, or ignored after it, or if our own pause does not
-    // grow to its limit.
+    // Breaks if a server's two minutes are waited for before the first look, or ignored after it, or if our own pause
+    // does not grow to its limit.
     #[test]
     fn pauses() {
         let settings = HttpSettings::default();
@@ -173,7 +176,11 @@ mod tests {
             .to_vec();
         assert_eq!(pauses, [5_000, 60_000, 5_000, 4_000, 8_000, 16_000, 32_000, 60_000]);
         let mut later = Polls::new(&settings, false, false);
-        assert_eq!(pause(later.on(working(Some(120)), now)), Duration::from_secs(60), "a later page is not looked at early");
+        assert_eq!(
+            pause(later.on(working(Some(120)), now)),
+            Duration::from_secs(60),
+            "a later page is not looked at early"
+        );
     }
 
     // Breaks if one 404 ends an export, if many never do, or if one that is found again starts from the first absence.
@@ -205,7 +212,9 @@ mod tests {
             let transient = |throttled| PollStatus::Transient { error: error(status), wait: None, throttled };
             assert!(matches!(polls.on(transient(false), now), Next::Retry(_, Retry::Transient, _)));
             assert!(matches!(polls.on(transient(true), late), Next::Retry(..)), "throttling is no failure");
-            assert!(matches!(polls.on(transient(false), late), Next::Fail { is_of_server, .. } if is_of_server == is_server));
+            assert!(
+                matches!(polls.on(transient(false), late), Next::Fail { is_of_server, .. } if is_of_server == is_server)
+            );
         }
     }
 }

@@ -42,8 +42,12 @@ pub(super) type Refused = (usize, Kickoff, Error);
 
 impl TypeBisection {
     pub(crate) fn of(kickoffs: &[Kickoff], known: HashSet<String>) -> Self {
-        let asking =
-            |(export, kickoff): (usize, &Kickoff)| Asking { export, kickoff: kickoff.clone(), part_of: None, needs_proof: false };
+        let asking = |(export, kickoff): (usize, &Kickoff)| Asking {
+            export,
+            kickoff: kickoff.clone(),
+            part_of: None,
+            needs_proof: false,
+        };
         Self {
             waiting: kickoffs.iter().enumerate().map(asking).collect(),
             exports: kickoffs.len(),
@@ -65,7 +69,7 @@ impl TypeBisection {
         }
         // Each type that was asked for by itself was refused like all of them: it is not the types.
         let why = self.first.as_ref().map_or_else(String::new, ToString::to_string);
-        self.found.extend(asking.kickoff.asked.iter().map(|name| (name.to_string(), why.clone())));
+        self.found.extend(asking.kickoff.requested.iter().map(|name| (name.to_string(), why.clone())));
         self.refused.push((asking.export, asking.kickoff, Error::new(ErrorKind::Server, why)));
         self.next()
     }
@@ -99,17 +103,18 @@ impl TypeBisection {
         self.held > 0
     }
 
-    /// Takes what was refused apart, where that can tell anything: into how many parts, 0 where not. They come next, each with
-    /// a number of its own. Where the server names a type, or it is known that it is a matter of types, these are halves. Else
-    /// a few types by themselves come first, and the rest only where one of them is answered otherwise: a server that refuses
-    /// for another reason is not asked for each type.
+    /// Takes what was refused apart, where that can tell anything: into how many parts, 0 where not. They come next,
+    /// each with a number of its own. Where the server names a type, or it is known that it is a matter of types, these
+    /// are halves. Else a few types by themselves come first, and the rest only where one of them is answered
+    /// otherwise: a server that refuses for another reason is not asked for each type.
     pub(crate) fn refused(&mut self, asking: Asking, error: Error) -> usize {
         let Asking { export, mut kickoff, part_of, .. } = asking;
-        // What was refused when the server had no export of ours was so for a type, and so are its parts, refused like it.
+        // What was refused when the server had no export of ours was so for a type, and so are its parts, refused like
+        // it.
         let for_a_type = part_of.map_or(!self.holds(), |status| error.status() == Some(status));
         self.is_proven |= part_of.is_some() && !for_a_type;
-        let is_known = kickoff.asked.iter().all(|name| self.known.contains(&**name));
-        if for_a_type && kickoff.asked.len() > 1 && !is_known {
+        let is_known = kickoff.requested.iter().all(|name| self.known.contains(&**name));
+        if for_a_type && kickoff.requested.len() > 1 && !is_known {
             // An export that is gone is not to be asked for again.
             kickoff.in_flight = None;
             self.is_proven |= names_a_type(&error, &kickoff);
@@ -119,7 +124,7 @@ impl TypeBisection {
                     vec![(kickoff, false), (second, false)]
                 }
                 false => {
-                    let last = kickoff.asked.len() - 1;
+                    let last = kickoff.requested.len() - 1;
                     let probes: BTreeSet<usize> = [0, last / 2, last].into();
                     let rest = |at: &usize| !probes.contains(at);
                     let rest: Vec<usize> = (0..=last).filter(rest).collect();
@@ -139,8 +144,8 @@ impl TypeBisection {
             self.first.get_or_insert(error);
             return count;
         }
-        if for_a_type && (kickoff.asked.len() == 1 || is_known) {
-            self.found.extend(kickoff.asked.iter().map(|name| (name.to_string(), error.to_string())));
+        if for_a_type && (kickoff.requested.len() == 1 || is_known) {
+            self.found.extend(kickoff.requested.iter().map(|name| (name.to_string(), error.to_string())));
         }
         self.refused.push((export, kickoff, error));
         0
@@ -153,7 +158,7 @@ impl TypeBisection {
 
     /// The types, where each was refused by itself and nothing else happened: it is not the types then.
     pub(crate) fn in_vain(&self) -> Option<Vec<String>> {
-        let refused = self.refused.iter().map(|(_, kickoff, _)| kickoff.asked.len()).sum::<usize>();
+        let refused = self.refused.iter().map(|(_, kickoff, _)| kickoff.requested.len()).sum::<usize>();
         let in_vain = self.first.is_some() && !self.holds() && !self.failed && refused == self.found.len();
         in_vain.then(|| self.found.iter().map(|(name, _)| name.clone()).collect())
     }
@@ -184,12 +189,13 @@ fn names_a_type(error: &Error, kickoff: &Kickoff) -> bool {
     // What comes before the server's own words is the URL, which may have types in it.
     let words = words.split_once("the server answered").map_or("", |(_, words)| words);
     let mut words = words.split(|letter: char| !letter.is_ascii_alphanumeric());
-    words.any(|word| kickoff.asked.iter().any(|name| **name == *word))
+    words.any(|word| kickoff.requested.iter().any(|name| **name == *word))
 }
 
 /// Returns true if a kick-off may have been refused for one of its types: not for who asks, nor for when.
 pub(super) fn may_be_for_a_type(error: &Error) -> bool {
-    // Bad request, forbidden, unprocessable, not implemented: others are for the group, the place, the length or the time.
+    // Bad request, forbidden, unprocessable, not implemented: others are for the group, the place, the length or the
+    // time.
     matches!(error.kind(), ErrorKind::Server | ErrorKind::Auth) && matches!(error.status(), Some(400 | 403 | 422 | 501))
 }
 
@@ -201,7 +207,12 @@ mod tests {
     fn kickoff(names: &[&str]) -> Kickoff {
         let types = names.iter().map(|name| (*name).to_owned()).collect();
         let request = ExportRequest { level: Level::System, types, since: Some(7), options: Default::default() };
-        Kickoff { request, asked: names.iter().map(|name| (*name).into()).collect(), known: Vec::new(), in_flight: None }
+        Kickoff {
+            request,
+            requested: names.iter().map(|name| (*name).into()).collect(),
+            known: Vec::new(),
+            in_flight: None,
+        }
     }
 
     fn refusal(status: u16) -> Error {
@@ -213,9 +224,9 @@ mod tests {
         let (mut came, mut numbers) = (Vec::new(), BTreeSet::new());
         while let Some(asking) = parting.next() {
             assert!(numbers.insert(asking.export), "two kick-offs have one number");
-            let asked: Vec<&str> = asking.kickoff.asked.iter().map(|name| &**name).collect();
-            assert_eq!(asking.kickoff.request.types, asked, "what is asked and what is answered for differ");
-            if asked.iter().any(|name| forbidden.contains(name)) {
+            let requested: Vec<&str> = asking.kickoff.requested.iter().map(|name| &**name).collect();
+            assert_eq!(asking.kickoff.request.types, requested, "what is asked and what is answered for differ");
+            if requested.iter().any(|name| forbidden.contains(name)) {
                 parting.refused(asking, refusal(400));
             } else {
                 came.extend(asking.kickoff.request.types);
@@ -238,16 +249,17 @@ mod tests {
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         for forbidden in [vec![], vec!["T00"], vec!["T39"], vec!["T07", "T08"], vec!["T03", "T21", "T38"]] {
             let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
-            let (came, asked) = play(&mut parting, &forbidden);
+            let (came, requested) = play(&mut parting, &forbidden);
             let wanted: Vec<&str> = names.iter().copied().filter(|name| !forbidden.contains(name)).collect();
             assert_eq!(came, wanted);
-            assert!(asked <= 1 + forbidden.len() * 12, "{asked} for {forbidden:?}");
+            assert!(requested <= 1 + forbidden.len() * 12, "{requested} for {forbidden:?}");
             assert_eq!(aside(&mut parting), forbidden);
             assert!(parting.set_aside().is_empty() && parting.in_vain().is_none() && parting.end(1).is_ok());
         }
     }
 
-    // Breaks if a refusal that is for none of the types costs every run a request a type, or hides the server's first words.
+    // Breaks if a refusal that is for none of the types costs every run a request a type, or hides the server's first
+    // words.
     #[test]
     fn a_refusal_that_is_for_no_type_is_the_runs_end() {
         let names = ["A", "B", "C"];
@@ -267,23 +279,25 @@ mod tests {
         assert_eq!(aside(&mut parting), ["A", "B"]);
     }
 
-    // Breaks if a server that refuses for another reason is asked for each type, or if one that names a type is for others.
+    // Breaks if a server that refuses for another reason is asked for each type, or if one that names a type is for
+    // others.
     #[test]
     fn a_few_types_tell_whether_it_is_a_matter_of_types() {
         let all: Vec<String> = (0..40).map(|number| format!("T{number:02}")).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
-        let mut asked = 0;
+        let mut requested = 0;
         while let Some(asking) = parting.next() {
-            asked += 1;
+            requested += 1;
             parting.refused(asking, refusal(400));
         }
-        assert_eq!((asked, parting.in_vain().map(|types| types.len())), (4, Some(40)));
+        assert_eq!((requested, parting.in_vain().map(|types| types.len())), (4, Some(40)));
         assert!(parting.end(1).is_err());
         // By the server's words.
         let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
         let whole = parting.next().unwrap();
-        let error = Error::new(ErrorKind::Server, "the kick-off: the server answered 400: no T07 here").with_status(400);
+        let error =
+            Error::new(ErrorKind::Server, "the kick-off: the server answered 400: no T07 here").with_status(400);
         assert_eq!(parting.refused(whole, error), 2);
     }
 

@@ -48,10 +48,12 @@ impl FileProgress {
         }
         let (came, promised) = (self.came(), self.file.count.unwrap_or(0));
         let is_short = fails_short && self.lines.is_some() && self.settled() && came < promised;
-        is_short.then(|| format!("{}: the manifest has count {promised}, the file has {came} resources", self.file.name))
+        is_short
+            .then(|| format!("{}: the manifest has count {promised}, the file has {came} resources", self.file.name))
     }
-    /// Returns true if a file was read to its end, is not empty, and has nothing that its kind of file holds: no line of it could be
-    /// read, or each is something else than a resource of its type, such as a page, an array or an outcome.
+    /// Returns true if a file was read to its end, is not empty, and has nothing that its kind of file holds: no line
+    /// of it could be read, or each is something else than a resource of its type, such as a page, an array or an
+    /// outcome.
     fn is_not_an_export_file(&self, ignores_errors: bool) -> bool {
         let (parsed, lines) = (&self.parsed, self.parsed.lines - self.parsed.blank);
         if self.file.replayed || self.lines != Some(parsed.lines) || lines == 0 {

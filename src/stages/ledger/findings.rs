@@ -8,8 +8,9 @@ use super::{Completeness, Ledger};
 use crate::messages::{ExportEnd, ExportFile, FileKind, LineId, ParsedChunk, ResourceType};
 
 impl Ledger {
-    /// Why the watermark of a type must stay where it is, though what came of it is merged: the server says that it did not
-    /// give all (an issue of severity error or fatal, in an error file or among the rows), or it cannot be known whether it did.
+    /// Why the watermark of a type must stay where it is, though what came of it is merged: the server says that it did
+    /// not give all (an issue of severity error or fatal, in an error file or among the rows), or it cannot be known
+    /// whether it did.
     pub fn watermark_hold(&self, resource_type: &ResourceType) -> Option<String> {
         if self.ignores_errors {
             return None;
@@ -24,8 +25,13 @@ impl Ledger {
                 FileKind::Deleted if book.bad() > 0 => {
                     return Some(format!("{} lines of the deletion file {name} could not be read", book.bad()));
                 }
-                FileKind::Output if book.is_broken_off() && self.concerns(book.file.declared.as_ref(), resource_type, end) => {
-                    return Some(format!("file {name} ends with line {}, which is not a resource", book.parsed.last_foreign));
+                FileKind::Output
+                    if book.is_broken_off() && self.concerns(book.file.declared.as_ref(), resource_type, end) =>
+                {
+                    return Some(format!(
+                        "file {name} ends with line {}, which is not a resource",
+                        book.parsed.last_foreign
+                    ));
                 }
                 _ => {}
             }
@@ -37,14 +43,15 @@ impl Ledger {
         reasons.into_iter().next()
     }
 
-    /// Returns true if an error that concerns one type, or all, keeps the watermark of `resource_type`. One of a type that the export
-    /// does not answer for, and that has no table whose watermark could stay, keeps all.
+    /// Returns true if an error that concerns one type, or all, keeps the watermark of `resource_type`. One of a type
+    /// that the export does not answer for, and that has no table whose watermark could stay, keeps all.
     fn concerns(&self, concerned: Option<&ResourceType>, resource_type: &ResourceType, end: &ExportEnd) -> bool {
         let Some(concerned) = concerned else { return true };
         let answers = |name: &ResourceType| {
-            end.asked.contains(name)
+            end.requested.contains(name)
                 || end.merged.contains(name)
-                || (end.all_types && (end.known.contains(name) || self.types.get(name).is_some_and(|book| book.parsed > 0)))
+                || (end.all_types
+                    && (end.known.contains(name) || self.types.get(name).is_some_and(|book| book.parsed > 0)))
         };
         concerned == resource_type || !answers(concerned)
     }
@@ -82,7 +89,8 @@ impl Ledger {
             let (promised, came) = (book.file.count?, book.came());
             // Some servers count headers too.
             let is_other = promised != came && promised != came + book.parsed.asides;
-            (book.failed.is_none() && book.lines.is_some() && is_other).then(|| (book.file.name.clone(), promised, came))
+            (book.failed.is_none() && book.lines.is_some() && is_other)
+                .then(|| (book.file.name.clone(), promised, came))
         });
         differing.collect()
     }
@@ -97,7 +105,8 @@ impl Ledger {
         self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).count() as u64
     }
 
-    /// Returns true if there are files that could not be read, and the server says of each of them that it is gone for good.
+    /// Returns true if there are files that could not be read, and the server says of each of them that it is gone for
+    /// good.
     pub fn all_failed_are_gone(&self) -> bool {
         let mut failed = self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).peekable();
         failed.peek().is_some() && failed.all(|book| book.is_gone)
@@ -108,7 +117,8 @@ impl Ledger {
         let files = self.files.values().filter(|book| book.file.kind == FileKind::Output && !book.file.replayed);
         files
             .filter(|book| {
-                book.parsed.rows.iter().any(|row| row.0 == *resource_type) || book.file.declared.as_ref() == Some(resource_type)
+                book.parsed.rows.iter().any(|row| row.0 == *resource_type)
+                    || book.file.declared.as_ref() == Some(resource_type)
             })
             .count() as u64
     }
@@ -119,8 +129,8 @@ impl Ledger {
         files.flat_map(|book| &book.parsed.rows).filter(|(name, _)| name == resource_type).map(|(_, rows)| rows).sum()
     }
 
-    /// Files that exports of a server listed, where their export's status is asked for, and what their lines were, once all
-    /// of them are parsed and accounted for.
+    /// Files that exports of a server listed, where their export's status is asked for, and what their lines were, once
+    /// all of them are parsed and accounted for.
     pub fn listed(&self) -> impl Iterator<Item = (&ExportFile, &Arc<str>, Option<&ParsedChunk>)> {
         self.files.values().filter_map(|book| {
             let status = self.statuses.get(&book.file.export)?;
@@ -136,10 +146,11 @@ impl Ledger {
         ours.any(|book| book.parsed.rows.iter().any(|(name, _)| name != resource_type))
     }
 
-    /// Types of which not all rows that are parsed are staged, and that can still be merged: the rows that encode was given.
-    pub fn behind(&self) -> Vec<(ResourceType, u64)> {
-        let behind = self.types.iter().filter(|(_, book)| book.failed.is_none() && book.staged < book.parsed);
-        behind.map(|(name, book)| (name.clone(), book.parsed - book.held)).collect()
+    /// Types of which not all rows that are parsed are staged, and that can still be merged: the rows that encode was
+    /// given.
+    pub fn unstaged(&self) -> Vec<(ResourceType, u64)> {
+        let unstaged = self.types.iter().filter(|(_, book)| book.failed.is_none() && book.staged < book.parsed);
+        unstaged.map(|(name, book)| (name.clone(), book.parsed - book.held)).collect()
     }
 
     /// Rows of the type that are staged so far, and how many of them encode brought.
@@ -155,7 +166,10 @@ impl Ledger {
 
     /// Types that still wait for something, of a run that ended early.
     pub fn unfinished(&self) -> BTreeSet<ResourceType> {
-        let open = self.types.keys().filter(|name| !matches!(self.standing(name), Completeness::Done | Completeness::Failed(_)));
+        let open = self
+            .types
+            .keys()
+            .filter(|name| !matches!(self.standing(name), Completeness::Done | Completeness::Failed(_)));
         open.cloned().collect()
     }
 }

@@ -21,7 +21,7 @@ fn file(index: u32, declared: Option<&str>) -> Arc<ExportFile> {
 fn end() -> ControlEvent {
     ControlEvent::ExportEnd(ExportEnd {
         export: 0,
-        asked: vec!["Patient".into()],
+        requested: vec!["Patient".into()],
         all_types: false,
         known: vec![],
         transaction_time: Some(1),
@@ -64,14 +64,14 @@ fn a_type_is_complete_only_when_all_is_accounted_for() {
 fn an_export_answers_for_what_was_asked_only() {
     let mut ledger = Ledger::new(1, None);
     let ControlEvent::ExportEnd(end) = end() else { unreachable!() };
-    let resumed = ExportEnd { asked: vec![], merged: vec![patient()], ..end.clone() };
+    let resumed = ExportEnd { requested: vec![], merged: vec![patient()], ..end.clone() };
     ledger.enter(ControlEvent::ExportEnd(resumed));
     let claim = "Claim".into();
     assert!(ledger.end_of(&claim).is_none() && !ledger.is_answered_for(&claim));
     assert_eq!((ledger.is_answered_for(&patient()), ledger.transaction_time()), (true, Some(1)));
 
     let mut ledger = Ledger::new(1, None);
-    ledger.enter(ControlEvent::ExportEnd(ExportEnd { asked: vec![], all_types: true, ..end }));
+    ledger.enter(ControlEvent::ExportEnd(ExportEnd { requested: vec![], all_types: true, ..end }));
     assert!(ledger.is_answered_for(&claim));
 }
 
@@ -105,12 +105,17 @@ fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
     assert!(matches!(ledger.standing(&patient()), Completeness::Failed(why) if why.contains("balance")));
 }
 
-// Breaks if a page of HTML, or an outcome, is taken for a file without resources: its type would be passed as up to date.
+// Breaks if a page of HTML, or an outcome, is taken for a file without resources: its type would be passed as up to
+// date.
 #[test]
 fn a_file_that_is_no_ndjson_fails_its_type() {
     let of = |bad: u64, foreign: u64, rows: &[(&str, u64)]| {
         let mut ledger = Ledger::new(1, None);
-        ledger.enter(ControlEvent::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
+        ledger.enter(ControlEvent::Page(ManifestPage {
+            export: 0,
+            status: None,
+            files: vec![file(0, Some("Patient"))],
+        }));
         let lines = bad + rows.iter().map(|row| row.1).sum::<u64>();
         let ControlEvent::Parsed(chunk) = parsed(0, lines, rows, bad) else { unreachable!() };
         ledger.enter(ControlEvent::Parsed(ParsedChunk { foreign, ..*chunk }.into()));
@@ -119,7 +124,9 @@ fn a_file_that_is_no_ndjson_fails_its_type() {
         ledger.standing(&patient())
     };
     assert!(matches!(of(9, 9, &[]), Completeness::Failed(why) if why.contains("not an export file")));
-    assert!(matches!(of(0, 1, &[("OperationOutcome", 1)]), Completeness::Failed(why) if why.contains("not an export file")));
+    assert!(
+        matches!(of(0, 1, &[("OperationOutcome", 1)]), Completeness::Failed(why) if why.contains("not an export file"))
+    );
     assert!(matches!(of(9, 8, &[]), Completeness::Failed(_)), "nothing of it could be read");
     assert!(!matches!(of(9, 8, &[("Patient", 1)]), Completeness::Failed(_)), "a resource that is broken is a bad line");
     assert!(!matches!(of(9, 9, &[("Patient", 1)]), Completeness::Failed(_)));
@@ -138,7 +145,7 @@ fn rows_that_are_held_are_not_asked_of_encode() {
     let ControlEvent::Parsed(held) = parsed(0, 7, &[("Patient", 7)], 0) else { unreachable!() };
     ledger.enter(ControlEvent::FileResumed(held));
     ledger.enter(parsed(1, 3, &[("Patient", 3)], 0));
-    assert_eq!((ledger.behind(), ledger.staged_of(&patient())), (vec![(patient(), 3)], (7, 0)));
+    assert_eq!((ledger.unstaged(), ledger.staged_of(&patient())), (vec![(patient(), 3)], (7, 0)));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 1, lines: 3 }));
     ledger.enter(end());
     assert_eq!(ledger.standing(&patient()), Completeness::Parsed(3));
@@ -151,25 +158,29 @@ fn rows_that_are_held_are_not_asked_of_encode() {
 fn a_failed_export_fails_the_types_that_it_was_asked_for() {
     let mut ledger = Ledger::new(2, None);
     ledger.enter(end());
-    ledger.enter(ControlEvent::ExportFailed { export: 1, asked: vec!["Condition".into()], why: "403".into() });
+    ledger.enter(ControlEvent::ExportFailed { export: 1, requested: vec!["Condition".into()], why: "403".into() });
     assert_eq!(ledger.standing(&patient()), Completeness::Complete);
     assert_eq!(ledger.standing(&"Condition".into()), Completeness::Failed("403".into()));
 }
 
-// Breaks if a type that was merged before, of which another export's files bring a stray row, fails for an export that did
-// not come: its row would be lost when the export that brought it is released.
+// Breaks if a type that was merged before, of which another export's files bring a stray row, fails for an export that
+// did not come: its row would be lost when the export that brought it is released.
 #[test]
 fn a_failed_export_fails_no_type_that_it_was_not_asked_for() {
     let mut ledger = Ledger::new(2, None);
     ledger.enter(ControlEvent::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Condition"))] }));
     let ControlEvent::ExportEnd(end) = end() else { unreachable!() };
-    ledger.enter(ControlEvent::ExportEnd(ExportEnd { asked: vec!["Condition".into()], merged: vec![patient()], ..end }));
+    ledger.enter(ControlEvent::ExportEnd(ExportEnd {
+        requested: vec!["Condition".into()],
+        merged: vec![patient()],
+        ..end
+    }));
     ledger.enter(parsed(0, 1, &[("Patient", 1)], 0));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines: 1 }));
     ledger.enter(ControlEvent::ExportBisected { export: 1, parts: 2 });
-    ledger.enter(ControlEvent::ExportFailed { export: 2, asked: vec!["Claim".into()], why: "403".into() });
+    ledger.enter(ControlEvent::ExportFailed { export: 2, requested: vec!["Claim".into()], why: "403".into() });
     assert_eq!(ledger.standing(&patient()), Completeness::Open, "an export has not said its last");
-    ledger.enter(ControlEvent::ExportFailed { export: 3, asked: vec!["Device".into()], why: "403".into() });
+    ledger.enter(ControlEvent::ExportFailed { export: 3, requested: vec!["Device".into()], why: "403".into() });
     ledger.staged(&patient(), 1);
     assert_eq!(ledger.standing(&patient()), Completeness::Complete);
     assert_eq!(ledger.standing(&"Claim".into()), Completeness::Failed("403".into()));

@@ -17,18 +17,20 @@ section! {
         pub tables_at_once: usize = 2,
         /// Treatment of rows that the export does not contain.
         pub mode: Mode = Mode::Merge,
-        /// Rows of a table that `reconcile` and `overwrite` may delete: a number, or a share such as `10%`. More fail the type.
+        /// Rows of a table that `reconcile` and `overwrite` may delete: a number, or a share such as `10%`. More fail
+        /// the type.
         pub max_deleted: Limit = Limit::Percent(10.0),
         /// Size at which a Parquet file is closed.
         pub target_file: ByteSize = ByteSize(128 << 20),
-        /// Longest time between checkpoints, from which the next run resumes. Each checkpoint closes a file of each type.
+        /// Longest time between checkpoints, from which the next run resumes. Each checkpoint closes a file of each
+        /// type.
         pub checkpoint: Span = Span(std::time::Duration::from_secs(300)),
         /// Bytes of Parquet after which a checkpoint is persisted, if that is sooner.
         pub checkpoint_size: ByteSize = ByteSize(1 << 30),
         /// Deletion vectors in tables that are created.
         pub deletion_vectors: bool = true,
-        /// Turns deletion vectors on in tables that exist and have them off. Raises their protocol: older readers cannot read
-        /// them any more.
+        /// Turns deletion vectors on in tables that exist and have them off. Raises their protocol: older readers
+        /// cannot read them any more.
         pub upgrade_deletion_vectors: bool = false,
         /// Treatment of columns that an existing table lacks.
         pub schema_evolution: SchemaEvolution = SchemaEvolution::None,

@@ -7,8 +7,8 @@ use fhir_arrow::tape::Value;
 /// The deviation of deletion Bundles with entries that delete nothing.
 pub(super) const NOT_DELETIONS: &str = "entries of deletion files that are not deletions of FHIR R4's types";
 
-/// Returns true if `meta` marks its resource as deleted, as Azure's FHIR service does where `_includeDeleted` or its exports ask for it:
-/// an extension, with `valueString` (its documentation says `valueCode` elsewhere) `soft-deleted`.
+/// Returns true if `meta` marks its resource as deleted, as Azure's FHIR service does where `_includeDeleted` or its
+/// exports ask for it: an extension, with `valueString` (its documentation says `valueCode` elsewhere) `soft-deleted`.
 pub(super) fn is_soft_deleted(meta: Value<'_>) -> bool {
     meta.get(b"extension").is_some_and(|extensions| {
         extensions.items().any(|extension| {
@@ -24,12 +24,17 @@ const DELETED_STATE: &str = "://azurehealthcareapis.com/data-extensions/deleted-
 
 /// A line of a `deleted` file: a transaction Bundle with one or more DELETE entries (Bulk Data 2.0,
 /// "Deleted Output"). Entries that delete nothing are counted in `others`.
-pub(super) fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<Deletion>, others: &mut u64) -> Result<(), &'static str> {
+pub(super) fn deletions(
+    names: &Names,
+    value: Value<'_>,
+    out: &mut Vec<Deletion>,
+    others: &mut u64,
+) -> Result<(), &'static str> {
     if type_of(value) != Some("Bundle") {
         return Err("not a Bundle, in a file of deletions");
     }
-    // A line of which some entries cannot be read goes to quarantine, and what can be read of it is applied: deletions are
-    // not retried.
+    // A line of which some entries cannot be read goes to quarantine, and what can be read of it is applied: deletions
+    // are not retried.
     let mut wrong = Ok(());
     for entry in value.get(b"entry").iter().flat_map(Value::items) {
         let request = entry.get(b"request");
@@ -47,7 +52,8 @@ pub(super) fn deletions(names: &Names, value: Value<'_>, out: &mut Vec<Deletion>
     wrong
 }
 
-/// Returns the resource of a DELETE entry, with no type where it is not one of FHIR R4: `Type/id`, behind a base or not, with a version behind it or not.
+/// Returns the resource of a DELETE entry, with no type where it is not one of FHIR R4: `Type/id`, behind a base or
+/// not, with a version behind it or not.
 fn deletion(names: &Names, request: Value<'_>) -> Result<(Option<ResourceType>, Box<str>), &'static str> {
     let url = request.get(b"url").and_then(|url| url.as_str()).ok_or("a DELETE without a url")?;
     let url = url.split_once("/_history/").map_or(url, |(resource, _)| resource);
@@ -56,7 +62,8 @@ fn deletion(names: &Names, request: Value<'_>) -> Result<(Option<ResourceType>, 
     if id.is_empty() {
         return Err("a DELETE without an id");
     }
-    let is_name = name.starts_with(|letter: char| letter.is_ascii_uppercase()) && name.bytes().all(|b| b.is_ascii_alphabetic());
+    let is_name =
+        name.starts_with(|letter: char| letter.is_ascii_uppercase()) && name.bytes().all(|b| b.is_ascii_alphabetic());
     match names.get(name.as_bytes()) {
         None if !is_name => Err("a DELETE whose url is not Type/id"),
         known => Ok((known.cloned(), id.into())),

@@ -17,8 +17,8 @@ pub(super) struct Said<'a> {
 }
 
 impl Said<'_> {
-    /// Reads a line of an output file that is the server's word on its export, and no resource of it: an OperationOutcome, or an
-    /// error object. An outcome that has an id and tells of no error is a resource.
+    /// Reads a line of an output file that is the server's word on its export, and no resource of it: an
+    /// OperationOutcome, or an error object. An outcome that has an id and tells of no error is a resource.
     pub(crate) fn message(&mut self, file: &ExportFile, value: Value<'_>, tally: &mut ParsedChunk) -> Option<Line> {
         if file.replayed {
             return None;
@@ -67,19 +67,22 @@ struct Issues {
     pub counts: Vec<(Arc<str>, u64)>,
     /// Issues of severity fatal or error.
     pub errors: u64,
-    /// Of those, the ones whose code is not ignored, by the type that each concerns; `None` for all types of the export.
+    /// Of those, the ones whose code is not ignored, by the type that each concerns; `None` for all types of the
+    /// export.
     pub concerns: Vec<(Option<ResourceType>, u64)>,
 }
 
-/// Reads the issues of an OperationOutcome that a line of `file` holds. Issues of the codes `ignored` hold no watermark.
+/// Reads the issues of an OperationOutcome that a line of `file` holds. Issues of the codes `ignored` hold no
+/// watermark.
 ///
-/// An issue without a severity, or with one that FHIR does not have, counts as an error: `severity` is required, and what
-/// cannot be understood must not be taken for harmless.
+/// An issue without a severity, or with one that FHIR does not have, counts as an error: `severity` is required, and
+/// what cannot be understood must not be taken for harmless.
 fn issues_of(names: &Names, value: Value<'_>, file: &ExportFile, ignored: &[String]) -> Issues {
     let mut found = Issues::default();
     for issue in value.get(b"issue").iter().flat_map(Value::items) {
         let severity = text(issue.get(b"severity")).to_ascii_lowercase();
-        let severity = ["fatal", "error", "warning", "information", "success"].into_iter().find(|known| *known == severity);
+        let severity =
+            ["fatal", "error", "warning", "information", "success"].into_iter().find(|known| *known == severity);
         let severity = severity.unwrap_or("error");
         let code = text(issue.get(b"code"));
         // Anything might stand in place of a code, and any number of things: only FHIR's (IssueType) are labels.
@@ -91,7 +94,8 @@ fn issues_of(names: &Names, value: Value<'_>, file: &ExportFile, ignored: &[Stri
         found.errors += 1;
         let details = issue.get(b"details");
         let codings = || details.and_then(|details| details.get(b"coding")).into_iter().flat_map(|list| list.items());
-        let is_ignored = |code: &str| !code.is_empty() && ignored.iter().any(|ignored| ignored.eq_ignore_ascii_case(code));
+        let is_ignored =
+            |code: &str| !code.is_empty() && ignored.iter().any(|ignored| ignored.eq_ignore_ascii_case(code));
         if is_ignored(code) || codings().any(|coding| is_ignored(text(coding.get(b"code")))) {
             continue;
         }
@@ -163,8 +167,8 @@ const WORDS: [&str; 13] = [
 /// Types that a reference names for everything that belongs to it, and not for itself.
 const COMPARTMENTS: [&str; 2] = ["Patient", "Group"];
 
-/// Adds the types that a text names: `Failed to export 2.Condition.ndjson`. A patient that is named, `Patient/7`, names no
-/// type: rows of any may be missing.
+/// Adds the types that a text names: `Failed to export 2.Condition.ndjson`. A patient that is named, `Patient/7`, names
+/// no type: rows of any may be missing.
 fn types_in(names: &Names, text: &str, out: &mut Vec<ResourceType>) {
     let (mut at, mut first) = (0, None);
     for token in text.split(|letter: char| !letter.is_ascii_alphanumeric()) {
@@ -180,7 +184,8 @@ fn types_in(names: &Names, text: &str, out: &mut Vec<ResourceType>) {
         let stands_as_name = is_file || is_part(before) || is_quoted(before) || is_quoted(after);
         let names_one = COMPARTMENTS.contains(&token)
             && (after == Some('/')
-                || (after == Some(' ') && (start == 0 || text[end + 1..].starts_with(|next: char| next.is_ascii_digit()))));
+                || (after == Some(' ')
+                    && (start == 0 || text[end + 1..].starts_with(|next: char| next.is_ascii_digit()))));
         let may_name_one = names_one && start == 0 && after == Some(' ');
         first = first.or(may_name_one.then_some(name));
         if stands_as_name || (!names_one && !WORDS.contains(&token)) {
@@ -310,8 +315,9 @@ mod tests {
         ] {
             assert_eq!(read(&outcome(issue), &plain, &[]).0, errors, "{issue}");
         }
-        let two =
-            outcome(r#"{"severity":"error","code":"forbidden"},{"severity":"error","details":{"coding":[{"code":"4119"}]}}"#);
+        let two = outcome(
+            r#"{"severity":"error","code":"forbidden"},{"severity":"error","details":{"coding":[{"code":"4119"}]}}"#,
+        );
         assert_eq!(read(&two, &plain, &["Forbidden"]), (2, vec!["all".to_owned()]));
         assert_eq!(read(&two, &plain, &["forbidden", "4119"]), (2, vec![]));
     }

@@ -21,8 +21,8 @@ section! {
         pub workers: usize = 0,
         /// Treatment of a line that cannot be read.
         pub on_bad_line: Bad = Bad::Quarantine,
-        /// Bad lines that a type may have before it fails: a number, or a share such as `1%`; `100%` allows any number. Without
-        /// it a type fails that has more than 100 and more than 1 % of its lines.
+        /// Bad lines that a type may have before it fails: a number, or a share such as `1%`; `100%` allows any number.
+        /// Without it a type fails that has more than 100 and more than 1 % of its lines.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub max_bad_lines: Option<Limit> = None,
         /// Longest line; a longer one is a bad line. Without it: 64MiB, or an eighth of `memory` where that is less.
@@ -56,8 +56,8 @@ impl ParseSection {
         found.add_if(self.max_line.is_some_and(|most| most.0 > 256 << 20), "max_line", "more than 256MiB", None);
     }
 
-    /// Returns the bytes of the longest line. Several of the usual limit would be more than a small `memory` has; a limit that
-    /// is written out is meant.
+    /// Returns the bytes of the longest line. Several of the usual limit would be more than a small `memory` has; a
+    /// limit that is written out is meant.
     pub fn max_line(&self, memory: usize) -> usize {
         self.max_line.map_or(USUAL_MAX_LINE.min(memory / 8), ByteSize::bytes)
     }
@@ -98,7 +98,7 @@ impl Stage for Parse {
                 max_columns: run.memory.total() / 8,
                 ignored_codes: run.ignored_codes.clone(),
                 elements: run.elements.clone(),
-                board: run.counters.clone(),
+                counters: run.counters.clone(),
             };
             let span = tracing::Span::current();
             run.tasks.spawn_cpu("parse", move |handle| span.in_scope(|| worker.run(handle)));

@@ -25,24 +25,25 @@ enum WrittenDown {
 impl Staging {
     /// Returns true if it is time to persist what is staged.
     pub(in super::super) fn is_due(&self) -> bool {
-        let (Some(since), Some(keep)) = (self.news_since, &self.settings.keep) else { return false };
-        self.bytes_since >= keep.bytes || since.elapsed() >= keep.every
+        let (Some(since), Some(policy)) = (self.news_since, &self.settings.checkpoint) else { return false };
+        self.bytes_since >= policy.bytes || since.elapsed() >= policy.every
     }
 
-    /// Closes what is open and persists what is staged. Types whose files cannot be closed have lost rows: they come back,
-    /// to fail. That nothing can be persisted is no reason to end a run.
+    /// Closes what is open and persists what is staged. Types whose files cannot be closed have lost rows: they come
+    /// back, to fail. That nothing can be persisted is no reason to end a run.
     pub(in super::super) async fn write_down(&mut self, ledger: &Ledger) -> Vec<(ResourceType, Error)> {
         self.write(ledger, false).await.1
     }
 
-    /// `last` at the run's end, when what is written is for another run: files whose lines failed their type are then better
-    /// read again.
+    /// `last` at the run's end, when what is written is for another run: files whose lines failed their type are then
+    /// better read again.
     async fn write(&mut self, ledger: &Ledger, last: bool) -> (WrittenDown, Vec<(ResourceType, Error)>) {
-        let Some(keep) = self.settings.keep.clone() else { return (WrittenDown::Nothing, Vec::new()) };
+        let Some(policy) = self.settings.checkpoint.clone() else { return (WrittenDown::Nothing, Vec::new()) };
         (self.news_since, self.bytes_since) = (None, 0);
-        // What encode still gathers would otherwise wait for rows that follow, and none may. Once: it may not come for long.
-        let behind = std::mem::replace(&mut self.behind, ledger.behind());
-        if !self.behind.is_empty() && self.behind != behind {
+        // What encode still gathers would otherwise wait for rows that follow, and none may. Once: it may not come for
+        // long.
+        let unstaged = std::mem::replace(&mut self.unstaged, ledger.unstaged());
+        if !self.unstaged.is_empty() && self.unstaged != unstaged {
             self.hear();
         }
         let mut failed = Vec::new();
@@ -54,8 +55,8 @@ impl Staging {
             }
         }
         let written = async {
-            let files = self.save_keys(&keep).await?;
-            self.write_list(&keep, ledger, files, last).await
+            let files = self.save_keys(&policy).await?;
+            self.write_list(&policy, ledger, files, last).await
         };
         let outcome = written.await.unwrap_or_else(|error| {
             tracing::warn!(%error, "the checkpoint could not be persisted; the previous one remains");
@@ -66,7 +67,7 @@ impl Staging {
     }
 
     /// Writes the keys down of files that are whole; the files.
-    async fn save_keys(&mut self, keep: &CheckpointPolicy) -> Result<Vec<StagedParquet>> {
+    async fn save_keys(&mut self, policy: &CheckpointPolicy) -> Result<Vec<StagedParquet>> {
         let mut files = Vec::new();
         for (name, stage) in &mut self.types {
             let Some(table) = self.opened.get(name) else { continue };
@@ -76,7 +77,8 @@ impl Staging {
             }
             let columns = columns_of(name, &self.settings.layout, table)?;
             let notes: Vec<StagedParquet> = stage.staged.iter().map(|file| file.note(table, &columns)).collect();
-            let keys: Vec<PathBuf> = notes.iter().map(|file| keep.folder.keys_of(name, &file.path)).collect::<Result<_>>()?;
+            let keys: Vec<PathBuf> =
+                notes.iter().map(|file| policy.folder.keys_of(name, &file.path)).collect::<Result<_>>()?;
             let mut staged = std::mem::take(&mut stage.staged);
             let (kept, result) = compute(tracing::Span::current(), async move {
                 let result = staged.iter_mut().zip(&keys).try_for_each(|(file, keys)| file.save_keys(keys));
@@ -86,7 +88,7 @@ impl Staging {
             stage.staged = kept;
             result?;
             for file in notes.iter().filter(|file| !self.saved.contains(&file.path)) {
-                keep.folder.publish_keys(name, &file.path)?;
+                policy.folder.publish_keys(name, &file.path)?;
             }
             table.sync_folder();
             self.saved.extend(notes.iter().map(|file| file.path.clone()));
@@ -97,7 +99,7 @@ impl Staging {
 
     async fn write_list(
         &mut self,
-        keep: &CheckpointPolicy,
+        policy: &CheckpointPolicy,
         ledger: &Ledger,
         mut files: Vec<StagedParquet>,
         last: bool,
@@ -125,14 +127,14 @@ impl Staging {
                 table.remove_empty_folder();
             }
         }
-        let nothing = last && files.is_empty();
-        let work = match nothing {
-            true => Checkpoint::nothing(),
-            false => Checkpoint { listed, files, in_tables, ..Checkpoint::nothing() },
+        let empty = last && files.is_empty();
+        let work = match empty {
+            true => Checkpoint::empty(),
+            false => Checkpoint { listed, files, in_tables, ..Checkpoint::empty() },
         };
         let (held, parquet_files) = (work.held(), work.files.len());
-        self.put_list(keep, work)?;
-        if nothing {
+        self.put_list(policy, work)?;
+        if empty {
             return Ok(WrittenDown::Nothing);
         }
         if parquet_files > 0 {
@@ -142,18 +144,27 @@ impl Staging {
     }
 
     /// Writes the list, and what belongs to other exports with it.
-    fn put_list(&mut self, keep: &CheckpointPolicy, mut work: Checkpoint) -> Result<()> {
+    fn put_list(&mut self, policy: &CheckpointPolicy, mut work: Checkpoint) -> Result<()> {
         work.listed.extend(self.others.listed.iter().cloned());
         work.files.extend(self.others.files.iter().cloned());
         work.in_tables.extend(self.others.in_tables.iter().cloned());
-        if work.files.is_empty() && work.listed.is_empty() { keep.folder.clear() } else { keep.folder.write(&work) }?;
+        if work.files.is_empty() && work.listed.is_empty() {
+            policy.folder.clear()
+        } else {
+            policy.folder.write(&work)
+        }?;
         // Not before: where the list could not be written, files that are only on this one would be nobody's.
         self.listed = work.files.iter().map(|file| file.path.clone()).collect();
         Ok(())
     }
 
     /// The export's files, and which of them are held by the Parquet files that are persisted and the tables.
-    fn list<'a>(&self, ledger: &Ledger, files: impl Iterator<Item = &'a StagedParquet>, last: bool) -> Vec<CheckpointEntry> {
+    fn list<'a>(
+        &self,
+        ledger: &Ledger,
+        files: impl Iterator<Item = &'a StagedParquet>,
+        last: bool,
+    ) -> Vec<CheckpointEntry> {
         let mut rows: HashMap<u32, u64> = HashMap::new();
         for (index, of) in files.flat_map(|file| &file.by_file) {
             *rows.entry(*index).or_default() += of.rows;
@@ -189,14 +200,14 @@ impl Staging {
         listed
     }
 
-    /// Ends it. What is staged and not merged is persisted for the next run where that is to `keep`, else removed.
+    /// Ends it. What is staged and not merged is persisted for the next run where `keep` says so, else removed.
     pub(in super::super) async fn end(mut self, ledger: &Ledger, keep: bool) -> BTreeMap<ResourceType, TypeOutcome> {
         let written = if keep { self.write(ledger, true).await.0 } else { WrittenDown::Nothing };
         match written {
             WrittenDown::Done => {}
             WrittenDown::Nothing => {
-                if let Some(keep) = self.settings.keep.clone() {
-                    self.put_list(&keep, Checkpoint::nothing()).unwrap_or_else(|error| {
+                if let Some(policy) = self.settings.checkpoint.clone() {
+                    self.put_list(&policy, Checkpoint::empty()).unwrap_or_else(|error| {
                         tracing::warn!(%error, "the checkpoint could not be removed; the next run removes it");
                     });
                 }

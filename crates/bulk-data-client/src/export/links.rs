@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use url::Url;
 
-use crate::export::PollStatus;
 use crate::export::manifest::{Manifest, ManifestFile};
+use crate::export::poll::PollStatus;
 use crate::http::Client;
 use foundation::error::{Error, ErrorKind, Result};
 
@@ -38,7 +38,7 @@ pub struct Links {
 struct Page {
     url: Url,
     separate: bool,
-    asked: Option<Instant>,
+    requested: Option<Instant>,
     /// Its lists when it was asked for last.
     newest: [Vec<Listed>; 3],
     /// All that it ever listed: the places are of those.
@@ -69,11 +69,12 @@ pub fn unsigned(link: &Url) -> String {
     format!("{} {} {query:?}", link.host_str().unwrap_or_default(), link.path())
 }
 
-/// Returns true if a parameter of a link belongs to its signature, by the names that the stores use: it changes though the file does
-/// not. A name that is missing here costs a download, no more.
+/// Returns true if a parameter of a link belongs to its signature, by the names that the stores use: it changes though
+/// the file does not. A name that is missing here costs a download, no more.
 fn is_of_signature(name: &str, azure: bool) -> bool {
     let name = name.to_ascii_lowercase();
-    const AZURE: [&str; 13] = ["sig", "se", "st", "sp", "sv", "sr", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks"];
+    const AZURE: [&str; 13] =
+        ["sig", "se", "st", "sp", "sv", "sr", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks"];
     let known = ["expires", "signature", "awsaccesskeyid", "googleaccessid", "key-pair-id", "policy"];
     known.contains(&name.as_str())
         || (azure && (AZURE.contains(&name.as_str()) || name == "skv"))
@@ -81,7 +82,8 @@ fn is_of_signature(name: &str, azure: bool) -> bool {
         || name.starts_with("x-goog-")
 }
 
-/// The newer link of the file at place `at` of the list `old`, in the list `new`: the server may list files in another order.
+/// The newer link of the file at place `at` of the list `old`, in the list `new`: the server may list files in another
+/// order.
 fn newer<'a>(old: &[Listed], new: &'a [Listed], at: usize) -> Option<&'a Url> {
     let was = old.get(at)?;
     let name = unsigned(&was.url);
@@ -89,7 +91,8 @@ fn newer<'a>(old: &[Listed], new: &'a [Listed], at: usize) -> Option<&'a Url> {
     if let Some(found) = same.next() {
         return Some(&found.url).filter(|_| same.next().is_none());
     }
-    // Paths are signed too: then no old one is among the new, and the place alone tells, where nothing else speaks against it.
+    // Paths are signed too: then no old one is among the new, and the place alone tells, where nothing else speaks
+    // against it.
     let old_names: Vec<String> = old.iter().map(|file| unsigned(&file.url)).collect();
     let no_path_is_kept = !new.iter().any(|file| old_names.contains(&unsigned(&file.url)));
     let alike = |file: &&Listed| (&file.resource_type, file.count) == (&was.resource_type, was.count);
@@ -102,15 +105,18 @@ fn newer<'a>(old: &[Listed], new: &'a [Listed], at: usize) -> Option<&'a Url> {
 fn files(manifest: &Manifest) -> [Vec<Listed>; 3] {
     let lists = [&manifest.output, &manifest.deleted, &manifest.outcomes];
     lists.map(|list| {
-        let listed =
-            |file: &ManifestFile| Listed { url: file.url.clone(), resource_type: file.resource_type.clone(), count: file.count };
+        let listed = |file: &ManifestFile| Listed {
+            url: file.url.clone(),
+            resource_type: file.resource_type.clone(),
+            count: file.count,
+        };
         list.iter().map(listed).collect()
     })
 }
 
 impl Links {
-    /// Remembers a page, and where it came from. What it lists that it did not list before: which list, the file's place
-    /// among all that the page ever listed there, and the file.
+    /// Remembers a page, and where it came from. What it lists that it did not list before: which list, the file's
+    /// place among all that the page ever listed there, and the file.
     pub async fn page<'m>(
         &self,
         export: usize,
@@ -120,7 +126,13 @@ impl Links {
         manifest: &'m Manifest,
     ) -> Vec<(usize, usize, &'m ManifestFile)> {
         let mut pages = self.pages.lock().await;
-        let new = || Page { url: url.clone(), separate, asked: None, newest: Default::default(), files: Default::default() };
+        let new = || Page {
+            url: url.clone(),
+            separate,
+            requested: None,
+            newest: Default::default(),
+            files: Default::default(),
+        };
         let known = pages.entry((export, page)).or_insert_with(new);
         let mut fresh = Vec::new();
         let lists = [&manifest.output, &manifest.deleted, &manifest.outcomes];
@@ -146,8 +158,8 @@ impl Links {
                         true
                     }
                 };
-                // Taken for one that was there only where all that is said of it is the same: a file read twice costs less than
-                // one that is never read.
+                // Taken for one that was there only where all that is said of it is the same: a file read twice costs
+                // less than one that is never read.
                 let in_place = by_place
                     && at < before
                     && known.get(at).is_some_and(|was| {
@@ -164,7 +176,9 @@ impl Links {
 
     /// A newer link of a file whose link `ended`; an error where the manifest has none.
     pub async fn refreshed(&self, client: &Client, place: LinkPlace, ended: &Url) -> Result<Url> {
-        let gone = |why: &str| Error::new(ErrorKind::Server, format!("download URL expired and could not be refreshed: {why}"));
+        let gone = |why: &str| {
+            Error::new(ErrorKind::Server, format!("download URL expired and could not be refreshed: {why}"))
+        };
         let mut pages = self.pages.lock().await;
         let page = pages.get_mut(&(place.export, place.page)).ok_or_else(|| gone("its manifest is not known"))?;
         // Another file may have asked already.
@@ -174,15 +188,15 @@ impl Links {
         // What was asked for just now says it for all: files that are missing must not wait for each other.
         let first = page.files.get(place.list).and_then(|files| files.get(place.file));
         let signs_anew = first.is_some_and(|first| first.url != *ended);
-        if let Some(asked) = page.asked.filter(|asked| asked.elapsed() < INTERVAL) {
+        if let Some(requested) = page.requested.filter(|requested| requested.elapsed() < INTERVAL) {
             if !signs_anew {
                 return Err(gone("the refreshed manifest has the same URL"));
             }
             // A link of one use: there will be another.
-            tokio::time::sleep(INTERVAL.saturating_sub(asked.elapsed())).await;
+            tokio::time::sleep(INTERVAL.saturating_sub(requested.elapsed())).await;
         }
         let manifest = ask(client, page).await?.ok_or_else(|| gone("the manifest cannot be had again"))?;
-        page.asked = Some(Instant::now());
+        page.requested = Some(Instant::now());
         page.newest = files(&manifest);
         tracing::info!("download URLs were refreshed from the manifest");
         page.newer(place).filter(|fresh| fresh != ended).ok_or_else(|| gone("the manifest has no newer one"))
@@ -193,7 +207,9 @@ impl Links {
 async fn ask(client: &Client, page: &Page) -> Result<Option<Box<Manifest>>> {
     for _ in 0..TRIES {
         match client.poll(&page.url, page.separate).await? {
-            PollStatus::Done(manifest) | PollStatus::InProgress { partial: Some(manifest), .. } => return Ok(Some(manifest)),
+            PollStatus::Done(manifest) | PollStatus::InProgress { partial: Some(manifest), .. } => {
+                return Ok(Some(manifest));
+            }
             PollStatus::Transient { wait, .. } => {
                 let wait = wait.unwrap_or(client.settings().min_pause).min(client.settings().max_pause);
                 tokio::time::sleep(wait.max(Duration::from_millis(200))).await;

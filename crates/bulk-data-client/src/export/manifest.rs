@@ -55,7 +55,8 @@ pub struct Unusable {
     pub why: String,
 }
 
-/// A manifest as it is written. What is not here is passed over while it is read, so that a long one costs what its files do.
+/// A manifest as it is written. What is not here is passed over while it is read, so that a long one costs what its
+/// files do.
 #[derive(Deserialize)]
 struct Written {
     #[serde(rename = "transactionTime")]
@@ -150,16 +151,19 @@ impl Manifest {
         Manifest::read(body, status).ok()
     }
 
-    /// Refuses a `transactionTime` that no clock can have shown: it becomes the tables' watermark, and one of the year 9999
-    /// would keep everything out that changes before. `date` is the answer's own.
+    /// Refuses a `transactionTime` that no clock can have shown: it becomes the tables' watermark, and one of the year
+    /// 9999 would keep everything out that changes before. `date` is the answer's own.
     pub fn check_time(&self, date: Option<SystemTime>) -> Result<()> {
         let latest = date.map_or(SystemTime::now(), |date| date.max(SystemTime::now())) + AHEAD;
         let latest = latest.duration_since(SystemTime::UNIX_EPOCH).map_or(i64::MAX, |time| time.as_micros() as i64);
         if self.transaction_time > latest || self.transaction_time < EARLIEST {
             let time = instant_text(self.transaction_time);
-            let why =
-                format!("the manifest cannot be used: its transactionTime is {time}, which the server's clock cannot have shown");
-            return Err(Error::new(ErrorKind::Server, why).with_hint("have the server's clock set right, then run again"));
+            let why = format!(
+                "the manifest cannot be used: its transactionTime is {time}, which the server's clock cannot have shown"
+            );
+            return Err(
+                Error::new(ErrorKind::Server, why).with_hint("have the server's clock set right, then run again")
+            );
         }
         Ok(())
     }
@@ -214,10 +218,14 @@ impl Manifest {
                     Some(Ok(url)) => Ok(url),
                 };
                 match place {
-                    Ok(url) => files.push(ManifestFile { resource_type, url, count: count.and_then(|count| count.as_u64()) }),
-                    Err(why) => {
-                        unusable.push(Unusable { list, resource_type, why: format!("{key}[{at}] of the manifest {why}") })
+                    Ok(url) => {
+                        files.push(ManifestFile { resource_type, url, count: count.and_then(|count| count.as_u64()) })
                     }
+                    Err(why) => unusable.push(Unusable {
+                        list,
+                        resource_type,
+                        why: format!("{key}[{at}] of the manifest {why}"),
+                    }),
                 }
             }
             Ok(files)
@@ -234,7 +242,9 @@ impl Manifest {
         }
         let next = match next.map(|next| status.join(next)) {
             Some(Err(error)) => return Err(bad(&format!("its next page: {error}"))),
-            Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => return Err(bad("its next page is not an http URL")),
+            Some(Ok(next)) if !matches!(next.scheme(), "http" | "https") => {
+                return Err(bad("its next page is not an http URL"));
+            }
             next => next.and_then(std::result::Result::ok),
         };
         Ok(Manifest { transaction_time, requires_access_token, output, deleted, outcomes, next, findings, unusable })
@@ -296,10 +306,13 @@ mod tests {
         )
         .unwrap();
         assert_eq!(manifest.output.len(), 2);
-        let unusable: Vec<_> = manifest.unusable.iter().map(|file| (file.list, file.resource_type.as_deref())).collect();
+        let unusable: Vec<_> =
+            manifest.unusable.iter().map(|file| (file.list, file.resource_type.as_deref())).collect();
         assert_eq!(unusable, [(0, Some("Patient")), (0, None), (0, None), (2, None)]);
         assert!(manifest.unusable[0].why.contains("output[0]") && manifest.unusable[0].why.contains("scheme file"));
-        for (time, good) in [("2026-01-02T03:04:05Z", true), ("9999-12-31T23:59:59Z", false), ("0000-01-01T00:00:00Z", false)] {
+        for (time, good) in
+            [("2026-01-02T03:04:05Z", true), ("9999-12-31T23:59:59Z", false), ("0000-01-01T00:00:00Z", false)]
+        {
             let manifest = read(&format!("{{\"transactionTime\":\"{time}\",\"output\":[]}}")).unwrap();
             assert_eq!(manifest.check_time(None).is_ok(), good, "{time}");
         }

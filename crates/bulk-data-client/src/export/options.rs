@@ -1,5 +1,5 @@
-//! Parameters of a kick-off beside types and time: each parameter once, with its documentation, its name in the request, its
-//! FHIR type and its part in the scope of watermarks.
+//! Parameters of a kick-off beside types and time: each parameter once, with its documentation, its name in the
+//! request, its FHIR type and its part in the scope of watermarks.
 
 use std::collections::BTreeMap;
 
@@ -28,8 +28,8 @@ impl Values for bool {
     }
 }
 
-/// A parameter of the kick-off that [`ExportOptions`] sets. The request, the scope of watermarks, `explain` and the export log
-/// all read the list of them.
+/// A parameter of the kick-off that [`ExportOptions`] sets. The request, the scope of watermarks, `explain` and the
+/// export log all read the list of them.
 pub(crate) struct OptionParameter {
     pub name: &'static str,
     /// Its member of `Parameters.parameter` in a POST.
@@ -42,7 +42,8 @@ pub(crate) struct OptionParameter {
 }
 
 macro_rules! options {
-    ($($(#[$doc:meta])* $key:ident: $type:ty => $name:literal, $kind:literal, joins: $joins:literal, scope: $scope:expr;)+) => {
+    ($($(#[$doc:meta])* $key:ident: $type:ty => $name:literal, $kind:literal, joins: $joins:literal,
+        scope: $scope:expr;)+) => {
         /// Parameters beside types and time.
         #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -55,8 +56,8 @@ macro_rules! options {
             pub method: Method,
             /// Form of a parameter with several values; a POST always repeats it.
             pub lists: ListStyle,
-            /// Lets the server ignore what it does not support (`Prefer: handling=lenient`). What it ignored is read back and
-            /// reported.
+            /// Lets the server ignore what it does not support (`Prefer: handling=lenient`). What it ignored is read
+            /// back and reported.
             pub lenient: bool,
             /// Asks for the export's own status apart from the poll's (`Prefer: separate-export-status`, STU 3).
             pub separate_export_status: bool,
@@ -77,30 +78,31 @@ options! {
     #[cfg_attr(feature = "schema", schemars(schema_with = "instant_schema"))]
     #[serde(skip_serializing_if = "Option::is_none")]
     until: Option<String> => "_until", "valueInstant", joins: false, scope: None;
-    /// Elements that resources are cut down to (`_elements`): `id`, or `Patient.id`. Tables keep complete resources over
-    /// such ones.
+    /// Elements that resources are cut down to (`_elements`): `id`, or `Patient.id`. Tables keep complete resources
+    /// over such ones.
     elements: Vec<String> => "_elements", "valueString", joins: true, scope: Some("elements");
     // K15, K7: a search may have commas of its own, so each is a parameter.
     /// FHIR searches that resources must match (`_typeFilter`), unencoded: `Observation?category=laboratory`.
     type_filters: Vec<String> => "_typeFilter", "valueString", joins: false, scope: Some("filters");
     /// Only the data of these patients (`patient`): `Patient/7`, or ids. Needs a POST, and level patient or group.
     patients: Vec<String> => "patient", "valueReference", joins: true, scope: Some("patients");
-    /// Resources that come along (`includeAssociatedData`): LatestProvenanceResources, RelevantProvenanceResources, or the
-    /// server's own.
+    /// Resources that come along (`includeAssociatedData`): LatestProvenanceResources, RelevantProvenanceResources, or
+    /// the server's own.
     include_associated_data: Vec<String> => "includeAssociatedData", "valueCode", joins: true, scope: Some("with");
     /// A type by whose instances files are organised (`organizeOutputBy`, STU 3).
     #[serde(skip_serializing_if = "Option::is_none")]
     organize_output_by: Option<String> => "organizeOutputBy", "valueString", joins: false, scope: None;
     /// Lets the server page its manifest, and list files while it still works (`allowPartialManifests`, STU 3).
     allow_partial_manifests: bool => "allowPartialManifests", "valueBoolean", joins: false, scope: None;
-    /// Format of the files (`_outputFormat`). Default: the parameter is not sent, since some servers refuse the usual value.
+    /// Format of the files (`_outputFormat`). Default: the parameter is not sent, since some servers refuse the usual
+    /// value.
     #[serde(skip_serializing_if = "Option::is_none")]
     output_format: Option<String> => "_outputFormat", "valueString", joins: false, scope: None;
 }
 
 impl ExportOptions {
-    /// Returns what narrows the answer, as a text that is the same for the same: part of a watermark's scope. Empty where
-    /// nothing does.
+    /// Returns what narrows the answer, as a text that is the same for the same: part of a watermark's scope. Empty
+    /// where nothing does.
     pub fn scope(&self) -> String {
         let mut scope = String::new();
         for parameter in PARAMETERS {
@@ -118,7 +120,9 @@ impl ExportOptions {
 
     /// Returns the further parameters, each with one value.
     pub(crate) fn further(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.parameters.iter().flat_map(|(name, values)| values.values().iter().map(|value| (name.as_str(), value.as_str())))
+        self.parameters
+            .iter()
+            .flat_map(|(name, values)| values.values().iter().map(|value| (name.as_str(), value.as_str())))
     }
 }
 

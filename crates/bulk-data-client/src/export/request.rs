@@ -57,8 +57,9 @@ impl ExportRequest {
     /// The kick-off's URL under `base`, without parameters.
     fn endpoint(&self, base: &Url) -> Result<Url> {
         let mut url = base.clone();
-        let mut path =
-            url.path_segments_mut().map_err(|()| Error::new(ErrorKind::Config, "source.url cannot be a base of requests"))?;
+        let mut path = url
+            .path_segments_mut()
+            .map_err(|()| Error::new(ErrorKind::Config, "source.url cannot be a base of requests"))?;
         path.pop_if_empty();
         match &self.level {
             Level::System => {}
@@ -94,9 +95,11 @@ impl ExportRequest {
                 // Of the types that this export is asked for: others may have one of their own.
                 "_typeFilter" if !self.types.is_empty() => values.retain(|filter| {
                     let name = filter.split('?').next().unwrap_or_default();
-                    self.types.iter().any(|asked| asked == name)
+                    self.types.iter().any(|requested| requested == name)
                 }),
-                "patient" => values.iter_mut().filter(|id| !id.contains('/')).for_each(|id| *id = format!("Patient/{id}")),
+                "patient" => {
+                    values.iter_mut().filter(|id| !id.contains('/')).for_each(|id| *id = format!("Patient/{id}"))
+                }
                 _ => {}
             }
             add(parameter.name, values, parameter.kind, parameter.joins);
@@ -116,7 +119,9 @@ impl ExportRequest {
                 continue;
             }
             let value = match (values.len(), joins) {
-                (1, _) if name != "_typeFilter" && !self.options.parameters.contains_key(name) => Value::from(values.remove(0)),
+                (1, _) if name != "_typeFilter" && !self.options.parameters.contains_key(name) => {
+                    Value::from(values.remove(0))
+                }
                 (_, true) => Value::from(values.join(",")),
                 (_, false) => Value::from(values),
             };

@@ -120,7 +120,8 @@ pub(crate) async fn refused_with(response: Response, what: &str) -> (Error, Vec<
     (if wants_certificate(&body) { error.with_hint(WANTS_CERTIFICATE) } else { error }, body)
 }
 
-/// Returns true if a gateway asks for a client certificate in an HTTP response, as nginx and IIS do after the handshake.
+/// Returns true if a gateway asks for a client certificate in an HTTP response, as nginx and IIS do after the
+/// handshake.
 fn wants_certificate(body: &[u8]) -> bool {
     let text = String::from_utf8_lossy(body).to_ascii_lowercase();
     ["required ssl certificate", "client certificate"].iter().any(|words| text.contains(words))
@@ -144,20 +145,23 @@ async fn first_bytes(mut response: Response) -> Vec<u8> {
     unpacked(&encoding, body, ERROR_BODY * 16).unwrap_or_default()
 }
 
-/// Describes the body that came instead of a manifest: the words of an outcome or a page; of other JSON only its kind and size,
-/// since it may be resources.
+/// Describes the body that came instead of a manifest: the words of an outcome or a page; of other JSON only its kind
+/// and size, since it may be resources.
 pub(crate) fn instead_of_manifest(body: &[u8]) -> String {
     let start = body.trim_ascii_start();
     let is_json = start.starts_with(b"{") || start.starts_with(b"[");
     let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
     let is = |key: &str| json.as_ref().and_then(|json| json.get(key));
-    let name = is("resourceType").and_then(|name| name.as_str()).filter(|name| name.bytes().all(|b| b.is_ascii_alphabetic()));
+    let name =
+        is("resourceType").and_then(|name| name.as_str()).filter(|name| name.bytes().all(|b| b.is_ascii_alphabetic()));
     match name {
         _ if start.is_empty() => "the answer is empty".to_owned(),
         Some(name) if name != "OperationOutcome" => {
             format!("the answer is a {} of {} bytes", name.get(..40).unwrap_or(name), body.len())
         }
-        None if is_json && is("issue").is_none() => format!("the answer is JSON of {} bytes without a resourceType", body.len()),
+        None if is_json && is("issue").is_none() => {
+            format!("the answer is JSON of {} bytes without a resourceType", body.len())
+        }
         _ => format!("the server says: {}", server_words(body)),
     }
 }
@@ -168,7 +172,8 @@ pub fn server_words(body: &[u8]) -> String {
     if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body) {
         let issues = json.get("issue").and_then(|issues| issues.as_array());
         let words = issues.into_iter().flatten().filter_map(|issue| {
-            let text = issue.get("diagnostics").or_else(|| issue.get("details").and_then(|details| details.get("text")));
+            let text =
+                issue.get("diagnostics").or_else(|| issue.get("details").and_then(|details| details.get("text")));
             text.and_then(|text| text.as_str()).or_else(|| issue.get("code").and_then(|code| code.as_str()))
         });
         let words: Vec<&str> = words.collect();
@@ -179,16 +184,20 @@ pub fn server_words(body: &[u8]) -> String {
     one_line(&text, 200)
 }
 
-/// Somebody else's text as a part of a line: no line ends, nothing that moves a terminal, and not more than `most` letters.
+/// Somebody else's text as a part of a line: no line ends, nothing that moves a terminal, and not more than `most`
+/// letters.
 pub(crate) fn one_line(text: &str, most: usize) -> String {
     let is_hidden = |letter: char| {
-        letter.is_control() || matches!(letter, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        letter.is_control()
+            || matches!(letter, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
-    let clean: String = text.chars().map(|letter| if is_hidden(letter) { ' ' } else { letter }).take(most * 4).collect();
+    let clean: String =
+        text.chars().map(|letter| if is_hidden(letter) { ' ' } else { letter }).take(most * 4).collect();
     clean.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(most).collect()
 }
 
-/// Returns the code that a store or server gives where a file cannot be read: a code only, since anything else may be about the file's content.
+/// Returns the code that a store or server gives where a file cannot be read: a code only, since anything else may be
+/// about the file's content.
 fn code_of(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();

@@ -19,8 +19,9 @@ pub enum Unpack {
 }
 
 impl Unpack {
-    /// Returns the coding that the first bytes of a file ask for, and `Content-Encoding` where they say nothing. A coding that nobody knows, such as
-    /// `UTF-8` or the `aws-chunked` that stores keep by mistake, says nothing of bytes that can be read as they are.
+    /// Returns the coding that the first bytes of a file ask for, and `Content-Encoding` where they say nothing. A
+    /// coding that nobody knows, such as `UTF-8` or the `aws-chunked` that stores keep by mistake, says nothing of
+    /// bytes that can be read as they are.
     pub fn of(encoding: &str, first: &[u8]) -> Result<Self> {
         if first.starts_with(&[0x1f, 0x8b]) {
             return Ok(Unpack::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))));
@@ -31,23 +32,30 @@ impl Unpack {
                 .map_err(|error| Error::new(ErrorKind::Internal, format!("zstd cannot be set up: {error}")));
         }
         let names = |coding: &str| codings(encoding).any(|named| named == coding);
-        let is_text =
-            first.is_empty() || first.starts_with(b"\xef\xbb\xbf") || first[0] == b'{' || first[0].is_ascii_whitespace();
-        let is_zlib = first.len() >= 2 && first[0] & 0x0f == 8 && (u16::from(first[0]) << 8 | u16::from(first[1])) % 31 == 0;
+        let is_text = first.is_empty()
+            || first.starts_with(b"\xef\xbb\xbf")
+            || first[0] == b'{'
+            || first[0].is_ascii_whitespace();
+        let is_zlib =
+            first.len() >= 2 && first[0] & 0x0f == 8 && (u16::from(first[0]) << 8 | u16::from(first[1])) % 31 == 0;
         match () {
-            () if names("deflate") && is_zlib => Ok(Unpack::Deflate(Box::new(flate2::write::ZlibDecoder::new(Vec::new())))),
+            () if names("deflate") && is_zlib => {
+                Ok(Unpack::Deflate(Box::new(flate2::write::ZlibDecoder::new(Vec::new()))))
+            }
             () if is_text => Ok(Unpack::Plain),
             () if names("deflate") => Ok(Unpack::RawDeflate(Box::new(flate2::write::DeflateDecoder::new(Vec::new())))),
             // Told apart from other bytes by their name only.
             () => match codings(encoding).find(|coding| UNREADABLE.contains(coding)) {
-                Some(coding) => {
-                    Err(Error::new(ErrorKind::Server, format!("the file has the unrequested Content-Encoding {coding}")))
-                }
+                Some(coding) => Err(Error::new(
+                    ErrorKind::Server,
+                    format!("the file has the unrequested Content-Encoding {coding}"),
+                )),
                 // As of `aws-chunked`: to read what lies between the frames would lose the lines that they cut.
                 None if Self::is_unknown(encoding) => {
                     let why = format!("the file has Content-Encoding {encoding}, and does not begin as NDJSON does");
-                    Err(Error::new(ErrorKind::Server, why)
-                        .with_hint("the server, or the store that it links to, has to send the file without that coding"))
+                    Err(Error::new(ErrorKind::Server, why).with_hint(
+                        "the server, or the store that it links to, has to send the file without that coding",
+                    ))
                 }
                 None => Ok(Unpack::Plain),
             },
@@ -100,7 +108,11 @@ impl Unpack {
     }
 
     /// The end of the bytes: what they still hold, and whether they are whole.
-    pub fn end<E>(mut self, mut sink: impl FnMut(&[u8]) -> Result<(), E>, broken: impl Fn(std::io::Error) -> E) -> Result<(), E> {
+    pub fn end<E>(
+        mut self,
+        mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+        broken: impl Fn(std::io::Error) -> E,
+    ) -> Result<(), E> {
         let cut = |error: std::io::Error| broken(std::io::Error::new(error.kind(), format!("cut short: {error}")));
         match &mut self {
             Unpack::Plain => {}
@@ -134,11 +146,15 @@ pub fn unpacked(encoding: &str, bytes: Vec<u8>, most: usize) -> Result<Vec<u8>> 
     let mut sink = |bytes: &[u8]| {
         out.extend_from_slice(bytes);
         match out.len() > most {
-            true => Err(Error::new(ErrorKind::Server, format!("response exceeds the {} MiB limit when unpacked", most >> 20))),
+            true => Err(Error::new(
+                ErrorKind::Server,
+                format!("response exceeds the {} MiB limit when unpacked", most >> 20),
+            )),
             false => Ok(()),
         }
     };
-    let broken = |error: std::io::Error| Error::new(ErrorKind::Server, format!("the response cannot be unpacked: {error}"));
+    let broken =
+        |error: std::io::Error| Error::new(ErrorKind::Server, format!("the response cannot be unpacked: {error}"));
     unpack.push(&bytes, &mut sink, broken)?;
     unpack.end(&mut sink, broken)?;
     Ok(out)
@@ -176,7 +192,10 @@ impl Zstd {
             let hint = self.decoder.run(&mut input, &mut output).map_err(|error| {
                 let wide = error.to_string().contains("too much memory");
                 broken(if wide {
-                    std::io::Error::other(format!("its window is larger than {} MiB (RFC 9659)", 1 << (WINDOW_LOG - 20)))
+                    std::io::Error::other(format!(
+                        "its window is larger than {} MiB (RFC 9659)",
+                        1 << (WINDOW_LOG - 20)
+                    ))
                 } else {
                     error
                 })

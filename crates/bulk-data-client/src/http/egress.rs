@@ -1,6 +1,6 @@
-//! Hosts that a server's URLs may lead to: not to this machine, nor to its link, unless the server itself is there. Links of a
-//! manifest, redirects, status URLs and token endpoints come from outside, and what answers on a loopback or link-local address
-//! (a cloud's metadata service, an administrator's port) trusts whoever can reach it.
+//! Hosts that a server's URLs may lead to: not to this machine, nor to its link, unless the server itself is there.
+//! Links of a manifest, redirects, status URLs and token endpoints come from outside, and what answers on a loopback or
+//! link-local address (a cloud's metadata service, an administrator's port) trusts whoever can reach it.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -40,7 +40,9 @@ fn near(address: IpAddr) -> Option<AddressScope> {
         .then_some(AddressScope::Link),
         IpAddr::V6(v6) if v6.is_loopback() || v6.is_unspecified() => Some(AddressScope::Machine),
         // The second is the metadata service of one cloud.
-        IpAddr::V6(v6) if (v6.segments()[0] & 0xffc0) == 0xfe80 || v6 == Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x254) => {
+        IpAddr::V6(v6)
+            if (v6.segments()[0] & 0xffc0) == 0xfe80 || v6 == Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x254) =>
+        {
             Some(AddressScope::Link)
         }
         IpAddr::V6(v6) => near(v6.to_ipv4_mapped().or_else(|| embedded(v6))?.into()),
@@ -73,7 +75,8 @@ impl SsrfGuard {
         Self { inner: Arc::new(Inner { named, server: host_of(base) }) }
     }
 
-    /// Refuses a URL whose address is written out and near, where the server is not. Names are judged when they are resolved.
+    /// Refuses a URL whose address is written out and near, where the server is not. Names are judged when they are
+    /// resolved.
     pub(crate) async fn check(&self, url: &Url, what: &str) -> Result<()> {
         let address = match url.host() {
             Some(Host::Ipv4(v4)) => IpAddr::V4(v4),
@@ -93,7 +96,10 @@ fn refused(what: &str, place: &str) -> Error {
         ErrorKind::Server,
         format!("{what}: the server leads to {place}, an address of this machine or its link, which is not followed"),
     )
-    .with_hint("if the file server or token endpoint really is there, name it in the pipeline file: source.token_origins, or source.auth.token_url")
+    .with_hint(
+        "if the file server or token endpoint really is there, name it in the pipeline file: \
+        source.token_origins, or source.auth.token_url",
+    )
 }
 
 impl Inner {
@@ -104,7 +110,9 @@ impl Inner {
     fn near_by_name(&self) -> Option<AddressScope> {
         match self.server.parse::<IpAddr>() {
             Ok(address) => near(address),
-            Err(_) => (self.server == "localhost" || self.server.ends_with(".localhost")).then_some(AddressScope::Machine),
+            Err(_) => {
+                (self.server == "localhost" || self.server.ends_with(".localhost")).then_some(AddressScope::Machine)
+            }
         }
     }
 
@@ -131,7 +139,9 @@ impl Resolve for SsrfGuard {
             let allowed = |address: &SocketAddr| near(address.ip()).is_none_or(|near| server == Some(near));
             let far: Vec<SocketAddr> = found.into_iter().filter(allowed).collect();
             if far.is_empty() {
-                let why = format!("{name} is an address of this machine or its link, and the server is not there: not followed");
+                let why = format!(
+                    "{name} is an address of this machine or its link, and the server is not there: not followed"
+                );
                 return Err(why.into());
             }
             Ok(Box::new(far.into_iter()) as Addrs)

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, IF_RANGE, LOCATION, RANGE, RETRY_AFTER,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, IF_RANGE, LOCATION, RANGE,
+    RETRY_AFTER,
 };
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
@@ -44,7 +45,7 @@ pub struct Client {
     web: Web,
     auth: Auth,
     settings: HttpSettings,
-    board: Counters,
+    counters: Counters,
     pace: AdaptiveConcurrency,
 }
 
@@ -152,7 +153,7 @@ pub(crate) fn network(error: &reqwest::Error, what: &str) -> Error {
 
 impl Client {
     /// A client of the server at `base`.
-    pub fn new(base: Url, auth: Auth, settings: HttpSettings, board: Counters, stop: Cancellation) -> Result<Self> {
+    pub fn new(base: Url, auth: Auth, settings: HttpSettings, counters: Counters, stop: Cancellation) -> Result<Self> {
         let mut base = base;
         if !base.path().ends_with('/') {
             let path = format!("{}/", base.path());
@@ -174,12 +175,12 @@ impl Client {
             .build()
             .map_err(|error| {
                 let why = format!("the HTTP client cannot be set up: {}", tls::root(&error));
-                let hint =
-                    "the system's CA certificates are read from SSL_CERT_FILE, SSL_CERT_DIR or the package ca-certificates";
+                let hint = "the system's CA certificates are read from SSL_CERT_FILE, SSL_CERT_DIR or the package \
+                        ca-certificates";
                 Error::new(ErrorKind::Config, why).with_hint(hint)
             })?;
         let pace = AdaptiveConcurrency::new(settings.downloads);
-        Ok(Self { web: Web { http, base, reach, stop }, auth, settings, board, pace })
+        Ok(Self { web: Web { http, base, reach, stop }, auth, settings, counters, pace })
     }
 
     /// The FHIR base, with a slash at its end.
@@ -233,7 +234,10 @@ impl Client {
         }
         let mut response = self.send(&ask).await?;
         let status = response.status();
-        if matches!(status.as_u16(), 400 | 403) && self.token_goes_to(&ask, url) && url.origin() != self.web.base.origin() {
+        if matches!(status.as_u16(), 400 | 403)
+            && self.token_goes_to(&ask, url)
+            && url.origin() != self.web.base.origin()
+        {
             // A signed URL of a store refuses a second authorization beside its own.
             if self.deviates("a file is said to need the token, and its host refuses it") {
                 tracing::warn!(%status, "another host rejected the token; its files are requested without it");
@@ -253,7 +257,8 @@ impl Client {
         content_type: &str,
         may_go: &(dyn Fn(&Url) -> bool + Sync),
     ) -> Result<Response> {
-        let mut ask = RequestSpec { with_token, may_go: Some(may_go), ..RequestSpec::get(url, "*/*", "the attachment") };
+        let mut ask =
+            RequestSpec { with_token, may_go: Some(may_go), ..RequestSpec::get(url, "*/*", "the attachment") };
         ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
         if let Ok(accept) = HeaderValue::from_str(&format!("{content_type}, */*;q=0.1")).map_err(drop)
             && !content_type.is_empty()
@@ -283,7 +288,9 @@ impl Client {
             let (wait, error) = match outcome {
                 // A token may end between two tries, so one renewal is not always enough; a server that takes none is.
                 Ok((response, Some(token)))
-                    if response.status() == StatusCode::UNAUTHORIZED && self.auth.renews() && refusals < MAX_REFUSALS =>
+                    if response.status() == StatusCode::UNAUTHORIZED
+                        && self.auth.renews()
+                        && refusals < MAX_REFUSALS =>
                 {
                     (refused, refusals) = (Some(token), refusals + 1);
                     continue;
@@ -296,7 +303,8 @@ impl Client {
                     let hint = match self.is_plain_link(response.url()) {
                         true => PLAIN_LINK,
                         false => {
-                            "the token goes to the server's own origin only; source.token_origins names others that may have it"
+                            "the token goes to the server's own origin only; source.token_origins names others that \
+                                may have it"
                         }
                     };
                     return Err(ask.refused(response).await.with_hint(hint));
@@ -309,10 +317,11 @@ impl Client {
                 }
                 Ok((response, _)) => {
                     // "At once" is not meant: it would be a busy loop.
-                    let asked = self.retry_after(response.headers()).filter(|asked| *asked >= self.settings.min_pause);
+                    let requested =
+                        self.retry_after(response.headers()).filter(|requested| *requested >= self.settings.min_pause);
                     if let RetryPolicy::Throttling(most) = ask.judges
                         && response.status() == StatusCode::TOO_MANY_REQUESTS
-                        && (asked.unwrap_or(most) >= most || now_and(asked.unwrap_or(pause)) > throttled_until)
+                        && (requested.unwrap_or(most) >= most || now_and(requested.unwrap_or(pause)) > throttled_until)
                     {
                         return Ok(response);
                     }
@@ -328,15 +337,15 @@ impl Client {
                     if ask.is_file {
                         self.pace.decrease();
                     }
-                    let asked = asked.map(|asked| asked.min(self.settings.max_pause.max(most)));
+                    let requested = requested.map(|requested| requested.min(self.settings.max_pause.max(most)));
                     // A pause that the server itself asks for may be longer than the time for trouble.
-                    if let Some(asked) = asked.filter(|asked| now_and(*asked) > until)
+                    if let Some(requested) = requested.filter(|requested| now_and(*requested) > until)
                         && deadline_extensions > 0
                     {
                         deadline_extensions -= 1;
-                        until = now_and(asked) + self.settings.retry_for / 2;
+                        until = now_and(requested) + self.settings.retry_for / 2;
                     }
-                    (asked, ask.refused(response).await)
+                    (requested, ask.refused(response).await)
                 }
                 Err(error) if error.is_transient() && ask.judges != RetryPolicy::Once => (None, error),
                 Err(error) => return Err(error),
@@ -346,7 +355,7 @@ impl Client {
             if now_and(wait) > until {
                 return Err(error);
             }
-            self.board.add(metrics::RETRIES, &metrics::NO_LABEL.into(), 1);
+            self.counters.add(metrics::RETRIES, &metrics::NO_LABEL.into(), 1);
             let left = (until - tokio::time::Instant::now()).as_secs();
             tracing::warn!(%error, wait_seconds = wait.as_secs_f64(), gives_up_in_seconds = left, "trying again");
             if self.web.stop.or(tokio::time::sleep(wait)).await.is_none() {
@@ -378,10 +387,10 @@ impl Client {
         &self.web.stop
     }
 
-    /// Counts a way in which the server differs from what the guide asks. Returns whether this is the first time in the run:
-    /// the log gets one line, and the report the number.
+    /// Counts a way in which the server differs from what the guide asks. Returns whether this is the first time in the
+    /// run: the log gets one line, and the report the number.
     pub(crate) fn deviates(&self, how: &str) -> bool {
-        self.board.add(metrics::DEVIATIONS, &how.into(), 1) == 0
+        self.counters.add(metrics::DEVIATIONS, &how.into(), 1) == 0
     }
 
     /// Returns true if an answer of this status may be another one soon.
@@ -402,7 +411,11 @@ impl Client {
     }
 
     /// One try, redirects followed by hand: the answer, and the token that went with the last request.
-    async fn once(&self, ask: &RequestSpec<'_>, refused: Option<&HeaderValue>) -> Result<(Response, Option<HeaderValue>)> {
+    async fn once(
+        &self,
+        ask: &RequestSpec<'_>,
+        refused: Option<&HeaderValue>,
+    ) -> Result<(Response, Option<HeaderValue>)> {
         let mut url = ask.url.clone();
         for _ in 0..=MAX_REDIRECTS {
             self.web.reach.check(&url, ask.what).await?;
@@ -419,7 +432,8 @@ impl Client {
             let mut token = None;
             if self.token_goes_to(ask, &url) {
                 let header = self.web.stop.or(self.auth.header(&self.web, refused)).await;
-                token = header.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))??;
+                token =
+                    header.ok_or_else(|| Error::new(ErrorKind::Interrupted, format!("{}: stopped", ask.what)))??;
                 if let Some(token) = &token {
                     request = request.header(AUTHORIZATION, token);
                 }
@@ -440,11 +454,14 @@ impl Client {
                 return Ok((response, token));
             }
             let location = response.headers().get(LOCATION).and_then(|to| to.to_str().ok());
-            let to = location
-                .and_then(|to| url.join(to).ok())
-                .ok_or_else(|| Error::new(ErrorKind::Server, format!("{}: a redirect without a usable Location", ask.what)))?;
+            let to = location.and_then(|to| url.join(to).ok()).ok_or_else(|| {
+                Error::new(ErrorKind::Server, format!("{}: a redirect without a usable Location", ask.what))
+            })?;
             if !matches!(to.scheme(), "http" | "https") {
-                return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to scheme {}", ask.what, to.scheme())));
+                return Err(Error::new(
+                    ErrorKind::Server,
+                    format!("{}: a redirect to scheme {}", ask.what, to.scheme()),
+                ));
             }
             // What changes something is for the server that it was meant for.
             let upgrade = url.scheme() == "http" && to.scheme() == "https" && to.host_str() == url.host_str();
@@ -456,7 +473,10 @@ impl Client {
                 ));
             }
             if ask.may_go.is_some_and(|may_go| !may_go(&to)) {
-                return Err(Error::new(ErrorKind::Server, format!("{}: a redirect to a host that was not named", ask.what)));
+                return Err(Error::new(
+                    ErrorKind::Server,
+                    format!("{}: a redirect to a host that was not named", ask.what),
+                ));
             }
             if url.scheme() == "https" && to.scheme() == "http" {
                 return Err(Error::new(ErrorKind::Server, format!("{}: a redirect from https to http", ask.what)));

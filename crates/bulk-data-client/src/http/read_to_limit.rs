@@ -48,9 +48,10 @@ pub(crate) async fn whole(mut response: Response, bounds: Bounds, stop: &Cancell
     };
     match stop.or(tokio::time::timeout(bounds.time, read)).await {
         Some(Ok(body)) => unpacked(&encoding, body?, most).map_err(|error| error.at(what.to_owned())),
-        Some(Err(_)) => {
-            Err(Error::new(ErrorKind::Network, format!("{what}: the answer did not end within {} s", bounds.time.as_secs())))
-        }
+        Some(Err(_)) => Err(Error::new(
+            ErrorKind::Network,
+            format!("{what}: the answer did not end within {} s", bounds.time.as_secs()),
+        )),
         None => Err(Error::new(ErrorKind::Interrupted, format!("{what}: stopped"))),
     }
 }

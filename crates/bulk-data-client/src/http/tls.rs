@@ -1,4 +1,5 @@
-//! TLS with a server: the certificates that it is believed by, ours where it asks for one, and what is wrong with either.
+//! TLS with a server: the certificates that it is believed by, ours where it asks for one, and what is wrong with
+//! either.
 
 use std::error::Error as StdError;
 
@@ -11,7 +12,8 @@ pub(crate) const WANTS_CERTIFICATE: &str =
     "set source.tls.client_certificate and source.tls.client_key to those that the server knows, or renew them";
 
 const SELF_SIGNED_CA: &str = "the server needs a certificate that is not a CA's: signed by one, or self-signed with \
-    `basicConstraints=CA:FALSE` (openssl req -x509 -addext basicConstraints=critical,CA:FALSE …); source.tls.ca_file then names its PEM";
+    `basicConstraints=CA:FALSE` (openssl req -x509 -addext basicConstraints=critical,CA:FALSE …); source.tls.ca_file \
+    then names its PEM";
 
 /// Certificates beside those of the system.
 #[derive(Clone, Default)]
@@ -30,7 +32,8 @@ impl std::fmt::Debug for TlsSettings {
 impl TlsSettings {
     /// Trusts the certificates of a PEM beside the system's. `Err` says what is wrong with it.
     pub fn trust(&mut self, pem: &str) -> Result<(), String> {
-        let found = Certificate::from_pem_bundle(pem.as_bytes()).map_err(|error| format!("not a PEM: {}", root(&error)))?;
+        let found =
+            Certificate::from_pem_bundle(pem.as_bytes()).map_err(|error| format!("not a PEM: {}", root(&error)))?;
         if found.is_empty() {
             return Err("no certificate in it (`-----BEGIN CERTIFICATE-----`)".to_owned());
         }
@@ -39,11 +42,15 @@ impl TlsSettings {
         self.check("the certificate cannot be used")
     }
 
-    /// Shows a server that asks for it the certificate (its chain after it) and the key of a PEM, PKCS #8, PKCS #1 or SEC 1.
-    /// `Err` says what is wrong with them.
+    /// Shows a server that asks for it the certificate (its chain after it) and the key of a PEM, PKCS #8, PKCS #1 or
+    /// SEC 1. `Err` says what is wrong with them.
     pub fn identify(&mut self, pem: &str) -> Result<(), String> {
         if pem.contains("ENCRYPTED") {
-            return Err("the key is encrypted, and there is nobody who could type its password: `openssl pkey -in KEY -out PLAIN`, readable for fhirlake's user only".to_owned());
+            return Err(
+                "the key is encrypted, and there is nobody who could type its password: `openssl pkey -in KEY \
+                -out PLAIN`, readable for fhirlake's user only"
+                    .to_owned(),
+            );
         }
         if !pem.contains("-----BEGIN CERTIFICATE-----") {
             return Err("no certificate in it (`-----BEGIN CERTIFICATE-----`)".to_owned());
@@ -112,11 +119,13 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
             let (why, hint) = match bad {
                 Bad::UnknownIssuer => (
                     "its CA is not trusted (unknown issuer)",
-                    "set source.tls.ca_file to a PEM of the CA that the server's certificate is of (SSL_CERT_FILE replaces the system's)",
+                    "set source.tls.ca_file to a PEM of the CA that the server's certificate is of (SSL_CERT_FILE \
+                        replaces the system's)",
                 ),
                 Bad::BadSignature => (
                     "its signature is not that of the CA that it names (bad signature)",
-                    "a CA of that name is known, and another key signed the certificate: set source.tls.ca_file to the CA's certificate of now",
+                    "a CA of that name is known, and another key signed the certificate: set source.tls.ca_file to \
+                        the CA's certificate of now",
                 ),
                 Bad::Expired | Bad::ExpiredContext { .. } => {
                     (&*said, "the server's administrator has to renew its certificate; check this machine's clock too")
@@ -126,14 +135,16 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
                 }
                 Bad::NotValidForName | Bad::NotValidForNameContext { .. } => (
                     &*said,
-                    "write source.url with a name that the server's certificate is for, or let its administrator add this one",
+                    "write source.url with a name that the server's certificate is for, or let its administrator add \
+                        this one",
                 ),
                 _ if said.contains("CaUsedAsEndEntity") => {
                     ("it is a CA's own, as self-signed ones often are (CaUsedAsEndEntity)", SELF_SIGNED_CA)
                 }
                 _ => (
                     &*said,
-                    "the server's administrator has to replace its certificate; source.tls.ca_file names a CA that signed it",
+                    "the server's administrator has to replace its certificate; source.tls.ca_file names a CA that \
+                        signed it",
                 ),
             };
             (format!("the server's certificate is not accepted: {why}"), hint)
@@ -147,9 +158,10 @@ fn explained(error: &rustls::Error, connecting: bool) -> Option<(String, &'stati
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
             | AlertDescription::AccessDenied
-            | AlertDescription::HandshakeFailure => {
-                (format!("the server wants a client certificate that it accepts (TLS alert {alert:?})"), WANTS_CERTIFICATE)
-            }
+            | AlertDescription::HandshakeFailure => (
+                format!("the server wants a client certificate that it accepts (TLS alert {alert:?})"),
+                WANTS_CERTIFICATE,
+            ),
             AlertDescription::ProtocolVersion | AlertDescription::InsufficientSecurity => (
                 format!("the server refuses how we encrypt (TLS alert {alert:?})"),
                 "the server has to offer TLS 1.2 or 1.3 with a usual cipher",

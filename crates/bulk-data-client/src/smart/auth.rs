@@ -113,7 +113,7 @@ pub struct Granted {
     /// The algorithm and the id of the key.
     pub key: Option<(String, Option<String>)>,
     /// The scopes that were asked for.
-    pub asked: String,
+    pub requested: String,
     /// Those that were granted, where the server says.
     pub granted: Option<String>,
     /// Types that were asked for and cannot be read.
@@ -145,7 +145,9 @@ impl Auth {
             AuthSettings::Client(settings) => {
                 let key = match &settings.proof {
                     Proof::Key(key, id) => Some(SigningKey::read(key.expose_secret(), id.as_deref())?),
-                    Proof::SecretInHeader(secret) | Proof::SecretInForm(secret) if secret.expose_secret().trim().is_empty() => {
+                    Proof::SecretInHeader(secret) | Proof::SecretInForm(secret)
+                        if secret.expose_secret().trim().is_empty() =>
+                    {
                         return Err(auth_error("auth.client_secret is empty"));
                     }
                     _ => None,
@@ -208,7 +210,8 @@ impl TokenClient {
         {
             let missing = not_granted(granted, &self.settings.access);
             if !missing.is_empty() {
-                tracing::warn!(scope = %granted, types = %missing.join(", "), "the granted scope does not let these types be read");
+                tracing::warn!(scope = %granted, types = %missing.join(", "), "the granted scope does not let these \
+                    types be read");
             }
             state.told = true;
         }
@@ -222,8 +225,12 @@ impl TokenClient {
         let server = state.server.unwrap_or_default();
         Ok(Granted {
             endpoint: Some(self.endpoint(&server)?),
-            asked: self.scope(&server),
-            missing: token.granted.as_deref().map(|granted| not_granted(granted, &self.settings.access)).unwrap_or_default(),
+            requested: self.scope(&server),
+            missing: token
+                .granted
+                .as_deref()
+                .map(|granted| not_granted(granted, &self.settings.access))
+                .unwrap_or_default(),
             granted: token.granted,
             key: self.key.as_ref().map(|key| (key.algorithm(), key.kid().map(str::to_owned))),
             life: token.life,
@@ -233,7 +240,8 @@ impl TokenClient {
 
     fn endpoint(&self, server: &SmartConfiguration) -> Result<Url> {
         let endpoint = self.settings.token_url.as_ref().or(server.token_endpoint.as_ref());
-        let endpoint = endpoint.cloned().ok_or_else(|| auth_error("no token endpoint is known; set source.auth.token_url"))?;
+        let endpoint =
+            endpoint.cloned().ok_or_else(|| auth_error("no token endpoint is known; set source.auth.token_url"))?;
         let is_here = match endpoint.host() {
             Some(url::Host::Domain(name)) => name == "localhost",
             Some(url::Host::Ipv4(address)) => address.is_loopback(),
@@ -242,8 +250,9 @@ impl TokenClient {
         };
         if endpoint.scheme() != "https" && !is_here && !self.settings.plain_http {
             let why = format!("the server names a token endpoint without encryption: {}", shown(&endpoint));
-            return Err(auth_error(why)
-                .with_hint("the client secret would be sent unencrypted: use https, or set source.auth.plain_http: true"));
+            return Err(auth_error(why).with_hint(
+                "the client secret would be sent unencrypted: use https, or set source.auth.plain_http: true",
+            ));
         }
         Ok(endpoint)
     }
@@ -294,14 +303,18 @@ impl TokenClient {
         match (&self.settings.proof, &self.key) {
             (Proof::Key(..), Some(key)) => {
                 let audience = self.settings.audience.as_deref().unwrap_or(endpoint.as_str());
-                form.push(("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer".to_owned()));
+                form.push((
+                    "client_assertion_type",
+                    "urn:ietf:params:oauth:client-assertion-type:jwt-bearer".to_owned(),
+                ));
                 form.push(("client_assertion", key.assertion(id, audience, skew)?));
             }
             (Proof::SecretInHeader(secret), _) => {
                 // Each encoded as in a form before they are joined (RFC 6749, section 2.3.1).
                 let encoded = |text: &str| url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
                 let pair = STANDARD.encode(format!("{}:{}", encoded(id), encoded(secret.expose_secret())));
-                let mut header = HeaderValue::from_str(&format!("Basic {pair}")).map_err(|_| auth_error("auth.client_secret"))?;
+                let mut header =
+                    HeaderValue::from_str(&format!("Basic {pair}")).map_err(|_| auth_error("auth.client_secret"))?;
                 header.set_sensitive(true);
                 request = request.header(AUTHORIZATION, header);
             }
@@ -312,8 +325,9 @@ impl TokenClient {
             (Proof::Key(..), None) => return Err(Error::new(ErrorKind::Internal, "a key that was not read")),
         }
         let response = request.form(&form).send().await;
-        let response =
-            response.map_err(|error| crate::http::network(&error, "the token endpoint cannot be reached").at(shown(endpoint)))?;
+        let response = response.map_err(|error| {
+            crate::http::network(&error, "the token endpoint cannot be reached").at(shown(endpoint))
+        })?;
         let status = response.status();
         let theirs = clock_skew(response.headers());
         let body = whole(response, SMALL, &web.stop, "the token endpoint").await?;

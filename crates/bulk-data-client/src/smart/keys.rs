@@ -30,8 +30,8 @@ fn bad(why: impl std::fmt::Display) -> Error {
 }
 
 impl SigningKey {
-    /// Reads a JWK, a JWKS or a PEM. Of several keys the one with `key_id` is taken, else the first private one; `key_id`
-    /// is also the `kid` of a key that has none.
+    /// Reads a JWK, a JWKS or a PEM. Of several keys the one with `key_id` is taken, else the first private one;
+    /// `key_id` is also the `kid` of a key that has none.
     pub(crate) fn read(text: &str, key_id: Option<&str>) -> Result<Self> {
         let text = text.trim();
         if text.is_empty() {
@@ -120,8 +120,12 @@ impl SigningKey {
         let (label, der) = pem(text)?;
         let curve = [OID_P384, OID_P256].into_iter().find(|oid| der.windows(oid.len()).any(|bytes| bytes == *oid));
         match label.as_str() {
-            "RSA PRIVATE KEY" => Ok(Self { key: EncodingKey::from_rsa_der(&der), algorithm: Algorithm::RS384, kid: None }),
-            "EC PRIVATE KEY" => Self::from_ec(curve.ok_or_else(|| bad("a curve that is neither P-384 nor P-256"))?, &der, None),
+            "RSA PRIVATE KEY" => {
+                Ok(Self { key: EncodingKey::from_rsa_der(&der), algorithm: Algorithm::RS384, kid: None })
+            }
+            "EC PRIVATE KEY" => {
+                Self::from_ec(curve.ok_or_else(|| bad("a curve that is neither P-384 nor P-256"))?, &der, None)
+            }
             "PRIVATE KEY" if der.windows(OID_EC.len()).any(|bytes| bytes == OID_EC) => {
                 let algorithm = match curve {
                     Some(oid) if oid == OID_P384 => Algorithm::ES384,
@@ -132,11 +136,14 @@ impl SigningKey {
             }
             "PRIVATE KEY" => {
                 // What PKCS #8 wraps: version, algorithm, and the key itself as an octet string.
-                let inner = der_parts(&der).and_then(|outer| der_parts(outer.first()?)).and_then(|parts| parts.get(2).copied());
+                let inner =
+                    der_parts(&der).and_then(|outer| der_parts(outer.first()?)).and_then(|parts| parts.get(2).copied());
                 let inner = inner.ok_or_else(|| bad("the PEM holds no private key"))?;
                 Ok(Self { key: EncodingKey::from_rsa_der(inner), algorithm: Algorithm::RS384, kid: None })
             }
-            "ENCRYPTED PRIVATE KEY" => Err(bad("the PEM is encrypted; decrypt it, for example by `openssl pkey -in key.pem`")),
+            "ENCRYPTED PRIVATE KEY" => {
+                Err(bad("the PEM is encrypted; decrypt it, for example by `openssl pkey -in key.pem`"))
+            }
             other => Err(bad(format!("the PEM holds a {}, not a private key", other.to_lowercase()))),
         }
     }
@@ -189,8 +196,9 @@ fn der_parts(der: &[u8]) -> Option<Vec<&[u8]>> {
             short @ 0..0x80 => (usize::from(short), 2),
             long => {
                 let bytes = rest.get(2..2 + usize::from(long & 0x7f))?;
-                let length =
-                    bytes.iter().try_fold(0usize, |length, byte| length.checked_mul(256)?.checked_add((*byte).into()))?;
+                let length = bytes
+                    .iter()
+                    .try_fold(0usize, |length, byte| length.checked_mul(256)?.checked_add((*byte).into()))?;
                 (length, 2 + bytes.len())
             }
         };
@@ -232,8 +240,8 @@ pub enum KeyAlgorithm {
     Es384,
 }
 
-/// A new key pair: the private JWK, which is a secret, and the JWKS with its public half, to be registered. The `kid` is the
-/// public key's thumbprint (RFC 7638).
+/// A new key pair: the private JWK, which is a secret, and the JWKS with its public half, to be registered. The `kid`
+/// is the public key's thumbprint (RFC 7638).
 pub fn generate_key(algorithm: KeyAlgorithm) -> Result<(Value, Value)> {
     let failed = |_| Error::new(ErrorKind::Internal, "a key cannot be made");
     let text = |bytes: &[u8]| Value::from(URL_SAFE_NO_PAD.encode(bytes));
@@ -267,7 +275,8 @@ pub fn generate_key(algorithm: KeyAlgorithm) -> Result<(Value, Value)> {
     // RFC 7638: the required members, in the order of their names.
     let mut members: Vec<(&String, &Value)> = public.iter().collect();
     members.sort_by_key(|(name, _)| name.as_str());
-    let canonical: Map<String, Value> = members.into_iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+    let canonical: Map<String, Value> =
+        members.into_iter().map(|(name, value)| (name.clone(), value.clone())).collect();
     let canonical = Value::Object(canonical).to_string();
     let kid = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, canonical.as_bytes());
     let name = if algorithm == KeyAlgorithm::Es384 { "ES384" } else { "RS384" };

@@ -74,7 +74,8 @@ impl SmartConfiguration {
             return Err(Error::new(
                 ErrorKind::Auth,
                 format!(
-                    "the server's .well-known/smart-configuration ({status}) names no token_endpoint; set source.auth.token_url"
+                    "the server's .well-known/smart-configuration ({status}) names no token_endpoint; set \
+                        source.auth.token_url"
                 ),
             ));
         }
@@ -88,8 +89,8 @@ impl SmartConfiguration {
         })
     }
 
-    /// The scopes to ask for (T13, T14): what the server lists, for all types where it can, else type by type; where it lists
-    /// nothing, for all types in the version of its capabilities.
+    /// The scopes to ask for (T13, T14): what the server lists, for all types where it can, else type by type; where it
+    /// lists nothing, for all types in the version of its capabilities.
     pub fn scopes_for(&self, access: &Access) -> String {
         let has = |scope: &str| self.scopes.iter().any(|listed| listed == scope);
         for all in ["system/*.rs", "system/*.read", "system/*.*", "system/*.cruds"] {
@@ -107,15 +108,20 @@ impl SmartConfiguration {
                 return each.join(" ");
             }
         } else {
-            let readable =
-                |scope: &&String| scope.starts_with("system/") && [".rs", ".read", ".r"].iter().any(|end| scope.ends_with(end));
+            let readable = |scope: &&String| {
+                scope.starts_with("system/") && [".rs", ".read", ".r"].iter().any(|end| scope.ends_with(end))
+            };
             let each: Vec<&str> = self.scopes.iter().filter(readable).map(String::as_str).collect();
             if !each.is_empty() {
                 return each.join(" ");
             }
         }
         let can = |capability: &str| self.capabilities.iter().any(|listed| listed == capability);
-        if can("permission-v2") && !can("permission-v1") { "system/*.rs".to_owned() } else { "system/*.read".to_owned() }
+        if can("permission-v2") && !can("permission-v1") {
+            "system/*.rs".to_owned()
+        } else {
+            "system/*.read".to_owned()
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use crate::row::RowKey;
 use crate::staging::StagedFile;
 
-/// The add action of a new file of `rows` rows. `ids` are the least and greatest `id` and the number of rows without one,
-/// `updated` the least and greatest `meta.lastUpdated`, where they are known.
+/// The add action of a new file of `rows` rows. `ids` are the least and greatest `id` and the number of rows without
+/// one, `updated` the least and greatest `meta.lastUpdated`, where they are known.
 pub(crate) fn new_add(
     path: &Path,
     size: u64,
@@ -28,7 +28,8 @@ pub(crate) fn new_add(
     {
         // The log keeps milliseconds: the greatest is rounded up, so that no reader skips a row.
         let text = |millis: i64| {
-            chrono::DateTime::from_timestamp_millis(millis).map(|time| time.to_rfc3339_opts(chrono::SecondsFormat::Millis, true))
+            chrono::DateTime::from_timestamp_millis(millis)
+                .map(|time| time.to_rfc3339_opts(chrono::SecondsFormat::Millis, true))
         };
         if let (Some(first), Some(last)) = (text(first.div_euclid(1000)), text(last.div_euclid(1000) + 1)) {
             min["meta"] = json!({ "lastUpdated": first });

@@ -51,7 +51,8 @@ fn read_from(log_store: &LogStoreRef, descriptor: &DeletionVectorDescriptor) -> 
             let start = u64::try_from(descriptor.offset.unwrap_or(1)).map_err(|_| broken("its place is negative"))?;
             // Length, vector, checksum.
             let range = start..start + 4 + size + 4;
-            let mut read = log_store.engine(None).storage_handler().read_files(vec![(path, Some(range))]).map_err(failed)?;
+            let mut read =
+                log_store.engine(None).storage_handler().read_files(vec![(path, Some(range))]).map_err(failed)?;
             let bytes = read.next().ok_or_else(|| broken("its file is not there"))?.map_err(failed)?;
             let size = usize::try_from(size).map_err(|_| broken("its size"))?;
             let word = |at: usize| bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map(u32::from_be_bytes);
@@ -81,14 +82,15 @@ fn read_from(log_store: &LogStoreRef, descriptor: &DeletionVectorDescriptor) -> 
     }
 }
 
-/// The rows that a vector of these bytes marks: in a file of its own where the first byte is even, else in the log. For fuzzers:
-/// what a table of somebody else's has may be anything.
+/// The rows that a vector of these bytes marks: in a file of its own where the first byte is even, else in the log. For
+/// fuzzers: what a table of somebody else's has may be anything.
 pub fn read_bytes(data: &[u8]) -> Result<RoaringTreemap> {
     let failed = |error: &dyn std::fmt::Display| storage(error, "a deletion vector cannot be read");
     let Some((choice, bytes)) = data.split_first() else { return Ok(RoaringTreemap::new()) };
-    let log_store = deltalake::DeltaTableBuilder::from_url(url::Url::parse("memory:///").map_err(|error| failed(&error))?)
-        .and_then(|builder| builder.build_storage())
-        .map_err(|error| failed(&error))?;
+    let log_store =
+        deltalake::DeltaTableBuilder::from_url(url::Url::parse("memory:///").map_err(|error| failed(&error))?)
+            .and_then(|builder| builder.build_storage())
+            .map_err(|error| failed(&error))?;
     let (storage_type, path_or_inline_dv, offset) = if choice % 2 == 0 {
         let id = Uuid::nil();
         let (store, path) = (log_store.object_store(None), file_path(id));
@@ -101,7 +103,8 @@ pub fn read_bytes(data: &[u8]) -> Result<RoaringTreemap> {
         (StorageType::Inline, z85::encode(&whole), None)
     };
     let size_in_bytes = bytes.len().saturating_sub(9) as i32;
-    let descriptor = DeletionVectorDescriptor { storage_type, path_or_inline_dv, offset, size_in_bytes, cardinality: -1 };
+    let descriptor =
+        DeletionVectorDescriptor { storage_type, path_or_inline_dv, offset, size_in_bytes, cardinality: -1 };
     read_from(&log_store, &descriptor)
 }
 
@@ -134,8 +137,9 @@ pub(crate) async fn write(
     let mut descriptors = Vec::with_capacity(vectors.len());
     for vector in vectors {
         let cardinality = vector.len() as i64;
-        let written =
-            writer.write_deletion_vector(Rows(vector)).context(ErrorKind::Internal, "a deletion vector cannot be written")?;
+        let written = writer
+            .write_deletion_vector(Rows(vector))
+            .context(ErrorKind::Internal, "a deletion vector cannot be written")?;
         descriptors.push(DeletionVectorDescriptor {
             storage_type: StorageType::UuidRelativePath,
             path_or_inline_dv: encoded(id),

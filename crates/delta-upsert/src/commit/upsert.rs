@@ -44,8 +44,8 @@ pub struct Watermark {
     pub knows_deletions: bool,
 }
 
-/// Application id of the time until which deletions are known, where that is another than the watermark: after a full export
-/// over a table, what was deleted since the last incremental one is still to be asked for.
+/// Application id of the time until which deletions are known, where that is another than the watermark: after a full
+/// export over a table, what was deleted since the last incremental one is still to be asked for.
 pub fn deletions_id(app_id: &str) -> String {
     format!("{app_id}|deletions")
 }
@@ -148,7 +148,8 @@ impl Upsert {
                 Written::Done(merged) => return Ok(Commit::Done(merged, copies)),
                 Written::Unknown(error) => return Ok(Commit::Unknown { error }),
                 Written::Conflict if attempt < MAX_ATTEMPTS => {
-                    tracing::info!(resource_type = %table.resource_type, attempt, "another writer committed first; matching again");
+                    tracing::info!(resource_type = %table.resource_type, attempt, "another writer committed first; \
+                        matching again");
                 }
                 Written::Conflict => break,
             }
@@ -189,12 +190,12 @@ impl Upsert {
         table: &mut Table,
         targets: Vec<TargetFile>,
         marks: MergePlan,
-        begun: (Instant, usize),
+        started: (Instant, usize),
     ) -> Result<Written> {
         let mut merged = marks.merged;
         let mut out = Actions::default();
-        let attempt = match self.prepare(table, &targets, &marks, begun.1, (&mut merged, &mut out)).await {
-            Ok(()) => self.commit_actions(table, &out, &mut merged, begun.0).await,
+        let attempt = match self.prepare(table, &targets, &marks, started.1, (&mut merged, &mut out)).await {
+            Ok(()) => self.commit_actions(table, &out, &mut merged, started.0).await,
             Err(error) => Err(error),
         };
         match attempt {
@@ -227,7 +228,8 @@ impl Upsert {
         attempt: usize,
         (merged, out): (&mut Merged, &mut Actions),
     ) -> Result<()> {
-        let with_vectors = if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
+        let with_vectors =
+            if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut marked: Vec<(Add, RoaringTreemap)> = Vec::new();
         let mut rewritten = Vec::new();
         for (index, gone) in &marks.gone {
@@ -266,7 +268,7 @@ impl Upsert {
             let schema = table.schema()?.map_or_else(|| self.schema.clone(), Arc::new);
             let place = Place::new(table, &self.run, u64::MAX);
             let adds = without_gone(&place, &schema, &rewritten);
-            out.new_files.extend(place.begun());
+            out.new_files.extend(place.started());
             for add in adds? {
                 merged.bytes_written += add.size as u64;
                 out.adds.push(add);
@@ -277,7 +279,11 @@ impl Upsert {
             let (descriptors, path) = deletion_vectors::write(
                 table,
                 vectors,
-                deletion_vectors::file_id(&self.run, &table.resource_type, self.earlier_commits * MAX_ATTEMPTS + attempt),
+                deletion_vectors::file_id(
+                    &self.run,
+                    &table.resource_type,
+                    self.earlier_commits * MAX_ATTEMPTS + attempt,
+                ),
             )
             .await?;
             out.new_files.push(path);
@@ -297,8 +303,9 @@ impl Upsert {
         let known: HashSet<&str> = out.removes.iter().map(|remove| remove.path.as_str()).collect();
         for add in out.adds.iter().filter(|add| !known.contains(add.path.as_str())) {
             let path = Path::from(add.path.as_str());
-            let gone =
-                |why: String| Error::new(ErrorKind::Storage, format!("{path}, which this run wrote, {why}; nothing was merged"));
+            let gone = |why: String| {
+                Error::new(ErrorKind::Storage, format!("{path}, which this run wrote, {why}; nothing was merged"))
+            };
             let size = store.head(&path).await.map_err(|error| gone(format!("cannot be found: {error}")))?.size;
             if size != add.size as u64 {
                 return Err(gone(format!("has {size} bytes, not {}", add.size)));
@@ -309,7 +316,13 @@ impl Upsert {
         Ok(())
     }
 
-    async fn commit_actions(&self, table: &mut Table, out: &Actions, merged: &mut Merged, started: Instant) -> Result<Attempt> {
+    async fn commit_actions(
+        &self,
+        table: &mut Table,
+        out: &Actions,
+        merged: &mut Merged,
+        started: Instant,
+    ) -> Result<Attempt> {
         let before = match &self.watermark {
             Some(watermark) => table.transaction(&watermark.app_id).await?,
             None => None,
@@ -329,7 +342,11 @@ impl Upsert {
                 (false, None) => before,
                 (true, None) | (false, Some(_)) => None,
             };
-            transactions.push(Transaction::new_with_last_update(&watermark.app_id, watermark.transaction_time, Some(now)));
+            transactions.push(Transaction::new_with_last_update(
+                &watermark.app_id,
+                watermark.transaction_time,
+                Some(now),
+            ));
             transactions.extend(until.map(|until| Transaction::new_with_last_update(id, until, Some(now))));
         }
         let mut info = self.info.clone();
@@ -364,8 +381,8 @@ impl Upsert {
         }
     }
 
-    /// Operation metrics by the names of Spark's own merge. As there, a file whose rows are marked is neither removed nor
-    /// added: its deletion vector is.
+    /// Operation metrics by the names of Spark's own merge. As there, a file whose rows are marked is neither removed
+    /// nor added: its deletion vector is.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
         let sources: u64 = self.files.iter().map(StagedFile::rows_brought).sum();
         let added: HashSet<&str> = out.adds.iter().map(|add| add.path.as_str()).collect();

@@ -1,7 +1,8 @@
 //! A table's rows in the order of their ids, with bounded memory.
 //!
-//! The ids are cut into parts of which each fits into memory. Rows are read once, sorted a memory full at a time, and put
-//! on disk part by part; then each part is read back from everywhere, sorted and written. Parts are worked on by all cores.
+//! The ids are cut into parts of which each fits into memory. Rows are read once, sorted a memory full at a time, and
+//! put on disk part by part; then each part is read back from everywhere, sorted and written. Parts are worked on by
+//! all cores.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -47,7 +48,12 @@ struct Runs {
 }
 
 /// Writes the live rows of `files` in the order of their ids.
-pub(crate) async fn sorted(place: &Place<'_>, shape: &Shape, files: &[&DataFile], scratch: &Scratch) -> Result<Vec<Add>> {
+pub(crate) async fn sorted(
+    place: &Place<'_>,
+    shape: &Shape,
+    files: &[&DataFile],
+    scratch: &Scratch,
+) -> Result<Vec<Add>> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let bytes = (scratch.memory / cores / 4).clamp(MIN_BYTES, MAX_BYTES);
     let mut sorter = Sorter { place, shape, scratch, bytes, bounds: Vec::new() };
@@ -84,7 +90,8 @@ impl Sorter<'_> {
         let mut ids: Vec<Box<str>> = looked.into_iter().flat_map(|(_, ids)| ids).collect();
         ids.sort_unstable();
         let parts = (bytes / self.bytes as u64 + 1) as usize;
-        let mut bounds: Vec<Box<str>> = (1..parts).filter_map(|part| ids.get(part * ids.len() / parts).cloned()).collect();
+        let mut bounds: Vec<Box<str>> =
+            (1..parts).filter_map(|part| ids.get(part * ids.len() / parts).cloned()).collect();
         bounds.dedup();
         Ok(bounds)
     }
@@ -136,7 +143,8 @@ impl Sorter<'_> {
         let batch = self.shape.join(batches)?;
         let Some(ids) = batch.column_by_name("id") else { return Ok(batch) };
         let failed = |error| storage(error, "rows cannot be sorted");
-        let order = sort_to_indices(ids, Some(SortOptions { descending: false, nulls_first: true }), None).map_err(failed)?;
+        let order =
+            sort_to_indices(ids, Some(SortOptions { descending: false, nulls_first: true }), None).map_err(failed)?;
         take_record_batch(&batch, &order).map_err(failed)
     }
 

@@ -93,7 +93,11 @@ impl Table {
 }
 
 /// Files that become one another: each group is read together and written together.
-async fn groups<'a>(table: &Table, targets: &'a [TargetFile], settings: &OptimizeSettings) -> Result<Vec<Vec<&'a TargetFile>>> {
+async fn groups<'a>(
+    table: &Table,
+    targets: &'a [TargetFile],
+    settings: &OptimizeSettings,
+) -> Result<Vec<Vec<&'a TargetFile>>> {
     let dirty = |file: &TargetFile| {
         let gone = file.data.gone.len();
         gone > 0 && file.rows.is_none_or(|rows| gone >= settings.min_deleted.of(rows))
@@ -153,7 +157,8 @@ impl Work<'_> {
     async fn write(&mut self, place: &Place<'_>, groups: &[Vec<&TargetFile>]) -> Result<()> {
         let Some(schema) = place.table.schema()?.map(Arc::new) else { return Ok(()) };
         let handle = tokio::runtime::Handle::current();
-        let files: Vec<Vec<&DataFile>> = groups.iter().map(|group| group.iter().map(|target| &target.data).collect()).collect();
+        let files: Vec<Vec<&DataFile>> =
+            groups.iter().map(|group| group.iter().map(|target| &target.data).collect()).collect();
         if self.settings.cluster {
             for files in files {
                 let shape = Shape::of(place.table, &schema, &files).await?;
@@ -200,9 +205,11 @@ impl Work<'_> {
         });
         let mut info = self.settings.info.clone();
         info.insert("operationMetrics".into(), metrics);
-        let removes = files().map(|file| Action::Remove(deltalake::kernel::Remove { data_change: false, ..file.remove.clone() }));
+        let removes =
+            files().map(|file| Action::Remove(deltalake::kernel::Remove { data_change: false, ..file.remove.clone() }));
         let actions: Vec<Action> = removes.chain(self.adds.iter().cloned().map(Action::Add)).collect();
-        let operation = DeltaOperation::Optimize { predicate: None, target_size: self.settings.target_file_bytes as i64 };
+        let operation =
+            DeltaOperation::Optimize { predicate: None, target_size: self.settings.target_file_bytes as i64 };
         for _ in 0..crate::commit::upsert::MAX_ATTEMPTS {
             match commit::attempt(table, actions.clone(), &info, Vec::new(), operation.clone()).await? {
                 // Others may have added rows; the files that are exchanged must be as they were read.
@@ -210,7 +217,9 @@ impl Work<'_> {
                     table.check_writable()?;
                     let now = targets(table)?;
                     let same = |file: &TargetFile| {
-                        now.iter().any(|now| now.add.path == file.add.path && now.add.deletion_vector == file.add.deletion_vector)
+                        now.iter().any(|now| {
+                            now.add.path == file.add.path && now.add.deletion_vector == file.add.deletion_vector
+                        })
                     };
                     if !files().all(|file| same(file)) {
                         break;

@@ -1,7 +1,7 @@
 //! Rows that are read from data files → new data files, with the pages that the encoder itself makes.
 //!
-//! Most columns of a file hold nothing. Rows lose them as soon as they are read; whatever is done with the rows is done with
-//! the columns that they fill, and the rest is put back as pages of nulls when a row group is made.
+//! Most columns of a file hold nothing. Rows lose them as soon as they are read; whatever is done with the rows is done
+//! with the columns that they fill, and the rest is put back as pages of nulls when a row group is made.
 
 use parking_lot::Mutex;
 use std::collections::HashSet;
@@ -104,30 +104,30 @@ pub(crate) struct Place<'a> {
     pub run: &'a str,
     /// Bytes from which on a file is closed and another begun.
     pub target: u64,
-    begun: Mutex<Vec<Path>>,
+    started: Mutex<Vec<Path>>,
 }
 
 impl<'a> Place<'a> {
     /// For files of a run.
     pub(crate) fn new(table: &'a Table, run: &'a str, target: u64) -> Self {
-        Self { table, run, target, begun: Mutex::new(Vec::new()) }
+        Self { table, run, target, started: Mutex::new(Vec::new()) }
     }
 
     fn next_path(&self) -> Path {
         let path = Path::from(format!("part-{}-{}.zstd.parquet", self.run, uuid::Uuid::new_v4()));
-        self.begun.lock().push(path.clone());
+        self.started.lock().push(path.clone());
         path
     }
 
     /// The files that were begun.
-    pub(crate) fn begun(self) -> Vec<Path> {
-        self.begun.into_inner()
+    pub(crate) fn started(self) -> Vec<Path> {
+        self.started.into_inner()
     }
 
     /// Removes the files that were begun.
     pub(crate) async fn discard(self) {
         let table = self.table;
-        for path in self.begun() {
+        for path in self.started() {
             new_file::remove(table, &path).await;
         }
     }
@@ -158,7 +158,9 @@ impl<'a> RowRewriter<'a> {
             let batch = self.shape.fit(&batch)?;
             self.pending.1 += bytes_of(&batch);
             self.pending.0.push(batch);
-            if self.pending.1 >= GROUP_BYTES || self.pending.0.iter().map(RecordBatch::num_rows).sum::<usize>() >= GROUP_ROWS {
+            if self.pending.1 >= GROUP_BYTES
+                || self.pending.0.iter().map(RecordBatch::num_rows).sum::<usize>() >= GROUP_ROWS
+            {
                 self.flush().await?;
             }
         }
@@ -248,7 +250,8 @@ pub(crate) fn bytes_of(batch: &RecordBatch) -> usize {
 /// Least and greatest `meta.lastUpdated`; `i64::MIN` for a row without.
 fn updated(batch: &RecordBatch) -> Option<(i64, i64)> {
     let meta = batch.column_by_name("meta").and_then(|meta| meta.as_any().downcast_ref::<StructArray>());
-    let times = meta.and_then(|meta| meta.column_by_name("lastUpdated")?.as_primitive_opt::<TimestampMicrosecondType>());
+    let times =
+        meta.and_then(|meta| meta.column_by_name("lastUpdated")?.as_primitive_opt::<TimestampMicrosecondType>());
     let time = |row: usize| match (meta, times) {
         (Some(meta), Some(times)) if meta.is_valid(row) && times.is_valid(row) => times.value(row),
         _ => i64::MIN,

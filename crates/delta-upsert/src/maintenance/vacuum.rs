@@ -22,7 +22,8 @@ use foundation::fault_points::reached;
 /// Settings of `vacuum`.
 #[derive(Debug, Clone)]
 pub struct VacuumSettings {
-    /// Time for which files stay after the last version that names them; `None` for the table's own setting, a week by default.
+    /// Time for which files stay after the last version that names them; `None` for the table's own setting, a week by
+    /// default.
     pub retention: Option<Duration>,
     /// True if a retention below the table's own is allowed.
     pub below_the_tables: bool,
@@ -45,7 +46,8 @@ pub struct Vacuumed {
     pub deleted: bool,
 }
 
-/// A file that no version names may belong to a run that has not committed yet: it stays so long, whatever the retention.
+/// A file that no version names may belong to a run that has not committed yet: it stays so long, whatever the
+/// retention.
 const UNCOMMITTED: TimeDelta = TimeDelta::days(1);
 
 impl Table {
@@ -59,7 +61,8 @@ impl Table {
             return Err(Error::new(
                 ErrorKind::Config,
                 format!(
-                    "a retention of {} h is below the table's own of {} h: readers of older versions, and writers that have not committed, would lose files",
+                    "a retention of {} h is below the table's own of {} h: readers of older versions, and writers \
+                        that have not committed, would lose files",
                     retention.as_secs() / 3600,
                     own.as_secs() / 3600
                 ),
@@ -139,8 +142,8 @@ impl Table {
             named.ever.insert(path);
         }
         drop(tombstones);
-        // The kernel does not tell which vectors its tombstones had: the commits do, as long as they are there. A commit
-        // is written when its files cease to be the newest's, so those before `until` do not count.
+        // The kernel does not tell which vectors its tombstones had: the commits do, as long as they are there. A
+        // commit is written when its files cease to be the newest's, so those before `until` do not count.
         let store = self.store();
         let mut log = store.list(Some(&Path::from("_delta_log")));
         let unreadable = |error: &dyn std::fmt::Display| storage(error, "the table's log cannot be read");

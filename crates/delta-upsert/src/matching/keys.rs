@@ -48,7 +48,8 @@ impl<'a> OpenFile<'a> {
         let mut reader = StoreReader::new(table, &file.path, file.size);
         let failed = |error| storage(error, &format!("{} cannot be read", file.path));
         let mut metadata = ArrowReaderMetadata::load_async(&mut reader, options()).await.map_err(failed)?;
-        // Spark's INT96 would come as nanoseconds, which reach from 1677 to 2262 only; Delta's timestamps are microseconds.
+        // Spark's INT96 would come as nanoseconds, which reach from 1677 to 2262 only; Delta's timestamps are
+        // microseconds.
         let instants = metadata.parquet_schema().columns().iter().map(|column| column.physical_type() == Type::INT96);
         if let Some(schema) = in_micros(metadata.schema().fields(), &mut instants.collect::<Vec<_>>().into_iter()) {
             let options = options().with_schema(Arc::new(Schema::new(schema)));
@@ -116,8 +117,8 @@ impl<'a> OpenFile<'a> {
         self.groups().iter().map(|group| group.num_rows() as u64).sum()
     }
 
-    /// Goes through the rows, those included that are gone, with their keys (`None` for a row without id), row groups that
-    /// can have none of `ids` left out.
+    /// Goes through the rows, those included that are gone, with their keys (`None` for a row without id), row groups
+    /// that can have none of `ids` left out.
     pub(crate) async fn for_each_id(&self, ids: Option<&Ids>, mut each: impl FnMut(u64, Option<u128>)) -> Result<()> {
         let groups = match ids {
             Some(ids) => self.groups_with(ids).await?,
@@ -209,7 +210,8 @@ impl<'a> OpenFile<'a> {
 
     /// Row groups that may hold one of `ids`, by statistics and, where few ids are in their range, bloom filter.
     async fn groups_with(&self, ids: &Ids) -> Result<Vec<usize>> {
-        let Some(column) = self.metadata.parquet_schema().columns().iter().position(|column| column.path().string() == "id")
+        let Some(column) =
+            self.metadata.parquet_schema().columns().iter().position(|column| column.path().string() == "id")
         else {
             return Ok(Vec::new());
         };
@@ -218,7 +220,8 @@ impl<'a> OpenFile<'a> {
         for (at, group) in self.groups().iter().enumerate() {
             let chunk = group.column(column);
             let statistics = chunk.statistics().filter(|statistics| !statistics.is_min_max_deprecated());
-            let text = |bytes: Option<&'_ [u8]>| bytes.and_then(|bytes| std::str::from_utf8(bytes).ok()).map(str::to_owned);
+            let text =
+                |bytes: Option<&'_ [u8]>| bytes.and_then(|bytes| std::str::from_utf8(bytes).ok()).map(str::to_owned);
             let least = text(statistics.and_then(|statistics| statistics.min_bytes_opt()));
             let greatest = text(statistics.and_then(|statistics| statistics.max_bytes_opt()));
             let candidates = ids.between(least.as_deref(), greatest.as_deref());
@@ -228,8 +231,8 @@ impl<'a> OpenFile<'a> {
             if candidates.len() <= MAX_PROBES && chunk.bloom_filter_offset().is_some() {
                 let reader = bloom_reader.get_or_insert_with(|| self.reader());
                 let bloom = reader.get_row_group_column_bloom_filter(at, column).await;
-                let bloom =
-                    bloom.map_err(|error| storage(error, &format!("a bloom filter of {} cannot be read", self.file.path)))?;
+                let bloom = bloom
+                    .map_err(|error| storage(error, &format!("a bloom filter of {} cannot be read", self.file.path)))?;
                 if bloom.is_some_and(|bloom| !candidates.iter().any(|id| bloom.check(&**id))) {
                     continue;
                 }
@@ -245,8 +248,8 @@ fn options() -> ArrowReaderOptions {
     ArrowReaderOptions::new().with_skip_arrow_metadata(true)
 }
 
-/// The columns with timestamps of microseconds, where some are of twelve bytes; `int96` says so of each leaf column. Other
-/// nanoseconds are numbers of nanoseconds, and are cast where they are used.
+/// The columns with timestamps of microseconds, where some are of twelve bytes; `int96` says so of each leaf column.
+/// Other nanoseconds are numbers of nanoseconds, and are cast where they are used.
 fn in_micros(fields: &Fields, int96: &mut impl Iterator<Item = bool>) -> Option<Fields> {
     fn field(of: &FieldRef, int96: &mut impl Iterator<Item = bool>) -> Option<FieldRef> {
         let data_type = match of.data_type() {
@@ -261,7 +264,9 @@ fn in_micros(fields: &Fields, int96: &mut impl Iterator<Item = bool>) -> Option<
     }
     let changed: Vec<Option<FieldRef>> = fields.iter().map(|of| field(of, int96)).collect();
     let some = changed.iter().any(Option::is_some);
-    some.then(|| changed.into_iter().zip(fields).map(|(changed, field)| changed.unwrap_or_else(|| field.clone())).collect())
+    some.then(|| {
+        changed.into_iter().zip(fields).map(|(changed, field)| changed.unwrap_or_else(|| field.clone())).collect()
+    })
 }
 
 /// Ids in the range of a row group up to which its bloom filter is asked: each may be there by the filter's mistake,
@@ -359,7 +364,8 @@ pub(crate) async fn all_ids(table: &Table, path: &Path, size: u64) -> Result<Vec
 }
 
 fn read_ranks(batch: &RecordBatch, ranks: &mut [RowKey]) -> Result<()> {
-    let Some(meta) = batch.column_by_name("meta").and_then(|column| column.as_any().downcast_ref::<StructArray>()) else {
+    let Some(meta) = batch.column_by_name("meta").and_then(|column| column.as_any().downcast_ref::<StructArray>())
+    else {
         return Ok(());
     };
     if let Some(updated) = meta.column_by_name("lastUpdated") {
@@ -413,7 +419,13 @@ mod tests {
         let selectors: Vec<RowSelector> = selection.into();
         assert_eq!(
             selectors,
-            [RowSelector::select(2), RowSelector::skip(3), RowSelector::select(2), RowSelector::skip(2), RowSelector::select(1)]
+            [
+                RowSelector::select(2),
+                RowSelector::skip(3),
+                RowSelector::select(2),
+                RowSelector::skip(2),
+                RowSelector::select(1)
+            ]
         );
     }
 }

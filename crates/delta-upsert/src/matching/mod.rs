@@ -10,11 +10,10 @@ pub(crate) mod not_matched;
 pub(crate) mod nulls;
 pub(crate) mod precedence;
 pub(crate) mod row_equality;
+mod staged_rows;
 
-use std::collections::{BTreeMap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::BTreeMap;
 
-use hashbrown::HashTable;
 use roaring::RoaringTreemap;
 
 use crate::commit::upsert::Merged;
@@ -24,6 +23,7 @@ use crate::matching::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, s
 use crate::matching::not_matched::NotMatchedBySource;
 use crate::matching::precedence::{OrderRules, Precedence, is_undated, judge};
 use crate::matching::row_equality::row_hashes;
+use crate::matching::staged_rows::{ByKey, StagedRows};
 use crate::row::{RowKey, key_of};
 use crate::staging::StagedFile;
 use crate::staging::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
@@ -34,26 +34,6 @@ use foundation::error::{Error, ErrorKind, Result};
 
 /// Memory that a row of the run takes while it is matched: its key and place in the index, and its match.
 const BYTES_A_ROW: u64 = 136;
-
-/// Hashes a key that is a hash already.
-#[derive(Default)]
-struct Identity(u64);
-
-impl Hasher for Identity {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-    fn write_u128(&mut self, key: u128) {
-        self.0 = key as u64;
-    }
-}
-
-type ByKey<T> = HashMap<u128, T, BuildHasherDefault<Identity>>;
 
 /// Rows to be marked, before any file is written.
 #[derive(Debug, Default)]
@@ -93,81 +73,6 @@ struct Seen {
     absent: RoaringTreemap,
 }
 
-/// Rows of the run in a part of the key space.
-#[derive(Default)]
-struct StagedRows {
-    /// The newest copy of each id.
-    winners: Vec<KeyAt>,
-    /// Indexes of them.
-    by_key: HashTable<u32>,
-    /// A bit for each of some values of the keys' last bits: nearly all ids of the table are told apart by it alone, in
-    /// the processor's nearest cache. Empty where it is not worth making.
-    bits: Vec<u64>,
-    /// Ids to delete, with the version that says so where one does; one that is in the output too is kept, unless that
-    /// version is newer.
-    deletions: ByKey<Option<RowKey>>,
-}
-
-impl StagedRows {
-    fn winner(&self, key: u128) -> Option<usize> {
-        self.by_key.find(key as u64, |at| self.winners[*at as usize].key == key).map(|at| *at as usize)
-    }
-
-    /// Takes an id out again.
-    fn forget(&mut self, key: u128) {
-        if let Ok(found) = self.by_key.find_entry(key as u64, |at| self.winners[*at as usize].key == key) {
-            found.remove();
-        }
-    }
-
-    /// Sets the bits.
-    fn make_bits(&mut self) {
-        let keys = self.winners.len() + self.deletions.len();
-        self.bits = vec![0; (keys * Self::BITS_A_KEY / 64).next_power_of_two()];
-        let keys = self.winners.iter().map(|winner| winner.key).chain(self.deletions.keys().copied());
-        for key in keys {
-            let (word, bit) = Self::bit(&self.bits, key);
-            self.bits[word] |= bit;
-        }
-    }
-
-    const BITS_A_KEY: usize = 16;
-
-    fn bit(bits: &[u64], key: u128) -> (usize, u64) {
-        // The index by key takes the key's low half; so do these bits, but further up.
-        ((key >> 70) as usize & (bits.len() - 1), 1 << ((key >> 64) as u64 & 63))
-    }
-
-    fn has(&self, key: u128) -> bool {
-        if !self.bits.is_empty() {
-            let (word, bit) = Self::bit(&self.bits, key);
-            if self.bits[word] & bit == 0 {
-                return false;
-            }
-        }
-        self.winner(key).is_some() || (!self.deletions.is_empty() && self.deletions.contains_key(&key))
-    }
-
-    /// Adds a copy; the one that loses against another.
-    fn add(&mut self, staged: KeyAt) -> Option<KeyAt> {
-        if let Some(at) = self.winner(staged.key) {
-            let best = &mut self.winners[at];
-            let (new, old) = (staged.row_key(), best.row_key());
-            // A line out of quarantine must show that it is newer than what the export brings.
-            let newer = match (new.replayed, old.replayed) {
-                (true, false) => matches!(judge(&new, &old, OrderRules::default()), Precedence::Newer),
-                (false, true) => !matches!(judge(&old, &new, OrderRules::default()), Precedence::Newer),
-                _ => new.rank() > old.rank(),
-            };
-            return Some(if newer { std::mem::replace(best, staged) } else { staged });
-        }
-        let at = self.winners.len() as u32;
-        self.winners.push(staged);
-        self.by_key.insert_unique(staged.key as u64, at, |at| self.winners[*at as usize].key as u64);
-        None
-    }
-}
-
 /// One match of what a run brings with a table's files.
 pub(crate) struct Matching<'a> {
     pub table: &'a Table,
@@ -183,7 +88,8 @@ impl Matching<'_> {
     /// The rows that go.
     pub(crate) async fn marks(&self) -> Result<MergePlan> {
         let staged_gone = self.files.iter().map(|file| file.void.clone()).collect();
-        let mut marks = MergePlan { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..MergePlan::default() };
+        let mut marks =
+            MergePlan { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..MergePlan::default() };
         let brought: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
         if brought * BYTES_A_ROW <= self.scratch.memory as u64 {
             self.at_once(&mut marks).await?;
@@ -206,9 +112,11 @@ impl Matching<'_> {
         let stays = self.absent == NotMatchedBySource::Keep;
         let ids = if stays { self.ids().await? } else { None };
         // What a run without a row looks for, no file has.
-        let targets = if stays && brought.winners.is_empty() && brought.deletions.is_empty() { &[] } else { self.targets };
+        let targets =
+            if stays && brought.winners.is_empty() && brought.deletions.is_empty() { &[] } else { self.targets };
         let handle = tokio::runtime::Handle::current();
-        let found = on_all_cores(targets, |index, target| handle.block_on(self.look(index, target, &brought, ids.as_ref())))?;
+        let found =
+            on_all_cores(targets, |index, target| handle.block_on(self.look(index, target, &brought, ids.as_ref())))?;
         let mut held = Vec::with_capacity(found.iter().map(|(held, _)| held.len()).sum());
         for (index, (here, seen)) in found.into_iter().enumerate() {
             held.extend(here);
@@ -383,7 +291,8 @@ impl Matching<'_> {
             }
             let version = Deletions::version_of(&deleted);
             // An id that is in the output too is kept; out of quarantine it is not of this export's output.
-            let is_older = |winner: &RowKey| winner.replayed || version.is_some_and(|version| winner.rank() < version.rank());
+            let is_older =
+                |winner: &RowKey| winner.replayed || version.is_some_and(|version| winner.rank() < version.rank());
             match brought.winner(deleted.key).map(|at| brought.winners[at]) {
                 Some(winner) if is_older(&winner.row_key()) => {
                     marks.mark_staged(&winner);
@@ -394,8 +303,9 @@ impl Matching<'_> {
             }
             let known = brought.deletions.entry(deleted.key).or_insert(version);
             // An entry of a `deleted` file says so whatever versions there are; of versions the newest does.
-            let newest =
-                (*known).zip(version).map(|(known, version)| if version.rank() > known.rank() { version } else { known });
+            let newest = (*known)
+                .zip(version)
+                .map(|(known, version)| if version.rank() > known.rank() { version } else { known });
             *known = newest;
             Ok(())
         })?;
@@ -425,12 +335,15 @@ impl Matching<'_> {
             };
             marks.merged.inserted -= 1;
             // A table may hold an id twice, by the Python sync script's doing: the best copy stays at most.
-            let best = |a: &&KeyAt, b: &&KeyAt| (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()));
+            let best = |a: &&KeyAt, b: &&KeyAt| {
+                (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()))
+            };
             let Some(best) = copies.iter().max_by(best) else { continue };
             copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| marks.mark(copy));
             let (staged, held) = (winner.row_key(), best.row_key());
-            marks.merged.undated +=
-                u64::from(self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held));
+            marks.merged.undated += u64::from(
+                self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held),
+            );
             match judge(&staged, &held, self.order) {
                 Precedence::Newer => {
                     marks.mark(best);
@@ -449,7 +362,8 @@ impl Matching<'_> {
     async fn compare(&self, marks: &mut MergePlan) -> Result<()> {
         let (equal, equal_held) = (std::mem::take(&mut marks.equal), std::mem::take(&mut marks.equal_held));
         let quarter = self.scratch.memory / 4;
-        let (mut staged, mut held) = (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));
+        let (mut staged, mut held) =
+            (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));
         for (index, rows) in equal.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
             let file = &self.files[index];
             contents(self.table, &DataFile::new(&file.path, file.size), index, rows, &mut staged).await?;

@@ -27,7 +27,8 @@ impl NotMatchedBySource {
         Err(Error::new(
             ErrorKind::Data,
             format!(
-                "{absent} of the table's {live} rows are not in the export, and max_deleted allows {allowed}: nothing was changed"
+                "{absent} of the table's {live} rows are not in the export, and max_deleted allows {allowed}: nothing \
+                    was changed"
             ),
         )
         .with_hint("if they are gone from the server, run once with --set stages.merge.max_deleted=…"))

@@ -2,8 +2,8 @@
 //!
 //! Readers must find every column of a group that has any (Spark before 4.1 takes the group for null otherwise,
 //! SPARK-53535), and FHIR's groups have hundreds that are null. Such a column says nothing but where the group above it
-//! is: its repetition and definition levels are the group's own, and the same for all columns of the group that are null.
-//! They are worked out and packed once a group, and copied for each of its columns.
+//! is: its repetition and definition levels are the group's own, and the same for all columns of the group that are
+//! null. They are worked out and packed once a group, and copied for each of its columns.
 
 use std::collections::HashMap;
 
@@ -40,7 +40,8 @@ impl Levels {
 
     /// Levels of what lies in a group; where the group is `optional`, one more where it is there.
     fn within(&self, optional: Option<&ArrayRef>) -> Self {
-        let valid = |slot: &Option<u32>| slot.filter(|slot| optional.is_none_or(|array| array.is_valid(*slot as usize)));
+        let valid =
+            |slot: &Option<u32>| slot.filter(|slot| optional.is_none_or(|array| array.is_valid(*slot as usize)));
         let slots: Vec<Option<u32>> = self.slots.iter().map(valid).collect();
         let one_more = u8::from(optional.is_some());
         let definition =
@@ -125,7 +126,8 @@ fn pack(values: &[u8], width: u8, out: &mut Vec<u8>) {
         }
         // Groups of eight until a run begins at the start of one; only the last may be short.
         let start = at;
-        while at < values.len() && (at == start || values[at..].len() < 8 || values[at..at + 8].iter().any(|v| *v != values[at]))
+        while at < values.len()
+            && (at == start || values[at..].len() < 8 || values[at..at + 8].iter().any(|v| *v != values[at]))
         {
             at = (at + 8).min(values.len());
         }
@@ -215,7 +217,8 @@ impl Completion<'_> {
     fn array(&mut self, file: &DataType, nullable: bool, array: &ArrayRef, levels: &Levels) -> Result<()> {
         if same_leaves(file, array.data_type()) {
             for _ in 0..leaves(file) {
-                let written = self.written.next().ok_or_else(|| ParquetError::General("a column was not written".into()))?;
+                let written =
+                    self.written.next().ok_or_else(|| ParquetError::General("a column was not written".into()))?;
                 self.done.push(written);
             }
             return Ok(());

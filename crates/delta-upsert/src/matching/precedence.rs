@@ -17,8 +17,8 @@ pub(crate) enum Precedence {
 pub struct OrderRules {
     /// Copies of equal version are compared, and rewritten where they differ.
     pub full_refresh: bool,
-    /// A copy that says nothing of its age is older than a row of the table that does: nothing says that it comes from a newer export,
-    /// as in a folder of files.
+    /// A copy that says nothing of its age is older than a row of the table that does: nothing says that it comes from
+    /// a newer export, as in a folder of files.
     pub undated_is_older: bool,
 }
 
@@ -93,7 +93,10 @@ mod tests {
         assert!(older(replayed(key(NONE, 1, false)), key(5, 1, false)), "out of quarantine, lacks the table's order");
         assert!(older(replayed(key(NONE, NONE, false)), key(NONE, NONE, false)), "out of quarantine, without order");
         let rules = OrderRules { full_refresh: true, ..OrderRules::default() };
-        assert!(matches!(judge(&key(1, 1, false), &key(1, 1, false), rules), Precedence::Compare), "full refresh compares");
+        assert!(
+            matches!(judge(&key(1, 1, false), &key(1, 1, false), rules), Precedence::Compare),
+            "full refresh compares"
+        );
         let rules = OrderRules { undated_is_older: true, ..OrderRules::default() };
         let of_folder = |staged, table| judge(&staged, &table, rules);
         assert!(

@@ -1,8 +1,8 @@
 //! Equality of rows, whichever columns their files have and whoever wrote them.
 //!
-//! A difference in form only is none: a canonical quantity of 25 at scale 2 and of 25e36 at scale 38; a `_scale` beyond the
-//! six places that the decimal has; the numbers that link an element to its extensions (`_fid`), which Pathling draws at
-//! random. So two writers of one table do not rewrite each other's rows.
+//! A difference in form only is none: a canonical quantity of 25 at scale 2 and of 25e36 at scale 38; a `_scale` beyond
+//! the six places that the decimal has; the numbers that link an element to its extensions (`_fid`), which Pathling
+//! draws at random. So two writers of one table do not rewrite each other's rows.
 
 use std::collections::HashMap;
 
@@ -77,7 +77,10 @@ impl Content {
         let keys: Option<&Int32Array> = entries.column(0).as_primitive_opt::<Int32Type>();
         let lists = entries.column(1).as_list_opt::<i32>();
         let (Some(keys), Some(lists)) = (keys, lists) else {
-            return Err(Error::new(ErrorKind::Table, "rows whose _extension is not a map from int to a list cannot be compared"));
+            return Err(Error::new(
+                ErrorKind::Table,
+                "rows whose _extension is not a map from int to a list cannot be compared",
+            ));
         };
         for entry in (0..entries.len()).filter(|entry| lists.is_valid(*entry)) {
             self.extensions.insert(keys.value(entry), lists.value(entry));
@@ -101,7 +104,7 @@ impl Content {
         }
         let before = self.said.len();
         put(&mut self.said, field.name().as_bytes());
-        let begun = self.said.len();
+        let start = self.said.len();
         let is_scale = field.name().ends_with("_scale");
         match column.data_type() {
             DataType::Int32 if is_scale => self.scale(column.as_primitive::<Int32Type>().value(row)),
@@ -109,8 +112,9 @@ impl Content {
             DataType::Struct(_) if field.name() == "_value_canonicalized" => self.canonical(column, row)?,
             _ => self.say(column, row)?,
         }
-        // Pathling writes a struct of nulls for a canonical value that its decimal does not hold; it says what none says.
-        if matches!(column.data_type(), DataType::Struct(_)) && matches!(&self.said[begun..], b"" | b"{}") {
+        // Pathling writes a struct of nulls for a canonical value that its decimal does not hold; it says what none
+        // says.
+        if matches!(column.data_type(), DataType::Struct(_)) && matches!(&self.said[start..], b"" | b"{}") {
             self.said.truncate(before);
         }
         Ok(())
@@ -171,7 +175,10 @@ impl Content {
                 self.items(entries.column(1), false)?;
             }
             other => {
-                return Err(Error::new(ErrorKind::Table, format!("rows with a column of type {other} cannot be compared")));
+                return Err(Error::new(
+                    ErrorKind::Table,
+                    format!("rows with a column of type {other} cannot be compared"),
+                ));
             }
         }
         Ok(())
@@ -231,7 +238,8 @@ mod tests {
         let numbers = arrow::array::Decimal128Array::from_iter_values(values.iter().map(|value| value.0));
         let numbers: ArrayRef = Arc::new(numbers.with_precision_and_scale(38, 0).unwrap());
         let scales: ArrayRef = Arc::new(Int32Array::from_iter_values(values.iter().map(|value| value.1)));
-        row_hashes(&batch(vec![("_value_canonicalized", structs(vec![("value", numbers), ("scale", scales)]))])).unwrap()
+        row_hashes(&batch(vec![("_value_canonicalized", structs(vec![("value", numbers), ("scale", scales)]))]))
+            .unwrap()
     }
 
     // Breaks if a number that is written in another form counts as another, or two numbers as one.
@@ -249,7 +257,8 @@ mod tests {
     #[test]
     fn a_struct_of_nulls_says_nothing() {
         let ids: ArrayRef = Arc::new(StringArray::from(vec!["a"]));
-        let number: ArrayRef = Arc::new(arrow::array::Decimal128Array::from(vec![None]).with_precision_and_scale(38, 0).unwrap());
+        let number: ArrayRef =
+            Arc::new(arrow::array::Decimal128Array::from(vec![None]).with_precision_and_scale(38, 0).unwrap());
         let scale: ArrayRef = Arc::new(Int32Array::from(vec![None]));
         let inner = structs(vec![("value", number.clone()), ("scale", scale.clone())]);
         let none = row_hashes(&batch(vec![("id", ids.clone())])).unwrap();
@@ -264,7 +273,8 @@ mod tests {
 
     #[test]
     fn scales_beyond_what_the_decimal_holds_say_nothing() {
-        let scales = |values: Vec<i32>| row_hashes(&batch(vec![("value_scale", Arc::new(Int32Array::from(values)))])).unwrap();
+        let scales =
+            |values: Vec<i32>| row_hashes(&batch(vec![("value_scale", Arc::new(Int32Array::from(values)))])).unwrap();
         let hashes = scales(vec![6, 7, 19, 5]);
         assert!(hashes[0] == hashes[1] && hashes[1] == hashes[2] && hashes[2] != hashes[3]);
     }

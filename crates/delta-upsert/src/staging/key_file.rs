@@ -131,7 +131,8 @@ impl KeyFile {
                 return Err(damaged(&self.path));
             }
             let records = bytes.chunks_exact(KeyAt::BYTES).map(KeyAt::read);
-            let counts = |record: &KeyAt| self.counts.as_ref().is_none_or(|counts| counts.contains(&record.arrival.file()));
+            let counts =
+                |record: &KeyAt| self.counts.as_ref().is_none_or(|counts| counts.contains(&record.arrival.file()));
             records.filter(counts).try_for_each(&mut each)?;
         }
         Ok(())
@@ -147,8 +148,8 @@ mod tests {
     use super::*;
     use crate::staging::spill::tests::record;
 
-    // Breaks if what is kept comes back otherwise, if rows that come again count, or if a file that was cut or changed is taken
-    // for whole.
+    // Breaks if what is kept comes back otherwise, if rows that come again count, or if a file that was cut or changed
+    // is taken for whole.
     #[test]
     fn what_is_saved_is_read_or_refused() {
         let folder = tempfile::tempdir().unwrap();
@@ -185,7 +186,9 @@ mod tests {
             bytes[at] ^= 1;
             bytes
         };
-        for wrong in [whole[..whole.len() - 5].to_vec(), whole[..100].to_vec(), changed(3), changed(100), changed(300_000)] {
+        for wrong in
+            [whole[..whole.len() - 5].to_vec(), whole[..100].to_vec(), changed(3), changed(100), changed(300_000)]
+        {
             std::fs::write(&path, wrong).unwrap();
             let error = KeyFile::open(&path).and_then(|keys| keys.read(0..PARTITIONS, |_| Ok(()))).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Data);

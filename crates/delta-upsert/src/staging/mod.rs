@@ -187,8 +187,8 @@ impl StagingFile {
 }
 
 impl StagedFile {
-    /// A file that an earlier run staged, with its keys in the file `keys`. Of its rows count those from the export's files
-    /// with the indexes `held`. An error of kind `Data` says that the keys are not what was written.
+    /// A file that an earlier run staged, with its keys in the file `keys`. Of its rows count those from the export's
+    /// files with the indexes `held`. An error of kind `Data` says that the keys are not what was written.
     pub fn again(staged: StagedParquet, keys: &std::path::Path, held: &HashSet<u32>) -> Result<Self> {
         let mut kept = KeyFile::open(keys)?;
         let mut void = RoaringTreemap::new();
@@ -199,7 +199,10 @@ impl StagedFile {
             kept.count_only(by_file.keys().copied().collect(), |key| void.extend([key.row()]))?;
         }
         if kept.rows() != counted || kept.rows() + void.len() != staged.rows {
-            return Err(Error::new(ErrorKind::Data, format!("{}: key file does not match its Parquet file", keys.display())));
+            return Err(Error::new(
+                ErrorKind::Data,
+                format!("{}: key file does not match its Parquet file", keys.display()),
+            ));
         }
         Ok(Self {
             path: Path::from(staged.path.as_str()),
@@ -268,8 +271,9 @@ impl StagedFile {
 }
 
 impl Table {
-    /// Returns the states of files that an earlier run staged. One that a version named and a later one removed so long ago that the
-    /// table does not know it any more waits, for all that can be told; its rows then lose against the table's.
+    /// Returns the states of files that an earlier run staged. One that a version named and a later one removed so long
+    /// ago that the table does not know it any more waits, for all that can be told; its rows then lose against the
+    /// table's.
     pub async fn staged_file_states(&self, staged: &[StagedParquet]) -> Result<Vec<StagedFileState>> {
         let mut named: HashSet<Path> = HashSet::new();
         if let Some(delta) = &self.delta {

@@ -1,12 +1,14 @@
 //! A Parquet file in the table's folder that its log does not know yet, written row group by row group.
 //!
-//! Rows become pages elsewhere, as the bytes of one row group in memory. What is written is those bytes, with the offsets
-//! in their metadata shifted: so one writer keeps up with any number of encoders.
+//! Rows become pages elsewhere, as the bytes of one row group in memory. What is written is those bytes, with the
+//! offsets in their metadata shifted: so one writer keeps up with any number of encoders.
 
 use object_store::ObjectStoreExt;
 use object_store::buffered::BufWriter;
 use object_store::path::Path;
-use parquet::file::metadata::{ColumnChunkMetaData, FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
+use parquet::file::metadata::{
+    ColumnChunkMetaData, FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData,
+};
 use parquet::file::statistics::Statistics;
 use tokio::io::AsyncWriteExt;
 
@@ -60,11 +62,15 @@ impl NewFile {
             let (from, until) = extent(group);
             let range = usize::try_from(from).ok().zip(usize::try_from(until).ok());
             let bytes = range.and_then(|(from, until)| bytes.get(from..until));
-            let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::Internal, "a row group lies outside of its bytes"))?;
-            self.writer.write_all(bytes).await.map_err(|error| storage(error, &format!("{} cannot be written", self.path)))?;
+            let bytes =
+                bytes.ok_or_else(|| Error::new(ErrorKind::Internal, "a row group lies outside of its bytes"))?;
+            self.writer
+                .write_all(bytes)
+                .await
+                .map_err(|error| storage(error, &format!("{} cannot be written", self.path)))?;
             let shift = self.offset as i64 - from as i64;
-            let moved =
-                moved(group, shift, self.row_groups.len()).context(ErrorKind::Internal, "a row group's metadata does not fit")?;
+            let moved = moved(group, shift, self.row_groups.len())
+                .context(ErrorKind::Internal, "a row group's metadata does not fit")?;
             self.row_groups.push(moved);
             self.offset += until - from;
         }
@@ -116,8 +122,8 @@ impl NewFile {
 
     /// Gives the file up.
     pub(crate) async fn discard(mut self) {
-        // One that has ended, well or not, must not be asked again: the writer panics. Nobody refers to the file; what cannot be
-        // removed now, the next run's start or vacuum removes.
+        // One that has ended, well or not, must not be asked again: the writer panics. Nobody refers to the file; what
+        // cannot be removed now, the next run's start or vacuum removes.
         if !self.ended {
             let _ = self.writer.abort().await;
         }
@@ -187,8 +193,9 @@ pub(crate) fn id_range(groups: &[RowGroupMetaData]) -> Option<(String, String)> 
         if !statistics.min_is_exact() || !statistics.max_is_exact() {
             return None;
         }
-        let text =
-            |bytes: Option<&parquet::data_type::ByteArray>| bytes.and_then(|bytes| bytes.as_utf8().ok()).map(str::to_owned);
+        let text = |bytes: Option<&parquet::data_type::ByteArray>| {
+            bytes.and_then(|bytes| bytes.as_utf8().ok()).map(str::to_owned)
+        };
         let (min, max) = (text(statistics.min_opt())?, text(statistics.max_opt())?);
         range = Some(match range {
             None => (min, max),

@@ -18,7 +18,8 @@ use foundation::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Default)]
 pub struct PageEncoder;
 
-/// Returns the settings that all data files have in common; statistics and bloom filters are asked for column by column.
+/// Returns the settings that all data files have in common; statistics and bloom filters are asked for column by
+/// column.
 fn usual_properties() -> WriterPropertiesBuilder {
     WriterProperties::builder()
         .set_created_by(CREATED_BY.to_owned())
@@ -44,7 +45,10 @@ fn properties(schema: &SchemaDescriptor, batch: &RecordBatch, filtered: &[bool])
         }
     }
     let id = ColumnPath::from("id");
-    builder.set_column_bloom_filter_enabled(id.clone(), true).set_column_bloom_filter_max_ndv(id, batch.num_rows() as u64).build()
+    builder
+        .set_column_bloom_filter_enabled(id.clone(), true)
+        .set_column_bloom_filter_max_ndv(id, batch.num_rows() as u64)
+        .build()
 }
 
 /// The arrays of the leaves, in the order of Parquet's columns.
@@ -61,8 +65,8 @@ fn leaves(array: &ArrayRef, out: &mut Vec<ArrayRef>) {
 const BLOCKS: usize = 16;
 const BLOCK: usize = 64;
 
-/// Returns true if values are nearly all different (ids, instants, narratives): a dictionary of them would be work and bytes
-/// for nothing. The same values give the same answer.
+/// Returns true if values are nearly all different (ids, instants, narratives): a dictionary of them would be work and
+/// bytes for nothing. The same values give the same answer.
 fn hardly_repeats(array: &ArrayRef) -> bool {
     let hash_at: &dyn Fn(usize) -> u64 = match array.data_type() {
         DataType::Utf8 => &|at| hash(array.as_string::<i32>().value(at).as_bytes()),
@@ -86,8 +90,8 @@ fn hardly_repeats(array: &ArrayRef) -> bool {
             seen[place] = hash;
         }
     }
-    // Of n values out of many more different ones, d, about n²/2d meet one that was there before (as birthdays do). Where
-    // that says that the whole column has each value less than twice, a dictionary does not pay.
+    // Of n values out of many more different ones, d, about n²/2d meet one that was there before (as birthdays do).
+    // Where that says that the whole column has each value less than twice, a dictionary does not pay.
     let different = (looked_at * looked_at) as f64 / (2.0 * repeated.max(1) as f64);
     looked_at >= BLOCK && repeated * 4 < looked_at && different * 2.0 > (values - array.null_count()) as f64
 }
@@ -101,9 +105,9 @@ fn mix(value: u64) -> u64 {
 }
 
 impl PageEncoder {
-    /// One batch as a row group in memory, and its metadata. The row group has the columns of `file`; those that the batch
-    /// lacks are null. `filtered` has an entry for each leaf column of the batch: whether readers filter by it, so that
-    /// statistics of it are worth their place in a footer that may describe a thousand others.
+    /// One batch as a row group in memory, and its metadata. The row group has the columns of `file`; those that the
+    /// batch lacks are null. `filtered` has an entry for each leaf column of the batch: whether readers filter by it,
+    /// so that statistics of it are worth their place in a footer that may describe a thousand others.
     pub fn encode(&self, batch: &RecordBatch, file: &SchemaRef, filtered: &[bool]) -> Result<(Bytes, ParquetMetaData)> {
         let failed = |error| Error::new(ErrorKind::Internal, format!("a record batch cannot be written: {error}"));
         let schema = ArrowSchemaConverter::new().convert(&batch.schema()).map_err(failed)?;

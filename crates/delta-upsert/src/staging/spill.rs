@@ -353,7 +353,11 @@ pub(crate) mod tests {
         rows[7] = 1000;
         for most in [1, 25, 100, 10_000] {
             let parts = Part::of(&rows, most);
-            assert!(parts.iter().all(|part| part.partitions.len() == 1 || part.partitions.len() as u64 * 10 <= most.max(1000)));
+            assert!(
+                parts
+                    .iter()
+                    .all(|part| part.partitions.len() == 1 || part.partitions.len() as u64 * 10 <= most.max(1000))
+            );
             for number in 0..5000u32 {
                 let key = key_of(&number.to_le_bytes());
                 assert_eq!(parts.iter().filter(|part| part.has(key)).count(), 1);

@@ -92,7 +92,8 @@ impl Table {
         // What an older version stood for must be listed from now on.
         let mut writer = features(protocol);
         writer.push("deletionVectors".into());
-        let mut reader: Vec<String> = protocol.reader_features().into_iter().flatten().map(ToString::to_string).collect();
+        let mut reader: Vec<String> =
+            protocol.reader_features().into_iter().flatten().map(ToString::to_string).collect();
         if protocol.min_reader_version() == 2 {
             reader.push("columnMapping".into());
         }

@@ -9,8 +9,8 @@ use futures::stream::BoxStream;
 use futures::{TryFutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    ObjectStoreScheme, PutMultipartOptions, PutOptions, PutPayload, PutResult,
 };
 use tokio_stream::StreamExt as _;
 use url::Url;
@@ -24,8 +24,8 @@ const HINT: &str = "_delta_log/_last_checkpoint";
 pub(crate) fn open(root: &Url, below: &str) -> Result<LogStoreRef> {
     let failed = |error| storage(error, "the table's store cannot be used");
     if let Some(folder) = root.to_file_path().ok().filter(|folder| !survives(folder)) {
-        // The kernel would look for it under another name. From the folder on, names are ours; it asks the file system for what
-        // is of the scheme `file`, so this is of another.
+        // The kernel would look for it under another name. From the folder on, names are ours; it asks the file system
+        // for what is of the scheme `file`, so this is of another.
         table_folder(&folder)?;
         let store = object_store::local::LocalFileSystem::new_with_prefix(&folder)
             .map_err(|error| storage(error, &format!("{} cannot be used", folder.display())))?;
@@ -39,15 +39,17 @@ pub(crate) fn open(root: &Url, below: &str) -> Result<LogStoreRef> {
     DeltaTableBuilder::from_url(url).and_then(|builder| builder.build_storage()).map_err(failed)
 }
 
-/// Returns true if a path is the same after the kernel has made a URL of it, which takes `%20` and `\` for something else.
+/// Returns true if a path is the same after the kernel has made a URL of it, which takes `%20` and `\` for something
+/// else.
 fn survives(path: &std::path::Path) -> bool {
     let Some((text, mut url)) = path.to_str().zip(Url::parse("file:///").ok()) else { return false };
     url.set_path(text);
     url.to_file_path().is_ok_and(|made| made == path)
 }
 
-/// A log whose checkpoints of now are passed over, where there are any and all commits are there as JSON; the protocol says
-/// of checkpoints that they may be (Delta protocol, "Checkpoints": a reader may ignore them). `None` where there are none.
+/// A log whose checkpoints of now are passed over, where there are any and all commits are there as JSON; the protocol
+/// says of checkpoints that they may be (Delta protocol, "Checkpoints": a reader may ignore them). `None` where there
+/// are none.
 ///
 /// If commits are missing: an error if a checkpoint caused the `failure` to read the log, else `None` too.
 pub(crate) async fn without_checkpoints(
@@ -73,7 +75,8 @@ pub(crate) async fn without_checkpoints(
     if hidden.is_empty() {
         return Ok(None);
     }
-    let version = |path: &Path| path.filename()?.strip_suffix(".json").filter(|stem| stem.len() == 20)?.parse::<u64>().ok();
+    let version =
+        |path: &Path| path.filename()?.strip_suffix(".json").filter(|stem| stem.len() == 20)?.parse::<u64>().ok();
     let mut versions: Vec<u64> = names.iter().filter_map(version).collect();
     versions.sort_unstable();
     if versions.is_empty() || versions.iter().enumerate().any(|(at, version)| *version != at as u64) {
@@ -83,7 +86,8 @@ pub(crate) async fn without_checkpoints(
         }
         let why = format!("its checkpoint cannot be read, and older commits are no longer there as JSON: {words}");
         return Err(Error::new(ErrorKind::Table, why).with_hint(
-            "restore `_delta_log` from a backup, or let another engine repair the table; to reload it, move its folder away and run with --full-refresh",
+            "restore `_delta_log` from a backup, or let another engine repair the table; to reload it, move its \
+                folder away and run with --full-refresh",
         ));
     }
     hidden.insert(prefix.parts().chain(Path::from(HINT).parts()).collect());
@@ -93,8 +97,8 @@ pub(crate) async fn without_checkpoints(
     opened.map(Some).map_err(|error| storage(error, "the table's store cannot be used"))
 }
 
-/// Returns true if the newest checkpoint is missing, cut short or not Parquet, so that the log cannot be read with it. `words` is
-/// the error that reading gave.
+/// Returns true if the newest checkpoint is missing, cut short or not Parquet, so that the log cannot be read with it.
+/// `words` is the error that reading gave.
 async fn is_damaged(store: &Arc<dyn ObjectStore>, hidden: &HashSet<Path>, words: &str) -> bool {
     let Some(newest) = hidden.iter().filter(|path| path.extension() == Some("parquet")).max() else { return true };
     let size = match store.head(newest).await {
@@ -171,7 +175,11 @@ impl ObjectStore for Shown {
         self.seen(self.inner.list(prefix))
     }
 
-    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+    fn list_with_offset(
+        &self,
+        prefix: Option<&Path>,
+        offset: &Path,
+    ) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
         let listed = self.seen(self.inner.list_with_offset(prefix, offset)).try_collect::<Vec<_>>();
         let sorted = listed.map_ok(|mut objects| {
             objects.sort_unstable_by(|one, other| one.location.cmp(&other.location));

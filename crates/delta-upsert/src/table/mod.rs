@@ -116,13 +116,20 @@ impl Tables {
         let root = self.root.join(&below).context(ErrorKind::Config, format!("no table can be at {below}"))?;
         let log_store = log_store::open(&self.root, &below).map_err(|error| error.at(resource_type.to_string()))?;
         let guard = self.guard.clone();
-        let mut table =
-            Table { resource_type: resource_type.clone(), log_store, root, wants_checkpoint: false, delta: None, guard };
+        let mut table = Table {
+            resource_type: resource_type.clone(),
+            log_store,
+            root,
+            wants_checkpoint: false,
+            delta: None,
+            guard,
+        };
         table.refresh().await?;
         Ok(table)
     }
 
-    /// Returns the names for which `is_name` is true and that have a table here, sorted. Other tables may be in the folder.
+    /// Returns the names for which `is_name` is true and that have a table here, sorted. Other tables may be in the
+    /// folder.
     pub async fn existing(&self, is_name: impl Fn(&str) -> bool) -> Result<Vec<Arc<str>>> {
         let mut found = Vec::new();
         if let Ok(path) = self.root.to_file_path() {
@@ -133,12 +140,17 @@ impl Tables {
             };
             for entry in entries.flatten() {
                 if entry.path().join("_delta_log").is_dir() {
-                    found.extend(entry.file_name().to_str().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from));
+                    found.extend(
+                        entry.file_name().to_str().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from),
+                    );
                 }
             }
         } else {
-            let listing =
-                self.store()?.list_with_delimiter(None).await.map_err(|error| storage(error, "tables cannot be listed"))?;
+            let listing = self
+                .store()?
+                .list_with_delimiter(None)
+                .await
+                .map_err(|error| storage(error, "tables cannot be listed"))?;
             for prefix in listing.common_prefixes {
                 found.extend(prefix.filename().and_then(|name| name.strip_suffix(".parquet")).map(Arc::from));
             }
@@ -168,7 +180,8 @@ impl Tables {
         store.delete(&path).await.map_err(|error| failed(&error))
     }
 
-    /// Returns the names for which `is_name` is true and that have a folder here: a table, or files that a killed run left.
+    /// Returns the names for which `is_name` is true and that have a folder here: a table, or files that a killed run
+    /// left.
     pub async fn existing_folders(&self, is_name: impl Fn(&str) -> bool) -> Result<Vec<Arc<str>>> {
         let Some(path) = self.local() else { return self.existing(is_name).await };
         let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
@@ -198,7 +211,9 @@ impl Table {
                 let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
                 let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
                 let orphan = |name: &String| {
-                    name.starts_with(&prefix) && !staged.contains(name.as_str()) && !named.has(&Path::from(name.as_str()))
+                    name.starts_with(&prefix)
+                        && !staged.contains(name.as_str())
+                        && !named.has(&Path::from(name.as_str()))
                 };
                 for name in names.filter(orphan) {
                     std::fs::remove_file(folder.join(&name))
@@ -208,8 +223,10 @@ impl Table {
                 }
             }
             None => {
-                let listed =
-                    store.list_with_delimiter(None).await.map_err(|error| storage(error, "the table cannot be listed"))?;
+                let listed = store
+                    .list_with_delimiter(None)
+                    .await
+                    .map_err(|error| storage(error, "the table cannot be listed"))?;
                 for object in listed.objects {
                     let name = object.location.filename().unwrap_or_default();
                     if name.starts_with(&prefix) && !staged.contains(name) && !named.has(&object.location) {
@@ -235,8 +252,8 @@ impl Table {
         Ok(orphans.len())
     }
 
-    /// Writes a checkpoint where the table's interval asks for one after `version`, and removes log files that are out of
-    /// their retention. Neither is part of the commit: a failure is only said.
+    /// Writes a checkpoint where the table's interval asks for one after `version`, and removes log files that are out
+    /// of their retention. Neither is part of the commit: a failure is only said.
     pub(crate) async fn checkpoint(&mut self, version: Option<u64>) {
         use deltalake::table::config::TablePropertiesExt;
         let Some(version) = version else { return };
@@ -289,7 +306,9 @@ fn check_store(url: &Url) -> Result<()> {
         return bad(format!("{scheme}:// is not supported for tables; use a folder, s3://, abfss:// or gs://"));
     };
     if !built_in {
-        return bad(format!("{scheme}:// is not in this build; build it with `cargo build --release --features {feature}`"));
+        return bad(format!(
+            "{scheme}:// is not in this build; build it with `cargo build --release --features {feature}`"
+        ));
     }
     // What comes before @ is a container in abfss://, and elsewhere a key that is there by mistake.
     if url.password().is_some() || (*feature != "azure" && !url.username().is_empty()) {
@@ -307,7 +326,8 @@ pub(crate) fn folder_url(location: &str) -> Result<Url> {
         Url::parse(location).context(ErrorKind::Config, "not a URL")?
     } else {
         let path = std::path::absolute(location).context(ErrorKind::Config, format!("{location} is not a path"))?;
-        Url::from_directory_path(&path).map_err(|()| Error::new(ErrorKind::Config, format!("{location} is not a path")))?
+        Url::from_directory_path(&path)
+            .map_err(|()| Error::new(ErrorKind::Config, format!("{location} is not a path")))?
     };
     let mut url = url;
     if !url.path().ends_with('/') {
@@ -318,8 +338,8 @@ pub(crate) fn folder_url(location: &str) -> Result<Url> {
 }
 
 impl Table {
-    /// Makes the table's folder, for those whom the umask lets in, before the first file goes into it. Not before: an empty folder
-    /// of this name is no table, and Pathling would take it for one.
+    /// Makes the table's folder, for those whom the umask lets in, before the first file goes into it. Not before: an
+    /// empty folder of this name is no table, and Pathling would take it for one.
     pub fn make_folder(&self) -> Result<()> {
         self.local().map_or(Ok(()), |folder| table_folder(&folder))
     }
@@ -349,8 +369,8 @@ impl Table {
         Ok(())
     }
 
-    /// Reads a log that cannot be read without its checkpoints, which are a help to readers and no more; `None` where it is not
-    /// for them that it cannot be.
+    /// Reads a log that cannot be read without its checkpoints, which are a help to readers and no more; `None` where
+    /// it is not for them that it cannot be.
     async fn load_without_checkpoints(&mut self, failed: &deltalake::DeltaTableError) -> Result<Option<DeltaTable>> {
         let log_store = match log_store::without_checkpoints(&self.log_store, failed).await {
             Ok(Some(log_store)) => log_store,

@@ -70,8 +70,8 @@ fn read(file: &File, range: Range<u64>) -> Result<Bytes> {
     read_at(file, range).map_err(external)
 }
 
-/// A local file whose pages are read one after the other, as they are needed: of a row group of another writer, which may
-/// be hundreds of megabytes, only some pages are in memory.
+/// A local file whose pages are read one after the other, as they are needed: of a row group of another writer, which
+/// may be hundreds of megabytes, only some pages are in memory.
 #[derive(Debug, Clone)]
 pub(crate) struct LocalFile {
     file: Arc<File>,
@@ -126,8 +126,8 @@ pub(crate) enum FileRows {
 /// Bytes that a batch of rows should have.
 pub(crate) const BATCH_BYTES: u64 = 8 << 20;
 
-/// Rows that the first batch has at most: how large rows are, nobody knows before. A footer tells how large they are packed,
-/// and a dictionary packs a large text that every row has into some bits.
+/// Rows that the first batch has at most: how large rows are, nobody knows before. A footer tells how large they are
+/// packed, and a dictionary packs a large text that every row has into some bits.
 const FIRST_ROWS: usize = 256;
 
 /// Rows of a local file, in batches that become as large as they should be.
@@ -144,7 +144,12 @@ pub(crate) struct LocalRows {
 
 impl LocalRows {
     /// Those `wanted`, or all; `most` are the rows of a batch by the footer.
-    pub(crate) fn new(file: LocalFile, metadata: ArrowReaderMetadata, wanted: Option<RowSelection>, most: usize) -> Result<Self> {
+    pub(crate) fn new(
+        file: LocalFile,
+        metadata: ArrowReaderMetadata,
+        wanted: Option<RowSelection>,
+        most: usize,
+    ) -> Result<Self> {
         let at_once = most.min(FIRST_ROWS);
         let reader = Self::reader(&file, &metadata, wanted.as_ref(), 0, at_once)?;
         Ok(Self { file, metadata, wanted, given: 0, at_once, most, reader })
@@ -207,10 +212,14 @@ impl AsyncFileReader for StoreReader {
         })
     }
 
-    fn get_metadata<'a>(&'a mut self, _: Option<&'a ArrowReaderOptions>) -> BoxFuture<'a, Result<Arc<ParquetMetaData>>> {
+    fn get_metadata<'a>(
+        &'a mut self,
+        _: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>>> {
         Box::pin(async move {
             let size = self.size;
-            let metadata = ParquetMetaDataReader::new().with_prefetch_hint(Some(64 * 1024)).load_and_finish(self, size).await?;
+            let metadata =
+                ParquetMetaDataReader::new().with_prefetch_hint(Some(64 * 1024)).load_and_finish(self, size).await?;
             Ok(Arc::new(metadata))
         })
     }

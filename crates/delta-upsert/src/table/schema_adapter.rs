@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, ListArray, MapArray, RecordBatch, RecordBatchOptions, StructArray, new_null_array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, ListArray, MapArray, RecordBatch, RecordBatchOptions, StructArray, new_null_array,
+};
 use arrow::compute::CastOptions;
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 
@@ -19,7 +21,8 @@ pub(crate) fn union(table: &Schema, files: &[SchemaRef]) -> Schema {
 
 fn union_fields(table: &Fields, files: &[&Fields]) -> Fields {
     let field = |field: &FieldRef| {
-        let found: Vec<&FieldRef> = files.iter().filter_map(|fields| fields.iter().find(|f| f.name() == field.name())).collect();
+        let found: Vec<&FieldRef> =
+            files.iter().filter_map(|fields| fields.iter().find(|f| f.name() == field.name())).collect();
         union_field(field, &found)
     };
     table.iter().filter_map(field).collect()
@@ -73,7 +76,8 @@ pub(crate) fn narrow(batch: &RecordBatch) -> Result<RecordBatch> {
     let (mut fields, mut columns) = (Vec::new(), Vec::new());
     for (field, column) in schema.fields().iter().zip(batch.columns()) {
         // A batch has a column, whatever its rows say.
-        let column = if column.null_count() < column.len() || field.name() == "id" { narrowed(column)? } else { continue };
+        let column =
+            if column.null_count() < column.len() || field.name() == "id" { narrowed(column)? } else { continue };
         fields.push(Arc::new(field.as_ref().clone().with_data_type(column.data_type().clone())));
         columns.push(column);
     }
@@ -87,7 +91,8 @@ pub(crate) fn narrow(batch: &RecordBatch) -> Result<RecordBatch> {
 
 fn narrowed(column: &ArrayRef) -> Result<ArrayRef> {
     let failed = |error| storage(error, "a column cannot be read");
-    let item = |of: &FieldRef, values: &ArrayRef| Arc::new(of.as_ref().clone().with_data_type(values.data_type().clone()));
+    let item =
+        |of: &FieldRef, values: &ArrayRef| Arc::new(of.as_ref().clone().with_data_type(values.data_type().clone()));
     Ok(match column.data_type() {
         DataType::Struct(fields) => {
             let structs = column.as_struct();
@@ -99,7 +104,8 @@ fn narrowed(column: &ArrayRef) -> Result<ArrayRef> {
                 let child = narrowed(child)?;
                 Ok((item(field, &child), child))
             });
-            let (fields, children): (Vec<FieldRef>, Vec<ArrayRef>) = kept.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            let (fields, children): (Vec<FieldRef>, Vec<ArrayRef>) =
+                kept.collect::<Result<Vec<_>>>()?.into_iter().unzip();
             let nulls = structs.nulls().cloned();
             Arc::new(StructArray::try_new_with_length(fields.into(), children, nulls, column.len()).map_err(failed)?)
         }
@@ -129,11 +135,13 @@ fn adapt_column(column: Option<&ArrayRef>, field: &Field, rows: usize) -> Result
         return Ok(column.clone());
     }
     let failed = |error| storage(error, &format!("column {} does not fit the table's", field.name()));
-    let wrong = || Error::new(ErrorKind::Table, format!("column {} of a file is not a {}", field.name(), field.data_type()));
+    let wrong =
+        || Error::new(ErrorKind::Table, format!("column {} of a file is not a {}", field.name(), field.data_type()));
     Ok(match field.data_type() {
         DataType::Struct(fields) => {
             let structs = column.as_struct_opt().ok_or_else(wrong)?;
-            let children = fields.iter().map(|field| adapt_column(structs.column_by_name(field.name()), field, column.len()));
+            let children =
+                fields.iter().map(|field| adapt_column(structs.column_by_name(field.name()), field, column.len()));
             let children = children.collect::<Result<Vec<_>>>()?;
             let nulls = structs.nulls().cloned();
             Arc::new(StructArray::try_new_with_length(fields.clone(), children, nulls, column.len()).map_err(failed)?)
@@ -141,7 +149,10 @@ fn adapt_column(column: Option<&ArrayRef>, field: &Field, rows: usize) -> Result
         DataType::List(item) => {
             let lists = column.as_list_opt::<i32>().ok_or_else(wrong)?;
             let values = adapt_column(Some(lists.values()), item, lists.values().len())?;
-            Arc::new(ListArray::try_new(item.clone(), lists.offsets().clone(), values, lists.nulls().cloned()).map_err(failed)?)
+            Arc::new(
+                ListArray::try_new(item.clone(), lists.offsets().clone(), values, lists.nulls().cloned())
+                    .map_err(failed)?,
+            )
         }
         DataType::Map(entries, sorted) => {
             let maps = column.as_map_opt().ok_or_else(wrong)?;
@@ -151,7 +162,8 @@ fn adapt_column(column: Option<&ArrayRef>, field: &Field, rows: usize) -> Result
             let children = children.map(|(field, child)| adapt_column(Some(child), field, child.len()));
             let children = children.collect::<Result<Vec<_>>>()?;
             let items = StructArray::try_new(fields.clone(), children, None).map_err(failed)?;
-            let maps = MapArray::try_new(entries.clone(), maps.offsets().clone(), items, maps.nulls().cloned(), *sorted);
+            let maps =
+                MapArray::try_new(entries.clone(), maps.offsets().clone(), items, maps.nulls().cloned(), *sorted);
             Arc::new(maps.map_err(failed)?)
         }
         // A value that does not fit is an error, never a null.

@@ -1,4 +1,5 @@
-//! Changes of a table itself that its pipeline asks for: never unasked, each a commit of its own that the history tells of.
+//! Changes of a table itself that its pipeline asks for: never unasked, each a commit of its own that the history tells
+//! of.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -51,8 +52,11 @@ impl Table {
             // Top-level columns and those that added columns to, as Spark's own history has them.
             let before = snapshot.schema();
             let fields = widened.fields().filter(|field| before.field(field.name()) != Some(*field)).cloned().collect();
-            let metadata =
-                snapshot.metadata().clone().with_schema(&widened).context(ErrorKind::Table, "columns cannot be added")?;
+            let metadata = snapshot
+                .metadata()
+                .clone()
+                .with_schema(&widened)
+                .context(ErrorKind::Table, "columns cannot be added")?;
             let operation = DeltaOperation::AddColumn { fields };
             if self.change(vec![Action::Metadata(metadata)], info, operation).await? {
                 tracing::info!(resource_type = %self.resource_type, "added columns");
@@ -66,8 +70,8 @@ fn too_often() -> Error {
     Error::new(ErrorKind::Table, "other writers committed first in each attempt")
 }
 
-/// `table` with the columns of `ours` that it lacks behind its own, on every level; `None` where it lacks none. The values
-/// of a map stay as they are: readers do not widen them.
+/// `table` with the columns of `ours` that it lacks behind its own, on every level; `None` where it lacks none. The
+/// values of a map stay as they are: readers do not widen them.
 pub fn widen(table: &Schema, ours: &Schema) -> Option<Schema> {
     let widened = Schema::new(widen_fields(table.fields(), ours.fields()));
     (widened.fields() != table.fields()).then_some(widened)

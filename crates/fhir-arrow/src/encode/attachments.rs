@@ -22,7 +22,10 @@ fn walk<'a>(path: &str, value: Value<'a>, each: &mut impl FnMut(Value<'a>)) {
         // A contained resource says itself what it is.
         "Resource" => {
             let name = value.get(b"resourceType").and_then(|name| name.as_str());
-            return name.filter(|name| Model::r4().is_resource_type(name)).into_iter().for_each(|name| walk(name, value, each));
+            return name
+                .filter(|name| Model::r4().is_resource_type(name))
+                .into_iter()
+                .for_each(|name| walk(name, value, each));
         }
         _ => {}
     }

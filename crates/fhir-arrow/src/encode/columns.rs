@@ -218,8 +218,8 @@ impl Structs {
         let sizes = sizes.as_mut().and_then(|sizes| sizes.child(index));
         Box::new(Column::new(&group.fields[index], sizes))
     }
-    /// About the bytes that it and its children take as arrays of `len` slots, and while they are written as pages of `levels`
-    /// levels.
+    /// About the bytes that it and its children take as arrays of `len` slots, and while they are written as pages of
+    /// `levels` levels.
     pub(crate) fn bytes(&self, len: usize, levels: usize) -> usize {
         len / 8 + self.children.iter().flatten().map(|child| child.bytes(len, levels)).sum::<usize>()
     }

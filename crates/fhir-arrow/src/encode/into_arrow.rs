@@ -25,12 +25,12 @@ impl Column {
                 Arc::new(BooleanArray::new(bits.finish(), values.valid.finish()))
             }
             Column::Integer(mut values) => Arc::new(Int32Array::try_new(values.values.into(), values.valid.finish())?),
-            Column::Decimal(mut values, data_type) => {
-                Arc::new(Decimal128Array::try_new(values.values.into(), values.valid.finish())?.with_data_type(data_type))
-            }
-            Column::Instant(mut values) => {
-                Arc::new(TimestampMicrosecondArray::try_new(values.values.into(), values.valid.finish())?.with_timezone(UTC))
-            }
+            Column::Decimal(mut values, data_type) => Arc::new(
+                Decimal128Array::try_new(values.values.into(), values.valid.finish())?.with_data_type(data_type),
+            ),
+            Column::Instant(mut values) => Arc::new(
+                TimestampMicrosecondArray::try_new(values.values.into(), values.valid.finish())?.with_timezone(UTC),
+            ),
             Column::String(mut bytes) => {
                 let offsets = OffsetBuffer::new(ScalarBuffer::from(bytes.offsets));
                 let data = Buffer::from_vec(bytes.data);
@@ -86,15 +86,16 @@ impl Structs {
     /// Which fields were filled, at every depth.
     pub(crate) fn filled(&self) -> PresentColumns {
         let children = self.children.iter().enumerate();
-        let children =
-            children.filter_map(|(index, child)| Some((index, child.as_deref().filter(|child| child.has_values())?.filled())));
+        let children = children
+            .filter_map(|(index, child)| Some((index, child.as_deref().filter(|child| child.has_values())?.filled())));
         PresentColumns { children: children.collect() }
     }
 
     /// Those of the columns of `known` that have a place here. The others are null throughout.
     pub(crate) fn made(&self, known: &PresentColumns) -> PresentColumns {
         let children = known.children.iter();
-        let children = children.filter_map(|(index, inner)| Some((*index, self.children.get(*index)?.as_deref()?.made(inner)?)));
+        let children =
+            children.filter_map(|(index, inner)| Some((*index, self.children.get(*index)?.as_deref()?.made(inner)?)));
         PresentColumns { children: children.collect() }
     }
 

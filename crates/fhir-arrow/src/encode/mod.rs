@@ -153,7 +153,8 @@ impl Encoder {
         self.column_bytes
     }
 
-    /// Returns its weight beside others: its JSON, or its columns where those are far more than the usual once or twice of it.
+    /// Returns its weight beside others: its JSON, or its columns where those are far more than the usual once or twice
+    /// of it.
     pub fn weight(&self) -> usize {
         self.json_bytes.max(self.column_bytes / 2)
     }
@@ -227,7 +228,13 @@ fn put_full_id(row: &Row, column: &mut Column, slot: usize, resource: Value<'_>,
 }
 
 /// Encodes an object into the struct at `slot`; whether there was anything in it. `ROOT` for the resource itself.
-fn put_group<const ROOT: bool>(row: &mut Row, group: &Group, structs: &mut Structs, slot: usize, object: Value<'_>) -> bool {
+fn put_group<const ROOT: bool>(
+    row: &mut Row,
+    group: &Group,
+    structs: &mut Structs,
+    slot: usize,
+    object: Value<'_>,
+) -> bool {
     let fid = row.next_fid;
     if group.fid.is_some() {
         row.next_fid += 1;

@@ -108,9 +108,14 @@ mod tests {
         assert_eq!(decimal("-0.0000005"), (Some(-1), 7));
         assert_eq!(decimal("1.2345675"), (Some(1_234_568), 7));
         assert_eq!(decimal("0e400"), (Some(0), 0));
-        for (text, exact) in
-            [("1.2345670", true), ("1.2345671", false), ("4e-7", false), ("1e-9", false), ("0.000", true), ("1e30", false)]
-        {
+        for (text, exact) in [
+            ("1.2345670", true),
+            ("1.2345671", false),
+            ("4e-7", false),
+            ("1e-9", false),
+            ("0.000", true),
+            ("1e30", false),
+        ] {
             assert_eq!(parse_decimal(text.as_bytes()).unwrap().exact, exact, "{text}");
         }
         assert_eq!(decimal("12345678901234567890123456"), (Some(12_345_678_901_234_567_890_123_456_000_000), 0));

@@ -30,8 +30,10 @@ impl Node {
 
 /// `map<int, array<item>>`, named and nullable as Spark writes it.
 pub(crate) fn map_type(item: DataType) -> DataType {
-    let entries =
-        Fields::from(vec![ArrowField::new("key", DataType::Int32, false), ArrowField::new("value", list_type(item), false)]);
+    let entries = Fields::from(vec![
+        ArrowField::new("key", DataType::Int32, false),
+        ArrowField::new("value", list_type(item), false),
+    ]);
     DataType::Map(Arc::new(ArrowField::new("key_value", DataType::Struct(entries), false)), false)
 }
 
@@ -55,15 +57,16 @@ pub fn arrow_schema(layout: &Layout) -> Schema {
 
 /// `layout` as an existing table with `table` for its schema takes it: the table's columns in the table's
 /// order, filled where the layout knows them. What the table has no column for is counted as lost when
-/// it is met, or with `add_columns` added behind the table's own, on every level but within maps: readers do not adapt the
-/// values of a map. A column whose type we cannot write is an error that names it.
+/// it is met, or with `add_columns` added behind the table's own, on every level but within maps: readers do not adapt
+/// the values of a map. A column whose type we cannot write is an error that names it.
 pub fn conform(layout: &Layout, table: &Schema, add_columns: bool) -> Result<Layout> {
     let root = conform_group(&layout.root, table.fields(), add_columns)?;
     let asked = |layout: &Group| layout.fields.iter().any(|field| field.source == Source::Json);
     if asked(&layout.root) && !asked(&root) {
         return Err(Error::new(
             ErrorKind::Table,
-            "the table has no column `_source`, which source_json asks for: turn source_json off, or move the table's folder away and run again, which creates a new table",
+            "the table has no column `_source`, which source_json asks for: turn source_json off, or move the table's \
+                folder away and run again, which creates a new table",
         ));
     }
     if !root.fields.iter().any(|field| field.name == "id" && field.source == Source::Member) {
@@ -72,8 +75,8 @@ pub fn conform(layout: &Layout, table: &Schema, add_columns: bool) -> Result<Lay
     Ok(Layout { resource_type: layout.resource_type.clone(), root: Arc::new(root) })
 }
 
-/// The layout that rows of a type are written in: `options` say it, and a table that exists, `table` its columns, as far
-/// as it goes. With `add_columns` that is a table to which the columns that it lacks are added.
+/// The layout that rows of a type are written in: `options` say it, and a table that exists, `table` its columns, as
+/// far as it goes. With `add_columns` that is a table to which the columns that it lacks are added.
 pub fn layout_for(resource_type: &str, options: &LayoutOptions, table: Option<&Schema>) -> Result<Layout> {
     let layout = Layout::pathling(resource_type, options)
         .ok_or_else(|| Error::new(ErrorKind::Internal, format!("{resource_type} is not a resource type of R4")))?;
@@ -182,14 +185,17 @@ mod tests {
         assert_eq!(arrow_schema(&conformed), table);
         // With `add_columns` the columns that it lacks come behind its own.
         let widened = arrow_schema(&conform(&patient(true), &table, true).unwrap());
-        let names: Vec<&str> = widened.fields().iter().skip(table.fields().len()).map(|field| field.name().as_str()).collect();
+        let names: Vec<&str> =
+            widened.fields().iter().skip(table.fields().len()).map(|field| field.name().as_str()).collect();
         assert_eq!(names, ["_fid", "_extension"]);
     }
 
     #[test]
     fn a_column_of_another_type_is_named() {
-        let table =
-            Schema::new(vec![ArrowField::new("id", DataType::Utf8, true), ArrowField::new("active", DataType::Int32, true)]);
+        let table = Schema::new(vec![
+            ArrowField::new("id", DataType::Utf8, true),
+            ArrowField::new("active", DataType::Int32, true),
+        ]);
         let error = conform(&patient(true), &table, false).unwrap_err();
         assert!(error.to_string().contains("Patient.active"), "{error}");
     }

@@ -71,7 +71,8 @@ impl MemberIndex {
             while table[at] != 0 {
                 at = (at + 1) & (table.len() - 1);
             }
-            // A table of Delta Lake has far fewer columns in one struct; those beyond are not found, so counted as lost.
+            // A table of Delta Lake has far fewer columns in one struct; those beyond are not found, so counted as
+            // lost.
             table[at] = u16::try_from(place + 1).unwrap_or(0);
         }
         Self { names, table, shift }
@@ -121,7 +122,8 @@ mod tests {
                 prop_assert!(index.is(place, MemberKey::new(name.as_bytes())));
             }
             for name in &asked {
-                prop_assert_eq!(index.find(MemberKey::new(name.as_bytes())), list.iter().position(|known| known == name));
+                prop_assert_eq!(index.find(MemberKey::new(name.as_bytes())),
+                    list.iter().position(|known| known == name));
             }
         }
     }

@@ -106,7 +106,8 @@ impl Group {
             of("_scale", Source::Scale).or_else(|| of("_versioned", Source::Versioned))
         });
         let (derived, fid) = (derived.collect(), place(Source::Fid));
-        let named = |name: &str| fields.iter().position(|field| field.source == Source::Canonical && field.name == name);
+        let named =
+            |name: &str| fields.iter().position(|field| field.source == Source::Canonical && field.name == name);
         let canonical = named("_value_canonicalized").zip(named("_code_canonicalized"));
         Self { path, members, names, derived, fid, canonical, fields }
     }
@@ -123,8 +124,8 @@ pub struct Field {
     pub node: Node,
     /// Source of its value.
     pub source: Source,
-    /// Names of other JSON members that it takes in as well: `valuePositiveInt` for `valueInteger`, where the choice has
-    /// no column of its own for it.
+    /// Names of other JSON members that it takes in as well: `valuePositiveInt` for `valueInteger`, where the choice
+    /// has no column of its own for it.
     pub aliases: Vec<String>,
     /// True if readers filter by it (ids, dates, codes, references), so that files keep statistics of it.
     pub filtered: bool,
@@ -310,7 +311,8 @@ impl Builder<'_> {
                 fields.push(field(name, element.repeats, Node::Group(Arc::new(group)), Source::Member));
             }
         } else if element.choice {
-            // The definitions spell `*` out as all of the 50 types that it stands for; no other choice has half as many.
+            // The definitions spell `*` out as all of the 50 types that it stands for; no other choice has half as
+            // many.
             let open = element.types.len() > 25;
             let types = if open { &self.options.open_types } else { &element.types };
             let mut codes: Vec<&str> = types.iter().map(String::as_str).collect();
@@ -320,11 +322,12 @@ impl Builder<'_> {
             for code in &codes {
                 let at = fields.len();
                 self.typed(path, &(name.clone() + &capitalised(code)), false, code, fields);
-                // An open choice of a subclass of one of its types: HAPI's class of the value decides, so Pathling's column
-                // of the type has it. Where the subclass has a column of its own, the value is only there.
+                // An open choice of a subclass of one of its types: HAPI's class of the value decides, so Pathling's
+                // column of the type has it. Where the subclass has a column of its own, the value is only there.
                 let subclasses = SUBCLASSES.iter().find(|(class, _)| class == code).map_or(&[][..], |row| row.1);
                 if let (true, Some(field)) = (open, fields.get_mut(at)) {
-                    let without_column = subclasses.iter().filter(|subclass| !codes.iter().any(|code| code == **subclass));
+                    let without_column =
+                        subclasses.iter().filter(|subclass| !codes.iter().any(|code| code == **subclass));
                     field.aliases = without_column.map(|subclass| name.clone() + &capitalised(subclass)).collect();
                 }
             }
@@ -336,7 +339,8 @@ impl Builder<'_> {
     }
 
     fn typed(&mut self, path: &str, name: &str, repeats: bool, code: &str, fields: &mut Vec<Field>) {
-        let filtered = matches!(code, "id" | "date" | "dateTime" | "instant" | "code") || name == "reference" && code == "string";
+        let filtered =
+            matches!(code, "id" | "date" | "dateTime" | "instant" | "code") || name == "reference" && code == "string";
         let leaf = |node| Field { filtered, ..field(name, repeats, node, Source::Member) };
         match code {
             "boolean" => fields.push(leaf(Node::Boolean)),
@@ -383,14 +387,18 @@ mod tests {
         Some(group.fields.iter().map(|field| field.name.clone()).collect())
     }
 
-    // SchemaProcessor.includeElement: a definition may be on its own path as often as the level says, a Reference never.
+    // SchemaProcessor.includeElement: a definition may be on its own path as often as the level says, a Reference
+    // never.
     #[test]
     fn nesting_stops_at_the_level() {
         for level in [0, 1, 3, 5] {
             let options = LayoutOptions { max_nesting_level: level, ..Default::default() };
             let deepest = vec!["item"; level + 1];
             let items = names("QuestionnaireResponse", &deepest, &options).unwrap();
-            assert!(items.contains(&"answer".to_owned()) && !items.contains(&"item".to_owned()), "level {level}: {items:?}");
+            assert!(
+                items.contains(&"answer".to_owned()) && !items.contains(&"item".to_owned()),
+                "level {level}: {items:?}"
+            );
             let identifier = names("QuestionnaireResponse", &["subject", "identifier"], &options).unwrap();
             assert!(!identifier.contains(&"assigner".to_owned()), "level {level}: {identifier:?}");
             let assigner = names("QuestionnaireResponse", &["identifier", "assigner", "identifier"], &options);

@@ -8,8 +8,8 @@ use crate::layout::{Field, Group, Node};
 /// Which columns a file has, of those that its rows leave empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ColumnPruning {
-    /// A top-level column is there with all that is within it, or not at all. Spark before 4.1 takes a group for null where
-    /// the file has none of those of its columns that a query asks for (SPARK-53535).
+    /// A top-level column is there with all that is within it, or not at all. Spark before 4.1 takes a group for null
+    /// where the file has none of those of its columns that a query asks for (SPARK-53535).
     #[default]
     TopLevel,
     /// Only what a row fills, at every depth.

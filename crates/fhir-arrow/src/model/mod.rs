@@ -83,7 +83,11 @@ impl Model {
                     types: types.clone(),
                     block: own_block.or_else(|| reference.as_ref().map(|to| to.trim_start_matches('#').to_owned())),
                 };
-                definitions.entry(parent.to_owned()).or_insert(Definition { elements: Vec::new() }).elements.push(element);
+                definitions
+                    .entry(parent.to_owned())
+                    .or_insert(Definition { elements: Vec::new() })
+                    .elements
+                    .push(element);
             }
         }
         resource_types.sort_unstable();

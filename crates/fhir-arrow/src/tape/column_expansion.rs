@@ -10,8 +10,8 @@ use super::{Kind, Value};
 /// Bytes that a place in a column takes, about: its value and its validity.
 const PLACE: usize = 6;
 
-/// Bytes of a level of a column while its pages are written. Where a list is empty there is one all the same, of each column
-/// within it.
+/// Bytes of a level of a column while its pages are written. Where a list is empty there is one all the same, of each
+/// column within it.
 const LEVEL: usize = 6;
 
 /// Names that are told apart: more than FHIR has.
@@ -25,7 +25,7 @@ struct Element<'a> {
     members: HashMap<&'a [u8], usize>,
 }
 
-struct Spread<'a> {
+struct Expansion<'a> {
     elements: Vec<Element<'a>>,
 }
 
@@ -33,20 +33,21 @@ struct Spread<'a> {
 const ROOT: usize = 0;
 const EXTENSIONS: usize = 1;
 
-/// Returns the most that [`spread`] can give for a value of so many nodes: half of them items, half of them names.
-pub fn at_most(nodes: usize) -> usize {
+/// Returns the most that [`expanded_size`] can give for a value of so many nodes: half of them items, half of them
+/// names.
+pub fn expanded_size_limit(nodes: usize) -> usize {
     (nodes / 2).saturating_mul(nodes.div_ceil(2)).saturating_mul(PLACE + LEVEL)
 }
 
 /// Bytes that the lists of `resource` take as columns, about.
-pub fn spread(resource: Value<'_>) -> usize {
-    let mut spread = Spread { elements: vec![Element::default(), Element::default()] };
-    spread.walk(resource, ROOT);
-    let extensions = spread.elements[EXTENSIONS].items;
-    spread.bytes(ROOT, 1, 1).saturating_add(spread.bytes(EXTENSIONS, extensions, extensions + 1))
+pub fn expanded_size(resource: Value<'_>) -> usize {
+    let mut expansion = Expansion { elements: vec![Element::default(), Element::default()] };
+    expansion.walk(resource, ROOT);
+    let extensions = expansion.elements[EXTENSIONS].items;
+    expansion.bytes(ROOT, 1, 1).saturating_add(expansion.bytes(EXTENSIONS, extensions, extensions + 1))
 }
 
-impl<'a> Spread<'a> {
+impl<'a> Expansion<'a> {
     fn walk(&mut self, value: Value<'a>, element: usize) {
         match value.kind() {
             Kind::Object => {
@@ -111,7 +112,7 @@ mod tests {
     fn of(json: &str) -> usize {
         let mut tape = Tape::default();
         let root = parse_value(&mut tape, json.as_bytes(), 0, json.len()).unwrap();
-        spread(tape.over(json.as_bytes()).value(root))
+        expanded_size(tape.over(json.as_bytes()).value(root))
     }
 
     // Breaks if empty items are free, or if what is not within a list is counted by it.

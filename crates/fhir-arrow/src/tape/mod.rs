@@ -8,7 +8,7 @@
 mod column_expansion;
 mod parse;
 
-pub use column_expansion::{at_most as expanded_size_limit, spread};
+pub use column_expansion::{expanded_size, expanded_size_limit};
 pub use parse::{Fault, MAX_DEPTH, parse_value};
 
 /// One node, packed: 4 bits kind, 28 bits length or count, 32 bits offset or end.

@@ -142,8 +142,10 @@ impl Unit {
         let mut bases: Vec<(&str, i8)> = bases.collect();
         bases.sort_unstable();
         // As Pathling's library prints them: a plus before a power.
-        let printed: Vec<String> =
-            bases.iter().map(|(base, power)| if *power == 1 { (*base).into() } else { format!("{base}{power:+}") }).collect();
+        let printed: Vec<String> = bases
+            .iter()
+            .map(|(base, power)| if *power == 1 { (*base).into() } else { format!("{base}{power:+}") })
+            .collect();
         let code = if printed.is_empty() { "1".into() } else { printed.join(".").into() };
         let (factor, scale) = match term.special {
             None => (exact(&expression)?, Scale::Ratio),
@@ -244,7 +246,9 @@ fn exact(term: &UnitExpr) -> Option<Ratio> {
         UnitExpr::Annotation(_) => Some(Ratio::one()),
         UnitExpr::Annotated(inner, _) => exact(inner),
         UnitExpr::Power(base, power) => exact(base)?.power(*power),
-        UnitExpr::Product(factors) => factors.iter().try_fold(Ratio::one(), |product, factor| product.bounded(&exact(factor)?)),
+        UnitExpr::Product(factors) => {
+            factors.iter().try_fold(Ratio::one(), |product, factor| product.bounded(&exact(factor)?))
+        }
         UnitExpr::Quotient(over, under) => exact(over)?.bounded(&exact(under)?.power(-1)?),
         UnitExpr::Reciprocal(inner) => exact(inner)?.power(-1),
     }
@@ -352,7 +356,8 @@ impl Ratio {
         let den = self.den.magnitude();
         let limit = num_bigint::BigUint::from(10u32).pow(DIGITS);
         // Digits before the point, give or take one: the loops below settle it.
-        let mut scale = (f64::from(DIGITS) - (num.bits() as f64 - den.bits() as f64) * std::f64::consts::LOG10_2) as i64 + 1;
+        let mut scale =
+            (f64::from(DIGITS) - (num.bits() as f64 - den.bits() as f64) * std::f64::consts::LOG10_2) as i64 + 1;
         loop {
             if scale < 0 {
                 return None;

@@ -25,8 +25,8 @@ fn reference() -> Vec<Vec<&'static str>> {
     lines
 }
 
-// What Pathling's UCUM library says, for every unit of UCUM and hundreds of clinical codes. The numbers are compared, as
-// Pathling compares them: it keeps zeros at the end of some (`1.20` of `72 /min`), ours have none.
+// What Pathling's UCUM library says, for every unit of UCUM and hundreds of clinical codes. The numbers are compared,
+// as Pathling compares them: it keeps zeros at the end of some (`1.20` of `72 /min`), ours have none.
 #[test]
 fn equals_the_reference() {
     let mut wrong = Vec::new();
@@ -94,7 +94,8 @@ impl Ratio {
 fn fractions_are_complete_and_agree_with_the_crate() {
     for unit in octofhir_ucum::get_all_units() {
         if unit.code == "%[slope]" {
-            // The crate takes its definition `100tan(1 rad)` for radians; Pathling's library, and we, `deg` as its function has it.
+            // The crate takes its definition `100tan(1 rad)` for radians; Pathling's library, and we, `deg` as its
+            // function has it.
             continue;
         }
         let (digits, _) = unit.factor.to_integer_and_exponent();
@@ -102,7 +103,11 @@ fn fractions_are_complete_and_agree_with_the_crate() {
         let crates = number(unit.factor).unwrap();
         let difference = ours.times(&crates.power(-1).unwrap()).plus(&Ratio { num: (-1).into(), den: 1.into() });
         let bound = Ratio::ten(-26).unwrap();
-        assert!(difference.num.magnitude() * bound.den.magnitude() <= difference.den.magnitude().clone(), "{}", unit.code);
+        assert!(
+            difference.num.magnitude() * bound.den.magnitude() <= difference.den.magnitude().clone(),
+            "{}",
+            unit.code
+        );
         let listed = FRACTIONS.iter().any(|row| row.0 == unit.code);
         assert!(listed || digits.unsigned_abs() < 10u128.pow(27), "{} needs its exact fraction", unit.code);
     }
@@ -110,7 +115,9 @@ fn fractions_are_complete_and_agree_with_the_crate() {
 
 #[test]
 fn short_and_long_agree() {
-    for (value, code) in [("5.50", "mmol/L"), ("-0.001", "mg"), ("12345678.12345678", "km"), ("0", "kg"), ("100", "10*3/uL")] {
+    for (value, code) in
+        [("5.50", "mmol/L"), ("-0.001", "mg"), ("12345678.12345678", "km"), ("0", "kg"), ("100", "10*3/uL")]
+    {
         let unit = Unit::read(code).unwrap();
         let short = short(value.as_bytes(), unit.decimal.unwrap()).unwrap();
         assert_eq!(unit.long(value.as_bytes()).unwrap(), Some(short), "{value} {code}");
@@ -119,7 +126,9 @@ fn short_and_long_agree() {
 
 #[test]
 fn hostile_codes_cost_nothing() {
-    for code in ["m999999999", "10*99999", "(((((((((((((((((((((((((((((((((((((((((((((((((m", "Ym60.Ym60.Ym60", "\u{e9}", ""] {
+    for code in
+        ["m999999999", "10*99999", "(((((((((((((((((((((((((((((((((((((((((((((((((m", "Ym60.Ym60.Ym60", "\u{e9}", ""]
+    {
         let _ = canonical("1", code);
     }
     assert_eq!(canonical("1e999999999", "kg"), None);
