@@ -144,7 +144,10 @@ impl Output {
         self.bars.suspend(|| {
             let mut stderr = std::io::stderr();
             let _ = writeln!(stderr, "{red}error{off}: {error}");
-            let _ = writeln!(stderr, "{dim}hint{off}: {}", error.advice());
+            // That a thing that is wrong is to be corrected is no advice.
+            if error.hint().is_some() || error.kind() != ErrorKind::Config {
+                let _ = writeln!(stderr, "{dim}hint{off}: {}", error.advice());
+            }
         });
     }
 

@@ -55,17 +55,17 @@ pub(super) async fn serve(args: ServeArgs, output: &Output) -> Result<()> {
     if token.as_ref().is_some_and(String::is_empty) {
         return Err(Error::new(ErrorKind::Config, "--token-file is empty"));
     }
-    let mut keepers = Vec::new();
+    let mut schedulers = Vec::new();
     for path in &args.pipelines {
         let (path, sets) = (path.clone(), args.sets.clone());
         let file = path.clone();
         let source: PlanSource = Arc::new(move || plan_of(&path, &sets));
-        keepers.push(PipelineScheduler::new(file, source)?);
+        schedulers.push(PipelineScheduler::new(file, source)?);
     }
     let stop = Cancellation::default();
     let settings = WebSettings { listen: args.listen, hosts: args.hosts, token: token.map(Into::into) };
     let said = output.clone();
-    let serving = serve_all(keepers, settings, stop.clone(), output.telemetry(), |address| {
+    let serving = serve_all(schedulers, settings, stop.clone(), output.telemetry(), |address| {
         tracing::info!(%address, "serving");
         let ip = if address.ip().is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { address.ip() };
         let page = SocketAddr::new(ip, address.port());

@@ -7,6 +7,7 @@ use super::profiles;
 use super::schedule::SchedulePlan;
 use super::tree::{Place, Tree, check};
 use crate::error::{Error, ErrorKind};
+use crate::stages::Section;
 use crate::stages::merge::Mode;
 use crate::values::{Findings, is_of_server};
 
@@ -168,15 +169,12 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
             found.add(format!("schedule.{index}.{key}"), what, Some(hint).filter(|_| key == "cron"));
         }
     }
-    let export = &source.export;
-    let narrows = !(export.elements.is_empty() && export.type_filters.is_empty() && export.patients.is_empty());
-    found.add_if(
-        file.stages.merge.mode != Mode::Merge && (narrows || export.until.is_some()),
-        "stages.merge.mode",
-        "deletes what an export does not name, and source asks for a part only (until, elements, type_filters or \
-            patients)",
-        Some("set stages.merge.mode: merge"),
-    );
+    let narrowing = source.export.narrowing();
+    if file.stages.merge.mode != Mode::Merge && !narrowing.is_empty() {
+        let what = "deletes what an export does not name, and source asks for a part only";
+        let what = format!("{what} ({})", narrowing.join(", "));
+        found.add("stages.merge.mode", what, Some("set stages.merge.mode: merge"));
+    }
     let is_folder = url::Url::parse(&source.url.0).is_ok_and(|url| !is_of_server(&url));
     let what = "a folder has no server to fetch attachments from";
     found.add_if(file.stages.attachments.is_some() && is_folder, "stages.attachments", what, None);

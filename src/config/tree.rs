@@ -191,28 +191,7 @@ impl<'a> Checker<'a> {
             if !named.is_empty() {
                 return self.one_of(tree, place, path, &named);
             }
-            let is_null = |option: &&Value| option.get("type").and_then(Value::as_str) == Some("null");
-            if matches!(tree, Tree::Scalar(Value::Null)) && options.iter().any(|option| is_null(&option)) {
-                return;
-            }
-            // The option that fits, or the problems of the one that comes nearest.
-            let mut nearest: Option<Vec<Problem>> = None;
-            for option in options.iter().filter(|option| !is_null(option)) {
-                let mut checker = Checker { root: self.root, problems: Vec::new() };
-                checker.value(tree, place, path, option);
-                if checker.problems.is_empty() {
-                    return;
-                }
-                // An option of the value's own kind comes nearer than any other.
-                let other_kind =
-                    |problems: &[Problem]| problems.iter().any(|problem| problem.what.starts_with("expected"));
-                let weight = |problems: &[Problem]| (other_kind(problems), problems.len());
-                if nearest.as_ref().is_none_or(|known| weight(&checker.problems) < weight(known)) {
-                    nearest = Some(checker.problems);
-                }
-            }
-            self.problems.extend(nearest.unwrap_or_default());
-            return;
+            return self.any_of(tree, place, path, options);
         }
         if let Some(names) = schema.get("enum").and_then(Value::as_array) {
             let names: Vec<&str> = names.iter().filter_map(Value::as_str).collect();
@@ -235,26 +214,7 @@ impl<'a> Checker<'a> {
                 _ => false,
             });
         if !fits {
-            let format = schema.get("format").and_then(Value::as_str).unwrap_or_default();
-            if let Some(example) = crate::values::example_with_unit(format)
-                && matches!(tree, Tree::Scalar(Value::Number(_)))
-            {
-                return self.problem(
-                    place,
-                    path,
-                    format!("expected a number with its unit, such as {example}, found {}", kind(tree)),
-                    None,
-                );
-            }
-            let expected = match types.first().copied() {
-                Some("boolean") => "true or false",
-                Some("integer") => "a whole number",
-                Some("string") => "a text",
-                Some("array") => "a list",
-                Some("object") => "keys with values",
-                _ => "another kind of value",
-            };
-            return self.problem(place, path, format!("expected {expected}, found {}", kind(tree)), None);
+            return self.problem(place, path, mismatch(tree, schema, &types), None);
         }
         match tree {
             Tree::Map(members) => self.map(members, place, path, schema),
@@ -267,22 +227,35 @@ impl<'a> Checker<'a> {
             }
             Tree::Scalar(Value::String(text)) => self.text(text, place, path, schema),
             Tree::Scalar(Value::Number(number)) => {
-                let limit = |key: &str| schema.get(key).and_then(Value::as_f64);
-                let number = number.as_f64().unwrap_or(0.0);
-                if limit("minimum").is_some_and(|least| number < least)
-                    || limit("maximum").is_some_and(|most| number > most)
-                {
-                    let range = match (limit("minimum"), limit("maximum")) {
-                        (Some(least), Some(most)) if least == most => format!("must be {least}"),
-                        (Some(least), Some(most)) => format!("must be from {least} to {most}"),
-                        (Some(least), None) => format!("must be at least {least}"),
-                        (_, most) => format!("must be at most {}", most.unwrap_or_default()),
-                    };
+                if let Some(range) = out_of_range(number.as_f64().unwrap_or(0.0), schema) {
                     self.problem(place, path, range, None);
                 }
             }
             Tree::Scalar(_) => {}
         }
+    }
+
+    /// The option that fits, or the problems of the one that comes nearest.
+    fn any_of(&mut self, tree: &Tree, place: Place, path: &str, options: &'a [Value]) {
+        let is_null = |option: &&Value| option.get("type").and_then(Value::as_str) == Some("null");
+        if matches!(tree, Tree::Scalar(Value::Null)) && options.iter().any(|option| is_null(&option)) {
+            return;
+        }
+        let mut nearest: Option<Vec<Problem>> = None;
+        for option in options.iter().filter(|option| !is_null(option)) {
+            let mut checker = Checker { root: self.root, problems: Vec::new() };
+            checker.value(tree, place, path, option);
+            if checker.problems.is_empty() {
+                return;
+            }
+            // An option of the value's own kind comes nearer than any other.
+            let other_kind = |problems: &[Problem]| problems.iter().any(|problem| problem.what.starts_with("expected"));
+            let weight = |problems: &[Problem]| (other_kind(problems), problems.len());
+            if nearest.as_ref().is_none_or(|known| weight(&checker.problems) < weight(known)) {
+                nearest = Some(checker.problems);
+            }
+        }
+        self.problems.extend(nearest.unwrap_or_default());
     }
 
     fn text(&mut self, text: &str, place: Place, path: &str, schema: &Value) {
@@ -351,6 +324,38 @@ impl<'a> Checker<'a> {
             }
         }
     }
+}
+
+/// Returns the problem of a value of another type than the schema's.
+fn mismatch(tree: &Tree, schema: &Value, types: &[&str]) -> String {
+    let format = schema.get("format").and_then(Value::as_str).unwrap_or_default();
+    if let Some(example) = crate::values::example_with_unit(format)
+        && matches!(tree, Tree::Scalar(Value::Number(_)))
+    {
+        return format!("expected a number with its unit, such as {example}, found {}", kind(tree));
+    }
+    let expected = match types.first().copied() {
+        Some("boolean") => "true or false",
+        Some("integer") => "a whole number",
+        Some("string") => "a text",
+        Some("array") => "a list",
+        Some("object") => "keys with values",
+        _ => "another kind of value",
+    };
+    format!("expected {expected}, found {}", kind(tree))
+}
+
+/// Returns the problem of a number outside of the schema's range.
+fn out_of_range(number: f64, schema: &Value) -> Option<String> {
+    let limit = |key: &str| schema.get(key).and_then(Value::as_f64);
+    let (least, most) = (limit("minimum"), limit("maximum"));
+    let is_out = least.is_some_and(|least| number < least) || most.is_some_and(|most| number > most);
+    is_out.then(|| match (least, most) {
+        (Some(least), Some(most)) if least == most => format!("must be {least}"),
+        (Some(least), Some(most)) => format!("must be from {least} to {most}"),
+        (Some(least), None) => format!("must be at least {least}"),
+        (_, most) => format!("must be at most {}", most.unwrap_or_default()),
+    })
 }
 
 /// The name that was probably meant.

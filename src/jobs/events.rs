@@ -143,6 +143,14 @@ pub enum ExportEvent<'a> {
         /// Files that the server did not give.
         given: OfServer,
     },
+    /// A run ended: types that the server may not have given whole after their commit, and types that came whole, each
+    /// with the `_since` that it was asked with.
+    FloorsChanged {
+        /// Not whole.
+        incomplete: &'a [(String, Option<i64>)],
+        /// Whole.
+        whole: &'a [(String, Option<i64>)],
+    },
     /// All of these jobs is merged.
     Merged {
         /// Their status URLs.

@@ -193,7 +193,7 @@ pub struct ExportJobs {
 
 /// Whose event it is, and when it happened.
 #[derive(Debug, Clone, Copy)]
-pub struct Origin<'a> {
+pub struct EventOrigin<'a> {
     /// Pipeline and scope of the run.
     pub scope: &'a str,
     /// True if the run rewrites rows of equal version.
@@ -204,8 +204,8 @@ pub struct Origin<'a> {
 
 impl ExportJobs {
     /// Applies an event of a run. Pure: the same document and event give the same document.
-    pub fn apply(&mut self, event: &ExportEvent<'_>, origin: Origin<'_>) {
-        let Origin { scope, full_refresh, now } = origin;
+    pub fn apply(&mut self, event: &ExportEvent<'_>, origin: EventOrigin<'_>) {
+        let EventOrigin { scope, full_refresh, now } = origin;
         let of = |status: &url::Url| {
             let status = status.to_string();
             move |job: &ExportJob| job.status == status
@@ -288,6 +288,7 @@ impl ExportJobs {
                     };
                 }
             }
+            ExportEvent::FloorsChanged { incomplete, whole } => self.change_floors(scope, incomplete, whole),
             ExportEvent::Merged { jobs } => {
                 let done = |job: &&mut ExportJob| jobs.contains(&job.status.as_str());
                 self.jobs.iter_mut().filter(done).for_each(|job| job.merged = true);
@@ -297,6 +298,24 @@ impl ExportJobs {
             }
             ExportEvent::Cancelled { jobs } => self.jobs.retain(|job| !jobs.contains(&job.status.as_str())),
             ExportEvent::Forgotten => *self = Self { jobs: std::mem::take(&mut self.jobs), ..Self::default() },
+        }
+    }
+
+    /// A floor is gone once its type came whole in an export that asked from it or from earlier.
+    fn change_floors(&mut self, scope: &str, incomplete: &[(String, Option<i64>)], whole: &[(String, Option<i64>)]) {
+        self.floors.retain(|floor| {
+            let is_it = |(name, since): &&(String, Option<i64>)| *name == floor.resource_type && *since <= floor.since;
+            floor.scope != scope || !whole.iter().any(|came| is_it(&came))
+        });
+        for (name, since) in incomplete {
+            let is_it = |floor: &&mut Floor| floor.scope == scope && floor.resource_type == *name;
+            match self.floors.iter_mut().find(is_it) {
+                Some(floor) => floor.since = floor.since.min(*since),
+                None => {
+                    let (resource_type, scope, since) = (name.clone(), scope.to_owned(), *since);
+                    self.floors.push(Floor { resource_type, scope, since });
+                }
+            }
         }
     }
 

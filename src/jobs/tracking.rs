@@ -9,8 +9,8 @@ use url::Url;
 
 use super::events::fingerprint;
 use super::{
-    AllRejected, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER, Floor, Kickoff,
-    Origin,
+    AllRejected, EventOrigin, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER,
+    Kickoff,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, watermark_of};
@@ -120,13 +120,15 @@ pub(crate) fn sink(state: StateStore, scope: String, full_refresh: bool, expired
         if let ExportEvent::Expired { .. } = event {
             expired.store(true, Ordering::Relaxed);
         }
-        state.change::<ExportJobs>(|jobs| jobs.apply(event, Origin { scope: &scope, full_refresh, now: Utc::now() }))
+        state.change::<ExportJobs>(|jobs| {
+            jobs.apply(event, EventOrigin { scope: &scope, full_refresh, now: Utc::now() })
+        })
     })
 }
 
 /// Persists an event that is no run's own.
 pub(crate) fn note(state: &StateStore, scope: &str, event: &ExportEvent<'_>) -> Result<()> {
-    state.change::<ExportJobs>(|jobs| jobs.apply(event, Origin { scope, full_refresh: false, now: Utc::now() }))
+    state.change::<ExportJobs>(|jobs| jobs.apply(event, EventOrigin { scope, full_refresh: false, now: Utc::now() }))
 }
 
 /// Returns true if a run of `kickoffs` asks for all that an export was asked for, by itself or by newer ones.
@@ -237,38 +239,24 @@ async fn merge_and_release(
     release(state, scope, done, client, delete).await
 }
 
-/// Records a floor for each type in `held`, whose error the server may have reported after the commit. Removes the
-/// floors of types that came whole in an export that asked from the floor or earlier.
-pub(crate) fn note_floors(
+/// Persists which types the server may not have given whole after their commit, and which came whole.
+pub(crate) fn note_floors<'a>(
     state: &StateStore,
     scope: &str,
     kickoffs: &[Kickoff],
-    held: &[ResourceType],
-    is_whole: impl Fn(&str) -> bool,
+    incomplete: impl IntoIterator<Item = &'a str>,
+    whole: impl IntoIterator<Item = &'a str>,
 ) -> Result<()> {
-    let since = |name: &str| {
-        let of_type = kickoffs
-            .iter()
-            .filter(|kickoff| kickoff.requested.is_empty() || kickoff.requested.iter().any(|of| **of == *name));
-        of_type.map(|kickoff| kickoff.request.since).min().unwrap_or(None)
-    };
-    state.change::<ExportJobs>(|exports| {
-        let came = |floor: &Floor| {
-            floor.scope == scope && is_whole(&floor.resource_type) && since(&floor.resource_type) <= floor.since
+    let with_since = |name: &str| {
+        let asks = |kickoff: &&Kickoff| {
+            kickoff.requested.is_empty() || kickoff.requested.iter().any(|requested| **requested == *name)
         };
-        exports.floors.retain(|floor| !came(floor));
-        for name in held {
-            let known = exports.floors.iter_mut().find(|floor| floor.scope == scope && *floor.resource_type == **name);
-            match known {
-                Some(floor) => floor.since = floor.since.min(since(name)),
-                None => exports.floors.push(Floor {
-                    resource_type: name.to_string(),
-                    scope: scope.to_owned(),
-                    since: since(name),
-                }),
-            }
-        }
-    })
+        let since = kickoffs.iter().filter(asks).map(|kickoff| kickoff.request.since).min().unwrap_or(None);
+        (name.to_string(), since)
+    };
+    let incomplete: Vec<_> = incomplete.into_iter().map(with_since).collect();
+    let whole: Vec<_> = whole.into_iter().map(with_since).collect();
+    note(state, scope, &ExportEvent::FloorsChanged { incomplete: &incomplete, whole: &whole })
 }
 
 /// Before another kick-off is made: releases what an earlier run could not, and what was given up, since what is asked

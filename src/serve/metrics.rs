@@ -51,14 +51,14 @@ pub fn of_counts(pipeline: &str, counts: &Counts) -> Vec<Sample> {
 }
 
 /// Everything there is to say now.
-pub(super) fn samples<'k>(keepers: impl Iterator<Item = &'k PipelineScheduler>) -> Vec<Sample> {
+pub(super) fn samples<'k>(schedulers: impl Iterator<Item = &'k PipelineScheduler>) -> Vec<Sample> {
     let plain = |metric, labels, value| Sample { metric, labels, value };
     let mut all = vec![plain(telemetry::BUILD, vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
     all.extend(telemetry::memory("VmRSS").map(|bytes| plain(telemetry::MEMORY, Vec::new(), bytes as f64)));
     let now = Utc::now();
-    for keeper in keepers {
-        let status = PipelineStatus::of(keeper, now);
-        let live = keeper.live();
+    for scheduler in schedulers {
+        let status = PipelineStatus::of(scheduler, now);
+        let live = scheduler.live();
         let mut counts = live.counts();
         // What has not happened yet is zero: from nothing to one is no growth to those who watch for it.
         let types = live

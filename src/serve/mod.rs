@@ -38,7 +38,7 @@ pub struct WebSettings {
 /// State of the web server.
 #[derive(Debug)]
 struct Served {
-    keepers: Vec<Arc<PipelineScheduler>>,
+    schedulers: Vec<Arc<PipelineScheduler>>,
     settings: WebSettings,
     started: chrono::DateTime<chrono::Utc>,
     stop: Cancellation,
@@ -55,15 +55,15 @@ impl Drop for Last {
 
 /// Keeps pipelines until `stop` is pulled: runs that are under way end as on Ctrl-C. `listening` hears the address.
 pub async fn serve(
-    keepers: Vec<PipelineScheduler>,
+    schedulers: Vec<PipelineScheduler>,
     settings: WebSettings,
     stop: Cancellation,
     telemetry: &Telemetry,
     listening: impl FnOnce(SocketAddr),
 ) -> Result<()> {
-    let keepers: Vec<Arc<PipelineScheduler>> = keepers.into_iter().map(Arc::new).collect();
-    for (at, scheduler) in keepers.iter().enumerate() {
-        if keepers[..at].iter().any(|other| other.name() == scheduler.name()) {
+    let schedulers: Vec<Arc<PipelineScheduler>> = schedulers.into_iter().map(Arc::new).collect();
+    for (at, scheduler) in schedulers.iter().enumerate() {
+        if schedulers[..at].iter().any(|other| other.name() == scheduler.name()) {
             return Err(Error::new(ErrorKind::Config, format!("two pipelines are named {}", scheduler.name())));
         }
     }
@@ -77,15 +77,15 @@ pub async fn serve(
         tracing::warn!(%address, "anybody who reaches the address can see how the pipelines stand: set --token-file");
     }
     listening(address);
-    let watched = keepers.clone();
+    let watched = schedulers.clone();
     telemetry.observe(Arc::new(move || metrics::samples(watched.iter().map(|scheduler| &**scheduler))));
     let started = chrono::Utc::now();
-    let served = Arc::new(Served { keepers: keepers.clone(), settings, started, stop: stop.clone() });
+    let served = Arc::new(Served { schedulers: schedulers.clone(), settings, started, stop: stop.clone() });
     let mut tasks = TaskGroup::new(stop.clone());
     // Whoever watches sees runs end: the web stays until the last scheduler is gone.
     let last = Arc::new(Last(Cancellation::default()));
     let until = last.0.clone();
-    for scheduler in keepers {
+    for scheduler in schedulers {
         let (stop, last) = (stop.clone(), last.clone());
         // A thread each: the compiler cannot prove that a whole run may move between threads.
         tasks.spawn_cpu("scheduler", move |handle| {

@@ -214,13 +214,13 @@ impl RunStatus {
 
 impl PipelineStatus {
     /// Returns the status of a pipeline at `now`.
-    pub(super) fn of(keeper: &PipelineScheduler, now: DateTime<Utc>) -> Self {
-        let state = keeper.state();
+    pub(super) fn of(scheduler: &PipelineScheduler, now: DateTime<Utc>) -> Self {
+        let state = scheduler.state();
         let exports = state.read::<ExportJobs>().unwrap_or_default();
         // Before anything is locked: the state may be far away.
-        let max_age = keeper.live().plan.max_age;
+        let max_age = scheduler.live().plan.max_age;
         let health = Health::of(&state, max_age, now);
-        let live = keeper.live();
+        let live = scheduler.live();
         let changed = |name: &str| {
             let committed = |report: &&RunReport| report.types.get(name).is_some_and(|of| of.committed);
             live.reports.iter().find(committed).map(|report| report.started)

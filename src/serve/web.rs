@@ -178,7 +178,7 @@ fn stand(served: &Served) -> ServerStatus {
         version: env!("CARGO_PKG_VERSION"),
         started: served.started,
         now,
-        pipelines: served.keepers.iter().map(|keeper| PipelineStatus::of(keeper, now)).collect(),
+        pipelines: served.schedulers.iter().map(|scheduler| PipelineStatus::of(scheduler, now)).collect(),
     }
 }
 
@@ -213,7 +213,7 @@ async fn script() -> Response {
 
 async fn metrics_text(State(served): Shared) -> Response {
     answer(move || {
-        let text = metrics::text(&metrics::samples(served.keepers.iter().map(|keeper| &**keeper)));
+        let text = metrics::text(&metrics::samples(served.schedulers.iter().map(|scheduler| &**scheduler)));
         ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
     })
     .await
@@ -227,16 +227,16 @@ fn answered((code, body): (u16, serde_json::Value)) -> Response {
 async fn health(State(served): Shared) -> Response {
     answer(move || {
         let now = Utc::now();
-        let health = |keeper: &Arc<PipelineScheduler>| (keeper.name(), keeper.health(now));
-        let all: Vec<(String, Health)> = served.keepers.iter().map(health).collect();
+        let health = |scheduler: &Arc<PipelineScheduler>| (scheduler.name(), scheduler.health(now));
+        let all: Vec<(String, Health)> = served.schedulers.iter().map(health).collect();
         answered(Health::answer_of(&all))
     })
     .await
 }
 
 async fn health_of(State(served): Shared, Path(pipeline): Path<String>) -> Response {
-    answer(move || match served.keepers.iter().find(|keeper| keeper.name() == pipeline) {
-        Some(keeper) => answered(keeper.health(Utc::now()).answer()),
+    answer(move || match served.schedulers.iter().find(|scheduler| scheduler.name() == pipeline) {
+        Some(scheduler) => answered(scheduler.health(Utc::now()).answer()),
         None => answered((404, json!({"status": "error", "message": "no such pipeline"}))),
     })
     .await

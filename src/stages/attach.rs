@@ -225,7 +225,7 @@ impl Attach {
             let fetched = self.fetch(file, &wanted).await;
             (wanted.at, fetched)
         });
-        let mut requested = futures::stream::iter(requested).buffer_unordered(AT_ONCE);
+        let mut requested = tokio_stream::iter(requested).buffer_unordered(AT_ONCE);
         let mut done = HashMap::new();
         while let Some((at, fetched)) = requested.next().await {
             let label = match fetched {
@@ -266,7 +266,7 @@ impl Attach {
             return Ok(Some(Fetched::File(wanted.path.clone())));
         }
         if self.failures.load(Ordering::Relaxed) >= MAX_FAILURES {
-            return Err(Error::new(ErrorKind::Network, "skipped: too many earlier downloads failed"));
+            return Err(Error::new(ErrorKind::Network, format!("skipped: {MAX_FAILURES} earlier downloads failed")));
         }
         let work = tokio::time::timeout(PATIENCE, self.ask(file, wanted));
         let done = self.stop.or(work).await.ok_or_else(|| Error::new(ErrorKind::Interrupted, "stopped"))?;

@@ -3,6 +3,7 @@
 //! Each worker has a thread of its own, since it unpacks; it waits for the network on the reactor.
 
 mod lines;
+pub mod replay;
 mod settings;
 
 pub use self::settings::{DownloadSection, ShortFile};

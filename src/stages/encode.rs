@@ -45,7 +45,7 @@ impl OpenBatch {
         let more = FileRows {
             rows: rows - self.counted.0,
             json_bytes: json_bytes - self.counted.1,
-            unmapped: self.encoder.take_losses(),
+            unmapped: self.encoder.take_unmapped(),
         };
         if more.rows > 0 {
             self.by_file.entry(file).or_default().add(&more);

@@ -1,5 +1,6 @@
 //! The source, as a FHIR server: kick-off, polls, manifests.
 
+pub mod folder;
 mod invalid_entries;
 mod log;
 mod pages;
@@ -22,7 +23,7 @@ use crate::jobs::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
 use crate::messages::{ControlEvent, ExportEnd, ExportFile, MergeInput, ResourceType, watermark_of};
 use crate::stages::StageSpec;
 use crate::telemetry;
-use bulk_data_client::{Client, KickOff, Links};
+use bulk_data_client::{Client, KickOffResponse, Links};
 use flow::{Cancellation, Counters, Sender};
 use foundation::fault_points::reached;
 
@@ -44,7 +45,7 @@ pub struct ServerExport {
     /// Kick-offs, made one after the other: many servers have one slot.
     pub kickoffs: Vec<Kickoff>,
     /// Types that the server refused one by one not long ago: refused together, they are not asked for apart.
-    pub refused_lately: HashSet<String>,
+    pub rejected_lately: HashSet<String>,
     /// Time for which a server may work.
     pub timeout: Option<Duration>,
     /// Newest `transactionTime` that a watermark may have: what changed after `_until` was not asked for.
@@ -91,20 +92,20 @@ impl ServerExport {
     /// refused are bisected: a type that the server does not give away must not hold back its neighbours.
     pub async fn run(self) -> Result<()> {
         let mut index = self.first_index.max(FIRST_INDEX);
-        let mut parting = TypeBisection::of(&self.kickoffs, self.refused_lately.clone());
-        while let Some(asking) = parting.next() {
+        let mut bisection = TypeBisection::of(&self.kickoffs, self.rejected_lately.clone());
+        while let Some(asking) = bisection.next() {
             let span = tracing::info_span!("export", export = asking.export);
-            let ended = tracing::Instrument::instrument(self.export(&asking, &mut index, &mut parting), span).await;
+            let ended = tracing::Instrument::instrument(self.export(&asking, &mut index, &mut bisection), span).await;
             let heard = match ended {
                 Ok(()) => Ok(()),
-                Err(Ended::Refused(error)) => self.refused(asking, error, &mut parting).await,
+                Err(Ended::Refused(error)) => self.refused(asking, error, &mut bisection).await,
                 // One failed export does not hold the others back; one alone is the run's end.
-                Err(Ended::Failed(error) | Ended::Gone(error)) if self.is_its_own_only(&error, &parting) => {
-                    parting.failed();
+                Err(Ended::Failed(error) | Ended::Gone(error)) if self.is_its_own_only(&error, &bisection) => {
+                    bisection.failed();
                     let mut failed = vec![(asking.export, asking.kickoff)];
                     // A server that wants to be left alone is.
                     if error.kind() == ErrorKind::Throttled {
-                        failed.extend(parting.rest());
+                        failed.extend(bisection.rest());
                     }
                     self.exports_failed(failed, &error).await
                 }
@@ -114,15 +115,15 @@ impl ServerExport {
             if heard.is_err() {
                 return Ok(());
             }
-            let set_aside = parting.set_aside();
-            if !set_aside.is_empty() {
-                (self.remember)(&ExportEvent::TypesRejected(&set_aside))?;
+            let reject = bisection.reject();
+            if !reject.is_empty() {
+                (self.remember)(&ExportEvent::TypesRejected(&reject))?;
             }
         }
-        if let Some(types) = parting.in_vain() {
+        if let Some(types) = bisection.in_vain() {
             (self.remember)(&ExportEvent::AllRejected(&types))?;
         }
-        for (export, kickoff, error) in parting.end(self.kickoffs.len())? {
+        for (export, kickoff, error) in bisection.end(self.kickoffs.len())? {
             if self.exports_failed(vec![(export, kickoff)], &error).await.is_err() {
                 return Ok(());
             }
@@ -131,17 +132,17 @@ impl ServerExport {
     }
 
     /// Returns true if the failure of an export is no failure of the run.
-    fn is_its_own_only(&self, error: &Error, parting: &TypeBisection) -> bool {
+    fn is_its_own_only(&self, error: &Error, bisection: &TypeBisection) -> bool {
         match error.kind() {
-            ErrorKind::Server | ErrorKind::Auth => !parting.is_one(),
-            ErrorKind::Throttled => !parting.is_one() && parting.holds(),
+            ErrorKind::Server | ErrorKind::Auth => !bisection.is_one(),
+            ErrorKind::Throttled => !bisection.is_one() && bisection.holds(),
             _ => false,
         }
     }
 
-    async fn refused(&self, asking: Asking, error: Error, parting: &mut TypeBisection) -> Result<(), Ended> {
+    async fn refused(&self, asking: Asking, error: Error, bisection: &mut TypeBisection) -> Result<(), Ended> {
         let (export, types, words) = (asking.export, asking.kickoff.requested.len(), error.to_string());
-        let parts = parting.refused(asking, error);
+        let parts = bisection.refused(asking, error);
         if parts == 0 {
             return Ok(());
         }
@@ -164,14 +165,14 @@ impl ServerExport {
         Ok(())
     }
 
-    async fn export(&self, asking: &Asking, index: &mut u32, parting: &mut TypeBisection) -> Result<(), Ended> {
+    async fn export(&self, asking: &Asking, index: &mut u32, bisection: &mut TypeBisection) -> Result<(), Ended> {
         let (export, kickoff) = (asking.export, &asking.kickoff);
         if let Some(accepted) = &kickoff.in_flight {
             tracing::info!("resuming the export of an earlier run");
-            parting.goes_on();
+            bisection.resumes();
             match self.follow(export, kickoff, accepted, index).await {
                 Err(Ended::Gone(error)) => {
-                    parting.is_gone();
+                    bisection.is_gone();
                     tracing::warn!(%error, "the export expired on the server; starting a new one");
                     (self.remember)(&ExportEvent::Expired { status: &accepted.status })?;
                 }
@@ -185,15 +186,15 @@ impl ServerExport {
         let answer = self.client.kick_off(&kickoff.request, &lost).await;
         reached("the kick-off is answered");
         let lost = lost.into_inner();
-        if !lost && !matches!(answer, Ok(KickOff::Accepted { .. })) {
+        if !lost && !matches!(answer, Ok(KickOffResponse::Accepted { .. })) {
             (self.remember)(&ExportEvent::NotAccepted)?;
         }
         self.log_kick_off(export, kickoff, &answer);
         let accepted = match answer
             .map_err(|error| if may_be_for_a_type(&error) { Ended::Refused(error) } else { error.into() })?
         {
-            KickOff::Accepted { status, separate } => ExportHandle::new(status, separate),
-            KickOff::Later { wait, why } => {
+            KickOffResponse::Accepted { status, separate } => ExportHandle::new(status, separate),
+            KickOffResponse::Later { wait, why } => {
                 (self.remember)(&ExportEvent::Throttled { wait, why: &why })?;
                 let asks = match wait {
                     Some(wait) => format!("next try in {} s", wait.as_secs()),
@@ -205,7 +206,7 @@ impl ServerExport {
             }
         };
         (self.remember)(&ExportEvent::Accepted { kickoff, status: &accepted.status, separate: accepted.separate })?;
-        parting.accepted();
+        bisection.accepted();
         tracing::info!(
             types = if kickoff.requested.is_empty() { "all".to_owned() } else { kickoff.requested.len().to_string() },
             incremental = kickoff.request.since.is_some(),
@@ -238,7 +239,7 @@ impl ServerExport {
             match next {
                 None => break,
                 Some(next) if pages.contains(&next) => {
-                    return Err(Error::new(ErrorKind::Server, "the manifest's pages go round in a circle").into());
+                    return Err(Error::new(ErrorKind::Server, "the manifest's `next` links form a loop").into());
                 }
                 Some(_) if pages.len() >= MAX_PAGES => {
                     return Err(

@@ -2,7 +2,10 @@
 //!
 //! Staging never waits for a commit; `tables_at_once` limits matching and committing only.
 
+pub mod ledger;
+mod outcome;
 mod settings;
+mod staging;
 
 pub use self::settings::{KEYS, MATCHING, MERGE, MergeSection, Mode, SchemaEvolution};
 use std::collections::{BTreeMap, HashSet};
@@ -14,9 +17,9 @@ use futures::stream::FuturesUnordered;
 use serde_json::{Value, json};
 use tokio_stream::StreamExt;
 
-use super::ledger::{Completeness, Ledger};
-pub use super::outcome::{MergeReport, STOPPED, TypeOutcome};
-pub use super::staging::{CheckpointPolicy, Earlier, Staging, StagingSettings, columns_of};
+use self::ledger::{Completeness, Ledger};
+pub use self::outcome::{MergeReport, STOPPED, TypeOutcome};
+pub use self::staging::{CheckpointPolicy, Earlier, Staging, StagingSettings, columns_of};
 use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::messages::{
     ControlEvent, ExportEnd, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text,
@@ -145,7 +148,7 @@ impl Merge {
             if outcome.is_ok() && (!open || settled.elapsed() >= SETTLE_EVERY) {
                 self.settle(&mut ready);
                 if open {
-                    self.write_down(&mut flush).await;
+                    self.write_checkpoint(&mut flush).await;
                 }
                 settled = Instant::now();
             }
@@ -166,7 +169,7 @@ impl Merge {
             self.ledger.staged(name, 0);
         }
         for name in self.ledger.types() {
-            match self.ledger.standing(&name) {
+            match self.ledger.completeness(&name) {
                 Completeness::Parsed(rows) => self.requests.request(&name, rows),
                 Completeness::Complete => {
                     self.ledger.committed(&name);
@@ -178,7 +181,7 @@ impl Merge {
     }
 
     /// Asks encode for its rows where it is time, and persists what is staged once that has come.
-    async fn write_down(&mut self, flush: &mut Option<Flush>) {
+    async fn write_checkpoint(&mut self, flush: &mut Option<Flush>) {
         match flush {
             None if self.staging.is_due() => {
                 let unstaged = self.ledger.unstaged();
@@ -199,7 +202,7 @@ impl Merge {
                 }
                 unstaged.keys().for_each(|name| self.requests.withdraw(name));
                 *flush = None;
-                for (name, error) in self.staging.write_down(&self.ledger).await {
+                for (name, error) in self.staging.write_checkpoint(&self.ledger).await {
                     self.failed(&name, &error);
                 }
             }
@@ -410,7 +413,7 @@ impl Merge {
         for name in self.ledger.types() {
             let known = self.staging.of(&name).outcome.error.is_some();
             all &= !known;
-            if let Completeness::Failed(why) = self.ledger.standing(&name) {
+            if let Completeness::Failed(why) = self.ledger.completeness(&name) {
                 all = false;
                 let hint = match (why.contains("bad lines"), why.starts_with("file ")) {
                     (true, _) => ErrorKind::Data.advice(),
@@ -421,7 +424,7 @@ impl Merge {
                     self.failed(&name, &Error::new(ErrorKind::Data, why).with_hint(hint));
                 }
             } else if unfinished.contains(&name) && !known {
-                let why = if self.stop.is_requested() { STOPPED } else { "not all of it came" };
+                let why = if self.stop.is_requested() { STOPPED } else { "its export did not come to its end" };
                 self.staging.of(&name).outcome.error = Some(why.to_owned());
             }
         }

@@ -1,19 +1,14 @@
 //! The stages: each is a plain value with a `run` method. They never import each other: they meet in `messages`.
 //!
-//! Name, input, workers and share of `memory` of a stage it gets stands with the
-//! stage, once: in its [`StageSpec`]. `topology` has the list of stages.
+//! Name, input, workers and share of `memory` of a stage stand with the stage, once: in its [`StageSpec`]. `topology`
+//! has the list of stages.
 
 pub mod attach;
 pub mod download;
 pub mod encode;
 pub mod export;
-pub mod folder;
-pub mod ledger;
 pub mod merge;
-pub mod outcome;
 pub mod parse;
-pub mod replay;
-pub mod staging;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,11 +17,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::attach::AttachmentsSection;
+use self::download::replay::Replayed;
 use self::download::{DownloadSection, Origin};
 use self::encode::EncodeSection;
 use self::merge::MergeSection;
 use self::parse::ParseSection;
-use self::replay::Replayed;
 use crate::error::Result;
 use crate::export_log::ExportLog;
 use crate::messages::{BadLineSink, FlushRequests, Layouts, MergeInput};
@@ -35,34 +30,48 @@ use bulk_data_client::Client;
 use delta_upsert::Tables;
 use flow::{Counters, Receiver, Sender, TaskGroup};
 
-/// Settings of each stage.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Stages {
-    /// Files to bytes.
-    pub download: DownloadSection,
-    /// Bytes to resources.
-    pub parse: ParseSection,
-    /// Download of what resources link to.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub attachments: Option<AttachmentsSection>,
-    /// Resources to columns and pages.
-    pub encode: EncodeSection,
-    /// Pages to commits.
-    pub merge: MergeSection,
+/// A stage's section of the pipeline file: its settings.
+pub trait Section {
+    /// Finds values that make no sense in a pipeline with `memory` bytes.
+    fn check(&self, memory: u64, found: &mut Findings);
 }
 
-impl Stages {
-    /// Finds values that make no sense in a pipeline with `memory` bytes.
-    pub fn check(&self, memory: u64, found: &mut Findings) {
-        found.below("download", |found| self.download.check(found));
-        found.below("parse", |found| self.parse.check(found));
-        found.below("encode", |found| self.encode.check(found));
-        found.below("merge", |found| self.merge.check(found));
-        if let Some(attachments) = &self.attachments {
-            found.below("attachments", |found| attachments.check(memory, found));
-        }
+impl<S: Section> Section for Option<S> {
+    fn check(&self, memory: u64, found: &mut Findings) {
+        self.iter().for_each(|section| section.check(memory, found));
     }
+}
+
+/// Declares the sections: each with its key, documentation and type, once. Each is checked below its key.
+macro_rules! sections {
+    ($($(#[$meta:meta])* $key:ident: $section:ty,)+) => {
+        /// Settings of each stage.
+        #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct Stages {
+            $($(#[$meta])* pub $key: $section,)+
+        }
+
+        impl Section for Stages {
+            fn check(&self, memory: u64, found: &mut Findings) {
+                $(found.below(stringify!($key), |found| self.$key.check(memory, found));)+
+            }
+        }
+    };
+}
+
+sections! {
+    /// Files to bytes.
+    download: DownloadSection,
+    /// Bytes to resources.
+    parse: ParseSection,
+    /// Download of what resources link to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attachments: Option<AttachmentsSection>,
+    /// Resources to columns and pages.
+    encode: EncodeSection,
+    /// Pages to commits.
+    merge: MergeSection,
 }
 
 /// Declaration of a stage. Spawning, the split of `memory`, `explain`, the status page, metrics and the diagrams

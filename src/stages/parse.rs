@@ -284,20 +284,7 @@ impl Work<'_> {
         let before = self.tape.len();
         let root = match parse_value(&mut self.tape, bytes, line.start, line.end) {
             Ok(root) => root,
-            Err(fault) => {
-                // A page, an array or one resource over many lines; from a server, any text: it is no resource that is
-                // broken.
-                let of_server = self.chunk.file.location.is_none();
-                let is_foreign = match bytes[line.start] {
-                    b'{' => line.len() == 1,
-                    b'<' | b'[' => true,
-                    _ => of_server,
-                };
-                self.tally.foreign += u64::from(is_foreign);
-                // The server may have written it in place of what was to come: where nothing comes behind it, it did.
-                self.breaks_off();
-                return self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64);
-            }
+            Err(fault) => return self.not_json(bytes, line, &fault.to_string()),
         };
         let nodes = self.tape.len() - before;
         let document = self.tape.over(bytes);
@@ -337,17 +324,7 @@ impl Work<'_> {
         match meant {
             Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
             Ok(Line::Row(resource_type, key)) => {
-                let arrival = RowPosition::new(self.chunk.file.index, self.number());
-                let replayed = self.chunk.file.replayed;
-                if replayed {
-                    self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
-                }
-                let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key }, added: 0 };
-                match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
-                    Some((_, rows)) => rows.push(row),
-                    None => self.by_type.push((resource_type.clone(), vec![row])),
-                }
-                add(&mut self.tally.rows, resource_type);
+                self.row(bytes, resource_type, key, root, line);
                 Ok(())
             }
             Ok(Line::SoftDeleted(resource_type, key)) => {
@@ -387,6 +364,43 @@ impl Work<'_> {
                 self.bad(line.clone(), reason.into(), line.len() as u64)
             }
         }
+    }
+
+    /// Keeps a line that is not JSON.
+    fn not_json(&mut self, bytes: &Bytes, line: std::ops::Range<usize>, fault: &str) -> Result<()> {
+        // A page, an array or one resource over many lines; from a server, any text: it is no resource that is broken.
+        let of_server = self.chunk.file.location.is_none();
+        let is_foreign = match bytes[line.start] {
+            b'{' => line.len() == 1,
+            b'<' | b'[' => true,
+            _ => of_server,
+        };
+        self.tally.foreign += u64::from(is_foreign);
+        // The server may have written it in place of what was to come: where nothing comes behind it, it did.
+        self.breaks_off();
+        self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64)
+    }
+
+    /// Adds a resource.
+    fn row(
+        &mut self,
+        bytes: &Bytes,
+        resource_type: ResourceType,
+        key: RowKey,
+        root: usize,
+        line: std::ops::Range<usize>,
+    ) {
+        let arrival = RowPosition::new(self.chunk.file.index, self.number());
+        let replayed = self.chunk.file.replayed;
+        if replayed {
+            self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
+        }
+        let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key }, added: 0 };
+        match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
+            Some((_, rows)) => rows.push(row),
+            None => self.by_type.push((resource_type.clone(), vec![row])),
+        }
+        add(&mut self.tally.rows, resource_type);
     }
 
     /// The line's number in its file.

@@ -312,7 +312,7 @@ impl Backend for ObjectFolder {
                     }
                 }
             });
-            futures::stream::iter(removals).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await
+            tokio_stream::iter(removals).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await
         });
         removed.map_err(|error| self.failed("an object cannot be removed", error))?;
         let (mut documents, mut known) = (self.documents.lock(), self.known.lock());
@@ -432,7 +432,7 @@ fn local_path(folder: &Path, name: &str) -> Result<PathBuf> {
     let mut path = folder.to_path_buf();
     for part in name.split('/') {
         if part.is_empty() || part == "." || part == ".." || part.contains('\\') {
-            return Err(Error::new(ErrorKind::State, "unexpected object name in the state folder"));
+            return Err(Error::new(ErrorKind::State, format!("unexpected object {name} in the state folder")));
         }
         path.push(part);
     }

@@ -65,13 +65,12 @@ const TYPE: Option<&str> = Some("resource_type");
 metrics! {
     BUILD, "fhirlake.build.info", Gauge, "{build}", Some("version"), "The version that runs.";
     MEMORY, "process.memory.usage", Gauge, "By", None, "Memory that the process holds.";
-    HEALTHY, "fhirlake.pipeline.healthy", Gauge, "{pipeline}", None, "Whether the last success is recent enough: 1 or \
-        0.";
-    LAST_SUCCESS, "fhirlake.run.last_success.timestamp", Gauge, "s", None, "When the last successful run completed, \
-        since 1970.";
-    LAST_DURATION, "fhirlake.run.last.duration", Gauge, "s", None, "How long the newest run took.";
-    NEXT_RUN, "fhirlake.run.next.timestamp", Gauge, "s", None, "When the next run is due, since 1970.";
-    RUN_ACTIVE, "fhirlake.run.active", Gauge, "{run}", None, "Whether a run is under way: 1 or 0.";
+    HEALTHY, "fhirlake.pipeline.healthy", Gauge, "{pipeline}", None, "1 if the last success is recent enough, else 0.";
+    LAST_SUCCESS, "fhirlake.run.last_success.timestamp", Gauge, "s", None, "Time at which the last successful run \
+        completed, since 1970.";
+    LAST_DURATION, "fhirlake.run.last.duration", Gauge, "s", None, "Duration of the newest run.";
+    NEXT_RUN, "fhirlake.run.next.timestamp", Gauge, "s", None, "Time of the next run, since 1970.";
+    RUN_ACTIVE, "fhirlake.run.active", Gauge, "{run}", None, "1 if a run is under way, else 0.";
     RUNS, "fhirlake.runs", Counter, "{run}", Some("outcome"), "Runs that ended: succeeded, failed, interrupted, \
         locked (another had the pipeline).";
     MISSED, "fhirlake.runs.missed", Counter, "{run}", None, "Scheduled runs that could not start in time; each got \
@@ -80,7 +79,7 @@ metrics! {
         came of them: inserted, updated, deleted, skipped.";
     TABLE_ROWS, "fhirlake.table.rows", Gauge, "{row}", TYPE, "Rows of a table.";
     TABLE_VERSION, "fhirlake.table.version", Gauge, "{version}", TYPE, "Version of a table.";
-    TABLE_LAG, "fhirlake.table.lag", Gauge, "s", TYPE, "How far a table's watermark is behind our clock.";
+    TABLE_LAG, "fhirlake.table.lag", Gauge, "s", TYPE, "Lag of a table's watermark behind this machine's clock.";
     QUARANTINED, "fhirlake.quarantine.lines", Gauge, "{line}", None, "Lines in quarantine.";
     EXPORTS, "fhirlake.exports.in_flight", Gauge, "{export}", None, "Exports that the server works on or holds.";
     EDGE_ITEMS, "fhirlake.edge.items", Gauge, "{item}", Some("edge"), "Items on an edge between two stages, while a \
@@ -104,7 +103,7 @@ metrics! {
     OUTCOME_ISSUES, "fhirlake.export.outcome_issues", Counter, "{issue}", Some("issue"), "Issues in the export's \
         error files, by severity and code.";
     DEVIATIONS, bulk_data_client::metrics::DEVIATIONS, Counter, "{deviation}", Some("deviation"), "Ways in which the \
-        server differs from what the Bulk Data guide asks.";
+        server differs from the Bulk Data IG.";
 }
 
 /// Label of what belongs to no type.

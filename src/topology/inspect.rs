@@ -5,7 +5,7 @@ use super::prepare::{app_id, check_table};
 use super::{RunPlan, SourcePlan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, has_table, instant_text};
-use crate::stages::folder::place_of;
+use crate::stages::export::folder::place_of;
 use crate::state::StateFile;
 use delta_upsert::Tables;
 use flow::{Cancellation, Counters};

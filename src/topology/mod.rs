@@ -155,6 +155,14 @@ impl Topology {
         self.nodes.iter().filter_map(|node| node.input.as_ref())
     }
 
+    /// Returns the percent of `memory` of each edge that has a share of its own, then of what stages hold themselves.
+    pub fn shares(&self) -> Vec<(String, u64)> {
+        let edges = self.nodes.iter().filter(|node| node.edge_percent() > 0);
+        let edges = edges.filter_map(|node| Some((node.input.as_ref()?.name.to_string(), node.edge_percent())));
+        let own = self.nodes.iter().flat_map(|node| node.spec.shares);
+        edges.chain(own.map(|share| (share.name.to_owned(), share.percent))).collect()
+    }
+
     /// Draws the pipeline, at most 100 columns wide: what crosses each edge with its share of `memory`, the stages, and
     /// what each does.
     pub fn diagram(&self) -> String {

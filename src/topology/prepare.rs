@@ -37,7 +37,7 @@ pub struct Prepared {
     pub(super) opened: HashMap<ResourceType, Table>,
     pub(super) kickoffs: Vec<Kickoff>,
     /// Types that the server refused one by one not long ago.
-    pub(super) refused_lately: HashSet<String>,
+    pub(super) rejected_lately: HashSet<String>,
     pub(super) app_id: String,
     pub(super) full: bool,
     pub(super) full_refresh: bool,
@@ -131,14 +131,14 @@ pub async fn prepare(plan: RunPlan, options: RunOptions) -> Result<Prepared> {
     let full = kickoffs.first().map_or(asks_for_all, |_| all_are_full);
     reject_unsafe_modes(&plan, all_are_full || options.replay_only)?;
     let until = plan.request.export.until.as_ref().and_then(|until| parse_instant(until.as_bytes()));
-    let refused_lately = rejected_lately(&jobs, &app_id, Utc::now());
+    let rejected_lately = rejected_lately(&jobs, &app_id, Utc::now());
     let OpenTables { tables: opened, unwritable, .. } = open;
     Ok(Prepared {
         plan,
         tables,
         opened,
         kickoffs,
-        refused_lately,
+        rejected_lately,
         app_id,
         full,
         full_refresh,

@@ -8,7 +8,7 @@ use super::RunPlan;
 use crate::error::{Context, ErrorKind, Result};
 use crate::jobs::checkpoint::Checkpoint;
 use crate::messages::{ExportFile, FileKind, ManifestEntryId};
-use crate::stages::replay::Replayed;
+use crate::stages::download::replay::Replayed;
 use crate::state::{Journal, JournalEntry, StateStore};
 use delta_upsert::Tables;
 use fhir_arrow::Model;

@@ -70,7 +70,7 @@ pub struct RunReport {
     /// not as said.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub attachments: BTreeMap<String, u64>,
-    /// Ways in which the server differs from what the Bulk Data guide asks, and how often each was met.
+    /// Deviations of the server from the Bulk Data IG, with the number of times that each was met.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub server_deviations: BTreeMap<String, u64>,
     /// Requests that were retried.

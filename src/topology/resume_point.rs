@@ -36,8 +36,8 @@ pub(super) async fn resume_point(
     let mut others = staged.unwrap_or_default();
     let first_index = others.next_index();
     let accepted: Vec<_> = prepared.kickoffs.iter().filter_map(|kickoff| kickoff.in_flight.as_ref()).collect();
-    let going_on: HashSet<String> = accepted.iter().map(|accepted| accepted.status.to_string()).collect();
-    let mut ours = others.split(|file| going_on.contains(&file.status));
+    let resumed: HashSet<String> = accepted.iter().map(|accepted| accepted.status.to_string()).collect();
+    let mut ours = others.split(|file| resumed.contains(&file.status));
     // Of what a later run may resume, nothing is touched.
     let alive = |file: &CheckpointEntry| {
         let export = exports.iter().find(|export| export.status == file.status);
@@ -101,9 +101,9 @@ async fn look_through(
                 continue;
             }
         };
-        for (file, fate) in files.into_iter().zip(staged_file_states) {
-            let has_keys = fate == StagedFileState::Pending && folder.keys_of(&name, &file.path)?.is_file();
-            match fate {
+        for (file, file_state) in files.into_iter().zip(staged_file_states) {
+            let has_keys = file_state == StagedFileState::Pending && folder.keys_of(&name, &file.path)?.is_file();
+            match file_state {
                 StagedFileState::Merged if merged.contains(&name) => work.in_tables.push(file),
                 StagedFileState::Merged => lost.push(file),
                 StagedFileState::Pending if file.columns == columns && has_keys => work.files.push(file),
@@ -142,7 +142,8 @@ async fn discard(files: Vec<StagedParquet>, prepared: &Prepared) {
     for (name, files) in by_type(files) {
         let Ok(table) = prepared.tables.open(&name).await else { continue };
         let Ok(staged_file_states) = table.staged_file_states(&files).await else { continue };
-        let waiting = files.iter().zip(staged_file_states).filter(|(_, fate)| *fate == StagedFileState::Pending);
+        let waiting =
+            files.iter().zip(staged_file_states).filter(|(_, file_state)| *file_state == StagedFileState::Pending);
         table.discard_staged(waiting.map(|(file, _)| file.path.as_str())).await;
         table.remove_empty_folder();
     }

@@ -20,12 +20,13 @@ use crate::export_log::ExportLog;
 use crate::jobs::checkpoint::CheckpointStore;
 use crate::jobs::{self, ExportEvent, ExportEventSink};
 use crate::messages::{BadLineSink, ExportFile, FlushRequests, MergeInput, instant_text};
+use crate::stages::download::replay::Replayed;
 use crate::stages::download::{Origin, ShortFile};
 use crate::stages::export::ServerExport;
-use crate::stages::folder::{FolderExport, PassedOver};
-use crate::stages::ledger::Ledger;
+use crate::stages::export::folder::{FolderExport, PassedOver};
+use crate::stages::merge::TypeOutcome;
+use crate::stages::merge::ledger::Ledger;
 use crate::stages::merge::{KEYS, MATCHING, Merge, MergeReport, MergeSettings, Mode, Staging, StagingSettings};
-use crate::stages::replay::Replayed;
 use crate::stages::{RunContext, Stages};
 use crate::state::{Journal, JournalEntry, Lease, StateFile, StateStore};
 use crate::telemetry;
@@ -274,7 +275,7 @@ impl Run {
                 let source = ServerExport {
                     client: client.clone(),
                     kickoffs: prepared.kickoffs.clone(),
-                    refused_lately: prepared.refused_lately.clone(),
+                    rejected_lately: prepared.rejected_lately.clone(),
                     timeout: Some(*timeout),
                     until: prepared.until,
                     first_index: self.resume.first_index,
@@ -298,7 +299,7 @@ impl Run {
                     types: plan.types().names().iter().map(|name| name.as_str().into()).collect(),
                     excluded: own_folders(url, &self.state, &prepared.tables),
                     passed_over: self.passed_over.clone(),
-                    all_asked: plan.stages.merge.mode != Mode::Merge,
+                    all_requested: plan.stages.merge.mode != Mode::Merge,
                     first_index,
                     files,
                     merge: control.clone(),
@@ -391,11 +392,10 @@ impl Run {
         let of_server = merged.of_server();
         self.settle_quarantine(&merged)?;
         if self.client.is_some() {
-            let is_whole = |name: &str| {
-                let of = merged.types.get(name);
-                of.is_some_and(|of| of.answered_for && of.error.is_none() && of.watermark_hold.is_none())
-            };
-            jobs::note_floors(state, &prepared.app_id, &prepared.kickoffs, &merged.held, is_whole)?;
+            let is_whole = |of: &TypeOutcome| of.answered_for && of.error.is_none() && of.watermark_hold.is_none();
+            let whole = merged.types.iter().filter(|(_, of)| is_whole(of)).map(|(name, _)| &**name);
+            let incomplete = merged.held.iter().map(|name| &**name);
+            jobs::note_floors(state, &prepared.app_id, &prepared.kickoffs, incomplete, whole)?;
         }
         let mut report = RunReport::build(
             plan,

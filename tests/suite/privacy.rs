@@ -54,6 +54,7 @@ fn modes(folder: &Path, open: &mut Vec<String>) {
 // Breaks if a name, an identifier or an id of the population is in a log, a report, an error, a metric or the page, or
 // if others can read what is kept, whatever the umask.
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story: everything that is said of the same patients")]
 async fn nothing_of_a_patient_is_told() {
     let server = DemoServer::start(Population::new(31, 40), 0, 10).await.unwrap();
     let population = server.population();

@@ -257,6 +257,21 @@ fn the_diagrams_are_the_topology() {
     }
 }
 
+// Breaks if a share of `memory:` is another than the documents say.
+#[test]
+fn the_shares_are_those_of_the_stages() {
+    let topology = fhirlake::topology::Topology::new(&Default::default(), &fhirlake::stages::Memory::new(512 << 20));
+    let mut list = String::new();
+    for (name, percent) in topology.shares() {
+        list.push_str(&format!("* `{name}` {percent} %\n"));
+    }
+    let path = docs("explanation/memory.md");
+    let committed = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = committed.split_once("<!-- shares -->\n").unwrap();
+    let (_, after) = rest.split_once("<!-- end of shares -->\n").unwrap();
+    hold(&path, &format!("{before}<!-- shares -->\n{list}<!-- end of shares -->\n{after}"));
+}
+
 /// The Markdown files of the project.
 fn pages() -> Vec<PathBuf> {
     fn walk(folder: &Path, out: &mut Vec<PathBuf>) {

@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use bulk_data_client::{
-    Auth, AuthSettings, Client, ExportOptions, ExportRequest, HttpSettings, KickOff, Level, Manifest, PollStatus,
+    Auth, AuthSettings, Client, ExportOptions, ExportRequest, HttpSettings, KickOffResponse, Level, Manifest,
+    PollStatus,
 };
 use bulk_data_server::{DemoServer, Population};
 use url::Url;
@@ -38,8 +39,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// Kicks off, and polls until the manifest is complete.
 async fn export(client: &Client, request: &ExportRequest) -> Result<Manifest, Box<dyn std::error::Error>> {
     let (status, separate) = match client.kick_off(request, &AtomicBool::new(false)).await? {
-        KickOff::Accepted { status, separate } => (status, separate),
-        KickOff::Later { why, .. } => return Err(why.into()),
+        KickOffResponse::Accepted { status, separate } => (status, separate),
+        KickOffResponse::Later { why, .. } => return Err(why.into()),
     };
     loop {
         let wait = match client.poll(&status, separate).await? {

@@ -15,13 +15,15 @@ pub mod metrics;
 mod smart;
 
 pub use capabilities::Capabilities;
-pub use export::kick_off::KickOff;
+pub use export::kick_off::KickOffResponse;
 pub use export::links::{LinkPlace, Links, unsigned};
 pub use export::manifest::{Manifest, ManifestFile};
 pub use export::options::{ExportOptions, ListStyle, Method, OneOrMore};
 pub use export::poll::PollStatus;
 pub use export::request::{ExportRequest, Level};
 pub use export::response::{ISSUE_TYPES, Resume, is_whole, parse_retry_after, server_words};
+pub use flow::{Cancellation, Counters};
+pub use foundation::error::{Error, ErrorKind, Result};
 pub use http::concurrency::{AdaptiveConcurrency, Permit};
 pub use http::content_encoding;
 pub use http::settings::HttpSettings;

@@ -161,8 +161,8 @@ impl FileWriter {
             }
             for kind in self.job.kinds.clone() {
                 for patient in 0..population.patients() {
-                    population.for_each(kind, patient, |number, fate| {
-                        if fate.deleted && since.is_some_and(|since| fate.updated >= since) {
+                    population.for_each(kind, patient, |number, state| {
+                        if state.deleted && since.is_some_and(|since| state.updated >= since) {
                             text.push_str(&deletion(&format!(
                                 "{}/{}",
                                 DEMO_TYPES[kind],
@@ -182,9 +182,9 @@ impl FileWriter {
                     json!([{"name": "Patient", "valueReference": {"reference": format!("Patient/{patient}")}}]);
                 text.push_str(&format!("{}\n", json!({"resourceType": "Parameters", "parameter": parameter})));
                 for kind in kinds {
-                    population.for_each(*kind, patient, |number, fate| {
-                        if !fate.deleted && since.is_none_or(|since| fate.updated >= since) {
-                            population.write(*kind, patient, number, fate, text);
+                    population.for_each(*kind, patient, |number, state| {
+                        if !state.deleted && since.is_none_or(|since| state.updated >= since) {
+                            population.write(*kind, patient, number, state, text);
                         }
                     });
                 }
@@ -198,9 +198,9 @@ impl FileWriter {
             }
         } else if let Some(kind) = DEMO_TYPES.iter().position(|known| *known == name) {
             for patient in patients {
-                population.for_each(kind, patient, |number, fate| {
-                    if !fate.deleted && since.is_none_or(|since| fate.updated >= since) {
-                        population.write(kind, patient, number, fate, &mut text);
+                population.for_each(kind, patient, |number, state| {
+                    if !state.deleted && since.is_none_or(|since| state.updated >= since) {
+                        population.write(kind, patient, number, state, &mut text);
                     }
                 });
                 if text.len() >= PIECE {

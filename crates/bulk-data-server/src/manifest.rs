@@ -42,10 +42,10 @@ pub(crate) fn manifest(
         for (part, first) in (0..job.population.patients()).step_by(per_file as usize).enumerate() {
             let mut count = 0u64;
             for patient in first..(first + per_file).min(job.population.patients()) {
-                job.population.for_each(*kind, patient, |_, fate| {
-                    let is_new = job.since.is_none_or(|since| fate.updated >= since);
-                    count += u64::from(is_new && !fate.deleted);
-                    deleted |= job.since.is_some() && is_new && fate.deleted;
+                job.population.for_each(*kind, patient, |_, state| {
+                    let is_new = job.since.is_none_or(|since| state.updated >= since);
+                    count += u64::from(is_new && !state.deleted);
+                    deleted |= job.since.is_some() && is_new && state.deleted;
                 });
             }
             if count > 0 {

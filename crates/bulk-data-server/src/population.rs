@@ -110,34 +110,34 @@ impl Population {
     }
 
     /// Returns the state of a resource; `None` before its patient came.
-    pub fn fate(&self, kind: usize, patient: u32, number: u32) -> Option<ResourceState> {
+    pub fn state(&self, kind: usize, patient: u32, number: u32) -> Option<ResourceState> {
         let born = self.steps.iter().position(|step| patient < step.patients)?;
-        let mut fate = ResourceState { version: 1, updated: self.steps[born].time, deleted: false };
+        let mut state = ResourceState { version: 1, updated: self.steps[born].time, deleted: false };
         for (index, step) in self.steps.iter().enumerate().skip(born + 1) {
             let draw = Random::new(&[self.seed, 77, kind as u64, u64::from(patient), u64::from(number), index as u64])
                 .below(1000);
             if may_be_deleted(kind) && draw < step.deleted * 4 {
-                return Some(ResourceState { deleted: true, updated: step.time, ..fate });
+                return Some(ResourceState { deleted: true, updated: step.time, ..state });
             }
             if draw >= 1000 - step.changed {
-                fate = ResourceState { version: fate.version + 1, updated: step.time, deleted: false };
+                state = ResourceState { version: state.version + 1, updated: step.time, deleted: false };
             }
         }
-        Some(fate)
+        Some(state)
     }
 
     /// Calls `f` for every resource of `kind` of `patient`, with its number and fate.
     pub fn for_each(&self, kind: usize, patient: u32, mut f: impl FnMut(u32, ResourceState)) {
         for number in self.numbers(kind, patient) {
-            if let Some(fate) = self.fate(kind, patient, number) {
-                f(number, fate);
+            if let Some(state) = self.state(kind, patient, number) {
+                f(number, state);
             }
         }
     }
 
     /// A resource as a line of NDJSON, its end included.
-    pub fn write(&self, kind: usize, patient: u32, number: u32, fate: ResourceState, out: &mut String) {
-        crate::resources::write(self, kind, patient, number, fate, out);
+    pub fn write(&self, kind: usize, patient: u32, number: u32, state: ResourceState, out: &mut String) {
+        crate::resources::write(self, kind, patient, number, state, out);
     }
 
     /// The logical id of a resource.
@@ -154,10 +154,10 @@ mod tests {
         let mut lines = Vec::new();
         for kind in 0..DEMO_TYPES.len() {
             for patient in 0..population.patients() {
-                population.for_each(kind, patient, |number, fate| {
-                    if !fate.deleted {
+                population.for_each(kind, patient, |number, state| {
+                    if !state.deleted {
                         let mut line = String::new();
-                        population.write(kind, patient, number, fate, &mut line);
+                        population.write(kind, patient, number, state, &mut line);
                         lines.push(line);
                     }
                 });

@@ -211,7 +211,7 @@ pub(crate) fn write(
     kind: usize,
     patient: u32,
     number: u32,
-    fate: ResourceState,
+    state: ResourceState,
     out: &mut String,
 ) {
     let name = DEMO_TYPES[kind];
@@ -221,20 +221,20 @@ pub(crate) fn write(
     put!(
         page,
         r#"{{"resourceType":"{name}","id":"{own}","meta":{{"versionId":"{}","lastUpdated":"{}","profile":["http://hl7.org/fhir/us/core/StructureDefinition/us-core-{}"]}},"#,
-        fate.version,
-        fate.updated.to_rfc3339_opts(SecondsFormat::Millis, true),
+        state.version,
+        state.updated.to_rfc3339_opts(SecondsFormat::Millis, true),
         name.to_ascii_lowercase()
     );
     match name {
         "Organization" => organization(&mut page, number),
         "Practitioner" => practitioner(&mut page, &mut random, number),
-        "Patient" => patient_resource(&mut page, &mut random, fate),
+        "Patient" => patient_resource(&mut page, &mut random, state),
         "Coverage" => coverage(&mut page, &own),
         "Encounter" => encounter(&mut page, &mut random, number),
-        "Condition" => condition(&mut page, &mut random, number, fate),
-        "Observation" => observation(&mut page, &mut random, number, fate),
+        "Condition" => condition(&mut page, &mut random, number, state),
+        "Observation" => observation(&mut page, &mut random, number, state),
         "DiagnosticReport" => diagnostic_report(&mut page, number),
-        "MedicationRequest" => medication_request(&mut page, &mut random, number, fate),
+        "MedicationRequest" => medication_request(&mut page, &mut random, number, state),
         "Procedure" => procedure(&mut page, &mut random, number),
         "Immunization" => immunization(&mut page, &mut random, number),
         "AllergyIntolerance" => allergy(&mut page, &mut random),
@@ -262,11 +262,11 @@ fn practitioner(page: &mut Page<'_>, random: &mut Random, number: u32) {
     );
 }
 
-fn patient_resource(page: &mut Page<'_>, random: &mut Random, fate: ResourceState) {
+fn patient_resource(page: &mut Page<'_>, random: &mut Random, state: ResourceState) {
     let (family, given, middle) = (*random.pick(&FAMILY), *random.pick(&GIVEN), *random.pick(&GIVEN));
     let (race_code, race) = *random.pick(&RACES);
     let hispanic = random.jitter(18);
-    let (city, state, zip) = *random.pick(&CITIES);
+    let (city, province, zip) = *random.pick(&CITIES);
     let gender = if random.jitter(50) { "female" } else { "male" };
     let birth = chrono::NaiveDate::from_ymd_opt(
         1930 + random.below(90) as i32,
@@ -292,10 +292,10 @@ fn patient_resource(page: &mut Page<'_>, random: &mut Random, fate: ResourceStat
     );
     put!(
         page,
-        r#""address":[{{"extension":[{{"url":"http://hl7.org/fhir/StructureDefinition/geolocation","extension":[{{"url":"latitude","valueDecimal":42.{}}},{{"url":"longitude","valueDecimal":-71.{}}}]}}],"line":["{} {}"],"city":"{city}","state":"{state}","postalCode":"{zip}","country":"US"}}],"maritalStatus":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/v3-MaritalStatus","code":"M","display":"Married"}}]}},"multipleBirthBoolean":false,"communication":[{{"language":{{"coding":[{{"system":"urn:ietf:bcp:47","code":"en-US","display":"English (United States)"}}],"text":"English"}}}}],"managingOrganization":{{"reference":"{}"}}"#,
+        r#""address":[{{"extension":[{{"url":"http://hl7.org/fhir/StructureDefinition/geolocation","extension":[{{"url":"latitude","valueDecimal":42.{}}},{{"url":"longitude","valueDecimal":-71.{}}}]}}],"line":["{} {}"],"city":"{city}","state":"{province}","postalCode":"{zip}","country":"US"}}],"maritalStatus":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/v3-MaritalStatus","code":"M","display":"Married"}}]}},"multipleBirthBoolean":false,"communication":[{{"language":{{"coding":[{{"system":"urn:ietf:bcp:47","code":"en-US","display":"English (United States)"}}],"text":"English"}}}}],"managingOrganization":{{"reference":"{}"}}"#,
         random.below(900_000) + 100_000,
         random.below(900_000) + 100_000,
-        random.below(900) + 1 + u64::from(fate.version),
+        random.below(900) + 1 + u64::from(state.version),
         random.pick(&STREETS),
         page.reference("Organization", 0, number % SITES)
     );
@@ -326,9 +326,9 @@ fn encounter(page: &mut Page<'_>, random: &mut Random, number: u32) {
     );
 }
 
-fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, fate: ResourceState) {
+fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, state: ResourceState) {
     let (snomed, name, icd) = *random.pick(&CONDITIONS);
-    let status = if fate.version > 1 || random.jitter(40) { "resolved" } else { "active" };
+    let status = if state.version > 1 || random.jitter(40) { "resolved" } else { "active" };
     let time = page.encounter_time(number);
     put!(
         page,
@@ -340,11 +340,11 @@ fn condition(page: &mut Page<'_>, random: &mut Random, number: u32, fate: Resour
     );
 }
 
-fn observation(page: &mut Page<'_>, random: &mut Random, number: u32, fate: ResourceState) {
+fn observation(page: &mut Page<'_>, random: &mut Random, number: u32, state: ResourceState) {
     let (encounter, slot) = (number / 16, number % 16);
     let time = page.encounter_time(encounter).to_rfc3339();
     let vital = slot < 3;
-    let status = if fate.version > 1 { "amended" } else { "final" };
+    let status = if state.version > 1 { "amended" } else { "final" };
     let (category, display) = if vital { ("vital-signs", "Vital Signs") } else { ("laboratory", "Laboratory") };
     let (code, name) = match slot {
         0 => ("85354-9", "Blood pressure panel with all children optional"),
@@ -428,9 +428,9 @@ fn diagnostic_report(page: &mut Page<'_>, number: u32) {
     );
 }
 
-fn medication_request(page: &mut Page<'_>, random: &mut Random, number: u32, fate: ResourceState) {
+fn medication_request(page: &mut Page<'_>, random: &mut Random, number: u32, state: ResourceState) {
     let (code, name) = *random.pick(&DRUGS);
-    let status = if fate.version > 1 { "stopped" } else { "active" };
+    let status = if state.version > 1 { "stopped" } else { "active" };
     put!(
         page,
         r#""status":"{status}","intent":"order","medicationCodeableConcept":{{"coding":[{{"system":"http://www.nlm.nih.gov/research/umls/rxnorm","code":"{code}","display":"{name}"}}],"text":"{name}"}},"subject":{{"reference":"{}"}},"encounter":{{"reference":"{}"}},"authoredOn":"{}","requester":{{"reference":"{}"}},"dosageInstruction":[{{"sequence":1,"text":"Take {} daily","timing":{{"repeat":{{"frequency":{},"period":1,"periodUnit":"d"}}}},"asNeededBoolean":false,"doseAndRate":[{{"type":{{"coding":[{{"system":"http://terminology.hl7.org/CodeSystem/dose-rate-type","code":"ordered"}}]}},"doseQuantity":{{"value":1}}}}]}}],"dispenseRequest":{{"numberOfRepeatsAllowed":{},"quantity":{{"value":30,"unit":"tablet"}}}}"#,

@@ -9,7 +9,8 @@
 //! 3. [`Table`] opens, creates, and checks tables; [`Table::optimize`] and [`Table::vacuum`] maintain them.
 //!
 //! Rows reach this crate as the bytes of Parquet row groups ([`EncodedBatch`]), so it knows nothing of what is in them
-//! but a column `id`.
+//! but a column `id` and, where a table has them, `meta.lastUpdated`, `meta.versionId` and `meta.tag`, which order the
+//! copies of a row.
 
 mod commit;
 mod maintenance;
@@ -21,6 +22,8 @@ mod table;
 pub use commit::commit_info;
 pub use commit::deletion_vectors::read_bytes as read_vector;
 pub use commit::upsert::{Commit, Copies, Merged, Upsert, Watermark, deletions_id};
+pub use foundation::Limit;
+pub use foundation::error::{Error, ErrorKind, Result};
 pub use maintenance::optimize::{OptimizeSettings, Optimized};
 pub use maintenance::vacuum::{VacuumSettings, Vacuumed};
 pub use matching::deletions::{Deletions, Scratch};

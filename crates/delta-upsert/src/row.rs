@@ -64,6 +64,22 @@ impl RowKey {
 }
 
 /// The 128-bit hash of a logical id that rows are matched by.
+///
+/// ```
+/// use delta_upsert::{RowKey, RowPosition, key_of};
+///
+/// let copy = |version, line| RowKey {
+///     key: key_of(b"patient-1"),
+///     last_updated: RowKey::ABSENT,
+///     version,
+///     arrival: RowPosition::new(0, line),
+///     subsetted: false,
+///     replayed: false,
+/// };
+/// // Of two copies the newer version wins, wherever it stands; of equal ones the later line.
+/// assert!(copy(2, 1).rank() > copy(1, 9).rank());
+/// assert!(copy(2, 9).rank() > copy(2, 1).rank());
+/// ```
 pub fn key_of(id: &[u8]) -> u128 {
     twox_hash::XxHash3_128::oneshot(id)
 }

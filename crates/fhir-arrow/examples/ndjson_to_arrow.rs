@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let root = parse_value(&mut tape, line.as_bytes(), 0, line.len())?;
         encoder.push(tape.over(line.as_bytes()).value(root), line.as_bytes());
     }
-    let unmapped = encoder.take_losses();
+    let unmapped = encoder.take_unmapped();
     let rows = encoder.finish(&mut PresentColumns::default(), ColumnPruning::TopLevel)?;
     let mut out = format!("{} rows\n", rows.batch.num_rows());
     for field in rows.schema.fields() {

@@ -8,6 +8,22 @@
 //!   ([`ColumnPruning`](ColumnPruning)).
 //!
 //! The cost of a row follows the values that it has, and not the columns of its type.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use fhir_arrow::tape::{Tape, parse_value};
+//! use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, PresentColumns};
+//!
+//! let line = br#"{"resourceType":"Patient","id":"a","birthDate":"1970-01","unheardOf":1}"#;
+//! let layout = Layout::pathling("Patient", &LayoutOptions::default()).unwrap();
+//! let (mut encoder, mut tape) = (Encoder::new(Arc::new(layout)), Tape::default());
+//! let root = parse_value(&mut tape, line, 0, line.len()).unwrap();
+//! encoder.push(tape.over(line).value(root), line);
+//! assert_eq!(encoder.take_unmapped().into_keys().collect::<Vec<_>>(), ["Patient.unheardOf"]);
+//! let rows = encoder.finish(&mut PresentColumns::default(), ColumnPruning::TopLevel).unwrap();
+//! assert!(rows.batch.column_by_name("birthDate").is_some());
+//! ```
 
 mod encode;
 mod layout;
@@ -17,6 +33,7 @@ mod ucum;
 
 pub use encode::attachments::for_each_attachment;
 pub use encode::{EncodedRows, Encoder, MAX_UNMAPPED_PATHS};
+pub use foundation::error::{Error, ErrorKind, Result};
 pub use layout::arrow_schema::{arrow_schema, conform, layout_for};
 pub use layout::present_columns::{ColumnPruning, PresentColumns};
 pub use layout::{EXCLUDED_TYPES, Field, Group, Layout, LayoutOptions, Node, Source};

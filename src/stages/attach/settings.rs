@@ -9,7 +9,7 @@ use url::Url;
 use super::{ATTACHMENTS_FOLDER, Attach, AttachSettings};
 use crate::error::Result;
 use crate::messages::Rows;
-use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Stage, StageSpec, Stages};
+use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Section, Stage, StageSpec, Stages};
 use crate::values::{ByteSize, Findings, Types, is_origin, section};
 use flow::{Receiver, Sender};
 use foundation::secure_fs::private_dir;
@@ -33,18 +33,6 @@ section! {
         /// Attachments at the same time.
         #[schemars(range(min = 1, max = 256))]
         pub concurrency: usize = 10,
-    }
-}
-
-impl AttachmentsSection {
-    /// Finds values that make no sense in a pipeline with `memory` bytes.
-    pub fn check(&self, memory: u64, found: &mut Findings) {
-        let hint = "lower it (larger attachments become files), or raise memory";
-        found.add_if(self.inline_up_to.0 > memory / 64, "inline_up_to", "more than a 64th of memory", Some(hint));
-        for (index, origin) in self.origins.iter().enumerate().filter(|(_, origin)| *origin != "any") {
-            let what = "neither `any` nor an origin such as https://files.example.org";
-            found.add_if(!is_origin(origin), &format!("origins.{index}"), what, None);
-        }
     }
 }
 
@@ -97,5 +85,16 @@ impl Stage for Attach {
             run.tasks.spawn("attach", async move { worker.run().await }.in_current_span());
         }
         Ok(())
+    }
+}
+
+impl Section for AttachmentsSection {
+    fn check(&self, memory: u64, found: &mut Findings) {
+        let hint = "lower it (larger attachments become files), or raise memory";
+        found.add_if(self.inline_up_to.0 > memory / 64, "inline_up_to", "more than a 64th of memory", Some(hint));
+        for (index, origin) in self.origins.iter().enumerate().filter(|(_, origin)| *origin != "any") {
+            let what = "neither `any` nor an origin such as https://files.example.org";
+            found.add_if(!is_origin(origin), &format!("origins.{index}"), what, None);
+        }
     }
 }

@@ -9,8 +9,8 @@ use tokio::sync::Semaphore;
 use super::Download;
 use crate::error::Result;
 use crate::messages::{Chunk, ExportFile};
-use crate::stages::replay::Replay;
-use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Stage, StageSpec, Stages};
+use crate::stages::download::replay::Replay;
+use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Section, Stage, StageSpec, Stages};
 use crate::telemetry;
 use crate::values::{ByteSize, Findings, section};
 use flow::{Receiver, Sender};
@@ -44,14 +44,6 @@ pub enum ShortFile {
     Report,
     /// Its type fails.
     Fail,
-}
-
-impl DownloadSection {
-    /// Finds values that make no sense.
-    pub fn check(&self, found: &mut Findings) {
-        let chunk = self.chunk.0;
-        found.add_if(!(4096..=64 << 20).contains(&chunk), "chunk", "must be from 4KiB to 64MiB", None);
-    }
 }
 
 impl Stage for Download {
@@ -95,5 +87,12 @@ impl Stage for Download {
             run.tasks.spawn_cpu("download", move |handle| span.in_scope(|| worker.run(handle)));
         }
         Ok(())
+    }
+}
+
+impl Section for DownloadSection {
+    fn check(&self, _memory: u64, found: &mut Findings) {
+        let chunk = self.chunk.0;
+        found.add_if(!(4096..=64 << 20).contains(&chunk), "chunk", "must be from 4KiB to 64MiB", None);
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{Encode, Shared};
 use crate::error::Result;
 use crate::messages::{MergeInput, Rows};
-use crate::stages::{EdgeBytes, EdgeSpec, Memory, RunContext, Share, Stage, StageSpec, Stages};
+use crate::stages::{EdgeBytes, EdgeSpec, Memory, RunContext, Section, Share, Stage, StageSpec, Stages};
 use crate::telemetry;
 use crate::values::workers;
 use crate::values::{ByteSize, Findings, section};
@@ -50,16 +50,6 @@ pub enum FileColumns {
 }
 
 impl EncodeSection {
-    /// Finds values that make no sense.
-    pub fn check(&self, found: &mut Findings) {
-        for (index, name) in self.open_types.iter().enumerate() {
-            let is_unknown = Model::r4().definition(name).is_none();
-            found.add_if(is_unknown, &format!("open_types.{index}"), "not a data type of FHIR R4", None);
-        }
-        let row_group = self.row_group.0;
-        found.add_if(!(1 << 16..=1 << 30).contains(&row_group), "row_group", "must be from 64KiB to 1GiB", None);
-    }
-
     /// Returns the layout of tables that are created. With `add_columns`, tables that exist get the columns that they
     /// lack.
     pub fn layout(&self, add_columns: bool) -> LayoutOptions {
@@ -121,5 +111,16 @@ impl Stage for Encode {
             run.tasks.spawn_cpu("encode", move |handle| span.in_scope(|| worker.run(handle)));
         }
         Ok(())
+    }
+}
+
+impl Section for EncodeSection {
+    fn check(&self, _memory: u64, found: &mut Findings) {
+        for (index, name) in self.open_types.iter().enumerate() {
+            let is_unknown = Model::r4().definition(name).is_none();
+            found.add_if(is_unknown, &format!("open_types.{index}"), "not a data type of FHIR R4", None);
+        }
+        let row_group = self.row_group.0;
+        found.add_if(!(1 << 16..=1 << 30).contains(&row_group), "row_group", "must be from 64KiB to 1GiB", None);
     }
 }

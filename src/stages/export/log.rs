@@ -6,14 +6,14 @@ use super::ServerExport;
 use crate::error::Result;
 use crate::jobs::Kickoff;
 use crate::messages::instant_text;
-use bulk_data_client::{KickOff, Manifest, PollStatus, shown};
+use bulk_data_client::{KickOffResponse, Manifest, PollStatus, shown};
 
 impl ServerExport {
-    pub(super) fn log_kick_off(&self, export: usize, kickoff: &Kickoff, answer: &Result<KickOff>) {
+    pub(super) fn log_kick_off(&self, export: usize, kickoff: &Kickoff, answer: &Result<KickOffResponse>) {
         let request = &kickoff.request;
         let (code, body) = match answer {
-            Ok(KickOff::Accepted { .. }) => (None, None),
-            Ok(KickOff::Later { why, .. }) => (Some(429), Some(why.clone())),
+            Ok(KickOffResponse::Accepted { .. }) => (None, None),
+            Ok(KickOffResponse::Later { why, .. }) => (Some(429), Some(why.clone())),
             Err(error) => (error.status(), Some(error.to_string())),
         };
         self.log.note(export, "kickoff", || {

@@ -80,7 +80,7 @@ impl TypeBisection {
     }
 
     /// An export of an earlier run is resumed.
-    pub(crate) fn goes_on(&mut self) {
+    pub(crate) fn resumes(&mut self) {
         self.held += 1;
     }
 
@@ -152,7 +152,7 @@ impl TypeBisection {
     }
 
     /// Types that were refused by themselves, and why, once it is known that others are not; each once.
-    pub(crate) fn set_aside(&mut self) -> Vec<(String, String)> {
+    pub(crate) fn reject(&mut self) -> Vec<(String, String)> {
         if self.accepted { std::mem::take(&mut self.found) } else { Vec::new() }
     }
 
@@ -166,8 +166,8 @@ impl TypeBisection {
     /// Returns the kick-offs that were not sent yet, nor by an earlier run.
     pub(crate) fn rest(&mut self) -> Vec<(usize, Kickoff)> {
         let rest = std::mem::take(&mut self.waiting).into_iter();
-        let (goes_on, rest): (VecDeque<_>, VecDeque<_>) = rest.partition(|asking| asking.kickoff.in_flight.is_some());
-        self.waiting = goes_on;
+        let (resumes, rest): (VecDeque<_>, VecDeque<_>) = rest.partition(|asking| asking.kickoff.in_flight.is_some());
+        self.waiting = resumes;
         rest.into_iter().map(|asking| (asking.export, asking.kickoff)).collect()
     }
 
@@ -220,26 +220,26 @@ mod tests {
     }
 
     /// Plays a server that refuses what names any of `forbidden`: what came, and how many kick-offs were made.
-    fn play(parting: &mut TypeBisection, forbidden: &[&str]) -> (Vec<String>, usize) {
+    fn play(bisection: &mut TypeBisection, forbidden: &[&str]) -> (Vec<String>, usize) {
         let (mut came, mut numbers) = (Vec::new(), BTreeSet::new());
-        while let Some(asking) = parting.next() {
+        while let Some(asking) = bisection.next() {
             assert!(numbers.insert(asking.export), "two kick-offs have one number");
             let requested: Vec<&str> = asking.kickoff.requested.iter().map(|name| &**name).collect();
             assert_eq!(asking.kickoff.request.types, requested, "what is asked and what is answered for differ");
             if requested.iter().any(|name| forbidden.contains(name)) {
-                parting.refused(asking, refusal(400));
+                bisection.refused(asking, refusal(400));
             } else {
                 came.extend(asking.kickoff.request.types);
-                parting.accepted();
+                bisection.accepted();
             }
         }
-        assert_eq!(numbers.len(), parting.exports);
+        assert_eq!(numbers.len(), bisection.exports);
         came.sort();
         (came, numbers.len())
     }
 
-    fn aside(parting: &mut TypeBisection) -> Vec<String> {
-        parting.set_aside().into_iter().map(|(name, _)| name).collect()
+    fn aside(bisection: &mut TypeBisection) -> Vec<String> {
+        bisection.reject().into_iter().map(|(name, _)| name).collect()
     }
 
     // Breaks if a type that is refused keeps another from being asked for, or if finding it takes a request a type.
@@ -248,13 +248,13 @@ mod tests {
         let all: Vec<String> = (0..40).map(|number| format!("T{number:02}")).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         for forbidden in [vec![], vec!["T00"], vec!["T39"], vec!["T07", "T08"], vec!["T03", "T21", "T38"]] {
-            let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
-            let (came, requested) = play(&mut parting, &forbidden);
+            let mut bisection = TypeBisection::of(&[kickoff(&names)], HashSet::new());
+            let (came, requested) = play(&mut bisection, &forbidden);
             let wanted: Vec<&str> = names.iter().copied().filter(|name| !forbidden.contains(name)).collect();
             assert_eq!(came, wanted);
             assert!(requested <= 1 + forbidden.len() * 12, "{requested} for {forbidden:?}");
-            assert_eq!(aside(&mut parting), forbidden);
-            assert!(parting.set_aside().is_empty() && parting.in_vain().is_none() && parting.end(1).is_ok());
+            assert_eq!(aside(&mut bisection), forbidden);
+            assert!(bisection.reject().is_empty() && bisection.in_vain().is_none() && bisection.end(1).is_ok());
         }
     }
 
@@ -263,20 +263,20 @@ mod tests {
     #[test]
     fn a_refusal_that_is_for_no_type_is_the_runs_end() {
         let names = ["A", "B", "C"];
-        let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
-        assert_eq!(play(&mut parting, &names), (vec![], 4));
-        assert!(parting.set_aside().is_empty());
-        let refused: HashSet<String> = parting.in_vain().unwrap().into_iter().collect();
+        let mut bisection = TypeBisection::of(&[kickoff(&names)], HashSet::new());
+        assert_eq!(play(&mut bisection, &names), (vec![], 4));
+        assert!(bisection.reject().is_empty());
+        let refused: HashSet<String> = bisection.in_vain().unwrap().into_iter().collect();
         assert_eq!(refused.len(), 3);
-        assert!(parting.end(1).is_err());
+        assert!(bisection.end(1).is_err());
         // Known now.
-        let mut parting = TypeBisection::of(&[kickoff(&names)], refused.clone());
-        assert_eq!(play(&mut parting, &names), (vec![], 1));
-        assert!(parting.in_vain().is_none() && parting.end(1).is_err());
+        let mut bisection = TypeBisection::of(&[kickoff(&names)], refused.clone());
+        assert_eq!(play(&mut bisection, &names), (vec![], 1));
+        assert!(bisection.in_vain().is_none() && bisection.end(1).is_err());
         // Another is asked for with them: it comes, and they are set aside without being asked for one by one.
-        let mut parting = TypeBisection::of(&[kickoff(&["A", "B", "D"])], refused);
-        assert_eq!(play(&mut parting, &names), (vec!["D".to_owned()], 4));
-        assert_eq!(aside(&mut parting), ["A", "B"]);
+        let mut bisection = TypeBisection::of(&[kickoff(&["A", "B", "D"])], refused);
+        assert_eq!(play(&mut bisection, &names), (vec!["D".to_owned()], 4));
+        assert_eq!(aside(&mut bisection), ["A", "B"]);
     }
 
     // Breaks if a server that refuses for another reason is asked for each type, or if one that names a type is for
@@ -285,43 +285,43 @@ mod tests {
     fn a_few_types_tell_whether_it_is_a_matter_of_types() {
         let all: Vec<String> = (0..40).map(|number| format!("T{number:02}")).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
-        let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
+        let mut bisection = TypeBisection::of(&[kickoff(&names)], HashSet::new());
         let mut requested = 0;
-        while let Some(asking) = parting.next() {
+        while let Some(asking) = bisection.next() {
             requested += 1;
-            parting.refused(asking, refusal(400));
+            bisection.refused(asking, refusal(400));
         }
-        assert_eq!((requested, parting.in_vain().map(|types| types.len())), (4, Some(40)));
-        assert!(parting.end(1).is_err());
+        assert_eq!((requested, bisection.in_vain().map(|types| types.len())), (4, Some(40)));
+        assert!(bisection.end(1).is_err());
         // By the server's words.
-        let mut parting = TypeBisection::of(&[kickoff(&names)], HashSet::new());
-        let whole = parting.next().unwrap();
+        let mut bisection = TypeBisection::of(&[kickoff(&names)], HashSet::new());
+        let whole = bisection.next().unwrap();
         let error =
             Error::new(ErrorKind::Server, "the kick-off: the server answered 400: no T07 here").with_status(400);
-        assert_eq!(parting.refused(whole, error), 2);
+        assert_eq!(bisection.refused(whole, error), 2);
     }
 
     // Breaks if a server with one slot that does not say so has its types taken for refused.
     #[test]
     fn what_is_refused_while_the_server_has_an_export_of_ours_is_not_taken_apart() {
-        let mut parting = TypeBisection::of(&[kickoff(&["A"]), kickoff(&["B", "C"])], HashSet::new());
-        assert_eq!(play(&mut parting, &["B"]), (vec!["A".to_owned()], 2));
-        assert!(parting.set_aside().is_empty() && parting.in_vain().is_none());
-        assert_eq!(parting.end(2).unwrap().len(), 1);
+        let mut bisection = TypeBisection::of(&[kickoff(&["A"]), kickoff(&["B", "C"])], HashSet::new());
+        assert_eq!(play(&mut bisection, &["B"]), (vec!["A".to_owned()], 2));
+        assert!(bisection.reject().is_empty() && bisection.in_vain().is_none());
+        assert_eq!(bisection.end(2).unwrap().len(), 1);
     }
 
     // Breaks if a half that fails otherwise, or is refused otherwise, is taken for refused.
     #[test]
     fn halves_that_fail_otherwise_say_nothing_of_their_types() {
-        let mut parting = TypeBisection::of(&[kickoff(&["A", "B"])], HashSet::new());
-        let whole = parting.next().unwrap();
-        assert_eq!(parting.refused(whole, refusal(403)), 2);
-        let first = parting.next().unwrap();
-        assert_eq!(parting.refused(first, refusal(400)), 0);
-        assert_eq!(parting.rest().len(), 1);
-        parting.failed();
-        assert!(parting.set_aside().is_empty() && parting.in_vain().is_none());
-        assert_eq!(parting.end(1).unwrap().len(), 1);
+        let mut bisection = TypeBisection::of(&[kickoff(&["A", "B"])], HashSet::new());
+        let whole = bisection.next().unwrap();
+        assert_eq!(bisection.refused(whole, refusal(403)), 2);
+        let first = bisection.next().unwrap();
+        assert_eq!(bisection.refused(first, refusal(400)), 0);
+        assert_eq!(bisection.rest().len(), 1);
+        bisection.failed();
+        assert!(bisection.reject().is_empty() && bisection.in_vain().is_none());
+        assert_eq!(bisection.end(1).unwrap().len(), 1);
         for status in [401, 404, 405, 408, 409, 413, 414, 415, 423, 429, 500, 503] {
             assert!(!may_be_for_a_type(&refusal(status)), "{status}");
         }

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::stages::{EdgeBytes, EdgeSpec, Share, StageSpec};
+use crate::stages::{EdgeBytes, EdgeSpec, Section, Share, StageSpec};
 use crate::telemetry;
 use crate::values::{ByteSize, Findings, Span, section};
 use delta_upsert::NotMatchedBySource;
@@ -62,13 +62,6 @@ pub enum Mode {
 }
 
 impl MergeSection {
-    /// Finds values that make no sense.
-    pub fn check(&self, found: &mut Findings) {
-        let too_many = matches!(self.max_deleted, Limit::Percent(percent) if percent > 100.0);
-        found.add_if(too_many, "max_deleted", "more than 100%", None);
-        found.add_if(self.target_file.0 < 1 << 20, "target_file", "less than 1MiB", None);
-    }
-
     /// Returns what happens to rows that a full export does not name.
     pub fn not_matched(&self) -> NotMatchedBySource {
         match self.mode {
@@ -97,3 +90,11 @@ pub const MERGE: &StageSpec = &StageSpec {
     shares: &[KEYS, MATCHING],
     rate: Some((telemetry::COMMITTED, "rows")),
 };
+
+impl Section for MergeSection {
+    fn check(&self, _memory: u64, found: &mut Findings) {
+        let too_many = matches!(self.max_deleted, Limit::Percent(percent) if percent > 100.0);
+        found.add_if(too_many, "max_deleted", "more than 100%", None);
+        found.add_if(self.target_file.0 < 1 << 20, "target_file", "less than 1MiB", None);
+    }
+}

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::Parse;
 use crate::error::Result;
 use crate::messages::{Chunk, Rows};
-use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Stage, StageSpec, Stages};
+use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Section, Stage, StageSpec, Stages};
 use crate::telemetry;
 use crate::values::workers;
 use crate::values::{ByteSize, Findings, section};
@@ -49,13 +49,6 @@ const USUAL_BAD_LINES: Limit = Limit::CountOrPercent(100, 1.0);
 const USUAL_MAX_LINE: usize = 64 << 20;
 
 impl ParseSection {
-    /// Finds values that make no sense.
-    pub fn check(&self, found: &mut Findings) {
-        let too_many = matches!(self.max_bad_lines, Some(Limit::Percent(percent)) if percent > 100.0);
-        found.add_if(too_many, "max_bad_lines", "more than 100%", None);
-        found.add_if(self.max_line.is_some_and(|most| most.0 > 256 << 20), "max_line", "more than 256MiB", None);
-    }
-
     /// Returns the bytes of the longest line. Several of the usual limit would be more than a small `memory` has; a
     /// limit that is written out is meant.
     pub fn max_line(&self, memory: usize) -> usize {
@@ -104,6 +97,14 @@ impl Stage for Parse {
             run.tasks.spawn_cpu("parse", move |handle| span.in_scope(|| worker.run(handle)));
         }
         Ok(())
+    }
+}
+
+impl Section for ParseSection {
+    fn check(&self, _memory: u64, found: &mut Findings) {
+        let too_many = matches!(self.max_bad_lines, Some(Limit::Percent(percent)) if percent > 100.0);
+        found.add_if(too_many, "max_bad_lines", "more than 100%", None);
+        found.add_if(self.max_line.is_some_and(|most| most.0 > 256 << 20), "max_line", "more than 256MiB", None);
     }
 }
 

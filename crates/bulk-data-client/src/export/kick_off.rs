@@ -15,7 +15,7 @@ use foundation::error::{Context, Error, ErrorKind, Result};
 
 /// The answer to a kick-off.
 #[derive(Debug)]
-pub enum KickOff {
+pub enum KickOffResponse {
     /// The server works on it.
     Accepted {
         /// Status URL.
@@ -37,7 +37,7 @@ impl Client {
     /// may have made an export then, whatever a later try says.
     ///
     /// A server that says that it is busy is asked again as it says, within `max_kick_off_wait`.
-    pub async fn kick_off(&self, request: &ExportRequest, lost: &AtomicBool) -> Result<KickOff> {
+    pub async fn kick_off(&self, request: &ExportRequest, lost: &AtomicBool) -> Result<KickOffResponse> {
         let mut left = self.settings().max_kick_off_wait;
         loop {
             let (wait, why) = match self.try_kick_off(request, lost).await? {
@@ -46,7 +46,7 @@ impl Client {
             };
             let pause = wait.unwrap_or(BUSY_PAUSE).max(Duration::from_secs(1));
             if pause > left {
-                return Ok(KickOff::Later { wait: Some(wait.unwrap_or(BUSY_WAIT)), why });
+                return Ok(KickOffResponse::Later { wait: Some(wait.unwrap_or(BUSY_WAIT)), why });
             }
             left -= pause;
             tracing::warn!(why, wait_seconds = pause.as_secs(), "the server is busy; the kick-off is sent again");
@@ -88,14 +88,14 @@ impl Client {
                     "the kick-off was accepted without a usable Content-Location to poll",
                 ));
             };
-            return Ok(Tried::Answered(KickOff::Accepted { status, separate }));
+            return Ok(Tried::Answered(KickOffResponse::Accepted { status, separate }));
         }
         let (code, wait) = (response.status(), self.retry_after(response.headers()));
         let (error, body) = refused_with(response, "the kick-off").await;
         // Epic's words for one export a client and group in a day.
         let too_soon = String::from_utf8_lossy(&body).to_lowercase().contains("too recently");
         if code == StatusCode::TOO_MANY_REQUESTS || too_soon {
-            return Ok(Tried::Answered(KickOff::Later { wait, why: error.to_string() }));
+            return Ok(Tried::Answered(KickOffResponse::Later { wait, why: error.to_string() }));
         }
         // A server whose slots are taken answers with any status; they are free again long before the usual wait is
         // over.
@@ -127,13 +127,13 @@ impl Client {
             }
             false => (Method::GET, request.url(self.base())?, None),
         };
-        let judges = RetryPolicy::Throttling(self.settings().max_kick_off_wait);
+        let retry_policy = RetryPolicy::Throttling(self.settings().max_kick_off_wait);
         let body = body.as_ref();
         self.send(&RequestSpec {
             method,
             headers,
             body,
-            judges,
+            retry_policy,
             lost: Some(lost),
             ..RequestSpec::get(&url, "", "the kick-off")
         })
@@ -143,7 +143,7 @@ impl Client {
 
 /// The result of one kick-off request.
 enum Tried {
-    Answered(KickOff),
+    Answered(KickOffResponse),
     Busy { wait: Option<Duration>, why: String },
 }
 

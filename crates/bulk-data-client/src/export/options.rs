@@ -36,14 +36,18 @@ pub(crate) struct OptionParameter {
     pub kind: &'static str,
     /// True if values may be joined by commas: a search may hold some.
     pub joins: bool,
-    /// The name that it has in a watermark's scope, where it narrows the answer. Tables keep it: it must not change.
+    /// The name that it has in a watermark's scope, where it changes the answer. Tables keep it: it must not change.
     pub scope: Option<&'static str>,
+    /// The key in [`ExportOptions`].
+    pub key: &'static str,
+    /// True if resources that there are may be missing from the answer: what is missing is not gone then.
+    pub narrows: bool,
     pub values: fn(&ExportOptions) -> Vec<String>,
 }
 
 macro_rules! options {
     ($($(#[$doc:meta])* $key:ident: $type:ty => $name:literal, $kind:literal, joins: $joins:literal,
-        scope: $scope:expr;)+) => {
+        scope: $scope:expr, narrows: $narrows:literal;)+) => {
         /// Parameters beside types and time.
         #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -68,6 +72,8 @@ macro_rules! options {
             kind: $kind,
             joins: $joins,
             scope: $scope,
+            key: stringify!($key),
+            narrows: $narrows,
             values: |options| Values::values(&options.$key),
         }),+];
     };
@@ -77,27 +83,28 @@ options! {
     /// Nothing that changed after this instant (`_until`, STU 3).
     #[cfg_attr(feature = "schema", schemars(schema_with = "instant_schema"))]
     #[serde(skip_serializing_if = "Option::is_none")]
-    until: Option<String> => "_until", "valueInstant", joins: false, scope: None;
+    until: Option<String> => "_until", "valueInstant", joins: false, scope: None, narrows: true;
     /// Elements that resources are cut down to (`_elements`): `id`, or `Patient.id`. Tables keep complete resources
     /// over such ones.
-    elements: Vec<String> => "_elements", "valueString", joins: true, scope: Some("elements");
+    elements: Vec<String> => "_elements", "valueString", joins: true, scope: Some("elements"), narrows: true;
     // K15, K7: a search may have commas of its own, so each is a parameter.
     /// FHIR searches that resources must match (`_typeFilter`), unencoded: `Observation?category=laboratory`.
-    type_filters: Vec<String> => "_typeFilter", "valueString", joins: false, scope: Some("filters");
+    type_filters: Vec<String> => "_typeFilter", "valueString", joins: false, scope: Some("filters"), narrows: true;
     /// Only the data of these patients (`patient`): `Patient/7`, or ids. Needs a POST, and level patient or group.
-    patients: Vec<String> => "patient", "valueReference", joins: true, scope: Some("patients");
+    patients: Vec<String> => "patient", "valueReference", joins: true, scope: Some("patients"), narrows: true;
     /// Resources that come along (`includeAssociatedData`): LatestProvenanceResources, RelevantProvenanceResources, or
     /// the server's own.
-    include_associated_data: Vec<String> => "includeAssociatedData", "valueCode", joins: true, scope: Some("with");
+    include_associated_data: Vec<String> => "includeAssociatedData", "valueCode", joins: true,
+        scope: Some("with"), narrows: false;
     /// A type by whose instances files are organised (`organizeOutputBy`, STU 3).
     #[serde(skip_serializing_if = "Option::is_none")]
-    organize_output_by: Option<String> => "organizeOutputBy", "valueString", joins: false, scope: None;
+    organize_output_by: Option<String> => "organizeOutputBy", "valueString", joins: false, scope: None, narrows: false;
     /// Lets the server page its manifest, and list files while it still works (`allowPartialManifests`, STU 3).
-    allow_partial_manifests: bool => "allowPartialManifests", "valueBoolean", joins: false, scope: None;
+    allow_partial_manifests: bool => "allowPartialManifests", "valueBoolean", joins: false, scope: None, narrows: false;
     /// Format of the files (`_outputFormat`). Default: the parameter is not sent, since some servers refuse the usual
     /// value.
     #[serde(skip_serializing_if = "Option::is_none")]
-    output_format: Option<String> => "_outputFormat", "valueString", joins: false, scope: None;
+    output_format: Option<String> => "_outputFormat", "valueString", joins: false, scope: None, narrows: false;
 }
 
 impl ExportOptions {
@@ -116,6 +123,14 @@ impl ExportOptions {
             scope.push_str(&format!("|{name}={value}"));
         }
         scope
+    }
+
+    /// Returns the keys that are set and may keep resources out of the answer that the server has. Further parameters
+    /// may, since nobody knows what they mean.
+    pub fn narrowing(&self) -> Vec<&'static str> {
+        let set = PARAMETERS.iter().filter(|parameter| parameter.narrows && !(parameter.values)(self).is_empty());
+        let further = (!self.parameters.is_empty()).then_some("parameters");
+        set.map(|parameter| parameter.key).chain(further).collect()
     }
 
     /// Returns the further parameters, each with one value.

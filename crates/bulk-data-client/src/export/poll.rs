@@ -64,7 +64,7 @@ impl Client {
     /// export's own status is apart.
     pub async fn poll(&self, status: &Url, separate: bool) -> Result<PollStatus> {
         let ask = RequestSpec {
-            judges: RetryPolicy::All,
+            retry_policy: RetryPolicy::All,
             ..RequestSpec::get(status, "application/json", "the export's status")
         };
         let response = self.send(&ask).await?;
@@ -143,8 +143,11 @@ impl Client {
     /// is no reason to wait: it is asked once.
     pub async fn delete_export(&self, status: &Url) -> Result<()> {
         let what = "the export's end";
-        let ask =
-            RequestSpec { method: Method::DELETE, judges: RetryPolicy::Once, ..RequestSpec::get(status, "", what) };
+        let ask = RequestSpec {
+            method: Method::DELETE,
+            retry_policy: RetryPolicy::Once,
+            ..RequestSpec::get(status, "", what)
+        };
         reached("before the export is given back");
         let response = self.send(&ask).await?;
         reached("the export is given back");

@@ -34,7 +34,7 @@ struct State {
 /// A place that is taken; released when dropped.
 #[derive(Debug)]
 pub struct Permit {
-    pace: AdaptiveConcurrency,
+    concurrency: AdaptiveConcurrency,
 }
 
 impl AdaptiveConcurrency {
@@ -60,7 +60,7 @@ impl AdaptiveConcurrency {
                 let mut state = self.state();
                 if state.taken < state.places as usize {
                     state.taken += 1;
-                    return Permit { pace: self.clone() };
+                    return Permit { concurrency: self.clone() };
                 }
             }
             freed.await;
@@ -96,8 +96,8 @@ impl AdaptiveConcurrency {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.pace.state().taken -= 1;
-        self.pace.shared.freed.notify_waiters();
+        self.concurrency.state().taken -= 1;
+        self.concurrency.shared.freed.notify_waiters();
     }
 }
 
@@ -107,25 +107,25 @@ mod tests {
 
     #[tokio::test]
     async fn places_halve_at_trouble_and_come_back_one_by_one() {
-        let pace = AdaptiveConcurrency::new(8);
-        let held: Vec<Permit> = vec![pace.enter().await, pace.enter().await];
-        pace.decrease();
-        pace.decrease();
-        assert_eq!(pace.places(), 4, "one trouble halves once");
+        let concurrency = AdaptiveConcurrency::new(8);
+        let held: Vec<Permit> = vec![concurrency.enter().await, concurrency.enter().await];
+        concurrency.decrease();
+        concurrency.decrease();
+        assert_eq!(concurrency.places(), 4, "one trouble halves once");
         for _ in 0..4 {
-            pace.increase();
+            concurrency.increase();
         }
-        assert_eq!(pace.places(), 4);
-        pace.increase();
-        assert_eq!(pace.places(), 5, "about as many files as there are places make one place more");
+        assert_eq!(concurrency.places(), 4);
+        concurrency.increase();
+        assert_eq!(concurrency.places(), 5, "about as many files as there are places make one place more");
         for _ in 0..100 {
-            pace.increase();
+            concurrency.increase();
         }
-        assert_eq!(pace.places(), 8, "never more than was asked for");
+        assert_eq!(concurrency.places(), 8, "never more than was asked for");
         drop(held);
-        let pace = AdaptiveConcurrency::new(1);
-        let first = pace.enter().await;
-        let waiting = pace.enter();
+        let concurrency = AdaptiveConcurrency::new(1);
+        let first = concurrency.enter().await;
+        let waiting = concurrency.enter();
         tokio::pin!(waiting);
         assert!(futures::poll!(waiting.as_mut()).is_pending());
         drop(first);

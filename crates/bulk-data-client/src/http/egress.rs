@@ -94,7 +94,7 @@ impl SsrfGuard {
 fn refused(what: &str, place: &str) -> Error {
     Error::new(
         ErrorKind::Server,
-        format!("{what}: the server leads to {place}, an address of this machine or its link, which is not followed"),
+        format!("{what}: {place} is an address of this machine or of its local link: not followed"),
     )
     .with_hint(
         "if the file server or token endpoint really is there, name it in the pipeline file: \

@@ -69,7 +69,7 @@ pub(crate) struct RequestSpec<'a> {
     /// True if the token goes with it.
     pub with_token: bool,
     /// Which answers the caller judges though they may be others soon.
-    pub judges: RetryPolicy,
+    pub retry_policy: RetryPolicy,
     /// Name of the request, for errors: "the kick-off".
     pub what: &'a str,
     /// Hosts that redirects may lead to; anywhere by default.
@@ -99,8 +99,19 @@ impl<'a> RequestSpec<'a> {
         let accept = Some(accept).filter(|accept| !accept.is_empty());
         let headers = accept.map(|accept| (ACCEPT, HeaderValue::from_static(accept))).into_iter().collect();
         let (body, may_go, lost) = (None, None, None);
-        let judges = RetryPolicy::Final;
-        Self { method: Method::GET, url, headers, body, with_token: true, judges, what, may_go, is_file: false, lost }
+        let retry_policy = RetryPolicy::Final;
+        Self {
+            method: Method::GET,
+            url,
+            headers,
+            body,
+            with_token: true,
+            retry_policy,
+            what,
+            may_go,
+            is_file: false,
+            lost,
+        }
     }
 }
 
@@ -276,7 +287,7 @@ impl Client {
     /// kind is the caller's to judge.
     pub(crate) async fn send(&self, ask: &RequestSpec<'_>) -> Result<Response> {
         // A pause that the caller is ready to make has its time beside that for other trouble.
-        let most = if let RetryPolicy::Throttling(most) = ask.judges { most } else { Duration::ZERO };
+        let most = if let RetryPolicy::Throttling(most) = ask.retry_policy { most } else { Duration::ZERO };
         let mut until = now_and(self.settings.retry_for);
         let throttled_until = now_and(self.settings.retry_for.max(most));
         let mut deadline_extensions = DEADLINE_EXTENSIONS;
@@ -311,7 +322,7 @@ impl Client {
                 }
                 Ok((response, _))
                     if !self.is_transient(response.status(), ask.is_file)
-                        || matches!(ask.judges, RetryPolicy::All | RetryPolicy::Once) =>
+                        || matches!(ask.retry_policy, RetryPolicy::All | RetryPolicy::Once) =>
                 {
                     return Ok(response);
                 }
@@ -319,7 +330,7 @@ impl Client {
                     // "At once" is not meant: it would be a busy loop.
                     let requested =
                         self.retry_after(response.headers()).filter(|requested| *requested >= self.settings.min_pause);
-                    if let RetryPolicy::Throttling(most) = ask.judges
+                    if let RetryPolicy::Throttling(most) = ask.retry_policy
                         && response.status() == StatusCode::TOO_MANY_REQUESTS
                         && (requested.unwrap_or(most) >= most || now_and(requested.unwrap_or(pause)) > throttled_until)
                     {
@@ -347,7 +358,7 @@ impl Client {
                     }
                     (requested, ask.refused(response).await)
                 }
-                Err(error) if error.is_transient() && ask.judges != RetryPolicy::Once => (None, error),
+                Err(error) if error.is_transient() && ask.retry_policy != RetryPolicy::Once => (None, error),
                 Err(error) => return Err(error),
             };
             let wait = wait.unwrap_or_else(|| jitter(pause));

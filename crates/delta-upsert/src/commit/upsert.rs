@@ -142,9 +142,9 @@ impl Upsert {
             // The snapshot may be another than the one that the rows were laid out for.
             self.check_fits(table)?;
             let targets = targets(table)?;
-            let mut marks = self.matching(table, &targets).marks().await?;
-            let copies = std::mem::take(&mut marks.copies);
-            match self.write(table, targets, marks, (started, attempt)).await? {
+            let mut plan = self.matching(table, &targets).plan().await?;
+            let copies = std::mem::take(&mut plan.copies);
+            match self.write(table, targets, plan, (started, attempt)).await? {
                 Written::Done(merged) => return Ok(Commit::Done(merged, copies)),
                 Written::Unknown(error) => return Ok(Commit::Unknown { error }),
                 Written::Conflict if attempt < MAX_ATTEMPTS => {
@@ -189,12 +189,12 @@ impl Upsert {
         &self,
         table: &mut Table,
         targets: Vec<TargetFile>,
-        marks: MergePlan,
+        plan: MergePlan,
         started: (Instant, usize),
     ) -> Result<Written> {
-        let mut merged = marks.merged;
+        let mut merged = plan.merged;
         let mut out = Actions::default();
-        let attempt = match self.prepare(table, &targets, &marks, started.1, (&mut merged, &mut out)).await {
+        let attempt = match self.prepare(table, &targets, &plan, started.1, (&mut merged, &mut out)).await {
             Ok(()) => self.commit_actions(table, &out, &mut merged, started.0).await,
             Err(error) => Err(error),
         };
@@ -207,7 +207,7 @@ impl Upsert {
             }
         }
         let held: HashSet<&Path> = targets.iter().map(|target| &target.data.path).collect();
-        for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
+        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
             // A commit that was thought to have failed may have named it after all.
             if held.contains(&staged.path) {
                 continue;
@@ -224,7 +224,7 @@ impl Upsert {
         &self,
         table: &Table,
         targets: &[TargetFile],
-        marks: &MergePlan,
+        plan: &MergePlan,
         attempt: usize,
         (merged, out): (&mut Merged, &mut Actions),
     ) -> Result<()> {
@@ -232,7 +232,7 @@ impl Upsert {
             if table.version().is_some() { table.has_deletion_vectors() } else { self.settings.deletion_vectors };
         let mut marked: Vec<(Add, RoaringTreemap)> = Vec::new();
         let mut rewritten = Vec::new();
-        for (index, gone) in &marks.gone {
+        for (index, gone) in &plan.gone {
             let target = &targets[*index];
             let all_gone = &target.data.gone | gone;
             out.removes.push(target.remove.clone());
@@ -246,7 +246,7 @@ impl Upsert {
                 rewritten.push(DataFile { gone: all_gone, ..target.data.clone() });
             }
         }
-        for (staged, gone) in self.files.iter().zip(&marks.staged_gone) {
+        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
             let total = staged.rows;
             if gone.len() == total {
                 continue;

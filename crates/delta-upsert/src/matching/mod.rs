@@ -21,7 +21,7 @@ use crate::matching::bloom_filter::Filter;
 use crate::matching::deletions::{Deletions, MAX_IDS, Scratch};
 use crate::matching::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, selection};
 use crate::matching::not_matched::NotMatchedBySource;
-use crate::matching::precedence::{OrderRules, Precedence, is_undated, judge};
+use crate::matching::precedence::{OrderRules, Precedence, compare_versions, is_undated};
 use crate::matching::row_equality::row_hashes;
 use crate::matching::staged_rows::{ByKey, StagedRows};
 use crate::row::{RowKey, key_of};
@@ -86,44 +86,48 @@ pub(crate) struct Matching<'a> {
 
 impl Matching<'_> {
     /// The rows that go.
-    pub(crate) async fn marks(&self) -> Result<MergePlan> {
+    pub(crate) async fn plan(&self) -> Result<MergePlan> {
         let staged_gone = self.files.iter().map(|file| file.void.clone()).collect();
-        let mut marks =
+        let mut plan =
             MergePlan { staged_gone, equal: vec![RoaringTreemap::new(); self.files.len()], ..MergePlan::default() };
-        let brought: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
-        if brought * BYTES_A_ROW <= self.scratch.memory as u64 {
-            self.at_once(&mut marks).await?;
+        let staged_rows: u64 = self.files.iter().map(|file| file.rows).sum::<u64>() + self.deletions.keys.rows();
+        if staged_rows * BYTES_A_ROW <= self.scratch.memory as u64 {
+            self.at_once(&mut plan).await?;
         } else {
-            self.part_by_part(brought, &mut marks).await?;
+            self.part_by_part(staged_rows, &mut plan).await?;
         }
-        self.absent.check(marks.absent, marks.live)?;
-        marks.merged.absent = marks.absent;
+        self.absent.check(plan.absent, plan.live)?;
+        plan.merged.absent = plan.absent;
         if let NotMatchedBySource::Overwrite(_) = self.absent {
-            marks.merged.updated = marks.live - marks.absent;
-            marks.merged.inserted = marks.merged.inserted.saturating_sub(marks.merged.updated);
+            plan.merged.updated = plan.live - plan.absent;
+            plan.merged.inserted = plan.merged.inserted.saturating_sub(plan.merged.updated);
         }
-        self.compare(&mut marks).await?;
-        Ok(marks)
+        self.compare(&mut plan).await?;
+        Ok(plan)
     }
 
-    async fn at_once(&self, marks: &mut MergePlan) -> Result<()> {
-        let mut brought = self.brought(&Part::ALL, marks)?;
-        brought.make_bits();
+    async fn at_once(&self, plan: &mut MergePlan) -> Result<()> {
+        let mut staged_rows = self.staged_rows(&Part::ALL, plan)?;
+        staged_rows.make_bits();
         let stays = self.absent == NotMatchedBySource::Keep;
         let ids = if stays { self.ids().await? } else { None };
         // What a run without a row looks for, no file has.
-        let targets =
-            if stays && brought.winners.is_empty() && brought.deletions.is_empty() { &[] } else { self.targets };
+        let targets = if stays && staged_rows.winners.is_empty() && staged_rows.deletions.is_empty() {
+            &[]
+        } else {
+            self.targets
+        };
         let handle = tokio::runtime::Handle::current();
-        let found =
-            on_all_cores(targets, |index, target| handle.block_on(self.look(index, target, &brought, ids.as_ref())))?;
+        let found = on_all_cores(targets, |index, target| {
+            handle.block_on(self.look(index, target, &staged_rows, ids.as_ref()))
+        })?;
         let mut held = Vec::with_capacity(found.iter().map(|(held, _)| held.len()).sum());
         for (index, (here, seen)) in found.into_iter().enumerate() {
             held.extend(here);
-            self.count_live(index, seen.rows, marks);
-            seen.absent.iter().for_each(|row| self.absent_row(index, row, marks));
+            self.count_live(index, seen.rows, plan);
+            seen.absent.iter().for_each(|row| self.absent_row(index, row, plan));
         }
-        self.settle(&brought, held, marks);
+        self.settle(&staged_rows, held, plan);
         Ok(())
     }
 
@@ -132,7 +136,7 @@ impl Matching<'_> {
         &self,
         index: usize,
         target: &TargetFile,
-        brought: &StagedRows,
+        staged_rows: &StagedRows,
         ids: Option<&Ids>,
     ) -> Result<(Vec<KeyAt>, Seen)> {
         let mut seen = Seen::default();
@@ -144,7 +148,7 @@ impl Matching<'_> {
         seen.rows = file.rows();
         let (mut found, mut keys) = (Vec::new(), Vec::new());
         let stays = self.absent == NotMatchedBySource::Keep;
-        let each = |row, key: Option<u128>| match key.filter(|key| brought.has(*key)) {
+        let each = |row, key: Option<u128>| match key.filter(|key| staged_rows.has(*key)) {
             Some(key) => {
                 found.push(row);
                 keys.push(key);
@@ -167,9 +171,9 @@ impl Matching<'_> {
     }
 
     /// With memory for a part of the keys only.
-    async fn part_by_part(&self, brought: u64, marks: &mut MergePlan) -> Result<()> {
+    async fn part_by_part(&self, staged_rows: u64, plan: &mut MergePlan) -> Result<()> {
         let quarter = self.scratch.memory / 4;
-        let mut filter = Filter::new(brought, quarter);
+        let mut filter = Filter::new(staged_rows, quarter);
         let mut rows = [0; PARTITIONS];
         let mut put = |staged: KeyAt| {
             filter.put(staged.key);
@@ -183,13 +187,13 @@ impl Matching<'_> {
             let file = self.open(target).await?;
             let mut maybe = None;
             // Reading the ranks of all rows costs more than reading the ids twice, unless most rows match.
-            if brought * 4 < file.rows() {
+            if staged_rows * 4 < file.rows() {
                 let mut rows = RoaringTreemap::new();
                 let gone = &target.data.gone;
                 let each = |row, key: Option<u128>| match key.filter(|key| filter.might_contain(*key)) {
                     Some(_) => drop(rows.insert(row)),
                     None if self.absent == NotMatchedBySource::Keep || gone.contains(row) => {}
-                    None => self.absent_row(index, row, marks),
+                    None => self.absent_row(index, row, plan),
                 };
                 file.for_each_id(None, each).await?;
                 maybe = Some(rows);
@@ -197,27 +201,27 @@ impl Matching<'_> {
             let each = |row, key: Option<RowKey>| match key.filter(|key| filter.might_contain(key.key)) {
                 Some(key) => held.push(KeyAt::new(key, index as u32, row as u32)),
                 None => {
-                    self.absent_row(index, row, marks);
+                    self.absent_row(index, row, plan);
                     Ok(())
                 }
             };
             file.for_each_ranked(maybe.as_ref(), each).await?;
-            self.count_live(index, file.rows(), marks);
+            self.count_live(index, file.rows(), plan);
         }
         drop(filter);
         held.spill()?;
         for part in Part::of(&rows, self.scratch.memory as u64 / BYTES_A_ROW) {
-            let brought = self.brought(&part, marks)?;
+            let staged_rows = self.staged_rows(&part, plan)?;
             let mut matches = Vec::new();
             held.read(part.partitions.clone(), |held| {
-                if brought.has(held.key) {
+                if staged_rows.has(held.key) {
                     matches.push(held);
                 } else if part.has(held.key) {
-                    self.absent_row(held.file as usize, held.row(), marks);
+                    self.absent_row(held.file as usize, held.row(), plan);
                 }
                 Ok(())
             })?;
-            self.settle(&brought, matches, marks);
+            self.settle(&staged_rows, matches, plan);
         }
         Ok(())
     }
@@ -231,23 +235,23 @@ impl Matching<'_> {
     }
 
     /// A row of the table that the run neither brings nor deletes by name.
-    fn absent_row(&self, file: usize, row: u64, marks: &mut MergePlan) {
+    fn absent_row(&self, file: usize, row: u64, plan: &mut MergePlan) {
         if self.absent == NotMatchedBySource::Keep {
             return;
         }
-        marks.absent += 1;
-        marks.merged.deleted += 1;
-        marks.gone.entry(file).or_default().insert(row);
+        plan.absent += 1;
+        plan.merged.deleted += 1;
+        plan.gone.entry(file).or_default().insert(row);
     }
 
     /// Counts a file of so many rows, where it matters which of them the run does not bring.
-    fn count_live(&self, file: usize, rows: u64, marks: &mut MergePlan) {
+    fn count_live(&self, file: usize, rows: u64, plan: &mut MergePlan) {
         if self.absent == NotMatchedBySource::Keep {
             return;
         }
-        marks.live += rows - self.targets[file].data.gone.len();
+        plan.live += rows - self.targets[file].data.gone.len();
         if let NotMatchedBySource::Overwrite(_) = self.absent {
-            marks.gone.entry(file).or_default().insert_range(0..rows);
+            plan.gone.entry(file).or_default().insert_range(0..rows);
         }
     }
 
@@ -265,22 +269,22 @@ impl Matching<'_> {
     }
 
     /// Returns the rows of the run in `part`: among its own copies the newest wins.
-    fn brought(&self, part: &Part, marks: &mut MergePlan) -> Result<StagedRows> {
-        let mut brought = StagedRows::default();
+    fn staged_rows(&self, part: &Part, plan: &mut MergePlan) -> Result<StagedRows> {
+        let mut staged_rows = StagedRows::default();
         if part.partitions.len() == PARTITIONS {
             let rows = self.files.iter().map(|file| file.rows as usize).sum();
-            brought.winners.reserve_exact(rows);
-            brought.by_key.reserve(rows, |_| 0);
+            staged_rows.winners.reserve_exact(rows);
+            staged_rows.by_key.reserve(rows, |_| 0);
         }
         for (file, staged) in self.files.iter().enumerate() {
             staged.keys.read(part.partitions.clone(), |key| {
                 if part.has(key.key)
-                    && let Some(loser) = brought.add(key.of_file(file))
+                    && let Some(loser) = staged_rows.add(key.of_file(file))
                 {
                     if !loser.row_key().replayed {
-                        *marks.copies.entry(loser.arrival.file()).or_default() += 1;
+                        *plan.copies.entry(loser.arrival.file()).or_default() += 1;
                     }
-                    marks.mark_staged(&loser);
+                    plan.mark_staged(&loser);
                 }
                 Ok(())
             })?;
@@ -293,15 +297,15 @@ impl Matching<'_> {
             // An id that is in the output too is kept; out of quarantine it is not of this export's output.
             let is_older =
                 |winner: &RowKey| winner.replayed || version.is_some_and(|version| winner.rank() < version.rank());
-            match brought.winner(deleted.key).map(|at| brought.winners[at]) {
+            match staged_rows.winner(deleted.key).map(|at| staged_rows.winners[at]) {
                 Some(winner) if is_older(&winner.row_key()) => {
-                    marks.mark_staged(&winner);
-                    brought.forget(deleted.key);
+                    plan.mark_staged(&winner);
+                    staged_rows.forget(deleted.key);
                 }
                 Some(_) => return Ok(()),
                 None => {}
             }
-            let known = brought.deletions.entry(deleted.key).or_insert(version);
+            let known = staged_rows.deletions.entry(deleted.key).or_insert(version);
             // An entry of a `deleted` file says so whatever versions there are; of versions the newest does.
             let newest = (*known)
                 .zip(version)
@@ -309,58 +313,58 @@ impl Matching<'_> {
             *known = newest;
             Ok(())
         })?;
-        Ok(brought)
+        Ok(staged_rows)
     }
 
     /// Decides about each id that the table has: `held` are its rows in the table.
-    fn settle(&self, brought: &StagedRows, mut held: Vec<KeyAt>, marks: &mut MergePlan) {
-        marks.merged.inserted += brought.by_key.len() as u64;
+    fn settle(&self, staged_rows: &StagedRows, mut held: Vec<KeyAt>, plan: &mut MergePlan) {
+        plan.merged.inserted += staged_rows.by_key.len() as u64;
         if let NotMatchedBySource::Overwrite(_) = self.absent {
             return;
         }
         held.sort_unstable_by_key(|held| (held.key, held.file, held.row()));
         for copies in held.chunk_by(|a, b| a.key == b.key) {
-            let Some(winner) = brought.winner(copies[0].key).map(|at| brought.winners[at]) else {
-                let version = brought.deletions.get(&copies[0].key).copied().flatten();
+            let Some(winner) = staged_rows.winner(copies[0].key).map(|at| staged_rows.winners[at]) else {
+                let version = staged_rows.deletions.get(&copies[0].key).copied().flatten();
                 // The table may have what came after the version that says that it is gone.
                 let goes = |copy: &KeyAt| {
                     version.is_none_or(|version| {
-                        !matches!(judge(&version, &copy.row_key(), OrderRules::default()), Precedence::Older)
+                        !matches!(compare_versions(&version, &copy.row_key(), OrderRules::default()), Precedence::Older)
                             || is_same(&version, &copy.row_key())
                     })
                 };
-                let before = copies.iter().filter(|copy| goes(copy)).map(|copy| marks.mark(copy)).count();
-                marks.merged.deleted += u64::from(before == copies.len());
+                let before = copies.iter().filter(|copy| goes(copy)).map(|copy| plan.mark(copy)).count();
+                plan.merged.deleted += u64::from(before == copies.len());
                 continue;
             };
-            marks.merged.inserted -= 1;
+            plan.merged.inserted -= 1;
             // A table may hold an id twice, by the Python sync script's doing: the best copy stays at most.
             let best = |a: &&KeyAt, b: &&KeyAt| {
                 (a.row_key().rank(), a.file, a.row()).cmp(&(b.row_key().rank(), b.file, b.row()))
             };
             let Some(best) = copies.iter().max_by(best) else { continue };
-            copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| marks.mark(copy));
+            copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| plan.mark(copy));
             let (staged, held) = (winner.row_key(), best.row_key());
-            marks.merged.undated += u64::from(
+            plan.merged.undated += u64::from(
                 self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held),
             );
-            match judge(&staged, &held, self.order) {
+            match compare_versions(&staged, &held, self.order) {
                 Precedence::Newer => {
-                    marks.mark(best);
-                    marks.merged.updated += 1;
+                    plan.mark(best);
+                    plan.merged.updated += 1;
                 }
-                Precedence::Older => marks.mark_staged(&winner),
+                Precedence::Older => plan.mark_staged(&winner),
                 Precedence::Compare => {
-                    marks.equal[winner.file as usize].insert(winner.row());
-                    marks.equal_held.entry(best.file as usize).or_default().insert(best.row());
+                    plan.equal[winner.file as usize].insert(winner.row());
+                    plan.equal_held.entry(best.file as usize).or_default().insert(best.row());
                 }
             }
         }
     }
 
     /// Reads the rows that only their content can tell apart: those that say the same are skipped.
-    async fn compare(&self, marks: &mut MergePlan) -> Result<()> {
-        let (equal, equal_held) = (std::mem::take(&mut marks.equal), std::mem::take(&mut marks.equal_held));
+    async fn compare(&self, plan: &mut MergePlan) -> Result<()> {
+        let (equal, equal_held) = (std::mem::take(&mut plan.equal), std::mem::take(&mut plan.equal_held));
         let quarter = self.scratch.memory / 4;
         let (mut staged, mut held) =
             (Spill::new(&self.scratch.folder, quarter), Spill::new(&self.scratch.folder, quarter));
@@ -387,12 +391,12 @@ impl Matching<'_> {
             staged.read(part.partitions.clone(), |staged: ContentAt| {
                 match by_key.get(&staged.key) {
                     Some(held) if held.content == staged.content => {
-                        marks.staged_gone[staged.file as usize].insert(u64::from(staged.row));
-                        marks.merged.skipped += 1;
+                        plan.staged_gone[staged.file as usize].insert(u64::from(staged.row));
+                        plan.merged.skipped += 1;
                     }
                     Some(held) => {
-                        marks.gone.entry(held.file as usize).or_default().insert(u64::from(held.row));
-                        marks.merged.updated += 1;
+                        plan.gone.entry(held.file as usize).or_default().insert(u64::from(held.row));
+                        plan.merged.updated += 1;
                     }
                     // In another slice of its partition.
                     None => {}

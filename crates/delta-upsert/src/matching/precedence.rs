@@ -23,7 +23,7 @@ pub struct OrderRules {
 }
 
 /// A staged row against the table's, by DESIGN section 5 "Order".
-pub(crate) fn judge(staged: &RowKey, table: &RowKey, rules: OrderRules) -> Precedence {
+pub(crate) fn compare_versions(staged: &RowKey, table: &RowKey, rules: OrderRules) -> Precedence {
     const ABSENT: i64 = RowKey::ABSENT;
     if staged.subsetted != table.subsetted {
         return if staged.subsetted { Precedence::Older } else { Precedence::Newer };
@@ -74,9 +74,12 @@ mod tests {
     // Every sentence of DESIGN section 5 "Order" that concerns the table.
     #[test]
     fn order_against_the_table() {
-        let newer = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Precedence::Newer);
-        let older = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Precedence::Older);
-        let compare = |staged, table| matches!(judge(&staged, &table, OrderRules::default()), Precedence::Compare);
+        let newer =
+            |staged, table| matches!(compare_versions(&staged, &table, OrderRules::default()), Precedence::Newer);
+        let older =
+            |staged, table| matches!(compare_versions(&staged, &table, OrderRules::default()), Precedence::Older);
+        let compare =
+            |staged, table| matches!(compare_versions(&staged, &table, OrderRules::default()), Precedence::Compare);
         assert!(older(key(1, 1, false), key(2, 2, false)), "older is skipped");
         assert!(newer(key(2, 1, false), key(1, 1, false)), "lastUpdated comes first");
         assert!(newer(key(1, 10, false), key(1, 9, false)), "versions are numbers");
@@ -94,11 +97,11 @@ mod tests {
         assert!(older(replayed(key(NONE, NONE, false)), key(NONE, NONE, false)), "out of quarantine, without order");
         let rules = OrderRules { full_refresh: true, ..OrderRules::default() };
         assert!(
-            matches!(judge(&key(1, 1, false), &key(1, 1, false), rules), Precedence::Compare),
+            matches!(compare_versions(&key(1, 1, false), &key(1, 1, false), rules), Precedence::Compare),
             "full refresh compares"
         );
         let rules = OrderRules { undated_is_older: true, ..OrderRules::default() };
-        let of_folder = |staged, table| judge(&staged, &table, rules);
+        let of_folder = |staged, table| compare_versions(&staged, &table, rules);
         assert!(
             matches!(of_folder(key(NONE, NONE, false), key(5, 1, false)), Precedence::Older),
             "a folder's undated copy is not newer"

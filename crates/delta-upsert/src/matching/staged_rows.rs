@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use hashbrown::HashTable;
 
-use crate::matching::precedence::{OrderRules, Precedence, judge};
+use crate::matching::precedence::{OrderRules, Precedence, compare_versions};
 use crate::row::RowKey;
 use crate::staging::spill::KeyAt;
 
@@ -91,8 +91,8 @@ impl StagedRows {
             let (new, old) = (staged.row_key(), best.row_key());
             // A line out of quarantine must show that it is newer than what the export brings.
             let newer = match (new.replayed, old.replayed) {
-                (true, false) => matches!(judge(&new, &old, OrderRules::default()), Precedence::Newer),
-                (false, true) => !matches!(judge(&old, &new, OrderRules::default()), Precedence::Newer),
+                (true, false) => matches!(compare_versions(&new, &old, OrderRules::default()), Precedence::Newer),
+                (false, true) => !matches!(compare_versions(&old, &new, OrderRules::default()), Precedence::Newer),
                 _ => new.rank() > old.rank(),
             };
             return Some(if newer { std::mem::replace(best, staged) } else { staged });

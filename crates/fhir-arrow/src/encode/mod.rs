@@ -211,7 +211,7 @@ impl Encoder {
     }
 
     /// Returns the unmapped values since the last call: count by path.
-    pub fn take_losses(&mut self) -> BTreeMap<String, u64> {
+    pub fn take_unmapped(&mut self) -> BTreeMap<String, u64> {
         std::mem::take(&mut self.row.unmapped)
     }
 }

@@ -13,7 +13,7 @@ use flow::compute;
 
 /// Outcome of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum WrittenDown {
+enum CheckpointOutcome {
     /// It is on disk.
     Done,
     /// There is nothing.
@@ -31,14 +31,14 @@ impl Staging {
 
     /// Closes what is open and persists what is staged. Types whose files cannot be closed have lost rows: they come
     /// back, to fail. That nothing can be persisted is no reason to end a run.
-    pub(in super::super) async fn write_down(&mut self, ledger: &Ledger) -> Vec<(ResourceType, Error)> {
+    pub(in super::super) async fn write_checkpoint(&mut self, ledger: &Ledger) -> Vec<(ResourceType, Error)> {
         self.write(ledger, false).await.1
     }
 
     /// `last` at the run's end, when what is written is for another run: files whose lines failed their type are then
     /// better read again.
-    async fn write(&mut self, ledger: &Ledger, last: bool) -> (WrittenDown, Vec<(ResourceType, Error)>) {
-        let Some(policy) = self.settings.checkpoint.clone() else { return (WrittenDown::Nothing, Vec::new()) };
+    async fn write(&mut self, ledger: &Ledger, last: bool) -> (CheckpointOutcome, Vec<(ResourceType, Error)>) {
+        let Some(policy) = self.settings.checkpoint.clone() else { return (CheckpointOutcome::Nothing, Vec::new()) };
         (self.news_since, self.bytes_since) = (None, 0);
         // What encode still gathers would otherwise wait for rows that follow, and none may. Once: it may not come for
         // long.
@@ -61,7 +61,7 @@ impl Staging {
         let outcome = written.await.unwrap_or_else(|error| {
             tracing::warn!(%error, "the checkpoint could not be persisted; the previous one remains");
             self.hear();
-            WrittenDown::Failed
+            CheckpointOutcome::Failed
         });
         (outcome, failed)
     }
@@ -103,7 +103,7 @@ impl Staging {
         ledger: &Ledger,
         mut files: Vec<StagedParquet>,
         last: bool,
-    ) -> Result<WrittenDown> {
+    ) -> Result<CheckpointOutcome> {
         let known: HashSet<u32> = ledger.listed().map(|(file, ..)| file.index).collect();
         for file in &self.again.files {
             let mut file = file.clone();
@@ -135,12 +135,12 @@ impl Staging {
         let (held, parquet_files) = (work.held(), work.files.len());
         self.put_list(policy, work)?;
         if empty {
-            return Ok(WrittenDown::Nothing);
+            return Ok(CheckpointOutcome::Nothing);
         }
         if parquet_files > 0 {
             tracing::info!(files = held, parquet_files, "checkpoint persisted");
         }
-        Ok(WrittenDown::Done)
+        Ok(CheckpointOutcome::Done)
     }
 
     /// Writes the list, and what belongs to other exports with it.
@@ -202,10 +202,10 @@ impl Staging {
 
     /// Ends it. What is staged and not merged is persisted for the next run where `keep` says so, else removed.
     pub(in super::super) async fn end(mut self, ledger: &Ledger, keep: bool) -> BTreeMap<ResourceType, TypeOutcome> {
-        let written = if keep { self.write(ledger, true).await.0 } else { WrittenDown::Nothing };
+        let written = if keep { self.write(ledger, true).await.0 } else { CheckpointOutcome::Nothing };
         match written {
-            WrittenDown::Done => {}
-            WrittenDown::Nothing => {
+            CheckpointOutcome::Done => {}
+            CheckpointOutcome::Nothing => {
                 if let Some(policy) = self.settings.checkpoint.clone() {
                     self.put_list(&policy, Checkpoint::empty()).unwrap_or_else(|error| {
                         tracing::warn!(%error, "the checkpoint could not be removed; the next run removes it");
@@ -213,7 +213,7 @@ impl Staging {
                 }
                 self.remove(&HashSet::new()).await;
             }
-            WrittenDown::Failed => {
+            CheckpointOutcome::Failed => {
                 let listed = std::mem::take(&mut self.listed);
                 self.remove(&listed).await;
             }

@@ -28,7 +28,7 @@ pub struct FolderExport {
     /// Hears which files are passed over, and why.
     pub passed_over: PassedOver,
     /// True if a type without a file was asked for all the same: what it has is absent.
-    pub all_asked: bool,
+    pub all_requested: bool,
     /// Index of the first file: those before it are the quarantine's.
     pub first_index: u32,
     /// Destination of files.
@@ -85,12 +85,12 @@ impl FolderExport {
             self.types.iter().filter(|name| !any_may_hold && !requested.contains(name)).cloned().collect::<Vec<_>>()
         {
             tracing::warn!(resource_type = %name, "the source folder has no file of the type");
-            if self.all_asked {
+            if self.all_requested {
                 requested.push(name);
             }
         }
         // Such a file may hold each of them, and is read to its end before one of them commits.
-        if any_may_hold && self.all_asked {
+        if any_may_hold && self.all_requested {
             requested.extend(self.types.iter().cloned());
         }
         requested.retain(|name| !EXCLUDED_TYPES.contains(&&**name));

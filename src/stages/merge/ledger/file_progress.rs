@@ -47,7 +47,7 @@ impl FileProgress {
             return Some(format!("not an export file: none of its {lines} lines could be read as {what}"));
         }
         let (came, promised) = (self.came(), self.file.count.unwrap_or(0));
-        let is_short = fails_short && self.lines.is_some() && self.settled() && came < promised;
+        let is_short = fails_short && self.lines.is_some() && self.is_read() && came < promised;
         is_short
             .then(|| format!("{}: the manifest has count {promised}, the file has {came} resources", self.file.name))
     }
@@ -78,26 +78,26 @@ impl FileProgress {
     }
     /// Returns true if the file's last line is nothing that a server writes before the end of what it has.
     pub(crate) fn is_broken_off(&self) -> bool {
-        self.parsed.last_foreign > 0 && self.settled() && self.parsed.last == self.parsed.last_foreign
+        self.parsed.last_foreign > 0 && self.is_read() && self.parsed.last == self.parsed.last_foreign
     }
-    pub(crate) fn settled(&self) -> bool {
+    pub(crate) fn is_read(&self) -> bool {
         self.failed.is_some() || self.lines == Some(self.parsed.lines)
     }
     /// lines = rows + bad + blank + headers
-    pub(crate) fn balances(&self) -> bool {
+    pub(crate) fn counts_match(&self) -> bool {
         self.parsed.lines == self.rows() + self.bad() + self.parsed.blank + self.parsed.headers
     }
 }
 
 #[derive(Debug, Default)]
-pub(super) struct TypeBook {
+pub(super) struct TypeProgress {
     pub parsed: u64,
     pub staged: u64,
     /// Of both, rows that an earlier run staged: encode knows nothing of them.
     pub held: u64,
     pub bad: u64,
     /// Rows came in a file declared for another type.
-    pub stray: bool,
+    pub unrequested: bool,
     pub failed: Option<String>,
     /// Committed; strays may open it again at the end.
     pub done: bool,

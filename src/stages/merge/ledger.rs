@@ -10,7 +10,7 @@ mod findings;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use self::file_progress::{FileProgress, TypeBook, merge_count};
+use self::file_progress::{FileProgress, TypeProgress, merge_count};
 use crate::messages::{ControlEvent, ExportEnd, FileKind, Limit, ParsedChunk, ResourceType};
 use fhir_arrow::EXCLUDED_TYPES;
 
@@ -18,7 +18,7 @@ use fhir_arrow::EXCLUDED_TYPES;
 #[derive(Debug)]
 pub struct Ledger {
     files: BTreeMap<u32, FileProgress>,
-    types: BTreeMap<ResourceType, TypeBook>,
+    types: BTreeMap<ResourceType, TypeProgress>,
     ends: BTreeMap<usize, ExportEnd>,
     failed_exports: HashSet<usize>,
     /// Status URL of each export.
@@ -83,8 +83,8 @@ impl Ledger {
 
     /// Looks whether a file that has come to its end is one at all, and whether it is too short.
     fn judge(&mut self, index: u32) {
-        if let Some(book) = self.files.get_mut(&index).filter(|book| book.failed.is_none()) {
-            book.failed = book.fault(self.fails_short_files, self.ignores_errors);
+        if let Some(progress) = self.files.get_mut(&index).filter(|progress| progress.failed.is_none()) {
+            progress.failed = progress.fault(self.fails_short_files, self.ignores_errors);
         }
     }
 
@@ -118,26 +118,26 @@ impl Ledger {
                 self.ends.insert(end.export, end);
             }
             ControlEvent::FileFinished(done) => {
-                if let Some(book) = self.files.get_mut(&done.file) {
-                    book.lines = Some(done.lines);
+                if let Some(progress) = self.files.get_mut(&done.file) {
+                    progress.lines = Some(done.lines);
                 }
                 self.judge(done.file);
             }
             ControlEvent::FileResumed(held) => {
-                if let Some(book) = self.files.get_mut(&held.file) {
-                    book.lines = Some(held.lines);
+                if let Some(progress) = self.files.get_mut(&held.file) {
+                    progress.lines = Some(held.lines);
                     for (name, rows) in &held.rows {
-                        let book = self.types.entry(name.clone()).or_default();
-                        book.staged += rows;
-                        book.held += rows;
+                        let progress = self.types.entry(name.clone()).or_default();
+                        progress.staged += rows;
+                        progress.held += rows;
                     }
                     self.parsed(*held);
                 }
             }
             ControlEvent::FileFailed(index, why, status) => {
-                if let Some(book) = self.files.get_mut(&index) {
-                    book.failed = Some(why);
-                    book.is_gone = status == Some(410);
+                if let Some(progress) = self.files.get_mut(&index) {
+                    progress.failed = Some(why);
+                    progress.is_gone = status == Some(410);
                 }
             }
             ControlEvent::ExportBisected { export, parts } => {
@@ -160,47 +160,47 @@ impl Ledger {
     }
 
     fn parsed(&mut self, chunk: ParsedChunk) {
-        let Some(book) = self.files.get_mut(&chunk.file) else { return };
-        let declared = book.file.declared.clone();
-        book.parsed.lines += chunk.lines;
-        book.parsed.bytes += chunk.bytes;
-        book.parsed.foreign += chunk.foreign;
-        book.parsed.blank += chunk.blank;
-        book.parsed.headers += chunk.headers;
-        book.parsed.asides += chunk.asides;
-        book.parsed.unknown += chunk.unknown;
-        book.parsed.last = book.parsed.last.max(chunk.last);
-        let is_output = book.file.kind == FileKind::Output;
-        book.parsed.errors += chunk.errors;
-        book.parsed.last_foreign = book.parsed.last_foreign.max(chunk.last_foreign);
+        let Some(progress) = self.files.get_mut(&chunk.file) else { return };
+        let declared = progress.file.declared.clone();
+        progress.parsed.lines += chunk.lines;
+        progress.parsed.bytes += chunk.bytes;
+        progress.parsed.foreign += chunk.foreign;
+        progress.parsed.blank += chunk.blank;
+        progress.parsed.headers += chunk.headers;
+        progress.parsed.asides += chunk.asides;
+        progress.parsed.unknown += chunk.unknown;
+        progress.parsed.last = progress.parsed.last.max(chunk.last);
+        let is_output = progress.file.kind == FileKind::Output;
+        progress.parsed.errors += chunk.errors;
+        progress.parsed.last_foreign = progress.parsed.last_foreign.max(chunk.last_foreign);
         for (concerned, count) in chunk.server_errors {
-            merge_count(&mut book.parsed.server_errors, concerned, count);
+            merge_count(&mut progress.parsed.server_errors, concerned, count);
         }
-        book.parsed.replayed.extend(chunk.replayed);
+        progress.parsed.replayed.extend(chunk.replayed);
         for (name, count) in chunk.deleted {
             let of_type = self.types.get_mut(&name).filter(|_| is_output && declared.as_ref() != Some(&name));
             // As rows that stray: it waits for every file, and commits again where it did.
             if let Some(of_type) = of_type {
-                (of_type.stray, of_type.done) = (true, false);
+                (of_type.unrequested, of_type.done) = (true, false);
             }
-            merge_count(&mut book.parsed.deleted, name, count);
+            merge_count(&mut progress.parsed.deleted, name, count);
         }
         for (name, rows) in chunk.rows {
-            let stray = declared.as_ref().is_some_and(|declared| *declared != name);
-            let book_of_type = self.types.entry(name.clone()).or_default();
-            book_of_type.parsed += rows;
-            book_of_type.stray |= stray;
-            book_of_type.done = false;
-            merge_count(&mut book.parsed.rows, name, rows);
+            let unrequested = declared.as_ref().is_some_and(|declared| *declared != name);
+            let of_type = self.types.entry(name.clone()).or_default();
+            of_type.parsed += rows;
+            of_type.unrequested |= unrequested;
+            of_type.done = false;
+            merge_count(&mut progress.parsed.rows, name, rows);
         }
         for (name, lines) in chunk.bad {
             if let Some(name) = &name {
                 self.types.entry(name.clone()).or_default().bad += lines;
             }
-            merge_count(&mut book.parsed.bad, name, lines);
+            merge_count(&mut progress.parsed.bad, name, lines);
         }
         for (name, lines) in chunk.excluded {
-            merge_count(&mut book.parsed.excluded, name, lines);
+            merge_count(&mut progress.parsed.excluded, name, lines);
         }
     }
 
@@ -263,31 +263,31 @@ impl Ledger {
     }
 
     /// Returns the progress of a type.
-    pub fn standing(&self, resource_type: &ResourceType) -> Completeness {
-        let Some(book) = self.types.get(resource_type) else { return Completeness::Open };
-        if let Some(why) = &book.failed {
+    pub fn completeness(&self, resource_type: &ResourceType) -> Completeness {
+        let Some(progress) = self.types.get(resource_type) else { return Completeness::Open };
+        if let Some(why) = &progress.failed {
             return Completeness::Failed(why.clone());
         }
-        if book.done && book.parsed == book.staged {
+        if progress.done && progress.parsed == progress.staged {
             return Completeness::Done;
         }
         if !self.all_ended() {
             return Completeness::Open;
         }
         // Rows that came in another type's file may come in any: such a type waits for all.
-        let concerned = |book: &&FileProgress| match book.file.kind {
+        let concerned = |progress: &&FileProgress| match progress.file.kind {
             FileKind::Deleted | FileKind::Outcome => true,
             FileKind::Output => {
                 self.waits_for_all
-                    || self.stray(resource_type)
-                    || book.file.declared.as_ref().is_none_or(|name| name == resource_type)
+                    || self.unrequested(resource_type)
+                    || progress.file.declared.as_ref().is_none_or(|name| name == resource_type)
             }
         };
         let mut lines = 0;
         for file in self.files.values().filter(concerned) {
             if file.file.kind == FileKind::Outcome {
                 // What it says can hold the watermark, so it is waited for; it cannot fail a type.
-                if file.settled() {
+                if file.is_read() {
                     continue;
                 }
                 return Completeness::Open;
@@ -295,10 +295,10 @@ impl Ledger {
             if let Some(why) = &file.failed {
                 return Completeness::Failed(format!("file {}: {why}", file.file.name));
             }
-            if !file.settled() {
+            if !file.is_read() {
                 return Completeness::Open;
             }
-            if !file.balances() {
+            if !file.counts_match() {
                 return Completeness::Failed(format!("file {}: its counts do not balance", file.file.name));
             }
             if file.file.kind == FileKind::Output {
@@ -318,18 +318,22 @@ impl Ledger {
             }
         }
         if let Some(most) = self.max_bad_lines
-            && book.bad > most.of(lines)
+            && progress.bad > most.of(lines)
         {
             return Completeness::Failed(format!(
                 "{} bad lines of {lines}, more than on_bad_line and max_bad_lines allow",
-                book.bad
+                progress.bad
             ));
         }
-        if book.staged < book.parsed { Completeness::Parsed(book.parsed - book.held) } else { Completeness::Complete }
+        if progress.staged < progress.parsed {
+            Completeness::Parsed(progress.parsed - progress.held)
+        } else {
+            Completeness::Complete
+        }
     }
 
-    fn stray(&self, resource_type: &ResourceType) -> bool {
-        self.types.get(resource_type).is_some_and(|book| book.stray)
+    fn unrequested(&self, resource_type: &ResourceType) -> bool {
+        self.types.get(resource_type).is_some_and(|progress| progress.unrequested)
     }
 }
 

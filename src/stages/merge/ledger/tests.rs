@@ -48,15 +48,15 @@ fn a_type_is_complete_only_when_all_is_accounted_for() {
     let mut ledger = Ledger::new(1, None);
     ledger.enter(ControlEvent::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
     ledger.enter(parsed(0, 5, &[("Patient", 5)], 0));
-    assert_eq!(ledger.standing(&patient()), Completeness::Open, "the file has not ended");
+    assert_eq!(ledger.completeness(&patient()), Completeness::Open, "the file has not ended");
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines: 5 }));
-    assert_eq!(ledger.standing(&patient()), Completeness::Open, "the manifest has not ended");
+    assert_eq!(ledger.completeness(&patient()), Completeness::Open, "the manifest has not ended");
     ledger.enter(end());
-    assert_eq!(ledger.standing(&patient()), Completeness::Parsed(5));
+    assert_eq!(ledger.completeness(&patient()), Completeness::Parsed(5));
     ledger.staged(&patient(), 5);
-    assert_eq!(ledger.standing(&patient()), Completeness::Complete);
+    assert_eq!(ledger.completeness(&patient()), Completeness::Complete);
     ledger.committed(&patient());
-    assert_eq!(ledger.standing(&patient()), Completeness::Done);
+    assert_eq!(ledger.completeness(&patient()), Completeness::Done);
 }
 
 // Breaks if a type that strayed into the files of another gets that export's watermark: its history would never come.
@@ -83,9 +83,9 @@ fn a_stray_row_makes_its_type_wait_for_every_file() {
     ledger.enter(end());
     ledger.enter(parsed(0, 1, &[("Patient", 1)], 0));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines: 1 }));
-    assert_eq!(ledger.standing(&patient()), Completeness::Open);
+    assert_eq!(ledger.completeness(&patient()), Completeness::Open);
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 1, lines: 0 }));
-    assert_eq!(ledger.standing(&patient()), Completeness::Parsed(1));
+    assert_eq!(ledger.completeness(&patient()), Completeness::Parsed(1));
 }
 
 #[test]
@@ -95,14 +95,14 @@ fn lines_that_do_not_balance_or_too_many_bad_ones_fail_the_type() {
     ledger.enter(end());
     ledger.enter(parsed(0, 10, &[("Patient", 8)], 2));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines: 10 }));
-    assert!(matches!(ledger.standing(&patient()), Completeness::Failed(why) if why.contains("2 bad lines of 10")));
+    assert!(matches!(ledger.completeness(&patient()), Completeness::Failed(why) if why.contains("2 bad lines of 10")));
 
     let mut ledger = Ledger::new(1, None);
     ledger.enter(ControlEvent::Page(ManifestPage { export: 0, status: None, files: vec![file(0, Some("Patient"))] }));
     ledger.enter(end());
     ledger.enter(parsed(0, 10, &[("Patient", 9)], 0));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines: 10 }));
-    assert!(matches!(ledger.standing(&patient()), Completeness::Failed(why) if why.contains("balance")));
+    assert!(matches!(ledger.completeness(&patient()), Completeness::Failed(why) if why.contains("balance")));
 }
 
 // Breaks if a page of HTML, or an outcome, is taken for a file without resources: its type would be passed as up to
@@ -121,7 +121,7 @@ fn a_file_that_is_no_ndjson_fails_its_type() {
         ledger.enter(ControlEvent::Parsed(ParsedChunk { foreign, ..*chunk }.into()));
         ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines }));
         ledger.enter(end());
-        ledger.standing(&patient())
+        ledger.completeness(&patient())
     };
     assert!(matches!(of(9, 9, &[]), Completeness::Failed(why) if why.contains("not an export file")));
     assert!(
@@ -148,9 +148,9 @@ fn rows_that_are_held_are_not_asked_of_encode() {
     assert_eq!((ledger.unstaged(), ledger.staged_of(&patient())), (vec![(patient(), 3)], (7, 0)));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 1, lines: 3 }));
     ledger.enter(end());
-    assert_eq!(ledger.standing(&patient()), Completeness::Parsed(3));
+    assert_eq!(ledger.completeness(&patient()), Completeness::Parsed(3));
     ledger.staged(&patient(), 3);
-    assert_eq!((ledger.standing(&patient()), ledger.staged_of(&patient())), (Completeness::Complete, (10, 3)));
+    assert_eq!((ledger.completeness(&patient()), ledger.staged_of(&patient())), (Completeness::Complete, (10, 3)));
 }
 
 // Breaks if a refused export's types vanish from the report, as if they had succeeded.
@@ -159,8 +159,8 @@ fn a_failed_export_fails_the_types_that_it_was_asked_for() {
     let mut ledger = Ledger::new(2, None);
     ledger.enter(end());
     ledger.enter(ControlEvent::ExportFailed { export: 1, requested: vec!["Condition".into()], why: "403".into() });
-    assert_eq!(ledger.standing(&patient()), Completeness::Complete);
-    assert_eq!(ledger.standing(&"Condition".into()), Completeness::Failed("403".into()));
+    assert_eq!(ledger.completeness(&patient()), Completeness::Complete);
+    assert_eq!(ledger.completeness(&"Condition".into()), Completeness::Failed("403".into()));
 }
 
 // Breaks if a type that was merged before, of which another export's files bring a stray row, fails for an export that
@@ -179,11 +179,11 @@ fn a_failed_export_fails_no_type_that_it_was_not_asked_for() {
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 0, lines: 1 }));
     ledger.enter(ControlEvent::ExportBisected { export: 1, parts: 2 });
     ledger.enter(ControlEvent::ExportFailed { export: 2, requested: vec!["Claim".into()], why: "403".into() });
-    assert_eq!(ledger.standing(&patient()), Completeness::Open, "an export has not said its last");
+    assert_eq!(ledger.completeness(&patient()), Completeness::Open, "an export has not said its last");
     ledger.enter(ControlEvent::ExportFailed { export: 3, requested: vec!["Device".into()], why: "403".into() });
     ledger.staged(&patient(), 1);
-    assert_eq!(ledger.standing(&patient()), Completeness::Complete);
-    assert_eq!(ledger.standing(&"Claim".into()), Completeness::Failed("403".into()));
+    assert_eq!(ledger.completeness(&patient()), Completeness::Complete);
+    assert_eq!(ledger.completeness(&"Claim".into()), Completeness::Failed("403".into()));
 }
 
 #[test]
@@ -194,6 +194,6 @@ fn a_failed_file_fails_its_type_and_not_the_others() {
     ledger.enter(end());
     ledger.enter(ControlEvent::FileFailed(0, "404".into(), Some(404)));
     ledger.enter(ControlEvent::FileFinished(FileFinished { file: 1, lines: 0 }));
-    assert!(matches!(ledger.standing(&patient()), Completeness::Failed(_)));
-    assert_eq!(ledger.standing(&"Condition".into()), Completeness::Complete);
+    assert!(matches!(ledger.completeness(&patient()), Completeness::Failed(_)));
+    assert_eq!(ledger.completeness(&"Condition".into()), Completeness::Complete);
 }

@@ -16,26 +16,30 @@ impl Ledger {
             return None;
         }
         let end = self.end_of(resource_type)?;
-        let files = self.files.values().filter(|book| book.file.export == end.export && !book.file.replayed);
-        let reasons = files.filter_map(|book| {
-            let name = &book.file.name;
-            match book.file.kind {
-                FileKind::Outcome if book.unread() => return Some(format!("the error file {name} could not be read")),
+        let files =
+            self.files.values().filter(|progress| progress.file.export == end.export && !progress.file.replayed);
+        let reasons = files.filter_map(|progress| {
+            let name = &progress.file.name;
+            match progress.file.kind {
+                FileKind::Outcome if progress.unread() => {
+                    return Some(format!("the error file {name} could not be read"));
+                }
                 // What is deleted is said once, and a line in quarantine that says so is not retried.
-                FileKind::Deleted if book.bad() > 0 => {
-                    return Some(format!("{} lines of the deletion file {name} could not be read", book.bad()));
+                FileKind::Deleted if progress.bad() > 0 => {
+                    return Some(format!("{} lines of the deletion file {name} could not be read", progress.bad()));
                 }
                 FileKind::Output
-                    if book.is_broken_off() && self.concerns(book.file.declared.as_ref(), resource_type, end) =>
+                    if progress.is_broken_off()
+                        && self.concerns(progress.file.declared.as_ref(), resource_type, end) =>
                 {
                     return Some(format!(
                         "file {name} ends with line {}, which is not a resource",
-                        book.parsed.last_foreign
+                        progress.parsed.last_foreign
                     ));
                 }
                 _ => {}
             }
-            let errors = book.parsed.server_errors.iter();
+            let errors = progress.parsed.server_errors.iter();
             let ours = errors.filter(|(concerned, _)| self.concerns(concerned.as_ref(), resource_type, end));
             let count: u64 = ours.map(|(_, count)| count).sum();
             (count > 0).then(|| format!("the server reports {count} errors of its export in {name}"))
@@ -51,117 +55,134 @@ impl Ledger {
             end.requested.contains(name)
                 || end.merged.contains(name)
                 || (end.all_types
-                    && (end.known.contains(name) || self.types.get(name).is_some_and(|book| book.parsed > 0)))
+                    && (end.known.contains(name) || self.types.get(name).is_some_and(|progress| progress.parsed > 0)))
         };
         concerned == resource_type || !answers(concerned)
     }
 
     /// Returns true if the type failed.
     pub fn has_failed(&self, resource_type: &ResourceType) -> bool {
-        matches!(self.standing(resource_type), Completeness::Failed(_))
+        matches!(self.completeness(resource_type), Completeness::Failed(_))
     }
 
     /// Bad lines of the type.
     pub fn bad(&self, resource_type: &ResourceType) -> u64 {
-        self.types.get(resource_type).map_or(0, |book| book.bad)
+        self.types.get(resource_type).map_or(0, |progress| progress.bad)
     }
 
     /// Returns true if the server tells of errors of the export, or its error files could not be read.
     pub fn has_errors(&self, export: usize) -> bool {
-        let of_export = self.files.values().filter(|book| book.file.export == export && !book.file.replayed);
-        of_export.into_iter().any(|book| book.parsed.errors > 0 || book.is_broken_off())
+        let of_export =
+            self.files.values().filter(|progress| progress.file.export == export && !progress.file.replayed);
+        of_export.into_iter().any(|progress| progress.parsed.errors > 0 || progress.is_broken_off())
             || self.outcomes(export).any(FileProgress::unread)
     }
 
     fn outcomes(&self, export: usize) -> impl Iterator<Item = &FileProgress> {
-        self.files.values().filter(move |book| book.file.kind == FileKind::Outcome && book.file.export == export)
+        self.files
+            .values()
+            .filter(move |progress| progress.file.kind == FileKind::Outcome && progress.file.export == export)
     }
 
     /// Bad lines that are held against no type of their own: of deletion files, error files and excluded types.
     pub fn other_bad(&self) -> u64 {
-        let bad = self.files.values().flat_map(|book| &book.parsed.bad);
+        let bad = self.files.values().flat_map(|progress| &progress.parsed.bad);
         bad.filter(|(name, _)| name.is_none()).map(|(_, lines)| lines).sum()
     }
 
     /// Returns promised and received counts, where they differ: file, promised, came.
     pub fn count_findings(&self) -> Vec<(String, u64, u64)> {
-        let differing = self.files.values().filter_map(|book| {
-            let (promised, came) = (book.file.count?, book.came());
+        let differing = self.files.values().filter_map(|progress| {
+            let (promised, came) = (progress.file.count?, progress.came());
             // Some servers count headers too.
-            let is_other = promised != came && promised != came + book.parsed.asides;
-            (book.failed.is_none() && book.lines.is_some() && is_other)
-                .then(|| (book.file.name.clone(), promised, came))
+            let is_other = promised != came && promised != came + progress.parsed.asides;
+            (progress.failed.is_none() && progress.lines.is_some() && is_other)
+                .then(|| (progress.file.name.clone(), promised, came))
         });
         differing.collect()
     }
 
     /// The name of a file, for messages.
     pub fn file_name(&self, index: u32) -> Option<&str> {
-        self.files.get(&index).map(|book| book.file.name.as_str())
+        self.files.get(&index).map(|progress| progress.file.name.as_str())
     }
 
     /// Files that could not be read to their end, or were too short.
     pub fn files_failed(&self) -> u64 {
-        self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).count() as u64
+        self.files.values().filter(|progress| progress.failed.is_some() && !progress.file.replayed).count() as u64
     }
 
     /// Returns true if there are files that could not be read, and the server says of each of them that it is gone for
     /// good.
     pub fn all_failed_are_gone(&self) -> bool {
-        let mut failed = self.files.values().filter(|book| book.failed.is_some() && !book.file.replayed).peekable();
-        failed.peek().is_some() && failed.all(|book| book.is_gone)
+        let mut failed =
+            self.files.values().filter(|progress| progress.failed.is_some() && !progress.file.replayed).peekable();
+        failed.peek().is_some() && failed.all(|progress| progress.is_gone)
     }
 
     /// Output files by declared type.
     pub fn files_of(&self, resource_type: &ResourceType) -> u64 {
-        let files = self.files.values().filter(|book| book.file.kind == FileKind::Output && !book.file.replayed);
+        let files =
+            self.files.values().filter(|progress| progress.file.kind == FileKind::Output && !progress.file.replayed);
         files
-            .filter(|book| {
-                book.parsed.rows.iter().any(|row| row.0 == *resource_type)
-                    || book.file.declared.as_ref() == Some(resource_type)
+            .filter(|progress| {
+                progress.parsed.rows.iter().any(|row| row.0 == *resource_type)
+                    || progress.file.declared.as_ref() == Some(resource_type)
             })
             .count() as u64
     }
 
     /// Rows of the type that the export itself brought.
     pub fn rows_of_export(&self, resource_type: &ResourceType) -> u64 {
-        let files = self.files.values().filter(|book| !book.file.replayed);
-        files.flat_map(|book| &book.parsed.rows).filter(|(name, _)| name == resource_type).map(|(_, rows)| rows).sum()
+        let files = self.files.values().filter(|progress| !progress.file.replayed);
+        files
+            .flat_map(|progress| &progress.parsed.rows)
+            .filter(|(name, _)| name == resource_type)
+            .map(|(_, rows)| rows)
+            .sum()
     }
 
     /// Files that exports of a server listed, where their export's status is asked for, and what their lines were, once
     /// all of them are parsed and accounted for.
     pub fn listed(&self) -> impl Iterator<Item = (&ExportFile, &Arc<str>, Option<&ParsedChunk>)> {
-        self.files.values().filter_map(|book| {
-            let status = self.statuses.get(&book.file.export)?;
+        self.files.values().filter_map(|progress| {
+            let status = self.statuses.get(&progress.file.export)?;
             // What the server marks as deleted is not among the rows that are staged: such a file is read again.
-            let whole = book.failed.is_none() && book.settled() && book.balances() && book.parsed.deleted.is_empty();
-            Some((&*book.file, status, Some(&book.parsed).filter(|_| whole && book.file.kind == FileKind::Output)))
+            let whole = progress.failed.is_none()
+                && progress.is_read()
+                && progress.counts_match()
+                && progress.parsed.deleted.is_empty();
+            Some((
+                &*progress.file,
+                status,
+                Some(&progress.parsed).filter(|_| whole && progress.file.kind == FileKind::Output),
+            ))
         })
     }
 
     /// Returns true if files that are declared for the type hold rows of others.
     pub fn is_mixed(&self, resource_type: &ResourceType) -> bool {
-        let mut ours = self.files.values().filter(|book| book.file.declared.as_ref() == Some(resource_type));
-        ours.any(|book| book.parsed.rows.iter().any(|(name, _)| name != resource_type))
+        let mut ours = self.files.values().filter(|progress| progress.file.declared.as_ref() == Some(resource_type));
+        ours.any(|progress| progress.parsed.rows.iter().any(|(name, _)| name != resource_type))
     }
 
     /// Types of which not all rows that are parsed are staged, and that can still be merged: the rows that encode was
     /// given.
     pub fn unstaged(&self) -> Vec<(ResourceType, u64)> {
-        let unstaged = self.types.iter().filter(|(_, book)| book.failed.is_none() && book.staged < book.parsed);
-        unstaged.map(|(name, book)| (name.clone(), book.parsed - book.held)).collect()
+        let unstaged =
+            self.types.iter().filter(|(_, progress)| progress.failed.is_none() && progress.staged < progress.parsed);
+        unstaged.map(|(name, progress)| (name.clone(), progress.parsed - progress.held)).collect()
     }
 
     /// Rows of the type that are staged so far, and how many of them encode brought.
     pub fn staged_of(&self, resource_type: &ResourceType) -> (u64, u64) {
-        self.types.get(resource_type).map_or((0, 0), |book| (book.staged, book.staged - book.held))
+        self.types.get(resource_type).map_or((0, 0), |progress| (progress.staged, progress.staged - progress.held))
     }
 
     /// Lines out of quarantine that were read, and whose type was committed.
     pub fn replayed(&self) -> Vec<LineId> {
-        let read = self.files.values().flat_map(|book| &book.parsed.replayed);
-        read.filter(|(_, name)| self.standing(name) == Completeness::Done).map(|(line, _)| *line).collect()
+        let read = self.files.values().flat_map(|progress| &progress.parsed.replayed);
+        read.filter(|(_, name)| self.completeness(name) == Completeness::Done).map(|(line, _)| *line).collect()
     }
 
     /// Types that still wait for something, of a run that ended early.
@@ -169,7 +190,7 @@ impl Ledger {
         let open = self
             .types
             .keys()
-            .filter(|name| !matches!(self.standing(name), Completeness::Done | Completeness::Failed(_)));
+            .filter(|name| !matches!(self.completeness(name), Completeness::Done | Completeness::Failed(_)));
         open.cloned().collect()
     }
 }
