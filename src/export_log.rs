@@ -36,8 +36,8 @@ impl ExportLog {
         if let Err(error) = file.append(format!("{line}\n").as_bytes()) {
             tracing::warn!(%error, event, "the export log could not be written");
         }
-        // Those of files may be many.
-        if !event.starts_with("download") {
+        // Those of polls and files may be many.
+        if matches!(event, "kickoff" | "status_complete" | "export_complete") {
             drop(file);
             self.sync();
         }

@@ -90,14 +90,17 @@ pub(super) async fn vacuum(args: VacuumArgs, output: &Output) -> Result<()> {
     let found = || done.values().flatten();
     let files: usize = found().map(|done| done.files.len()).sum();
     let size = bytes(found().map(|done| done.bytes).sum());
-    if done.values().any(|done| done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Config)) {
-        output.remark("--force allows a retention below a table's own");
+    // Of tables that were not looked through nothing is known.
+    if done.values().any(Result::is_ok) {
+        output.remark(&match (args.delete, files) {
+            (true, _) => format!("{files} files of {size} deleted"),
+            (false, 0) => "no unreferenced files".to_owned(),
+            (false, _) => format!("{files} files of {size} are unreferenced; --delete deletes them"),
+        });
     }
-    output.remark(&match args.delete {
-        true => format!("{files} files of {size} deleted"),
-        false => format!("{files} files of {size} are unreferenced; --delete deletes them"),
-    });
-    failures(&done)
+    let is_refused = done.values().any(|done| done.as_ref().is_err_and(|error| error.kind() == ErrorKind::Config));
+    let hint = "--force allows a retention below a table's own; readers of older versions lose their files";
+    failures(&done).map_err(|error| if is_refused { error.with_hint(hint) } else { error })
 }
 
 /// An error that names every table that failed, and why.

@@ -228,6 +228,7 @@ pub fn main() -> ExitCode {
         Some(filter) if filter.contains("kernel") => filter,
         Some(filter) => format!("{filter},buoyant_kernel=off,delta_kernel=off"),
     };
+    let filter = telemetry::filter_of_crates(&filter);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let outcome = match runtime.context(ErrorKind::Internal, "the runtime cannot be started") {
         Ok(runtime) => {

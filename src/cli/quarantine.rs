@@ -62,10 +62,13 @@ pub(super) async fn quarantine(args: QuarantineArgs, output: &Output) -> Result<
                 id.truncate(SHOWN);
                 rows.push(vec![id, declared, run, format!("{}:{}", line.file, line.line), tried.into(), line.reason]);
             }
+            for (file, line) in state.damaged_quarantine()? {
+                output.remark(&format!("{file}, line {line}: damaged, so it is not listed and not retried"));
+            }
             if rows.is_empty() {
                 return output.line("no lines in quarantine");
             }
-            output.line(&table(&["id", "type", "run", "file:line", "retried", "reason"], &rows))
+            output.line(&table(&["id", "type", "run", "file:line", "retry", "reason"], &rows))
         }
         Action::Show(args) => {
             let (_, state) = open(&args.pipeline)?;

@@ -211,7 +211,7 @@ async fn explain(plan: RunPlan, options: RunOptions, output: &Output) -> Result<
     if let SourcePlan::Server { auth, .. } = &plan.source {
         output.line(&format!("auth      {}", auth_words(auth)))?;
     }
-    output.line(&format!("tables    {}", plan.tables))?;
+    output.line(&format!("tables    {}", topology::location(&plan.tables)))?;
     output.line(&format!("state     {}", plan.state))?;
     let base = match &plan.source {
         SourcePlan::Server { base, .. } => Some(base.clone()),

@@ -20,7 +20,7 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     let plan = args.file.plan()?;
     let state = topology::state_of(&plan)?;
     output.line(&format!("pipeline    {}", plan.name))?;
-    output.line(&format!("tables      {}", plan.tables))?;
+    output.line(&format!("tables      {}", topology::location(&plan.tables)))?;
     output.line(&format!("state       {}", state.location()))?;
     let running = state.lease_holder();
     match &running {
@@ -65,6 +65,9 @@ pub(super) async fn status(args: StatusArgs, output: &Output) -> Result<()> {
     let kept = state.quarantined_lines()?;
     let hint = if kept > 0 { "; see fhirlake quarantine list" } else { "" };
     output.line(&format!("quarantine  {kept} lines{hint}"))?;
+    for (file, line) in state.damaged_quarantine()? {
+        output.line(&format!("            {file}, line {line}: damaged, so it is not retried"))?;
+    }
     let states = topology::table_states(&plan).await?;
     if states.is_empty() {
         return output.line("no tables yet");

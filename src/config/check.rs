@@ -171,9 +171,9 @@ fn meaning(file: &PipelineFile, tree: &Tree, problems: &mut Vec<Problem>) {
     }
     let narrowing = source.export.narrowing();
     if file.stages.merge.mode != Mode::Merge && !narrowing.is_empty() {
-        let what = "deletes what an export does not name, and source asks for a part only";
-        let what = format!("{what} ({})", narrowing.join(", "));
-        found.add("stages.merge.mode", what, Some("set stages.merge.mode: merge"));
+        let keys = narrowing.iter().map(|key| format!("source.{key}")).collect::<Vec<_>>().join(", ");
+        let what = format!("deletes what the export does not name, but {keys} asks the server for a part only");
+        found.add("stages.merge.mode", what, Some("remove that from source, or set stages.merge.mode: merge"));
     }
     let is_folder = url::Url::parse(&source.url.0).is_ok_and(|url| !is_of_server(&url));
     let what = "a folder has no server to fetch attachments from";

@@ -27,7 +27,8 @@ pub struct PipelineFile {
     /// Memory budget: edges between stages, open batches, keys and matching.
     #[serde(default = "defaults::memory")]
     pub memory: ByteSize,
-    /// Folder (or URL) of the tables: `<tables>/<Type>.parquet`.
+    /// Folder (or URL) of the tables: `<tables>/<Type>.parquet`. A relative path is taken from the folder in which
+    /// fhirlake is started, not from that of this file.
     pub tables: Text,
     /// Folder (or URL) of the pipeline's state. Default: `.fhirlake/<name>` in the tables' folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]

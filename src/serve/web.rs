@@ -20,6 +20,7 @@ use hyper_util::service::TowerToHyperService;
 use secrecy::ExposeSecret;
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::health::Health;
@@ -182,10 +183,26 @@ fn stand(served: &Served) -> ServerStatus {
     }
 }
 
+/// Requests that may wait for a state at a time, and for how long.
+static PLACES: Semaphore = Semaphore::const_new(16);
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Answers on a thread of its own: a state may be far away, and whoever waits for it must not hold up a run.
 async fn answer(work: impl FnOnce() -> Response + Send + 'static) -> Response {
-    let answered = compute(tracing::Span::none(), async { work() }).await;
-    answered.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
+    let answered = tokio::time::timeout(PATIENCE, async {
+        let place = PLACES.acquire().await;
+        // The place is given back when the work ends, and not when nobody waits for it any more.
+        let work = async move {
+            let _place = place;
+            work()
+        };
+        compute(tracing::Span::none(), work).await
+    });
+    match answered.await {
+        Ok(Ok(response)) => response,
+        Ok(Err(_)) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the state does not answer\n").into_response(),
+    }
 }
 
 async fn index(State(served): Shared) -> Response {

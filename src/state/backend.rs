@@ -55,9 +55,7 @@ pub(super) trait Backend: Debug + Send + Sync {
     fn remove(&self, names: &[String]) -> Result<()>;
 
     /// Removes a folder with all that is below it; one that does not exist is passed over.
-    fn remove_folder(&self, folder: &str) -> Result<()> {
-        self.remove(&self.list(folder)?)
-    }
+    fn remove_folder(&self, folder: &str) -> Result<()>;
 
     /// Returns the names of the files directly in `folder`, in their order.
     fn list(&self, folder: &str) -> Result<Vec<String>>;

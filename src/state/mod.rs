@@ -236,6 +236,11 @@ impl StateStore {
         quarantine::lines(&self.backend)
     }
 
+    /// Returns the entries of the quarantine that are damaged: file and line of each.
+    pub fn damaged_quarantine(&self) -> Result<Vec<(String, u64)>> {
+        quarantine::damaged(&self.backend)
+    }
+
     /// Returns the number of lines in quarantine.
     pub fn quarantined_lines(&self) -> Result<u64> {
         self.quarantined().try_fold(0, |lines, line| line.map(|_| lines + 1))

@@ -47,9 +47,15 @@ impl HeldLease {
 
     /// A holder that could not renew it in time must think it another's, whatever the store says.
     pub(super) fn is_ours(&self, expiry: Duration) -> bool {
+        self.remaining(expiry).is_some()
+    }
+
+    /// Returns the time that the lease is held for without a renewal; `None` where it is not held.
+    pub(super) fn remaining(&self, expiry: Duration) -> Option<Duration> {
         let (steady, wall) = *self.renewed.lock();
         let elapsed = steady.elapsed().max(wall.elapsed().unwrap_or_default());
-        !self.lost.load(Ordering::Acquire) && elapsed < expiry.mul_f64(0.75)
+        let left = expiry.mul_f64(0.75).checked_sub(elapsed).filter(|left| !left.is_zero());
+        left.filter(|_| !self.lost.load(Ordering::Acquire))
     }
 }
 
@@ -149,9 +155,11 @@ impl ObjectFolder {
         if let Some(runtime) = &self.runtime {
             runtime.spawn(async move { renew(&*store, &renewing, expiry).await });
         }
+        // From here on dropping it releases it.
+        let lease = ObjectLease { folder: self.clone(), held };
         self.forget()?;
         self.stale.store(false, Ordering::Release);
-        Ok(ObjectLease { folder: self.clone(), held })
+        Ok(lease)
     }
 }
 

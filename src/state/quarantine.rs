@@ -183,6 +183,27 @@ pub(super) fn lines(
     unlisted.into_iter().chain(lines)
 }
 
+/// Returns the entries that are damaged: their files, for messages, and the numbers of their lines. A last line without
+/// a line feed is none: the run that wrote it was killed, its type did not commit, and the line comes again.
+pub(super) fn damaged(backend: &Arc<dyn Backend>) -> Result<Vec<(String, u64)>> {
+    let mut found = Vec::new();
+    for name in files(backend)? {
+        let Some(mut file) = open(backend, &name)? else { continue };
+        let mut entry = Vec::new();
+        for number in 1.. {
+            entry.clear();
+            let read = file.read_until(b'\n', &mut entry).context(ErrorKind::State, "the quarantine cannot be read")?;
+            if read == 0 {
+                break;
+            }
+            if entry.ends_with(b"\n") && serde_json::from_slice::<QuarantinedLine>(&entry).is_err() {
+                found.push((backend.location(&name), number));
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// Returns how many lines a later run can retry, by the type that their file declared.
 pub(super) fn retryable(backend: &Arc<dyn Backend>) -> Result<BTreeMap<Option<ResourceType>, u64>> {
     let mut found: BTreeMap<Option<ResourceType>, u64> = BTreeMap::new();

@@ -216,6 +216,19 @@ pub fn trace_id(span: &tracing::Span) -> Option<String> {
     None
 }
 
+/// Our own crates, as `tracing` names them.
+pub const CRATES: [&str; 7] =
+    ["fhirlake", "bulk_data_client", "bulk_data_server", "delta_upsert", "fhir_arrow", "flow", "foundation"];
+
+/// Returns a log filter in which each directive of `fhirlake`, such as `fhirlake=debug`, stands for all of our crates.
+pub fn filter_of_crates(filter: &str) -> String {
+    let directives = filter.split(',').flat_map(|directive| match directive.trim().strip_prefix("fhirlake=") {
+        Some(level) => CRATES.iter().map(|name| format!("{name}={level}")).collect(),
+        None => vec![directive.to_owned()],
+    });
+    directives.collect::<Vec<_>>().join(",")
+}
+
 /// Sends logs to `writer`, and traces, metrics and logs to where `settings` say; what cannot be set up is said in
 /// words. `colour` is for a terminal; `filter` is in `tracing`'s directive syntax, and is the writer's only.
 pub fn init<W>(

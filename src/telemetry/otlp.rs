@@ -101,7 +101,7 @@ impl Otlp {
     where
         S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
     {
-        let ours = || Targets::new().with_target("fhirlake", tracing::Level::INFO);
+        let ours = || Targets::new().with_targets(super::CRATES.map(|name| (name, tracing::Level::INFO)));
         let mut layers: Vec<Box<dyn Layer<S> + Send + Sync>> = Vec::new();
         if let Some(provider) = &self.traces {
             let tracer: SdkTracer = provider.tracer_with_scope(InstrumentationScope::builder("fhirlake").build());

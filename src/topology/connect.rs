@@ -19,6 +19,13 @@ pub fn state_of(plan: &RunPlan) -> Result<StateStore> {
     StateStore::object(&plan.state, plan.lock_expiry, || Tables::at(&plan.state)?.store())
 }
 
+/// Returns a folder or URL of a plan, for messages: relative paths are from where the process was started.
+pub fn location(place: &str) -> String {
+    let is_url = place.contains("://");
+    let absolute = if is_url { None } else { std::path::absolute(place).ok() };
+    absolute.map_or_else(|| place.to_owned(), |path| path.display().to_string())
+}
+
 /// Returns the tables of a plan, to which nothing is committed once the state's lease is lost.
 pub(crate) fn tables_of(plan: &RunPlan, state: &StateStore) -> Result<Tables> {
     Ok(Tables::at(&plan.tables)?.guarded(state.guard()))

@@ -4,6 +4,8 @@ use super::connect::{client, source_folder};
 use super::prepare::{app_id, check_table};
 use super::{RunPlan, SourcePlan};
 use crate::error::{Error, ErrorKind, Result};
+use crate::jobs::ExportJobs;
+use crate::jobs::checkpoint::CheckpointStore;
 use crate::messages::{ResourceType, has_table, instant_text};
 use crate::stages::export::folder::place_of;
 use crate::state::StateFile;
@@ -99,9 +101,12 @@ pub async fn check_dependencies(plan: &RunPlan) -> Vec<Dependency> {
             .map(drop)
             .or_else(|error| if error.kind() == ErrorKind::Locked { Ok(()) } else { Err(error) })?;
         state.read::<StateFile>()?;
+        state.read::<ExportJobs>()?;
+        CheckpointStore::of(&state).read()?;
+        state.retryable()?;
         Ok(state.location())
     });
-    add("state writable".into(), state);
+    add("state readable and writable".into(), state);
     found
 }
 

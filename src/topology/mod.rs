@@ -25,7 +25,7 @@ use crate::stages::merge::MERGE;
 use crate::stages::{EdgeBytes, Memory, RunContext, Stage, StageSpec, Stages, attach, download, encode, parse};
 use flow::{ByteSized, EdgeGauge, Receiver, Sender, edge};
 
-pub use connect::{client, state_of};
+pub use connect::{client, location, state_of};
 pub use exports::cancel_exports;
 pub use inspect::{Dependency, TableState, check_dependencies, table_states};
 pub use maintenance::{ByTable, OptimizeOptions, VacuumOptions, optimize, run_id, vacuum};

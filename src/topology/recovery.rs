@@ -19,6 +19,9 @@ pub(super) fn replay(plan: &RunPlan, state: &StateStore) -> Result<Option<Replay
     if superseded > 0 {
         tracing::info!(lines = superseded, "lines left quarantine: what they are about was deleted since");
     }
+    for (file, line) in state.damaged_quarantine()? {
+        tracing::warn!(file, line, "an entry of the quarantine is damaged: it is not retried, and stays as it is");
+    }
     let mut files = Vec::new();
     for (declared, lines) in state.retryable()? {
         if declared.as_deref().is_some_and(|name| !plan.types().contains(name)) {

@@ -76,6 +76,19 @@ fn crates_know_only_what_is_below_them() {
     }
 }
 
+// Breaks if the log filter passes over a crate of ours: what it says would be seen by nobody.
+#[test]
+fn the_log_filter_names_every_crate() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
+    for entry in std::fs::read_dir(&root).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap().replace('-', "_");
+        assert!(fhirlake::telemetry::CRATES.contains(&&*name), "{name}");
+    }
+    let filter = fhirlake::telemetry::filter_of_crates("error,fhirlake=info,fhirlake::run_failed=off");
+    assert!(filter.starts_with("error,fhirlake=info,bulk_data_client=info,"), "{filter}");
+    assert!(filter.ends_with(",foundation=info,fhirlake::run_failed=off"), "{filter}");
+}
+
 // Breaks if a module names one that it must not know.
 #[test]
 fn who_may_import_whom() {

@@ -177,3 +177,32 @@ async fn lines_are_named_and_dismissed() {
     assert_eq!(run(&["dismiss", yaml, "--all"]).1, "2 lines dismissed\n");
     assert_eq!(run(&["list", yaml]).1, "no lines in quarantine\n");
 }
+
+// Breaks if a line in quarantine that a disk has damaged is lost without a word.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_entries_are_named() {
+    let lake = lake();
+    let text =
+        [&patient("a", 1, ",!"), &patient("b", 1, ",!"), &patient("z", 1, "")].map(|line| line.as_str()).join("\n");
+    let (_data, source) = folder(&[("Patient.ndjson", &text)]);
+    assert!(lake.run(&source, "").await.unwrap().succeeded);
+    let file = std::fs::read_dir(lake.state().join("quarantine")).unwrap().next().unwrap().unwrap().path();
+    let damaged = std::fs::read_to_string(&file).unwrap().replacen("\"file\"", "\u{0}file\"", 1);
+    std::fs::write(&file, &damaged).unwrap();
+    let yaml = lake.pipeline_file(&source).display().to_string();
+    for arguments in [&["quarantine", "list", &yaml][..], &["status", &yaml], &["run", &yaml]] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("damaged") && said.contains("quarantine/"), "{said}");
+    }
+    // The run has met the line again, and kept it again.
+    assert_eq!(kept(&lake), 2);
+    assert!(std::fs::read_to_string(&file).unwrap().contains("\u{0}file"), "it stays");
+    // What `validate` says of the state is what a run would say.
+    let validate =
+        || std::process::Command::new(env!("CARGO_BIN_EXE_fhirlake")).args(["validate", &yaml]).output().unwrap();
+    assert!(validate().status.success());
+    std::fs::write(lake.state().join("exports.json"), "garbage").unwrap();
+    let output = validate();
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stdout).contains("exports.json"), "{output:?}");
+}

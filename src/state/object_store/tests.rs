@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 
 use futures::stream::BoxStream;
 use object_store::{
-    CopyOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions, PutPayload, PutResult,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions, PutOptions,
+    PutPayload, PutResult,
 };
 
+use super::files::PART;
 use super::*;
 
 pub(in super::super) fn folder(store: &Arc<dyn ObjectStore>, expiry: u64) -> Arc<ObjectFolder> {
@@ -45,8 +47,15 @@ fn what_one_writes_another_reads() {
 #[derive(Debug)]
 struct Flaky {
     inner: Arc<dyn ObjectStore>,
-    /// Fates of the next puts: `true`, it counts and its answer is lost; `false`, it does not count.
-    next: Mutex<VecDeque<bool>>,
+    next: Mutex<VecDeque<Fate>>,
+}
+
+/// Fate of a put.
+#[derive(Debug, Clone, Copy)]
+enum Fate {
+    AnswerLost,
+    Fails,
+    Denied,
 }
 
 impl std::fmt::Display for Flaky {
@@ -67,8 +76,11 @@ impl ObjectStore for Flaky {
         let lost = || object_store::Error::Generic { store: "flaky", source: "connection reset".into() };
         match next {
             None => self.inner.put_opts(to, payload, options).await,
-            Some(true) => self.inner.put_opts(to, payload, options).await.and_then(|_| Err(lost())),
-            Some(false) => Err(lost()),
+            Some(Fate::AnswerLost) => self.inner.put_opts(to, payload, options).await.and_then(|_| Err(lost())),
+            Some(Fate::Fails) => Err(lost()),
+            Some(Fate::Denied) => {
+                Err(object_store::Error::PermissionDenied { path: to.to_string(), source: "read only".into() })
+            }
         }
     }
 
@@ -107,12 +119,15 @@ impl ObjectStore for Flaky {
 // Breaks if a put whose answer was lost fails a run, or takes the run's own content for another's.
 #[test]
 fn a_lost_answer_is_not_a_lost_lease() {
+    use Fate::{AnswerLost, Fails};
     let inner = in_memory();
     let flaky = Arc::new(Flaky { inner: inner.clone(), next: Mutex::default() });
     let store: Arc<dyn ObjectStore> = flaky.clone();
     let one = folder(&store, 60_000);
     let lease = one.clone().acquire("one").unwrap();
-    for (round, fates) in [vec![true], vec![false], vec![false, true], vec![true, true]].into_iter().enumerate() {
+    for (round, fates) in
+        [vec![AnswerLost], vec![Fails], vec![Fails, AnswerLost], vec![AnswerLost, AnswerLost]].into_iter().enumerate()
+    {
         flaky.next.lock().extend(fates);
         let content = format!("{{\"round\": {round}}}");
         one.replace("exports.json", content.as_bytes(), Protection::ByLease).unwrap();
@@ -122,6 +137,27 @@ fn a_lost_answer_is_not_a_lost_lease() {
     }
     one.check().unwrap();
     drop(lease);
+}
+
+// Breaks if a run writes after its lease has ended, or tries for minutes what it may not do.
+#[test]
+fn a_put_ends_with_the_lease_and_one_that_is_denied_at_once() {
+    let inner = in_memory();
+    let flaky = Arc::new(Flaky { inner: inner.clone(), next: Mutex::default() });
+    let store: Arc<dyn ObjectStore> = flaky.clone();
+    let one = folder(&store, 2_000);
+    let _lease = one.clone().acquire("one").unwrap();
+    one.replace("exports.json", b"1", Protection::ByLease).unwrap();
+    flaky.next.lock().push_back(Fate::Denied);
+    let began = Instant::now();
+    assert_eq!(one.replace("exports.json", b"2", Protection::ByLease).unwrap_err().kind(), ErrorKind::State);
+    assert!(began.elapsed() < Duration::from_millis(500), "denied at once");
+    // From here on nothing is written, the lease's renewal neither.
+    flaky.next.lock().extend([Fate::Fails; 1_000]);
+    assert_eq!(one.replace("exports.json", b"3", Protection::ByLease).unwrap_err().kind(), ErrorKind::Locked);
+    flaky.next.lock().clear();
+    assert_eq!(one.replace("exports.json", b"4", Protection::ByLease).unwrap_err().kind(), ErrorKind::Locked);
+    assert_eq!(folder(&inner, 2_000).read("exports.json").unwrap().unwrap(), b"1");
 }
 
 // Breaks if a run replaces what another has written since, also without having read it, or may commit after that.

@@ -129,7 +129,7 @@ impl ExportOptions {
     /// may, since nobody knows what they mean.
     pub fn narrowing(&self) -> Vec<&'static str> {
         let set = PARAMETERS.iter().filter(|parameter| parameter.narrows && !(parameter.values)(self).is_empty());
-        let further = (!self.parameters.is_empty()).then_some("parameters");
+        let further = self.further().next().is_some().then_some("parameters");
         set.map(|parameter| parameter.key).chain(further).collect()
     }
 
