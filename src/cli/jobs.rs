@@ -6,8 +6,8 @@ use clap::{Args, Subcommand};
 use super::PipelineArgs;
 use super::output::{Output, table};
 use crate::error::Result;
-use crate::jobs::ExportJobs;
 use crate::jobs::checkpoint::CheckpointStore;
+use crate::jobs::{ExportJobs, JobState};
 use crate::topology;
 
 #[derive(Debug, Args)]
@@ -83,10 +83,10 @@ pub(super) async fn jobs(args: JobsArgs, output: &Output) -> Result<()> {
             };
             let rows = exports.jobs.iter().enumerate().map(|(at, export)| {
                 let types = if export.types.is_empty() { "all".to_owned() } else { export.types.join(",") };
-                let manifest = match (export.merged, export.transaction_time.is_some()) {
-                    (true, _) => "merged, DELETE pending",
-                    (false, true) => "complete",
-                    (false, false) => "in progress",
+                let manifest = match (export.state, export.state.transaction_time()) {
+                    (JobState::Merged { .. }, _) => "merged, DELETE pending",
+                    (_, Some(_)) => "complete",
+                    (_, None) => "in progress",
                 };
                 let files = staged.listed.iter().filter(|file| file.status == export.status);
                 let (files, held) =

@@ -123,7 +123,7 @@ mod tests {
                 .headers()
                 .iter()
                 .any(|(name, value)| name.as_str() == "authorization" && value.as_str() == "Bearer the-token");
-            self.0.lock().unwrap().push((request.url().to_string(), token));
+            self.0.lock().push((request.url().to_string(), token));
             let mut headers = Headers::new();
             headers.insert("content-type", "application/json");
             let (code, body) = match (token, request.url().path()) {
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(ask(url, "fhir-client-id", Arc::new(Known), options()).unwrap(), "me");
         let error = ask(url, "missing", Arc::new(Known), options()).unwrap_err();
         assert_eq!(error, "no such secret", "the vault's own words");
-        let seen = vault.0.lock().unwrap().clone();
+        let seen = vault.0.lock().clone();
         assert!(seen[0].0.contains("/secrets/fhir-client-id") && seen[0].0.contains("api-version="), "{seen:?}");
         assert_eq!((seen[0].1, seen[1].1), (false, true), "the token goes when it is asked for: {seen:?}");
     }

@@ -12,22 +12,22 @@
 
 pub mod checkpoint;
 mod events;
+mod job;
 mod tracking;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
+use self::job::MAX_FAILURES;
 use crate::state::{Document, OnDamage};
 
 pub use events::{ExportEvent, ExportEventSink, ExportHandle, Kickoff};
+pub use job::{ExportJob, JobState};
 pub use tracking::OfServer;
 pub(crate) use tracking::{
     Resumed, can_be_resumed, check_throttled, failed, merged, merged_in_part, note, note_floors, rejected_lately,
     resume, settle, sink,
 };
-
-/// Runs in which the server may fail to give all of an export before another is started: it may never give the rest.
-const MAX_FAILURES: u32 = 3;
 
 /// Time for which a job whose DELETE fails is tried to be released: what a server keeps so long it has forgotten
 /// itself.
@@ -35,75 +35,6 @@ const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(30);
 
 /// Time for which a server that throttles without a time is left alone.
 const USUAL_WAIT: TimeDelta = TimeDelta::hours(1);
-
-/// State of a job. What is planned or requested has no status URL yet; what is released is forgotten.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum JobState {
-    /// The server accepted the kick-off.
-    Accepted,
-    /// Its manifest is complete.
-    Complete {
-        /// The server's `transactionTime`, microseconds since the epoch.
-        transaction_time: i64,
-    },
-    /// All of it is merged; the server is still to be told.
-    Merged,
-    /// The server failed to give all of it in too many runs: another export takes its place.
-    GivenUp,
-}
-
-/// An export that the server accepted, and that is not yet released.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExportJob {
-    /// Status URL. May hold a secret: the file is private.
-    pub status: String,
-    /// True if a poll's own status and the export's are apart.
-    pub separate: bool,
-    /// Time at which the server accepted it.
-    pub accepted: DateTime<Utc>,
-    /// Pipeline and scope, as the watermark has them.
-    pub scope: String,
-    /// Everything that was requested, to know the same request again.
-    #[serde(rename = "asked")]
-    pub fingerprint: String,
-    /// Types that were requested; empty for all.
-    pub types: Vec<String>,
-    /// `_since`, microseconds since the epoch.
-    pub since: Option<i64>,
-    /// True if rows of equal version are to be rewritten where their content differs.
-    #[serde(default)]
-    pub full_refresh: bool,
-    /// The server's `transactionTime`, microseconds since the epoch, once its manifest came.
-    pub transaction_time: Option<i64>,
-    /// Runs in which the server did not give all of it.
-    pub failures: u32,
-    /// True if a run ended by itself and did not merge all of it, whoever's fault it was.
-    #[serde(default, rename = "behind")]
-    pub incomplete: bool,
-    /// Types whose files hold rows of other types: they are read again though the type is merged.
-    #[serde(default, skip_serializing_if = "Vec::is_empty", rename = "mixed")]
-    pub mixed_types: Vec<String>,
-    /// All of it is merged, and the server could not be told so yet.
-    #[serde(default)]
-    pub merged: bool,
-}
-
-impl ExportJob {
-    /// Returns where it is in its life.
-    pub fn state(&self) -> JobState {
-        match (self.merged, self.failures >= MAX_FAILURES, self.transaction_time) {
-            (true, ..) => JobState::Merged,
-            (false, true, _) => JobState::GivenUp,
-            (false, false, Some(transaction_time)) => JobState::Complete { transaction_time },
-            (false, false, None) => JobState::Accepted,
-        }
-    }
-
-    /// Returns true if a later run needs it no more, so that the server may delete it.
-    pub fn is_releasable(&self) -> bool {
-        matches!(self.state(), JobState::Merged | JobState::GivenUp)
-    }
-}
 
 /// A kick-off to which no answer came: the server may have made an export whose status URL nobody knows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,11 +161,10 @@ impl ExportJobs {
                     types: kickoff.request.types.clone(),
                     since: kickoff.request.since,
                     full_refresh,
-                    transaction_time: None,
+                    state: JobState::Accepted,
                     failures: 0,
                     incomplete: false,
                     mixed_types,
-                    merged: false,
                 });
             }
             ExportEvent::TypesRejected(types) => {
@@ -253,7 +183,7 @@ impl ExportJobs {
             ExportEvent::Complete { status, transaction_time } => {
                 let is_it = of(status);
                 let found = self.jobs.iter_mut().filter(|job| is_it(job));
-                found.for_each(|job| job.transaction_time = Some(*transaction_time));
+                found.for_each(|job| job.state = job.state.completed(*transaction_time));
             }
             ExportEvent::Expired { status } => {
                 let is_it = of(status);
@@ -268,7 +198,7 @@ impl ExportJobs {
             }
             ExportEvent::Unusable { status } => {
                 let is_it = of(status);
-                self.jobs.iter_mut().filter(|job| is_it(job)).for_each(|job| job.failures += 1);
+                self.jobs.iter_mut().filter(|job| is_it(job)).for_each(|job| job.fail(job.failures + 1));
             }
             ExportEvent::Throttled { wait, why } => {
                 let wait = wait.and_then(|wait| TimeDelta::from_std(wait).ok()).unwrap_or(USUAL_WAIT);
@@ -276,22 +206,21 @@ impl ExportJobs {
                 self.throttled = Some(ThrottledUntil { time, scope: scope.to_owned(), why: (*why).to_owned() });
             }
             ExportEvent::RunFailed { jobs, given } => {
-                let used =
-                    |job: &&mut ExportJob| jobs.contains(&job.status.as_str()) && job.scope == scope && !job.merged;
-                for job in self.jobs.iter_mut().filter(used).filter(|job| job.transaction_time.is_some()) {
+                let used = |job: &&mut ExportJob| jobs.contains(&job.status.as_str()) && job.scope == scope;
+                for job in self.jobs.iter_mut().filter(used).filter(|job| job.state.is_unmerged_and_complete()) {
                     job.incomplete = true;
-                    job.failures = match given {
+                    job.fail(match given {
                         OfServer::Nothing => job.failures,
                         OfServer::FilesFailed => job.failures + 1,
                         // It will not give them the next time either: the next run starts a new export.
                         OfServer::FilesGone => MAX_FAILURES,
-                    };
+                    });
                 }
             }
             ExportEvent::FloorsChanged { incomplete, whole } => self.change_floors(scope, incomplete, whole),
             ExportEvent::Merged { jobs } => {
                 let done = |job: &&mut ExportJob| jobs.contains(&job.status.as_str());
-                self.jobs.iter_mut().filter(done).for_each(|job| job.merged = true);
+                self.jobs.iter_mut().filter(done).for_each(|job| job.state = job.state.merged());
             }
             ExportEvent::Released { jobs } => {
                 self.jobs.retain(|job| !(job.is_releasable() && jobs.contains(&job.status.as_str())));

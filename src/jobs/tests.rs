@@ -301,7 +301,7 @@ fn a_state_of_an_earlier_version_is_read() {
   "all_refused": { "time": "2026-11-20T02:00:00Z", "scope": "s", "types": ["Coverage"] }
 }"#;
     let jobs: ExportJobs = serde_json::from_str(text).unwrap();
-    assert_eq!(jobs.jobs[0].state(), JobState::Complete { transaction_time: 1_763_607_600_000_000 });
+    assert_eq!(jobs.jobs[0].state, JobState::Complete { transaction_time: 1_763_607_600_000_000 });
     assert!(
         jobs.jobs[0].incomplete && jobs.throttled.is_some() && jobs.unconfirmed.len() == 1 && jobs.rejected.len() == 1
     );

@@ -10,7 +10,7 @@ use url::Url;
 use super::events::fingerprint;
 use super::{
     AllRejected, EventOrigin, ExportEvent, ExportEventSink, ExportHandle, ExportJob, ExportJobs, FORGOTTEN_AFTER,
-    Kickoff,
+    JobState, Kickoff,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::messages::{ResourceType, watermark_of};
@@ -44,7 +44,7 @@ pub(crate) fn resume(
     let mut resumed = Resumed { kickoffs: Vec::new(), is_catch_up: false, full_refresh };
     let mut rest = kickoffs;
     let Some(like) = rest.first().map(|kickoff| kickoff.request.clone()) else { return resumed };
-    for export in exports.jobs.iter().filter(|export| export.scope == scope && !export.merged) {
+    for export in exports.jobs.iter().filter(|export| export.scope == scope && !is_merged_job(export)) {
         let request = ExportRequest { types: export.types.clone(), since: export.since, ..like.clone() };
         let Ok(status) = Url::parse(&export.status) else { continue };
         let given_up = export.is_releasable();
@@ -200,7 +200,7 @@ pub(crate) async fn merged_in_part(
 
 /// Returns true if the tables of all types that an export was asked for are as new as it, by their own watermarks.
 async fn is_merged(export: &ExportJob, tables: &Tables, until: Option<i64>) -> bool {
-    let Some(time) = export.transaction_time.filter(|_| !export.types.is_empty()) else { return false };
+    let Some(time) = export.state.transaction_time().filter(|_| !export.types.is_empty()) else { return false };
     for name in &export.types {
         let Ok(table) = tables.open(&name.as_str().into()).await else { return false };
         if !table.transaction(&export.scope).await.is_ok_and(|own| own >= Some(watermark_of(time, until))) {
@@ -224,6 +224,10 @@ async fn release(state: &StateStore, scope: &str, done: &[ExportJob], client: &C
         }
     }
     note(state, scope, &ExportEvent::Released { jobs: &released })
+}
+
+fn is_merged_job(job: &ExportJob) -> bool {
+    matches!(job.state, JobState::Merged { .. })
 }
 
 /// Persists that jobs are merged, and releases them.
@@ -278,7 +282,8 @@ pub(crate) async fn settle(state: &StateStore, scope: &str, client: &Client, del
         .filter(|export| export.is_releasable() && export.scope == scope)
         .partition(|export| Utc::now() - export.accepted > FORGOTTEN_AFTER);
     // One that was given up holds a slot that the next kick-off needs, whatever `delete_export` says.
-    let (kept, rest): (Vec<ExportJob>, Vec<ExportJob>) = rest.into_iter().partition(|job| job.merged && !delete);
+    let (kept, rest): (Vec<ExportJob>, Vec<ExportJob>) =
+        rest.into_iter().partition(|job| is_merged_job(job) && !delete);
     release(state, scope, &old, client, false).await?;
     release(state, scope, &kept, client, false).await?;
     release(state, scope, &rest, client, true).await

@@ -21,6 +21,7 @@ use self::ledger::{Completeness, Ledger};
 pub use self::outcome::{MergeReport, STOPPED, TypeOutcome};
 pub use self::staging::{CheckpointPolicy, Earlier, Staging, StagingSettings, columns_of};
 use crate::error::{Advice, Error, ErrorKind, Result};
+use crate::jobs::{ExportEvent, ExportEventSink};
 use crate::messages::{
     ControlEvent, ExportEnd, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text,
 };
@@ -65,9 +66,6 @@ pub struct MergeSettings {
 /// Rows that encode still gathers are waited for so long before what is staged is persisted without them.
 const FLUSH_FOR: Duration = Duration::from_secs(30);
 
-/// Hears of a type whose files hold rows of others, before it is merged.
-pub type UnrequestedTypeSink = Arc<dyn Fn(&ResourceType) -> Result<()> + Send + Sync>;
-
 /// The merge stage: one worker owns the ledger and all staged files.
 pub struct Merge {
     /// Everything comes here.
@@ -81,7 +79,7 @@ pub struct Merge {
     /// Settings.
     pub settings: MergeSettings,
     /// Hears of types whose files hold rows of others.
-    pub unrequested_type: UnrequestedTypeSink,
+    pub events: ExportEventSink,
     /// Counters.
     pub counters: Counters,
     /// True if the run was stopped.
@@ -267,7 +265,7 @@ impl Merge {
         self.staging.of(name).commits += 1;
         let earlier_commits = self.staging.of(name).commits - 1;
         if self.ledger.is_mixed(name) {
-            (self.unrequested_type)(name)?;
+            (self.events)(&ExportEvent::UnrequestedType { resource_type: name })?;
         }
         let end = self.ledger.end_of(name);
         let hold = self.ledger.watermark_hold(name).filter(|_| end.is_some_and(|end| end.transaction_time.is_some()));

@@ -49,7 +49,7 @@ pub(super) async fn resume_point(
     let mut merged: HashSet<ResourceType> = HashSet::new();
     for accepted in accepted {
         let export = exports.iter().find(|export| export.status == accepted.status.as_str());
-        if let Some(time) = export.and_then(|export| export.transaction_time) {
+        if let Some(time) = export.and_then(|export| export.state.transaction_time()) {
             merged.extend(accepted.merged(watermark_of(time, prepared.until)).cloned());
         }
     }

@@ -18,7 +18,7 @@ use crate::config::{DeleteExport, ExportErrors};
 use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
 use crate::jobs::checkpoint::CheckpointStore;
-use crate::jobs::{self, ExportEvent, ExportEventSink};
+use crate::jobs::{self, ExportEventSink};
 use crate::messages::{BadLineSink, ExportFile, FlushRequests, MergeInput, instant_text};
 use crate::stages::download::replay::Replayed;
 use crate::stages::download::{Origin, ShortFile};
@@ -374,7 +374,7 @@ impl Run {
                 },
                 began: self.began,
             },
-            unrequested_type: Arc::new(move |resource_type| sink(&ExportEvent::UnrequestedType { resource_type })),
+            events: sink,
             counters: self.watch.counters.clone(),
             stop: self.stop.clone(),
         }

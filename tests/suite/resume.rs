@@ -448,7 +448,7 @@ fn a_state_of_the_first_version_is_read_and_written() {
     let jobs: ExportJobs = state.read().unwrap();
     let [job] = &jobs.jobs[..] else { panic!("{jobs:?}") };
     assert_eq!((job.scope.as_str(), job.fingerprint.as_str()), (scope, "System|Claim,Observation,Patient|"));
-    assert_eq!(job.state(), JobState::Complete { transaction_time: 1_795_971_018_296_000 });
+    assert_eq!(job.state, JobState::Complete { transaction_time: 1_795_971_018_296_000 });
     let checkpoint = CheckpointStore::of(&state).read().unwrap().unwrap();
     assert_eq!(
         (checkpoint.listed.len(), checkpoint.held(), checkpoint.files.len(), checkpoint.in_tables.len()),

@@ -402,9 +402,9 @@ fn a_place_that_cannot_be_is_said_with_line_and_column() {
     let mut cases = vec![
         ("ftp://lake/fhir", "ftp:// is not supported for tables"),
         #[cfg(feature = "s3")]
-        ("s3://key:secret@lake/fhir", "no keys in the URL of the tables"),
+        ("s3://key:secret@lake/fhir", "the URL of the tables must not have keys"),
         #[cfg(feature = "azure")]
-        ("az://lake/fhir?sig=secret", "no query in the URL of the tables"),
+        ("az://lake/fhir?sig=secret", "the URL of the tables must not have a query"),
     ];
     if cfg!(not(feature = "gcs")) {
         cases.push((
