@@ -72,6 +72,11 @@ fn options(cluster: bool) -> OptimizeOptions {
     OptimizeOptions { types: Default::default(), cluster, min_deleted: Limit::Count(1) }
 }
 
+/// What `optimize` did to Patient.
+async fn optimized(plan: &RunPlan, options: &OptimizeOptions) -> delta_upsert::Optimized {
+    optimize(plan, options, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap()
+}
+
 // Breaks if compaction loses, doubles or changes a row, or leaves a small file or a deletion vector behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn optimize_changes_files_and_no_answer() {
@@ -80,12 +85,7 @@ async fn optimize_changes_files_and_no_answer() {
         let before = everything(&lake).await;
         assert_eq!(before.len(), 500);
         let (_, files) = lake.files("Patient").await;
-        let done = optimize(&plan, &options(cluster), &Cancellation::default())
-            .await
-            .unwrap()
-            .remove("Patient")
-            .unwrap()
-            .unwrap();
+        let done = optimized(&plan, &options(cluster)).await;
         assert_eq!((done.files_removed, done.files_added), (files.len() as u64, 1));
         assert!(done.rows_purged > 0);
         assert_eq!(everything(&lake).await, before);
@@ -99,12 +99,7 @@ async fn optimize_changes_files_and_no_answer() {
             lake.sql("SELECT id FROM Patient").await.iter().flat_map(|batch| strings(batch, "id")).collect();
         assert_eq!(ids.is_sorted(), cluster);
         // Again: nothing to do.
-        let again = optimize(&plan, &options(cluster), &Cancellation::default())
-            .await
-            .unwrap()
-            .remove("Patient")
-            .unwrap()
-            .unwrap();
+        let again = optimized(&plan, &options(cluster)).await;
         assert_eq!(again, Default::default());
         // Later runs merge into what it made.
         let (_data, source) = folder(&[("Patient.ndjson", &patients(100..105, 6))]);
@@ -174,8 +169,7 @@ async fn optimize_leaves_alone_what_is_well() {
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..10, 1))]);
     lake.run(&source, "").await.unwrap();
     let plan = lake.plan(&source, "");
-    let done =
-        optimize(&plan, &options(false), &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    let done = optimized(&plan, &options(false)).await;
     assert_eq!(done.version, None);
     // Few marked rows are no reason either.
     let (_data, source) = folder(&[("Patient.ndjson", &patients(0..1, 2))]);
@@ -183,7 +177,7 @@ async fn optimize_leaves_alone_what_is_well() {
     let few = OptimizeOptions { min_deleted: Limit::Percent(50.0), ..options(false) };
     let mut plan = plan;
     std::sync::Arc::make_mut(&mut plan.stages).merge.target_file = fhirlake::values::ByteSize(10);
-    let done = optimize(&plan, &few, &Cancellation::default()).await.unwrap().remove("Patient").unwrap().unwrap();
+    let done = optimized(&plan, &few).await;
     assert_eq!(done.version, None);
     let error =
         optimize(&plan, &OptimizeOptions { types: vec!["Group".to_owned()].into(), ..few }, &Cancellation::default())

@@ -1,4 +1,4 @@
-//! Faults and ways of the embedded server: for tests, and for whoever wants to see what a client does then.
+//! Faults and ways of the embedded server: for tests, and for trying out how a client handles them.
 
 use std::collections::HashMap;
 use std::time::Duration;

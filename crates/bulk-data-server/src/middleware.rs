@@ -84,7 +84,7 @@ pub(crate) struct Parameters(pub HashMap<String, String>);
 pub(crate) async fn pass(State((shared, base)): Shop, request: Request, next: Next) -> Response {
     let call = Call::of(&request);
     let (mut parts, body) = request.into_parts();
-    let parameters = match call {
+    let (parameters, body) = match call {
         Call::KickOff => {
             let Ok(body) = to_bytes(body, MOST).await else { return StatusCode::PAYLOAD_TOO_LARGE.into_response() };
             let parameters = Parameters(parameters(parts.uri.query().unwrap_or_default(), &body));
@@ -93,7 +93,6 @@ pub(crate) async fn pass(State((shared, base)): Shop, request: Request, next: Ne
         }
         _ => (Parameters::default(), body),
     };
-    let (parameters, body) = parameters;
     let (instead, faults) = {
         let mut world = shared.lock();
         if call.is_protected() && !world.tokens.allow(&parts.headers) {
@@ -110,15 +109,14 @@ pub(crate) async fn pass(State((shared, base)): Shop, request: Request, next: Ne
         Some(answer) => answer,
         None => {
             let answer = next.run(Request::from_parts(parts, body)).await;
-            let is_lost = call == Call::KickOff && answer.status() == StatusCode::ACCEPTED && {
-                let left = &mut shared.lock().faults.kickoffs_lost;
-                std::mem::replace(left, left.saturating_sub(1)) > 0
+            let is_broken = match call {
+                Call::KickOff if answer.status() == StatusCode::ACCEPTED => {
+                    played(&mut shared.lock().faults.kickoffs_lost)
+                }
+                Call::File { .. } if answer.status().is_success() => played(&mut shared.lock().faults.files_cut),
+                _ => false,
             };
-            let is_cut = matches!(call, Call::File { .. }) && answer.status().is_success() && {
-                let left = &mut shared.lock().faults.files_cut;
-                std::mem::replace(left, left.saturating_sub(1)) > 0
-            };
-            distort(&faults, &call, answer, (is_lost, is_cut)).await
+            distort(&faults, &call, answer, is_broken).await
         }
     };
     match call {
@@ -178,9 +176,13 @@ fn note(world: &mut World, call: &Call, parameters: &Parameters, headers: &Heade
     }
 }
 
+/// Returns true if a fault is played once more, and counts it.
+fn played(left: &mut usize) -> bool {
+    std::mem::replace(left, left.saturating_sub(1)) > 0
+}
+
 /// Returns what a fault answers in place of the handler.
 fn instead(world: &mut World, base: &str, call: &Call, parameters: &Parameters, query: &str) -> Option<Response> {
-    let played = |count: &mut usize| std::mem::replace(count, count.saturating_sub(1)) > 0;
     let World { faults, jobs, .. } = world;
     match call {
         Call::KickOff => {
@@ -261,11 +263,11 @@ fn links_of(query: &str) -> usize {
     pairs.into_iter().find(|(name, _)| name == "expires").and_then(|(_, links)| links.parse().ok()).unwrap_or(0)
 }
 
-/// Distorts what a handler answered.
-async fn distort(faults: &Faults, call: &Call, answer: Response, (is_lost, is_cut): (bool, bool)) -> Response {
+/// Distorts what a handler answered. With `is_broken` the answer to a kick-off is lost, and a file is cut.
+async fn distort(faults: &Faults, call: &Call, answer: Response, is_broken: bool) -> Response {
     match call {
         // A body that fails before its first byte takes the head with it.
-        Call::KickOff if is_lost => {
+        Call::KickOff if is_broken => {
             let nothing = tokio_stream::once(Err::<bytes::Bytes, _>(std::io::Error::other("lost")));
             Response::new(Body::from_stream(nothing))
         }
@@ -280,11 +282,11 @@ async fn distort(faults: &Faults, call: &Call, answer: Response, (is_lost, is_cu
         }
         Call::File { name, .. } if answer.status().is_success() => {
             let hangs = Faults::names(&faults.hanging_files, name);
-            if !is_cut && !hangs && faults.slow.is_none() {
+            if !is_broken && !hangs && faults.slow.is_none() {
                 return answer;
             }
             let (parts, body) = answer.into_parts();
-            Response::from_parts(parts, Body::from_stream(distorted(body, faults.slow, is_cut, hangs)))
+            Response::from_parts(parts, Body::from_stream(distorted(body, faults.slow, is_broken, hangs)))
         }
         _ => answer,
     }

@@ -58,6 +58,12 @@ enum Fate {
     Denied,
 }
 
+fn flaky_folder(inner: &Arc<dyn ObjectStore>, expiry: u64) -> (Arc<Flaky>, Arc<ObjectFolder>) {
+    let flaky = Arc::new(Flaky { inner: inner.clone(), next: Mutex::default() });
+    let store: Arc<dyn ObjectStore> = flaky.clone();
+    (flaky, folder(&store, expiry))
+}
+
 impl std::fmt::Display for Flaky {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "flaky {}", self.inner)
@@ -121,9 +127,7 @@ impl ObjectStore for Flaky {
 fn a_lost_answer_is_not_a_lost_lease() {
     use Fate::{AnswerLost, Fails};
     let inner = in_memory();
-    let flaky = Arc::new(Flaky { inner: inner.clone(), next: Mutex::default() });
-    let store: Arc<dyn ObjectStore> = flaky.clone();
-    let one = folder(&store, 60_000);
+    let (flaky, one) = flaky_folder(&inner, 60_000);
     let lease = one.clone().acquire("one").unwrap();
     for (round, fates) in
         [vec![AnswerLost], vec![Fails], vec![Fails, AnswerLost], vec![AnswerLost, AnswerLost]].into_iter().enumerate()
@@ -143,9 +147,7 @@ fn a_lost_answer_is_not_a_lost_lease() {
 #[test]
 fn a_put_ends_with_the_lease_and_one_that_is_denied_at_once() {
     let inner = in_memory();
-    let flaky = Arc::new(Flaky { inner: inner.clone(), next: Mutex::default() });
-    let store: Arc<dyn ObjectStore> = flaky.clone();
-    let one = folder(&store, 2_000);
+    let (flaky, one) = flaky_folder(&inner, 2_000);
     let _lease = one.clone().acquire("one").unwrap();
     one.replace("exports.json", b"1", Protection::ByLease).unwrap();
     flaky.next.lock().push_back(Fate::Denied);
