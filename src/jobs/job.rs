@@ -87,7 +87,7 @@ pub struct ExportJob {
     pub state: JobState,
     /// Runs in which the server did not give all of it.
     pub failures: u32,
-    /// True if a run ended by itself and did not merge all of it, whoever's fault it was.
+    /// True if a run ended by itself and did not merge all of it, whether by the server's fault or its own.
     pub incomplete: bool,
     /// Types whose files hold rows of other types: they are read again though the type is merged.
     pub mixed_types: Vec<String>,

@@ -109,7 +109,7 @@ options! {
 
 impl ExportOptions {
     /// Returns what narrows the answer, as a text that is the same for the same: part of a watermark's scope. Empty
-    /// where nothing does.
+    /// for the whole answer.
     pub fn scope(&self) -> String {
         let mut scope = String::new();
         for parameter in PARAMETERS {

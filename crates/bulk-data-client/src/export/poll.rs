@@ -37,7 +37,7 @@ pub enum PollStatus {
     },
     /// The manifest.
     Done(Box<Manifest>),
-    /// The server knows no such export, or whoever answers for it.
+    /// The server, or a gateway in front of it, knows no such export.
     NotFound {
         /// Its text.
         error: Error,
@@ -98,7 +98,7 @@ impl Client {
             code if self.settings().retry_status.contains(&code.as_u16()) => {
                 Ok(PollStatus::Transient { error: refusal(response, ask.what).await, wait, throttled: false })
             }
-            // A gateway's, or a server's that is overloaded: no word on the export, whatever stands below it.
+            // A gateway's, or a server's that is overloaded: it says nothing about the export, whatever its body.
             code if matches!(code.as_u16(), 408 | 425 | 502 | 503 | 504) && own.is_none() => {
                 Ok(PollStatus::Transient { error: refusal(response, ask.what).await, wait, throttled: false })
             }
@@ -124,11 +124,11 @@ impl Client {
                     ),
                     None => error,
                 };
-                // Without an outcome a 500 may be the poll's or the job's; whoever asks to come back is not done.
+                // Without an outcome a 500 may be the poll's or the job's; with a `Retry-After` the job is not over.
                 let passes = code == StatusCode::INTERNAL_SERVER_ERROR && own.is_none();
                 match is_transient(&body).unwrap_or(passes) || (wait.is_some() && code.is_server_error()) {
                     true => Ok(PollStatus::Transient { error, wait, throttled: false }),
-                    // What we may not do is no word on the export.
+                    // A request that is refused says nothing about the export.
                     false if error.kind() == ErrorKind::Server && code.is_server_error() => {
                         Ok(PollStatus::Failed(error))
                     }

@@ -91,7 +91,7 @@ fn hardly_repeats(array: &ArrayRef) -> bool {
         }
     }
     // Of n values out of many more different ones, d, about n²/2d meet one that was there before (as birthdays do).
-    // Where that says that the whole column has each value less than twice, a dictionary does not pay.
+    // Where that says that the whole column has each value less than twice, a dictionary saves nothing.
     let different = (looked_at * looked_at) as f64 / (2.0 * repeated.max(1) as f64);
     looked_at >= BLOCK && repeated * 4 < looked_at && different * 2.0 > (values - array.null_count()) as f64
 }
