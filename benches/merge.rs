@@ -30,8 +30,8 @@ use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
 use common::{MAX_LINE, NoBadLines, export_file, folder, peak_memory, population, synthea};
 use delta_upsert::{
-    Commit, Deletions, NotMatchedBySource, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings, Tables,
-    Upsert, adapt,
+    Commit, Deletions, Incoming, NotMatchedBySource, OrderRules, PageEncoder, Scratch, StagingFile, TableSettings,
+    Tables, Upsert, adapt,
 };
 use deltalake::datafusion::prelude::{SessionContext, col};
 use fhir_arrow::{ColumnPruning, Encoder, Layout, LayoutOptions, PresentColumns, arrow_schema};
@@ -144,7 +144,7 @@ fn changes(rows: u64, changed: u64) -> Vec<u64> {
 fn upsert(files: Vec<delta_upsert::StagedFile>, scratch: &Path, vectors: bool) -> Upsert {
     let layout = Layout::pathling(TYPE, &LayoutOptions::default()).unwrap();
     Upsert {
-        files,
+        incoming: Incoming { files, ..Incoming::default() },
         deletions: Deletions::new(scratch),
         schema: Arc::new(arrow_schema(&layout)),
         add_columns: false,

@@ -16,11 +16,20 @@ use flow::ByteSized;
 /// A FHIR resource type, `Patient`.
 pub type ResourceType = Arc<str>;
 
+/// Tells how unchanged lines of each type were looked up.
+pub trait LineIndexReport: Send + Sync {
+    /// By type: `memory`, or `disk` where memory did not suffice, or `too slow` where that disk was so slow that rows
+    /// were encoded instead.
+    fn report(&self) -> HashMap<ResourceType, &'static str>;
+}
+
 /// Gives the layout that a type's rows are written in; `Err` where its table cannot be written. May look at the table,
 /// so it is asked from computing threads only.
 pub type Layouts = Arc<dyn Fn(&ResourceType) -> crate::error::Result<Arc<Layout>> + Send + Sync>;
 
-pub use delta_upsert::{EncodedBatch, FileRows, RowKey, RowPosition, count_unmapped, key_of};
+pub use delta_upsert::{
+    EncodedBatch, FileRows, LineHash, RowKey, RowPosition, UnchangedBatch, UnchangedRow, count_unmapped, key_of,
+};
 pub use foundation::Limit;
 pub use foundation::instant::instant_text;
 
@@ -122,6 +131,8 @@ pub struct ParsedRow {
     pub key: RowKey,
     /// Bytes that it has grown by since it came, by its attachments.
     pub added: usize,
+    /// Hash of its line; `None` where the row says more than its line does.
+    pub line_hash: Option<LineHash>,
 }
 
 /// Parsed resources of one chunk.
@@ -160,6 +171,8 @@ pub struct Deletion {
 pub enum MergeInput {
     /// Rows to stage.
     Batch(Box<EncodedBatch>),
+    /// Rows that the table has already.
+    Unchanged(Box<UnchangedBatch>),
     /// Ids that are gone.
     Deletions(Vec<Deletion>),
     /// A fact for the ledger.
@@ -172,6 +185,7 @@ impl ByteSized for MergeInput {
             MergeInput::Batch(batch) => {
                 batch.parquet.len() + batch.metadata.memory_size() + batch.keys.len() * size_of::<RowKey>()
             }
+            MergeInput::Unchanged(batch) => size_of::<UnchangedBatch>() + batch.rows.len() * size_of::<UnchangedRow>(),
             MergeInput::Deletions(ids) => {
                 ids.len() * size_of::<Deletion>() + ids.iter().map(|deletion| deletion.id.len()).sum::<usize>()
             }

@@ -149,8 +149,9 @@ impl Attach {
             if !self.settings.types.contains(name) {
                 continue;
             }
-            for row in std::mem::take(of_type) {
-                let wanted = self.wanted(&rows.file, name, &row, document.value(row.root));
+            for mut row in std::mem::take(of_type) {
+                let root = row.root;
+                let wanted = self.wanted(&rows.file, name, &mut row, document.value(root));
                 if wanted.is_empty() { of_type.push(row) } else { with.push((name.clone(), row, wanted)) }
             }
         }
@@ -158,14 +159,17 @@ impl Attach {
         with
     }
 
-    fn wanted(&self, file: &ExportFile, name: &ResourceType, row: &ParsedRow, resource: Value<'_>) -> Vec<Wanted> {
+    fn wanted(&self, file: &ExportFile, name: &ResourceType, row: &mut ParsedRow, resource: Value<'_>) -> Vec<Wanted> {
         let mut wanted: Vec<Wanted> = Vec::new();
         let mut number = 0;
+        let key = row.key.key;
         for_each_attachment(name, resource, &mut |attachment| {
             number += 1;
             let text = |key: &[u8]| attachment.get(key).and_then(|value| value.as_str());
             let Some(link) = text(b"url").filter(|_| attachment.get(b"data").is_none()) else { return };
             let content_type = text(b"contentType").unwrap_or_default();
+            // A link that is left now may be followed the next time.
+            row.line_hash = None;
             // Absolute by the guide; a server's own may be relative to its base.
             let url = self.client.base().join(link).ok().filter(|url| self.may_ask(file, url) || self.say_left(url));
             let (Some(url), true) = (url, self.takes(content_type)) else {
@@ -177,7 +181,7 @@ impl Attach {
                 |key: &[u8]| resource.get(b"meta").and_then(|meta| meta.get(key)).and_then(|value| value.as_str());
             let (version, updated) = (said(b"versionId"), said(b"lastUpdated"));
             let stated: Vec<_> = [b"hash".as_slice(), b"creation"].iter().map(|key| text(key)).collect();
-            let copy = format!("{:032x} {version:?} {updated:?} {number} {stated:?} {}", row.key.key, unsigned(&url));
+            let copy = format!("{key:032x} {version:?} {updated:?} {number} {stated:?} {}", unsigned(&url));
             // Without any of them, what is behind the same link may be another by now.
             let is_known = version.is_some() || updated.is_some() || stated.iter().any(Option::is_some);
             let hash = twox_hash::XxHash3_128::oneshot(copy.as_bytes());

@@ -15,9 +15,9 @@ use tokio::runtime::Handle;
 
 use crate::error::Result;
 use crate::messages::{
-    ControlEvent, EncodedBatch, FileRows, FlushRequests, Layouts, MergeInput, ResourceType, RowKey, Rows,
+    ControlEvent, EncodedBatch, FileRows, FlushRequests, Layouts, LineHash, MergeInput, ResourceType, RowKey, Rows,
 };
-use delta_upsert::PageEncoder;
+use delta_upsert::{PageEncoder, add_line_hashes, with_line_hash};
 use fhir_arrow::{ColumnPruning, Encoder, PresentColumns};
 use flow::{Receiver, Sender};
 
@@ -29,6 +29,7 @@ const COLUMNS_TO_JSON: usize = 25;
 struct OpenBatch {
     encoder: Encoder,
     keys: Vec<RowKey>,
+    lines: Vec<Option<LineHash>>,
     by_file: BTreeMap<u32, FileRows>,
     /// Rows and bytes of JSON that `by_file` has.
     counted: (u64, u64),
@@ -36,7 +37,13 @@ struct OpenBatch {
 
 impl OpenBatch {
     fn new(encoder: Encoder, rows: usize) -> Self {
-        Self { encoder, keys: Vec::with_capacity(rows), by_file: BTreeMap::new(), counted: (0, 0) }
+        Self {
+            encoder,
+            keys: Vec::with_capacity(rows),
+            lines: Vec::with_capacity(rows),
+            by_file: BTreeMap::new(),
+            counted: (0, 0),
+        }
     }
 
     /// Enters that the rows since the last call are of this file.
@@ -181,17 +188,13 @@ impl Shared {
             bench.idle.entry(resource_type.clone()).or_default().push(next);
         }
         drop(bench);
+        // Columns of the file, and none of the table.
+        let rows = add_line_hashes(&encoded.batch, &batch.lines)?;
+        let columns = with_line_hash(&encoded.schema);
         let (parquet, metadata) = PageEncoder
-            .encode(&encoded.batch, &encoded.schema, &encoded.filtered)
+            .encode(&rows, &columns, &encoded.filtered)
             .map_err(|error| error.at(resource_type.to_string()))?;
-        Ok(Some(EncodedBatch {
-            resource_type,
-            columns: encoded.schema,
-            parquet,
-            metadata,
-            keys: batch.keys,
-            by_file: batch.by_file,
-        }))
+        Ok(Some(EncodedBatch { resource_type, columns, parquet, metadata, keys: batch.keys, by_file: batch.by_file }))
     }
 }
 
@@ -252,6 +255,7 @@ impl Encode {
                             batch.encoder.push(document.value(row.root), &rows.bytes[row.line.clone()]);
                             batch.encoder.weigh(row.added);
                             batch.keys.push(row.key);
+                            batch.lines.push(row.line_hash);
                         }
                         batch.came_from(rows.file.index);
                         let due = self.shared.put_back(resource_type, batch, parsed.len() as u64);

@@ -23,11 +23,12 @@ pub use self::staging::{CheckpointPolicy, Earlier, Staging, StagingSettings, col
 use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::jobs::{ExportEvent, ExportEventSink};
 use crate::messages::{
-    ControlEvent, ExportEnd, FileKind, FlushRequests, MergeInput, ParsedChunk, ResourceType, instant_text,
+    ControlEvent, ExportEnd, FileKind, FlushRequests, LineIndexReport, MergeInput, ParsedChunk, ResourceType,
+    instant_text,
 };
 use crate::telemetry;
 use delta_upsert::{
-    Commit, Copies, Deletions, Merged, NotMatchedBySource, OrderRules, Scratch, StagedFile, TableSettings, Upsert,
+    Commit, Copies, Deletions, Incoming, Merged, NotMatchedBySource, OrderRules, Scratch, TableSettings, Upsert,
     Watermark, commit_info,
 };
 use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
@@ -80,6 +81,8 @@ pub struct Merge {
     pub settings: MergeSettings,
     /// Hears of types whose files hold rows of others.
     pub events: ExportEventSink,
+    /// Rows of the tables, by which parse knows unchanged lines.
+    pub known: Option<Arc<dyn LineIndexReport>>,
     /// Counters.
     pub counters: Counters,
     /// True if the run was stopped.
@@ -87,7 +90,7 @@ pub struct Merge {
 }
 
 /// A commit's outcome: the type, what became of it, what was surely not merged, seconds.
-type Committed = (ResourceType, Result<Commit>, Option<Vec<StagedFile>>, f64);
+type Committed = (ResourceType, Result<Commit>, Option<Incoming>, f64);
 
 /// Rows of each type that are to be staged before what is staged is persisted, and since when they are waited for.
 type Flush = (BTreeMap<ResourceType, u64>, Instant);
@@ -218,6 +221,14 @@ impl Merge {
                 Ok(())
             }
             MergeInput::Deletions(ids) => self.staging.delete(ids).await,
+            MergeInput::Unchanged(batch) => {
+                let (name, rows) = (batch.resource_type.clone(), batch.rows.len() as u64);
+                self.staging.unchanged(&batch).await.map_err(|error| error.at(name.to_string()))?;
+                self.ledger.unchanged(&name, rows);
+                self.counters.add(telemetry::STAGED, &name, rows);
+                self.counters.add(telemetry::UNCHANGED, &name, rows);
+                Ok(())
+            }
             MergeInput::Batch(batch) => {
                 let (name, rows) = (batch.resource_type.clone(), batch.keys.len() as u64);
                 self.staging.stage(*batch).await.map_err(|error| error.at(name.to_string()))?;
@@ -281,18 +292,18 @@ impl Merge {
             self.may_delete_absent(name, end)?;
         }
         let layout = layout_for(name, &self.settings.layout, table.schema()?.as_ref())?;
-        let (files, deletions) = self.staging.take(name, &self.ledger).await?;
+        let (incoming, deletions) = self.staging.take(name, &self.ledger).await?;
         let deletions = deletions.filter(|_| !merged);
         let deletions = deletions.unwrap_or_else(|| Deletions::new(&self.settings.scratch));
         // A deletion for a type with no table is no error, and no reason for one. A type that was asked
         // for gets its table though nothing came.
         let requested = end.is_some_and(|end| end.requested.contains(name));
-        if table.version().is_none() && files.is_empty() && !requested {
+        if table.version().is_none() && incoming.files.is_empty() && !requested {
             let name = name.clone();
             return Ok(Box::pin(async move { (name, Ok(Commit::Done(Merged::default(), Copies::new())), None, 0.0) }));
         }
-        let upsert = Upsert {
-            files,
+        let mut upsert = Upsert {
+            incoming,
             deletions,
             schema: Arc::new(arrow_schema(&layout)),
             add_columns: self.settings.layout.add_columns,
@@ -312,7 +323,7 @@ impl Merge {
             let done = compute(span, async move {
                 let result = upsert.commit(&mut table).await;
                 let is_open = !matches!(result, Ok(Commit::Done(..) | Commit::Unknown { .. }));
-                (result, is_open.then_some(upsert.files))
+                (result, is_open.then_some(upsert.incoming))
             });
             let (result, left) = done.await.unwrap_or_else(|error| (Err(error), None));
             (name, result, left, started.elapsed().as_secs_f64())
@@ -335,7 +346,7 @@ impl Merge {
             .with_hint("mend the export, or run once with --set stages.merge.mode=merge"))
     }
 
-    fn record(&mut self, name: &ResourceType, result: Result<Commit>, left: Option<Vec<StagedFile>>, seconds: f64) {
+    fn record(&mut self, name: &ResourceType, result: Result<Commit>, left: Option<Incoming>, seconds: f64) {
         let began = self.settings.began;
         let stage = self.staging.of(name);
         stage.outcome.merge_seconds += seconds;
@@ -359,6 +370,7 @@ impl Merge {
                 outcome.updated += merged.updated;
                 outcome.deleted += merged.deleted;
                 outcome.skipped += merged.skipped;
+                outcome.unchanged += merged.unchanged;
                 outcome.undated += merged.undated;
                 outcome.bytes_written += merged.bytes_written;
                 outcome.committed |= merged.committed;
@@ -366,7 +378,7 @@ impl Merge {
                 tracing::info!(
                     resource_type = %name, version = merged.version, inserted = merged.inserted,
                     updated = merged.updated,
-                    deleted = merged.deleted, skipped = merged.skipped, seconds,
+                    deleted = merged.deleted, skipped = merged.skipped, unchanged = merged.unchanged, seconds,
                     "{}", if merged.committed { "committed" } else { "nothing to commit" }
                 );
             }
@@ -428,11 +440,13 @@ impl Merge {
         }
         let outcomes = self.staging.end(&self.ledger, !all).await;
         let transaction_time = self.ledger.transaction_time();
+        let looked_up = self.known.as_ref().map(|known| known.report()).unwrap_or_default();
         let types = outcomes.into_iter().map(|(name, mut outcome)| {
             outcome.files = self.ledger.files_of(&name);
             outcome.quarantined = self.ledger.bad(&name);
             outcome.answered_for = self.ledger.is_answered_for(&name);
             outcome.watermark_hold = self.ledger.watermark_hold(&name).filter(|_| outcome.error.is_none());
+            outcome.line_index = looked_up.get(&name).map(|how| (*how).to_owned());
             report_copies(&self.counters, &name, &mut outcome);
             (name.to_string(), outcome)
         });

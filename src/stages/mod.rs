@@ -21,7 +21,7 @@ use self::download::replay::Replayed;
 use self::download::{DownloadSection, Origin};
 use self::encode::EncodeSection;
 use self::merge::MergeSection;
-use self::parse::ParseSection;
+use self::parse::{KnownLines, ParseSection};
 use crate::error::Result;
 use crate::export_log::ExportLog;
 use crate::messages::{BadLineSink, FlushRequests, Layouts, MergeInput};
@@ -205,6 +205,8 @@ pub struct RunContext {
     pub ignored_codes: Arc<[String]>,
     /// The log that Bulk Data clients share.
     pub log: ExportLog,
+    /// Rows of the tables, by which unchanged lines are known; `None` where each line is to be encoded.
+    pub known: Option<Arc<KnownLines>>,
     /// Counters.
     pub counters: Counters,
 }

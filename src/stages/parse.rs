@@ -1,27 +1,31 @@
 //! Chunks of whole lines → tapes, each resource routed by its own `resourceType`.
 
 mod deletions;
+mod known_lines;
+mod output_line;
 mod server_errors;
 mod settings;
 
-pub use self::settings::{Bad, ParseSection};
+pub use self::settings::{Bad, LINE_INDEX, ParseSection};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
-use self::deletions::{NOT_DELETIONS, deletions, is_soft_deleted};
+use self::deletions::{NOT_DELETIONS, deletions};
+pub use self::known_lines::{KnownLines, KnownLinesSettings};
+use self::known_lines::{TypeLines, by_row};
+use self::output_line::output;
 use self::server_errors::Said;
 use crate::error::Result;
 use crate::messages::{
-    BadLine, BadLineSink, Chunk, ControlEvent, Deletion, ExportFile, FileKind, LineId, MergeInput, ParsedChunk,
-    ParsedRow, ResourceType, RowKey, RowPosition, Rows, key_of,
+    BadLine, BadLineSink, Chunk, ControlEvent, Deletion, FileKind, LineId, MergeInput, ParsedChunk, ParsedRow,
+    ResourceType, RowKey, RowPosition, Rows, UnchangedBatch,
 };
 use crate::telemetry;
 use fhir_arrow::tape::{Kind, Tape, Value, expanded_size, expanded_size_limit, parse_value};
 use fhir_arrow::{EXCLUDED_TYPES, Model};
 use flow::{Counters, Receiver, Sender};
-use foundation::instant::parse_instant;
 
 const TOO_LONG: &str = "the line is longer than max_line";
 
@@ -48,6 +52,8 @@ pub struct Parse {
     pub ignored_codes: Arc<[String]>,
     /// Elements that resources are asked to be cut down to: `id`, or `Patient.id`.
     pub elements: Arc<[String]>,
+    /// Rows of the tables, by which unchanged lines are known; `None` where each line is to be encoded.
+    pub known: Option<Arc<KnownLines>>,
     /// Counters.
     pub counters: Counters,
 }
@@ -89,25 +95,17 @@ const NOT_CUT_DOWN: &str =
     "resources without SUBSETTED though source.elements is set: the server ignores it, or does not say so";
 
 impl Parse {
-    /// Rows of a server's file that are not marked as cut down, though that was asked for (K12).
-    fn came_whole(&self, file: &ExportFile, rows: &Rows) -> u64 {
-        let is_cut =
-            |name: &str| self.elements.iter().any(|element| element.split_once('.').is_none_or(|(of, _)| of == name));
-        if self.elements.is_empty() || file.replayed {
-            return 0;
-        }
-        let cut = rows.by_type.iter().filter(|(name, _)| is_cut(name)).flat_map(|(_, rows)| rows);
-        cut.filter(|row| !row.key.subsetted).count() as u64
-    }
-
     /// Parses until the edge closes.
     pub fn run(self, handle: &Handle) -> Result<()> {
         let parser = ChunkParser::new(self.max_line, self.bad_lines.clone())
             .with_columns(self.max_columns)
-            .with_ignored_codes(self.ignored_codes.clone());
+            .with_ignored_codes(self.ignored_codes.clone())
+            .with_elements(self.elements.clone())
+            .with_known(self.known.clone());
         while let Some(parcel) = handle.block_on(self.chunks.recv()) {
             let chunk: &Chunk = &parcel;
-            let Parsed { rows, tally, deletions, outcomes, not_deletions, is_kept } = parser.parse(chunk)?;
+            let Parsed { rows, unchanged, tally, deletions, outcomes, not_deletions, not_cut_down, is_kept } =
+                parser.parse(chunk)?;
             self.bad_lines.deleted(&deletions)?;
             if is_kept || !deletions.is_empty() {
                 self.bad_lines.sync()?;
@@ -115,9 +113,8 @@ impl Parse {
             if not_deletions > 0 {
                 self.counters.add(telemetry::DEVIATIONS, &NOT_DELETIONS.into(), not_deletions);
             }
-            let whole = self.came_whole(&chunk.file, &rows);
-            if whole > 0 {
-                self.counters.add(telemetry::DEVIATIONS, &NOT_CUT_DOWN.into(), whole);
+            if not_cut_down > 0 {
+                self.counters.add(telemetry::DEVIATIONS, &NOT_CUT_DOWN.into(), not_cut_down);
             }
             for (severity, count) in outcomes {
                 self.counters.add(telemetry::OUTCOME_ISSUES, &severity, count);
@@ -127,6 +124,11 @@ impl Parse {
                 // this worker alone for ever, but would halve what the edges hold.
                 drop(parcel);
                 if handle.block_on(self.rows.send(rows)).is_err() {
+                    return Ok(());
+                }
+            }
+            for batch in unchanged {
+                if handle.block_on(self.merge.send(MergeInput::Unchanged(Box::new(batch)))).is_err() {
                     return Ok(());
                 }
             }
@@ -144,8 +146,10 @@ impl Parse {
 /// Content of a chunk.
 #[derive(Debug)]
 pub struct Parsed {
-    /// Its resources.
+    /// Its resources that are to be encoded.
     pub rows: Rows,
+    /// Those that the tables have already.
+    pub unchanged: Vec<UnchangedBatch>,
     /// Counts of its lines.
     pub tally: ParsedChunk,
     /// Ids that are gone.
@@ -154,6 +158,8 @@ pub struct Parsed {
     pub outcomes: Vec<(Arc<str>, u64)>,
     /// Entries of deletion Bundles that are not a DELETE.
     pub not_deletions: u64,
+    /// Resources without SUBSETTED, of types that are asked to be cut down (K12).
+    pub not_cut_down: u64,
     /// True if a line was kept: in quarantine, or among the server's messages.
     pub is_kept: bool,
 }
@@ -164,18 +170,40 @@ pub struct ChunkParser {
     max_line: usize,
     max_columns: usize,
     ignored_codes: Arc<[String]>,
+    elements: Arc<[String]>,
+    known: Option<Arc<KnownLines>>,
     bad_lines: BadLineSink,
 }
 
 impl ChunkParser {
     /// A parser that reads lines of at most `max_line` bytes and hands what it cannot read to `bad_lines`.
     pub fn new(max_line: usize, bad_lines: BadLineSink) -> Self {
-        Self { names: Names::new(), max_line, max_columns: usize::MAX, ignored_codes: Arc::default(), bad_lines }
+        Self {
+            names: Names::new(),
+            max_line,
+            max_columns: usize::MAX,
+            ignored_codes: Arc::default(),
+            elements: Arc::default(),
+            known: None,
+            bad_lines,
+        }
     }
 
     /// Lets issues of these codes hold no watermark.
     pub fn with_ignored_codes(mut self, codes: Arc<[String]>) -> Self {
         self.ignored_codes = codes;
+        self
+    }
+
+    /// Counts resources that were not cut down to these elements.
+    pub fn with_elements(mut self, elements: Arc<[String]>) -> Self {
+        self.elements = elements;
+        self
+    }
+
+    /// Knows lines whose row the table has already.
+    pub fn with_known(mut self, known: Option<Arc<KnownLines>>) -> Self {
+        self.known = known;
         self
     }
 
@@ -196,19 +224,26 @@ impl ChunkParser {
             said: Said { names: &self.names, ignored_codes: &self.ignored_codes, issues: Vec::new() },
             tape: Tape::default(),
             by_type: Vec::new(),
+            known: self.known.as_deref(),
+            lines: Vec::new(),
+            unchanged: Vec::new(),
+            elements: &self.elements,
             tally: ParsedChunk { file: chunk.file.index, bytes: chunk.bytes.len() as u64, ..ParsedChunk::default() },
             deletions: Vec::new(),
             not_deletions: 0,
+            not_cut_down: 0,
             is_kept: false,
         };
         work.chunk()?;
-        let Work { said, tape, by_type, tally, deletions, not_deletions, is_kept, .. } = work;
+        let Work { said, tape, by_type, unchanged, tally, deletions, not_deletions, not_cut_down, is_kept, .. } = work;
         Ok(Parsed {
             rows: Rows { file: chunk.file.clone(), bytes: chunk.bytes.clone(), tape, by_type },
+            unchanged,
             tally,
             deletions,
             outcomes: said.issues,
             not_deletions,
+            not_cut_down,
             is_kept,
         })
     }
@@ -224,9 +259,14 @@ struct Work<'a> {
     said: Said<'a>,
     tape: Tape,
     by_type: Vec<(ResourceType, Vec<ParsedRow>)>,
+    known: Option<&'a KnownLines>,
+    lines: Vec<Arc<TypeLines>>,
+    unchanged: Vec<UnchangedBatch>,
+    elements: &'a [String],
     tally: ParsedChunk,
     deletions: Vec<Deletion>,
     not_deletions: u64,
+    not_cut_down: u64,
     is_kept: bool,
 }
 
@@ -281,6 +321,9 @@ impl Work<'_> {
     }
 
     fn line(&mut self, bytes: &Bytes, line: std::ops::Range<usize>) -> Result<()> {
+        if self.is_known_line(bytes, &line)? {
+            return Ok(());
+        }
         let before = self.tape.len();
         let root = match parse_value(&mut self.tape, bytes, line.start, line.end) {
             Ok(root) => root,
@@ -323,10 +366,7 @@ impl Work<'_> {
         let spreads = || expanded_size_limit(nodes) > self.max_columns && expanded_size(value) > self.max_columns;
         match meant {
             Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
-            Ok(Line::Row(resource_type, key)) => {
-                self.row(bytes, resource_type, key, root, line);
-                Ok(())
-            }
+            Ok(Line::Row(resource_type, key)) => self.row(bytes, resource_type, key, root, line),
             Ok(Line::SoftDeleted(resource_type, key)) => {
                 self.tally.headers += 1;
                 add(&mut self.tally.deleted, resource_type.clone());
@@ -389,18 +429,34 @@ impl Work<'_> {
         key: RowKey,
         root: usize,
         line: std::ops::Range<usize>,
-    ) {
+    ) -> Result<()> {
         let arrival = RowPosition::new(self.chunk.file.index, self.number());
         let replayed = self.chunk.file.replayed;
         if replayed {
             self.tally.replayed.push((LineId::of(&bytes[line.clone()]), resource_type.clone()));
+        } else if !key.subsetted && is_cut(self.elements, &resource_type) {
+            self.not_cut_down += 1;
         }
-        let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key }, added: 0 };
+        let mut line_hash = None;
+        if let Some(known) = self.known {
+            let of_type = self.lines_of(known, &resource_type);
+            line_hash = of_type.hash(&bytes[line.clone()]);
+            if !replayed
+                && let Some(index) = known.index(&of_type)
+                && let Some(found) = by_row(index, &key, line_hash)?
+            {
+                let files = index.files().clone();
+                self.is_unchanged(resource_type, files, found.place(), &line);
+                return Ok(());
+            }
+        }
+        let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key }, added: 0, line_hash };
         match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
             Some((_, rows)) => rows.push(row),
             None => self.by_type.push((resource_type.clone(), vec![row])),
         }
         add(&mut self.tally.rows, resource_type);
+        Ok(())
     }
 
     /// The line's number in its file.
@@ -441,6 +497,11 @@ impl Work<'_> {
     }
 }
 
+/// Returns true if resources of a type are asked to be cut down to elements: `id`, or `Patient.id`.
+fn is_cut(elements: &[String], name: &str) -> bool {
+    elements.iter().any(|element| element.split_once('.').is_none_or(|(of, _)| of == name))
+}
+
 /// The line without white space around it (a CR before the LF among it).
 fn trim(bytes: &[u8], line: std::ops::Range<usize>) -> std::ops::Range<usize> {
     let (mut start, mut end) = (line.start, line.end);
@@ -451,67 +512,4 @@ fn trim(bytes: &[u8], line: std::ops::Range<usize>) -> std::ops::Range<usize> {
         end -= 1;
     }
     start..end
-}
-
-/// A line of an output file.
-fn output(names: &Names, value: Value<'_>) -> Result<Line, &'static str> {
-    if value.kind() != Kind::Object {
-        return Err("not a JSON object");
-    }
-    let (mut resource_type, mut id, mut meta) = (None, None, None);
-    for (name, member) in value.entries() {
-        match name {
-            b"resourceType" => resource_type = resource_type.or(Some(member)),
-            b"id" => id = id.or(Some(member)),
-            b"meta" => meta = meta.or(Some(member)),
-            _ => continue,
-        }
-        if resource_type.is_some() && id.is_some() && meta.is_some() {
-            break;
-        }
-    }
-    let resource_type = resource_type.ok_or("no resourceType")?.str_bytes().ok_or("resourceType is not a string")?;
-    let resource_type = names.get(resource_type).ok_or(UNKNOWN_TYPE)?.clone();
-    if EXCLUDED_TYPES.contains(&&*resource_type) {
-        return Ok(Line::Excluded(resource_type));
-    }
-    let id = id.ok_or("no id")?.str_bytes().ok_or("id is not a string")?;
-    if id.is_empty() {
-        return Err("id is empty");
-    }
-    let mut key = RowKey {
-        key: key_of(id),
-        last_updated: RowKey::ABSENT,
-        version: RowKey::ABSENT,
-        arrival: RowPosition::default(),
-        subsetted: false,
-        replayed: false,
-    };
-    if let Some(meta) = meta {
-        rank(meta, &mut key);
-        if is_soft_deleted(meta) {
-            return Ok(Line::SoftDeleted(resource_type, key));
-        }
-    }
-    Ok(Line::Row(resource_type, key))
-}
-
-fn rank(meta: Value<'_>, key: &mut RowKey) {
-    for (name, member) in meta.entries() {
-        match name {
-            b"lastUpdated" => {
-                key.last_updated = member.str_bytes().and_then(parse_instant).unwrap_or(RowKey::ABSENT);
-            }
-            b"versionId" => {
-                let number = member.as_str().and_then(|text| text.parse::<i64>().ok()).filter(|number| *number >= 0);
-                key.version = number.unwrap_or(RowKey::ABSENT);
-            }
-            b"tag" => {
-                // K12: the server marks a resource that `_elements` cut down.
-                key.subsetted =
-                    member.items().any(|tag| tag.get(b"code").and_then(|code| code.str_bytes()) == Some(b"SUBSETTED"));
-            }
-            _ => {}
-        }
-    }
 }

@@ -93,6 +93,8 @@ metrics! {
     BYTES, "fhirlake.ndjson.bytes", Counter, "By", TYPE, "Bytes of NDJSON read, uncompressed.";
     PARSED, "fhirlake.resources.parsed", Counter, "{resource}", TYPE, "Resources parsed.";
     STAGED, "fhirlake.resources.staged", Counter, "{resource}", TYPE, "Resources staged in Parquet files.";
+    UNCHANGED, "fhirlake.resources.unchanged", Counter, "{resource}", TYPE, "Resources that the table has already, of \
+        the same line or version, and that were not encoded.";
     COMMITTED, "fhirlake.resources.committed", Counter, "{resource}", TYPE, "Resources of types that were committed.";
     BAD_LINES, "fhirlake.lines.bad", Counter, "{line}", TYPE, "Lines that could not be read.";
     EXCLUDED, "fhirlake.lines.excluded", Counter, "{line}", TYPE, "Lines of types that have no table.";

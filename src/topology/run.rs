@@ -1,5 +1,6 @@
 //! A run: export → download → parse → encode → merge.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -19,7 +20,7 @@ use crate::error::{Advice, Error, ErrorKind, Result};
 use crate::export_log::ExportLog;
 use crate::jobs::checkpoint::CheckpointStore;
 use crate::jobs::{self, ExportEventSink};
-use crate::messages::{BadLineSink, ExportFile, FlushRequests, MergeInput, instant_text};
+use crate::messages::{BadLineSink, ExportFile, FlushRequests, Layouts, LineIndexReport, MergeInput, instant_text};
 use crate::stages::download::replay::Replayed;
 use crate::stages::download::{Origin, ShortFile};
 use crate::stages::export::ServerExport;
@@ -27,12 +28,13 @@ use crate::stages::export::folder::{FolderExport, PassedOver};
 use crate::stages::merge::TypeOutcome;
 use crate::stages::merge::ledger::Ledger;
 use crate::stages::merge::{KEYS, MATCHING, Merge, MergeReport, MergeSettings, Mode, Staging, StagingSettings};
+use crate::stages::parse::{KnownLines, KnownLinesSettings, LINE_INDEX};
 use crate::stages::{RunContext, Stages};
 use crate::state::{Journal, JournalEntry, Lease, StateFile, StateStore};
 use crate::telemetry;
 use crate::values::Types;
 use bulk_data_client::{Client, Links};
-use delta_upsert::{NotMatchedBySource, OrderRules, TableSettings};
+use delta_upsert::{IndexMemory, NotMatchedBySource, OrderRules, TableSettings};
 use flow::{Cancellation, Receiver, Sender, TaskGroup};
 
 /// Options of a run on the command line.
@@ -225,6 +227,8 @@ impl Run {
             SourcePlan::Server { options, .. } => options.elements.clone(),
             SourcePlan::Folder(_) => Vec::new(),
         };
+        let layouts = prepare::layouts(plan, &prepared.tables, &prepared.opened)?;
+        let known = self.known_lines(layouts.clone());
         let mut context = RunContext {
             tasks,
             stages: plan.stages.clone(),
@@ -234,16 +238,17 @@ impl Run {
             tables: prepared.tables.clone(),
             origin,
             replayed,
-            layouts: prepare::layouts(plan, &prepared.tables, &prepared.opened)?,
+            layouts,
             requests: requests.clone(),
             bad_lines,
             elements: elements.into(),
             ignored_codes: plan.request.ignored_issue_codes.clone().into(),
             log: log.clone(),
+            known: known.clone(),
             counters: self.watch.counters.clone(),
         };
         spawn_between(&mut context, &mut edges, files_out)?;
-        let merge = self.merge_stage(merge, requests, exports, sink);
+        let merge = self.merge_stage(merge, requests, exports, sink, known);
         let mut tasks = context.into_tasks();
         // Last: nothing is requested from the server where the rest of the run cannot be set up.
         if let Some(source) = source {
@@ -316,12 +321,36 @@ impl Run {
         if self.options.replay_only { NotMatchedBySource::Keep } else { self.prepared.plan.stages.merge.not_matched() }
     }
 
+    /// Returns what unchanged lines are known by; `None` where each is to be encoded and compared.
+    fn known_lines(&self, layouts: Layouts) -> Option<Arc<KnownLines>> {
+        let (prepared, plan) = (&self.prepared, &self.prepared.plan);
+        if !plan.stages.parse.skip_unchanged {
+            return None;
+        }
+        // What a full refresh is for is to trust nothing, and an overwrite replaces all.
+        let overwrites = matches!(self.not_matched(), NotMatchedBySource::Overwrite(_));
+        let looks_up = !prepared.full_refresh && !overwrites && !self.options.replay_only;
+        let attached = plan.stages.attachments.as_ref().map(|section| &section.types);
+        Some(Arc::new(KnownLines::new(KnownLinesSettings {
+            layouts,
+            tables: prepared.tables.clone(),
+            opened: if looks_up { prepared.opened.clone() } else { HashMap::new() },
+            // Attachments that are fetched are no part of a line: those of other types are links.
+            encoder: format!("{attached:?}"),
+            looks_up,
+            is_full: prepared.full,
+            memory: IndexMemory::new(plan.memory.share(&LINE_INDEX)),
+            scratch: self.state.scratch(),
+        })))
+    }
+
     fn merge_stage(
         &mut self,
         input: Receiver<MergeInput>,
         requests: FlushRequests,
         exports: usize,
         sink: ExportEventSink,
+        known: Option<Arc<KnownLines>>,
     ) -> Merge {
         // A table's snapshot and an earlier run's checkpoint may be large: nobody else needs them from here on.
         let (opened, earlier) = (std::mem::take(&mut self.prepared.opened), std::mem::take(&mut self.resume.earlier));
@@ -375,6 +404,7 @@ impl Run {
                 began: self.began,
             },
             events: sink,
+            known: known.map(|known| known as Arc<dyn LineIndexReport>),
             counters: self.watch.counters.clone(),
             stop: self.stop.clone(),
         }

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use fhirlake::error::ErrorKind;
+use fhirlake::topology::RunOptions;
 use proptest::prelude::*;
 
 use super::support::{Lake, folder_source, lake, strings};
@@ -186,5 +187,49 @@ proptest! {
             prop_assert_eq!(report.types["Patient"].quarantined, bad);
             Ok(())
         })?;
+    }
+}
+
+// Breaks if an unchanged line is encoded, if a changed one is not, or if what a run skips is taken for absent: in merge
+// and reconcile mode, with versions and without.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_did_not_change_is_not_encoded() {
+    let meta = |versioned: bool| match versioned {
+        true => r#","meta":{"versionId":"1","lastUpdated":"2024-01-01T00:00:00Z"}"#,
+        false => "",
+    };
+    for (versioned, mode) in [(false, "merge"), (true, "merge"), (false, "reconcile"), (true, "reconcile")] {
+        let line = |number: usize, gender: &str| {
+            format!(r#"{{"resourceType":"Patient","id":"p{number}"{},"gender":"{gender}"}}"#, meta(versioned))
+        };
+        let lines: Vec<String> = (0..50).map(|number| line(number, "male")).collect();
+        let data = tempfile::tempdir().unwrap();
+        std::fs::write(data.path().join("Patient.ndjson"), lines.join("\n")).unwrap();
+        let source = folder_source(data.path());
+        let (lake, stages) = (lake(), format!("stages: {{ merge: {{ mode: {mode} }} }}\n"));
+        let first = lake.run(&source, &stages).await.unwrap();
+        assert_eq!((first.types["Patient"].inserted, first.types["Patient"].unchanged), (50, 0));
+        let again = lake.run(&source, &stages).await.unwrap();
+        let again = &again.types["Patient"];
+        assert_eq!((again.skipped, again.unchanged, again.committed), (50, 50, false), "{versioned} {mode}");
+        assert_eq!((again.resources, again.bytes_written), (50, 0));
+        assert_eq!(again.line_index.as_deref(), Some("memory"));
+        // One changes, one comes twice, one is gone, and one is written in another way.
+        let mut changed = lines.clone();
+        changed[7] = line(7, "female").replace("\"1\"", "\"2\"");
+        changed[8] = changed[8].replace("\"gender\":", "\"gender\": ");
+        changed[9] = changed[10].clone();
+        std::fs::write(data.path().join("Patient.ndjson"), changed.join("\n")).unwrap();
+        let third = lake.run(&source, &stages).await.unwrap();
+        let third = &third.types["Patient"];
+        let gone = u64::from(mode == "reconcile");
+        assert_eq!((third.updated, third.deleted, third.skipped), (1, gone, 49), "{versioned} {mode}");
+        // Of a row with a version the form of its line does not matter.
+        assert_eq!(third.unchanged, if versioned { 49 } else { 48 });
+        assert_eq!(ids(&lake, "Patient").await.len() as u64, 50 - gone);
+        // A full refresh trusts no hash.
+        let options = RunOptions { full_refresh: true, ..RunOptions::default() };
+        let refreshed = lake.run_with(lake.plan(&source, &stages), options).await.unwrap();
+        assert_eq!(refreshed.types["Patient"].unchanged, 0);
     }
 }

@@ -1,6 +1,7 @@
 //! DESIGN section 5 as a model: any sequence of runs leaves the newest version of every resource, once.
 
 use fhirlake::stages::merge::{KEYS, MATCHING};
+use fhirlake::stages::parse::LINE_INDEX;
 use std::collections::BTreeMap;
 
 use fhirlake::topology::RunOptions;
@@ -97,7 +98,8 @@ proptest! {
                 let mut plan = lake.plan(&source, &format!("stages: {{ merge: {{ deletion_vectors: {vectors} }} }}\n"));
                 if !in_memory {
                     plan.memory.set(&KEYS, 0);
-                plan.memory.set(&MATCHING, 0);
+                    plan.memory.set(&MATCHING, 0);
+                    plan.memory.set(&LINE_INDEX, 0);
                 }
                 let report = lake.run_with(plan, RunOptions { full_refresh: *full_refresh, ..RunOptions::default() }).await.unwrap();
                 let before = model.clone();

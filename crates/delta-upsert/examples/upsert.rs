@@ -9,8 +9,8 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use delta_upsert::{
-    Commit, Deletions, EncodedBatch, FileRows, NotMatchedBySource, OrderRules, PageEncoder, RowKey, RowPosition,
-    Scratch, StagingFile, TableSettings, Tables, Upsert, key_of,
+    Commit, Deletions, EncodedBatch, FileRows, Incoming, NotMatchedBySource, OrderRules, PageEncoder, RowKey,
+    RowPosition, Scratch, StagingFile, TableSettings, Tables, Upsert, key_of,
 };
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -46,8 +46,8 @@ async fn upsert(tables: &Tables, scratch: &Path, version: i64, rows: &[(&str, &s
         by_file,
     })
     .await?;
-    let upsert = Upsert {
-        files: vec![file.close(&table).await?],
+    let mut upsert = Upsert {
+        incoming: Incoming { files: vec![file.close(&table).await?], ..Incoming::default() },
         deletions: Deletions::new(scratch),
         schema,
         add_columns: false,

@@ -8,6 +8,10 @@
 //!    commit.
 //! 3. [`Table`] opens, creates, and checks tables; [`Table::optimize`] and [`Table::vacuum`] maintain them.
 //!
+//! A row whose text is that of the table's row of the same id need not be encoded at all: [`LineIndex`] finds it by id
+//! and a hash of the text that data files keep beside the row ([`LINE_HASH`]), and it comes as one of
+//! [`UnchangedRows`].
+//!
 //! Rows reach this crate as the bytes of Parquet row groups ([`EncodedBatch`]), so it knows nothing of what is in them
 //! but a column `id` and, where a table has them, `meta.lastUpdated`, `meta.versionId` and `meta.tag`, which order the
 //! copies of a row.
@@ -18,10 +22,11 @@ mod matching;
 mod row;
 mod staging;
 mod table;
+mod unchanged;
 
 pub use commit::commit_info;
 pub use commit::deletion_vectors::read_bytes as read_vector;
-pub use commit::upsert::{Commit, Copies, Merged, Upsert, Watermark, deletions_id};
+pub use commit::upsert::{Commit, Copies, Incoming, Merged, Upsert, Watermark, deletions_id};
 pub use foundation::Limit;
 pub use foundation::error::{Error, ErrorKind, Result};
 pub use maintenance::optimize::{OptimizeSettings, Optimized};
@@ -35,3 +40,6 @@ pub use staging::{StagedFile, StagedFileState, StagedParquet, StagingFile};
 pub use table::schema_adapter::adapt;
 pub use table::schema_evolution::{same_types, widen};
 pub use table::{Table, TableSettings, Tables, delta_schema};
+pub use unchanged::line_index::{IndexMemory, Known, LineIndex, MOST_LOOKUP};
+pub use unchanged::rows::{UnchangedBatch, UnchangedRow, UnchangedRows};
+pub use unchanged::{IndexedFile, LINE_HASH, LineHash, RowPlace, add_line_hashes, with_line_hash};

@@ -32,7 +32,7 @@ pub mod tape;
 mod ucum;
 
 pub use encode::attachments::for_each_attachment;
-pub use encode::{EncodedRows, Encoder, MAX_UNMAPPED_PATHS};
+pub use encode::{ENCODER_REVISION, EncodedRows, Encoder, MAX_UNMAPPED_PATHS};
 pub use foundation::error::{Error, ErrorKind, Result};
 pub use layout::arrow_schema::{arrow_schema, conform, layout_for};
 pub use layout::present_columns::{ColumnPruning, PresentColumns};

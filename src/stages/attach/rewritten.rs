@@ -42,7 +42,9 @@ impl Gathered {
         write_json(resource, fetched, &mut self.bytes)?;
         let new = from..self.bytes.len();
         self.bytes.push(b'\n');
-        let row = ParsedRow { root: 0, line: came, key: row.key, added: new.len().saturating_sub(line.len()) };
+        let added = new.len().saturating_sub(line.len());
+        // What was fetched is no part of the line.
+        let row = ParsedRow { root: 0, line: came, key: row.key, added, line_hash: None };
         match self.by_type.iter_mut().find(|(known, _)| known == name) {
             Some((_, rows)) => rows.push((row, new)),
             None => self.by_type.push((name.clone(), vec![(row, new)])),

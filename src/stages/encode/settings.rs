@@ -74,7 +74,7 @@ impl From<FileColumns> for ColumnPruning {
 }
 
 /// JSON that open batches may stand for.
-pub const OPEN_BATCHES: Share = Share { name: "open batches", percent: 36 };
+pub const OPEN_BATCHES: Share = Share { name: "open batches", percent: 32 };
 
 impl EncodeSection {
     /// Returns the bytes of NDJSON at which a row group is closed. Each worker may close a batch while the others are

@@ -209,6 +209,13 @@ impl Ledger {
         self.types.entry(resource_type.clone()).or_default().staged += rows;
     }
 
+    /// Enters rows that the table has already: they count as staged, and encode knows nothing of them.
+    pub fn unchanged(&mut self, resource_type: &ResourceType, rows: u64) {
+        let progress = self.types.entry(resource_type.clone()).or_default();
+        progress.staged += rows;
+        progress.held += rows;
+    }
+
     /// Enters that a type was committed.
     pub fn committed(&mut self, resource_type: &ResourceType) {
         self.types.entry(resource_type.clone()).or_default().done = true;

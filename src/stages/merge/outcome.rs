@@ -26,8 +26,15 @@ pub struct TypeOutcome {
     pub deleted: u64,
     /// Resources that the table has as new or newer.
     pub skipped: u64,
-    /// Of those, resources of a folder without the `meta.lastUpdated` (or any order) that the table's row has: nothing
-    /// says that they are newer.
+    /// Of those, resources that were not encoded, since the table's row is of the same line or the same version.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unchanged: u64,
+    /// Place where unchanged lines were looked up: `memory`; `disk`, where the share of `memory` did not suffice; or
+    /// `too slow`, a disk that cost more than encoding. Absent where none were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line_index: Option<String>,
+    /// Of the skipped, resources of a folder without the `meta.lastUpdated` (or any order) that the table's row has:
+    /// nothing says that they are newer.
     #[serde(skip_serializing_if = "is_zero")]
     pub undated: u64,
     /// Bad lines.
@@ -78,6 +85,8 @@ impl TypeOutcome {
             updated: self.updated + after.updated,
             deleted: self.deleted + after.deleted,
             skipped: self.skipped + after.skipped,
+            unchanged: self.unchanged + after.unchanged,
+            line_index: after.line_index.or(self.line_index),
             undated: self.undated + after.undated,
             quarantined: self.quarantined + after.quarantined,
             version: after.version.or(self.version),

@@ -78,9 +78,9 @@ impl MergeSection {
 }
 
 /// Keys of staged rows; beyond it they are spilled.
-pub const KEYS: Share = Share { name: "keys", percent: 11 };
+pub const KEYS: Share = Share { name: "keys", percent: 9 };
 /// Matching, of all tables at once together; beyond it, by partitions of the key space.
-pub const MATCHING: Share = Share { name: "matching", percent: 12 };
+pub const MATCHING: Share = Share { name: "matching", percent: 10 };
 
 /// Declaration of the merge stage.
 pub const MERGE: &StageSpec = &StageSpec {

@@ -15,7 +15,7 @@ use super::outcome::TypeOutcome;
 use crate::error::{Error, ErrorKind, Result};
 use crate::jobs::checkpoint::{Checkpoint, CheckpointStore, StagedParquet};
 use crate::messages::{Deletion, EncodedBatch, FileRows, ParsedChunk, ResourceType, count_unmapped};
-use delta_upsert::{Deletions, StagedFile, StagingFile, Table, Tables};
+use delta_upsert::{Deletions, Incoming, StagedFile, StagingFile, Table, Tables, UnchangedBatch, UnchangedRows};
 use fhir_arrow::{LayoutOptions, arrow_schema, layout_for};
 use flow::compute;
 
@@ -23,7 +23,7 @@ use flow::compute;
 #[derive(Default)]
 pub(super) struct TypeStage {
     open: Option<StagingFile>,
-    staged: Vec<StagedFile>,
+    staged: Incoming,
     /// Files that are being merged.
     committing: Vec<StagedParquet>,
     deletions: Option<Deletions>,
@@ -40,19 +40,22 @@ impl TypeStage {
 
     fn closed_keys_memory(&self) -> usize {
         let deletions = self.deletions.as_ref().map_or(0, Deletions::memory);
-        self.staged.iter().map(StagedFile::keys_memory).sum::<usize>() + deletions
+        let files = self.staged.files.iter().map(StagedFile::keys_memory);
+        let unchanged = self.staged.unchanged.iter().map(UnchangedRows::keys_memory);
+        files.chain(unchanged).sum::<usize>() + deletions
     }
 
     fn spill_keys(&mut self) -> Result<()> {
         if let Some(deletions) = &mut self.deletions {
             deletions.spill()?;
         }
-        self.staged.iter_mut().try_for_each(StagedFile::spill_keys)
+        self.staged.unchanged.iter_mut().try_for_each(UnchangedRows::spill_keys)?;
+        self.staged.files.iter_mut().try_for_each(StagedFile::spill_keys)
     }
 
     async fn close_open(&mut self, table: &Table) -> Result<()> {
         if let Some(file) = self.open.take() {
-            self.staged.push(file.close(table).await?);
+            self.staged.files.push(file.close(table).await?);
         }
         Ok(())
     }
@@ -241,6 +244,23 @@ impl Staging {
         self.keep_to_memory().await
     }
 
+    /// Adds rows that the table has already.
+    pub(super) async fn unchanged(&mut self, batch: &UnchangedBatch) -> Result<()> {
+        self.hear();
+        let stage = self.types.entry(batch.resource_type.clone()).or_default();
+        if !stage.staged.unchanged.last().is_some_and(|rows| rows.takes(&batch.files)) {
+            self.files += 1;
+            let name = format!("unchanged-{}-{:05}", self.settings.run, self.files);
+            stage.staged.unchanged.push(UnchangedRows::new(name, batch.files.clone(), &self.settings.scratch));
+        }
+        if let Some(rows) = stage.staged.unchanged.last_mut() {
+            rows.add(batch)?;
+        }
+        stage.outcome.resources += batch.rows.len() as u64;
+        stage.outcome.bytes += batch.json_bytes;
+        self.keep_to_memory().await
+    }
+
     async fn close_largest(&mut self, by: impl Fn(&StagingFile) -> u64) -> Result<()> {
         let open = self.types.iter_mut().filter(|(_, stage)| stage.open.is_some());
         match open.max_by_key(|(_, stage)| stage.open.as_ref().map_or(0, &by)) {
@@ -271,11 +291,7 @@ impl Staging {
 
     /// Hands over what is staged of a type, to be merged; what earlier runs staged of it among it. An error where that
     /// is not all that the ledger say: a type is never merged in part.
-    pub(super) async fn take(
-        &mut self,
-        name: &ResourceType,
-        ledger: &Ledger,
-    ) -> Result<(Vec<StagedFile>, Option<Deletions>)> {
+    pub(super) async fn take(&mut self, name: &ResourceType, ledger: &Ledger) -> Result<(Incoming, Option<Deletions>)> {
         let table = self.table(name).await?;
         self.of(name).close_open(&table).await?;
         let (ours, others) =
@@ -287,7 +303,8 @@ impl Staging {
         let in_table: u64 = earlier.filter(|(index, _)| self.held.contains_key(index)).map(|(_, of)| of.rows).sum();
         let stage = self.types.entry(name.clone()).or_default();
         let handed = self.handed.entry(name.clone()).or_default();
-        *handed += stage.staged.iter().map(StagedFile::rows_brought).sum::<u64>();
+        *handed += stage.staged.files.iter().map(StagedFile::rows_brought).sum::<u64>();
+        *handed += stage.staged.unchanged.iter().map(UnchangedRows::rows).sum::<u64>();
         let (there, expected) = (*handed + in_table, ledger.staged_of(name).0);
         if there != expected {
             self.release(name);
@@ -297,7 +314,8 @@ impl Staging {
         // Notes are for what is persisted only.
         if self.settings.checkpoint.is_some() {
             let columns = columns_of(name, &self.settings.layout, &table)?;
-            stage.committing.extend(stage.staged.iter().map(|file| file.note(&table, &columns)));
+            stage.committing.extend(stage.staged.files.iter().map(|file| file.note(&table, &columns)));
+            stage.committing.extend(stage.staged.unchanged.iter().map(|rows| rows.note(&table, &columns)));
         }
         Ok((std::mem::take(&mut stage.staged), stage.deletions.take()))
     }
@@ -323,12 +341,22 @@ impl Staging {
                 continue;
             }
             let (keys, held, noted) = (checkpoint.folder.keys_of(name, &file.path)?, held.clone(), file.clone());
-            let read = compute(tracing::Span::current(), async move { StagedFile::again(noted, &keys, &held) });
+            let read = compute(tracing::Span::current(), async move {
+                let mut again = Incoming::default();
+                match noted.is_unchanged() {
+                    true => again.unchanged.push(UnchangedRows::again(&noted, &keys, &held)?),
+                    false => again.files.push(StagedFile::again(noted, &keys, &held)?),
+                }
+                Ok::<_, Error>(again)
+            });
             match read.await? {
-                Ok(file) => {
+                Ok(again) => {
                     let stage = self.types.entry(name.clone()).or_default();
-                    stage.count(&file.by_file);
-                    stage.staged.push(file);
+                    again.files.iter().for_each(|file| stage.count(&file.by_file));
+                    again.unchanged.iter().for_each(|rows| stage.count(&rows.by_file));
+                    stage.staged.files.extend(again.files);
+                    // Before those that still take rows.
+                    stage.staged.unchanged.splice(0..0, again.unchanged);
                 }
                 Err(error) => {
                     self.spoilt(name, &error);
@@ -367,10 +395,11 @@ impl Staging {
     }
 
     /// Takes back what was handed over and not merged.
-    pub(super) fn put_back(&mut self, name: &ResourceType, files: Vec<StagedFile>) {
+    pub(super) fn put_back(&mut self, name: &ResourceType, rows: Incoming) {
         let stage = self.of(name);
         stage.committing.clear();
-        stage.staged.extend(files);
+        stage.staged.files.extend(rows.files);
+        stage.staged.unchanged.extend(rows.unchanged);
         self.hear();
     }
 }

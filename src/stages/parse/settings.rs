@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::Parse;
 use crate::error::Result;
 use crate::messages::{Chunk, Rows};
-use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Section, Stage, StageSpec, Stages};
+use crate::stages::{EdgeBytes, EdgeSpec, RunContext, Section, Share, Stage, StageSpec, Stages};
 use crate::telemetry;
 use crate::values::workers;
 use crate::values::{ByteSize, Findings, section};
@@ -28,6 +28,10 @@ section! {
         /// Longest line; a longer one is a bad line. Without it: 64MiB, or an eighth of `memory` where that is less.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub max_line: Option<ByteSize> = None,
+        /// Skips a line whose row the table has already: of the same bytes, by a hash that data files keep beside each
+        /// row (8 bytes, in a column of the Parquet file that is none of the table), or of the same version. `false`
+        /// encodes and compares each line, and writes no hashes.
+        pub skip_unchanged: bool = true,
     }
 }
 
@@ -64,12 +68,15 @@ impl ParseSection {
     }
 }
 
+/// Indexes of the tables' rows, by which unchanged lines are known; beyond it, they lie on disk.
+pub const LINE_INDEX: Share = Share { name: "line index", percent: 8 };
+
 impl Stage for Parse {
     const SPEC: &'static StageSpec = &StageSpec {
         name: "parse",
         summary: &["JSON tape,", "bad lines to", "quarantine"],
         input: Some(EdgeSpec { carries: "chunks", items: 256, bytes: EdgeBytes::Percent(14) }),
-        shares: &[],
+        shares: &[LINE_INDEX],
         rate: Some((telemetry::PARSED, "resources")),
     };
     type Input = Chunk;
@@ -91,6 +98,7 @@ impl Stage for Parse {
                 max_columns: run.memory.total() / 8,
                 ignored_codes: run.ignored_codes.clone(),
                 elements: run.elements.clone(),
+                known: run.known.clone(),
                 counters: run.counters.clone(),
             };
             let span = tracing::Span::current();

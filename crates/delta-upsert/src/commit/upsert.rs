@@ -26,6 +26,8 @@ use crate::staging::StagedFile;
 use crate::table::schema_evolution::{same_types, widen};
 use crate::table::snapshot_files::{TargetFile, targets};
 use crate::table::{Table, TableSettings, delta_schema};
+use crate::unchanged::moved::{by_target, stage_moved};
+use crate::unchanged::rows::UnchangedRows;
 use flow::on_all_cores;
 use foundation::error::{Error, ErrorKind, Result};
 use foundation::fault_points::reached;
@@ -50,11 +52,20 @@ pub fn deletions_id(app_id: &str) -> String {
     format!("{app_id}|deletions")
 }
 
+/// Rows that a run brings for one type.
+#[derive(Debug, Default)]
+pub struct Incoming {
+    /// Staged files.
+    pub files: Vec<StagedFile>,
+    /// Rows that the table has already.
+    pub unchanged: Vec<UnchangedRows>,
+}
+
 /// Rows of a run for one type.
 #[derive(Debug)]
 pub struct Upsert {
-    /// Staged files.
-    pub files: Vec<StagedFile>,
+    /// The rows.
+    pub incoming: Incoming,
     /// Resources that are gone.
     pub deletions: Deletions,
     /// Columns of the rows: those of the table where it exists.
@@ -92,6 +103,8 @@ pub struct Merged {
     pub absent: u64,
     /// Resources that the table has as new or newer, and copies within the run that lost.
     pub skipped: u64,
+    /// Of those, resources that were not encoded, since the table's row is of the same text or version.
+    pub unchanged: u64,
     /// Of those, copies that were skipped since they lack the `lastUpdated` or `versionId` that the table's row has.
     pub undated: u64,
     /// The table's version after it.
@@ -124,7 +137,7 @@ pub enum Commit {
 
 impl Upsert {
     /// Matches, marks and commits; matches again when another writer was faster.
-    pub async fn commit(&self, table: &mut Table) -> Result<Commit> {
+    pub async fn commit(&mut self, table: &mut Table) -> Result<Commit> {
         let started = Instant::now();
         for attempt in 1.. {
             if let Some(watermark) = &self.watermark
@@ -142,7 +155,11 @@ impl Upsert {
             // The snapshot may be another than the one that the rows were laid out for.
             self.check_fits(table)?;
             let targets = targets(table)?;
-            let mut plan = self.matching(table, &targets).plan().await?;
+            let place = (&*self.run, &self.scratch);
+            let moved = stage_moved(table, &self.schema, &targets, &mut self.incoming.unchanged, place).await?;
+            self.incoming.files.extend(moved);
+            let unchanged = by_target(&targets, &self.incoming.unchanged);
+            let mut plan = self.matching(table, &targets, &unchanged).plan().await?;
             let copies = std::mem::take(&mut plan.copies);
             match self.write(table, targets, plan, (started, attempt)).await? {
                 Written::Done(merged) => return Ok(Commit::Done(merged, copies)),
@@ -172,11 +189,17 @@ impl Upsert {
         Ok(())
     }
 
-    fn matching<'a>(&'a self, table: &'a Table, targets: &'a [TargetFile]) -> Matching<'a> {
+    fn matching<'a>(
+        &'a self,
+        table: &'a Table,
+        targets: &'a [TargetFile],
+        unchanged: &'a [RoaringTreemap],
+    ) -> Matching<'a> {
         Matching {
             table,
             targets,
-            files: &self.files,
+            files: &self.incoming.files,
+            unchanged: (unchanged, &self.incoming.unchanged),
             deletions: &self.deletions,
             order: self.order,
             absent: self.absent,
@@ -207,7 +230,7 @@ impl Upsert {
             }
         }
         let held: HashSet<&Path> = targets.iter().map(|target| &target.data.path).collect();
-        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
+        for (staged, gone) in self.incoming.files.iter().zip(&plan.staged_gone) {
             // A commit that was thought to have failed may have named it after all.
             if held.contains(&staged.path) {
                 continue;
@@ -246,7 +269,7 @@ impl Upsert {
                 rewritten.push(DataFile { gone: all_gone, ..target.data.clone() });
             }
         }
-        for (staged, gone) in self.files.iter().zip(&plan.staged_gone) {
+        for (staged, gone) in self.incoming.files.iter().zip(&plan.staged_gone) {
             let total = staged.rows;
             if gone.len() == total {
                 continue;
@@ -384,7 +407,8 @@ impl Upsert {
     /// Operation metrics by the names of Spark's own merge. As there, a file whose rows are marked is neither removed
     /// nor added: its deletion vector is.
     fn metrics(&self, out: &Actions, merged: &Merged, started: Instant) -> Value {
-        let sources: u64 = self.files.iter().map(StagedFile::rows_brought).sum();
+        let staged: u64 = self.incoming.files.iter().map(StagedFile::rows_brought).sum();
+        let sources = staged + merged.unchanged;
         let added: HashSet<&str> = out.adds.iter().map(|add| add.path.as_str()).collect();
         let (marked, removed): (Vec<&Remove>, Vec<&Remove>) =
             out.removes.iter().partition(|remove| added.contains(remove.path.as_str()));

@@ -22,6 +22,7 @@ use crate::staging::new_file::{self, NewFile};
 use crate::staging::page_encoder::PageEncoder;
 use crate::table::schema_adapter::{adapt, narrow, union, whole};
 use crate::table::{Table, storage};
+use crate::unchanged::{LINE_HASH, with_line_hash};
 use foundation::error::Result;
 
 /// Rows of a row group, and bytes of their columns: as staged files have them, so that what a reader or a later match
@@ -32,7 +33,7 @@ pub(crate) const GROUP_BYTES: usize = 16 << 20;
 /// Form of the new files.
 #[derive(Debug)]
 pub(crate) struct Shape {
-    /// The table's columns.
+    /// The table's columns, with the hash of each row's text where an old file has it.
     table: SchemaRef,
     /// Those of the new files: what any of the old files has, whole.
     file: SchemaRef,
@@ -63,7 +64,12 @@ impl Shape {
             filtered.extend(with_statistics.map(|column| column.column_path().string()));
         }
         filtered.insert("id".to_owned());
-        Ok(Self { file: Arc::new(whole(schema, &names)), table: schema.clone(), filtered, rows })
+        // No column of the table, and as much a part of its rows.
+        let table = match names.contains(LINE_HASH) {
+            true => with_line_hash(schema),
+            false => schema.clone(),
+        };
+        Ok(Self { file: Arc::new(whole(&table, &names)), table, filtered, rows })
     }
 
     /// Rows as the table has them, without the columns that none of them fills.

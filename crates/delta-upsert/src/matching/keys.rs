@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StructArray};
-use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
+use arrow::datatypes::{DataType, FieldRef, Fields, Int64Type, Schema, SchemaRef, TimeUnit};
 use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
@@ -16,6 +16,7 @@ use tokio_stream::StreamExt;
 use crate::row::{RowKey, RowPosition, key_of};
 use crate::table::reader::{BATCH_BYTES, FileRows, LocalRows, StoreReader};
 use crate::table::{Table, storage};
+use crate::unchanged::{LINE_HASH, LineHash};
 use foundation::error::{Error, ErrorKind, Result};
 
 /// A data file of the table at the snapshot that is merged into.
@@ -181,6 +182,40 @@ impl<'a> OpenFile<'a> {
             for ((key, rank), (row, live)) in keys.into_iter().zip(ranks).zip(&mut live) {
                 if live {
                     each(row, key.map(|key| RowKey { key, ..rank }))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes through the live rows with their keys, ranks, and the hash of the text that each came from, where the file
+    /// has it.
+    pub(crate) async fn for_each_line(
+        &self,
+        mut each: impl FnMut(u64, Option<RowKey>, Option<LineHash>) -> Result<()>,
+    ) -> Result<()> {
+        let mut live = (0..self.rows()).map(|row| (row, !self.file.gone.contains(row)));
+        // What has no version has no order that could be compared.
+        let has_versions = self.leaves(&[RANK[1]]).is_some();
+        let wanted = ["id", LINE_HASH, RANK[0], RANK[1], RANK[2]];
+        let Some(mask) = self.leaves(if has_versions { &wanted } else { &wanted[..2] }) else { return Ok(()) };
+        let failed = |error| storage(error, &format!("the ids and line hashes in {} cannot be read", self.file.path));
+        let builder = self.reader().with_projection(mask).with_batch_size(BATCH);
+        let mut batches = builder.build().map_err(failed)?;
+        while let Some(batch) = batches.try_next().await.map_err(failed)? {
+            let mut ranks = vec![NO_RANK; batch.num_rows()];
+            read_ranks(&batch, &mut ranks)?;
+            let mut keys = vec![None; batch.num_rows()];
+            if let Some(ids) = batch.column_by_name("id") {
+                for_each_string(ids, |at, id| keys[at] = id.map(|id| key_of(id.as_bytes())))?;
+            }
+            let lines = batch.column_by_name(LINE_HASH).and_then(|lines| lines.as_primitive_opt::<Int64Type>());
+            let line = |at: usize| {
+                lines.filter(|lines| lines.is_valid(at)).and_then(|lines| LineHash::from_bits(lines.value(at)))
+            };
+            for (at, ((key, rank), (row, live))) in keys.into_iter().zip(ranks).zip(&mut live).enumerate() {
+                if live {
+                    each(row, key.map(|key| RowKey { key, ..rank }), line(at))?;
                 }
             }
         }

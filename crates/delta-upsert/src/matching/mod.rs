@@ -12,7 +12,7 @@ pub(crate) mod precedence;
 pub(crate) mod row_equality;
 mod staged_rows;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use roaring::RoaringTreemap;
 
@@ -23,12 +23,13 @@ use crate::matching::keys::{DataFile, Ids, OpenFile, all_ids, for_each_string, s
 use crate::matching::not_matched::NotMatchedBySource;
 use crate::matching::precedence::{OrderRules, Precedence, compare_versions, is_undated};
 use crate::matching::row_equality::row_hashes;
-use crate::matching::staged_rows::{ByKey, StagedRows};
-use crate::row::{RowKey, key_of};
+use crate::matching::staged_rows::{ByKey, StagedRows, is_newer};
+use crate::row::{RowKey, RowPosition, key_of};
 use crate::staging::StagedFile;
 use crate::staging::spill::{ContentAt, KeyAt, PARTITIONS, Part, Spill, partition};
 use crate::table::Table;
 use crate::table::snapshot_files::TargetFile;
+use crate::unchanged::rows::UnchangedRows;
 use flow::on_all_cores;
 use foundation::error::{Error, ErrorKind, Result};
 
@@ -78,6 +79,8 @@ pub(crate) struct Matching<'a> {
     pub table: &'a Table,
     pub targets: &'a [TargetFile],
     pub files: &'a [StagedFile],
+    /// Rows of the targets that the run brings as they are, by target; and where they came from.
+    pub unchanged: (&'a [RoaringTreemap], &'a [UnchangedRows]),
     pub deletions: &'a Deletions,
     pub order: OrderRules,
     pub absent: NotMatchedBySource,
@@ -96,6 +99,7 @@ impl Matching<'_> {
         } else {
             self.part_by_part(staged_rows, &mut plan).await?;
         }
+        self.count_unchanged(&mut plan)?;
         self.absent.check(plan.absent, plan.live)?;
         plan.merged.absent = plan.absent;
         if let NotMatchedBySource::Overwrite(_) = self.absent {
@@ -127,8 +131,7 @@ impl Matching<'_> {
             self.count_live(index, seen.rows, plan);
             seen.absent.iter().for_each(|row| self.absent_row(index, row, plan));
         }
-        self.settle(&staged_rows, held, plan);
-        Ok(())
+        self.settle(&staged_rows, held, plan)
     }
 
     /// The rows of a file that the run brings, and what it does not bring.
@@ -142,6 +145,13 @@ impl Matching<'_> {
         let mut seen = Seen::default();
         let (least, greatest) = &target.data.ids;
         if ids.is_some_and(|ids| ids.between(least.as_deref(), greatest.as_deref()).is_empty()) {
+            return Ok((Vec::new(), seen));
+        }
+        let unchanged = &self.unchanged.0[index];
+        let is_empty = staged_rows.winners.is_empty() && staged_rows.deletions.is_empty();
+        if let Some(rows) = target.rows.filter(|rows| is_empty && unchanged.len() + target.data.gone.len() == *rows) {
+            // All of its rows came, and nothing else did.
+            seen.rows = rows;
             return Ok((Vec::new(), seen));
         }
         let file = self.open(target).await?;
@@ -158,6 +168,7 @@ impl Matching<'_> {
         };
         file.for_each_id(ids, each).await?;
         seen.absent -= &target.data.gone;
+        seen.absent -= unchanged;
         let mut live = found.iter().map(|row| !target.data.gone.contains(*row));
         keys.retain(|_| live.next().unwrap_or(false));
         found.retain(|row| !target.data.gone.contains(*row));
@@ -221,7 +232,7 @@ impl Matching<'_> {
                 }
                 Ok(())
             })?;
-            self.settle(&staged_rows, matches, plan);
+            self.settle(&staged_rows, matches, plan)?;
         }
         Ok(())
     }
@@ -236,7 +247,7 @@ impl Matching<'_> {
 
     /// A row of the table that the run neither brings nor deletes by name.
     fn absent_row(&self, file: usize, row: u64, plan: &mut MergePlan) {
-        if self.absent == NotMatchedBySource::Keep {
+        if self.absent == NotMatchedBySource::Keep || self.unchanged.0[file].contains(row) {
             return;
         }
         plan.absent += 1;
@@ -316,22 +327,81 @@ impl Matching<'_> {
         Ok(staged_rows)
     }
 
+    /// Counts the rows that came as the table has them. What lost against a changed copy is counted with them.
+    fn count_unchanged(&self, plan: &mut MergePlan) -> Result<()> {
+        let came: u64 = self.unchanged.1.iter().map(UnchangedRows::rows).sum();
+        plan.merged.skipped += came;
+        plan.merged.unchanged = came;
+        let different: u64 = self.unchanged.0.iter().map(RoaringTreemap::len).sum();
+        if came == different {
+            return Ok(());
+        }
+        // The same line came more than once.
+        for (target, rows) in self.targets.iter().zip(self.unchanged.0) {
+            let Some(last) = rows.max() else { continue };
+            let mut newest = vec![None; last as usize + 1];
+            for unchanged in self.unchanged.1 {
+                unchanged.for_each_in(target.data.path.as_ref(), |row| {
+                    let known: &mut Option<RowPosition> = &mut newest[row.place.row as usize];
+                    let loser = known.map(|known| known.min(row.arrival));
+                    *known = Some(known.map_or(row.arrival, |known| known.max(row.arrival)));
+                    if let Some(loser) = loser {
+                        *plan.copies.entry(loser.file()).or_default() += 1;
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The newest arrival of each of these rows of the table that came unchanged.
+    fn arrivals(&self, held: &[KeyAt]) -> Result<HashMap<(u32, u64), RowPosition>> {
+        let mut found: HashMap<(u32, u64), RowPosition> = HashMap::new();
+        for held in held.iter().filter(|held| self.unchanged.0[held.file as usize].contains(held.row())) {
+            found.insert((held.file, held.row()), RowPosition::default());
+        }
+        let mut files: Vec<u32> = found.keys().map(|(file, _)| *file).collect();
+        files.sort_unstable();
+        files.dedup();
+        for file in files {
+            for unchanged in self.unchanged.1 {
+                unchanged.for_each_in(self.targets[file as usize].data.path.as_ref(), |row| {
+                    if let Some(newest) = found.get_mut(&(file, row.place.row.into())) {
+                        *newest = row.arrival.max(*newest);
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(found)
+    }
+
     /// Decides about each id that the table has: `held` are its rows in the table.
-    fn settle(&self, staged_rows: &StagedRows, mut held: Vec<KeyAt>, plan: &mut MergePlan) {
+    fn settle(&self, staged_rows: &StagedRows, mut held: Vec<KeyAt>, plan: &mut MergePlan) -> Result<()> {
         plan.merged.inserted += staged_rows.by_key.len() as u64;
         if let NotMatchedBySource::Overwrite(_) = self.absent {
-            return;
+            return Ok(());
         }
         held.sort_unstable_by_key(|held| (held.key, held.file, held.row()));
+        let arrivals = self.arrivals(&held)?;
+        // The copy that came as the table has it, of an id that came changed or deleted too.
+        let came = |copy: &KeyAt| {
+            arrivals.get(&(copy.file, copy.row())).map(|arrival| RowKey { arrival: *arrival, ..copy.row_key() })
+        };
         for copies in held.chunk_by(|a, b| a.key == b.key) {
             let Some(winner) = staged_rows.winner(copies[0].key).map(|at| staged_rows.winners[at]) else {
                 let version = staged_rows.deletions.get(&copies[0].key).copied().flatten();
                 // The table may have what came after the version that says that it is gone.
-                let goes = |copy: &KeyAt| {
-                    version.is_none_or(|version| {
+                let goes = |copy: &KeyAt| match (came(copy), version) {
+                    // An id that is in the output too is kept.
+                    (Some(_), None) => false,
+                    (Some(came), Some(version)) => came.rank() < version.rank(),
+                    (None, None) => true,
+                    (None, Some(version)) => {
                         !matches!(compare_versions(&version, &copy.row_key(), OrderRules::default()), Precedence::Older)
                             || is_same(&version, &copy.row_key())
-                    })
+                    }
                 };
                 let before = copies.iter().filter(|copy| goes(copy)).map(|copy| plan.mark(copy)).count();
                 plan.merged.deleted += u64::from(before == copies.len());
@@ -345,6 +415,17 @@ impl Matching<'_> {
             let Some(best) = copies.iter().max_by(best) else { continue };
             copies.iter().filter(|copy| !std::ptr::eq(*copy, best)).for_each(|copy| plan.mark(copy));
             let (staged, held) = (winner.row_key(), best.row_key());
+            if let Some(came) = came(best) {
+                let wins = is_newer(&staged, &came);
+                let loser = if wins { came } else { staged };
+                if !loser.replayed {
+                    *plan.copies.entry(loser.arrival.file()).or_default() += 1;
+                }
+                if !wins {
+                    plan.mark_staged(&winner);
+                    continue;
+                }
+            }
             plan.merged.undated += u64::from(
                 self.order.undated_is_older && !staged.replayed && !staged.subsetted && is_undated(&staged, &held),
             );
@@ -360,6 +441,7 @@ impl Matching<'_> {
                 }
             }
         }
+        Ok(())
     }
 
     /// Reads the rows that only their content can tell apart: those that say the same are skipped.

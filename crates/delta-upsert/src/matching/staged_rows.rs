@@ -29,6 +29,16 @@ impl Hasher for Identity {
 
 pub(super) type ByKey<T> = HashMap<u128, T, BuildHasherDefault<Identity>>;
 
+/// Returns true if a copy of a row wins against another of the same run.
+pub(super) fn is_newer(new: &RowKey, old: &RowKey) -> bool {
+    // A line out of quarantine must show that it is newer than what the export brings.
+    match (new.replayed, old.replayed) {
+        (true, false) => matches!(compare_versions(new, old, OrderRules::default()), Precedence::Newer),
+        (false, true) => !matches!(compare_versions(old, new, OrderRules::default()), Precedence::Newer),
+        _ => new.rank() > old.rank(),
+    }
+}
+
 /// Rows of the run in a part of the key space.
 #[derive(Default)]
 pub(super) struct StagedRows {
@@ -88,13 +98,7 @@ impl StagedRows {
     pub(super) fn add(&mut self, staged: KeyAt) -> Option<KeyAt> {
         if let Some(at) = self.winner(staged.key) {
             let best = &mut self.winners[at];
-            let (new, old) = (staged.row_key(), best.row_key());
-            // A line out of quarantine must show that it is newer than what the export brings.
-            let newer = match (new.replayed, old.replayed) {
-                (true, false) => matches!(compare_versions(&new, &old, OrderRules::default()), Precedence::Newer),
-                (false, true) => !matches!(compare_versions(&old, &new, OrderRules::default()), Precedence::Newer),
-                _ => new.rank() > old.rank(),
-            };
+            let newer = is_newer(&staged.row_key(), &best.row_key());
             return Some(if newer { std::mem::replace(best, staged) } else { staged });
         }
         let at = self.winners.len() as u32;

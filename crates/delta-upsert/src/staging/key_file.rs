@@ -1,14 +1,15 @@
-//! Keys of a staged file's rows in a file that outlives the process, by the first byte of the key: read where they are.
+//! Records of a run's rows in a file that outlives the process, by the first byte of the key: read where they are.
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use twox_hash::XxHash3_64;
 
-use crate::staging::spill::{KeyAt, PARTITIONS, Record, Spill};
+use crate::staging::spill::{Arrived, PARTITIONS, Spill};
 use foundation::error::{Context, Error, ErrorKind, Result};
 use foundation::secure_fs::{private_append, private_dir};
 
@@ -17,14 +18,15 @@ const MAGIC: &[u8; 8] = b"fhlkeys1";
 const ENTRY: usize = 24;
 const HEADER: usize = MAGIC.len() + PARTITIONS * ENTRY + 8;
 
-/// The keys.
+/// The records.
 #[derive(Debug)]
-pub(crate) struct KeyFile {
+pub(crate) struct KeyFile<T> {
     path: PathBuf,
     partitions: Vec<Partition>,
     /// Indexes of the export's files whose rows count; `None` for all.
     counts: Option<HashSet<u32>>,
     rows: u64,
+    records: PhantomData<T>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -34,9 +36,9 @@ struct Partition {
     hash: u64,
 }
 
-impl KeyFile {
-    /// Writes keys into a new file at `path`, durable when this returns.
-    pub(crate) fn save(keys: &mut Spill<KeyAt>, path: &Path) -> Result<Self> {
+impl<T: Arrived> KeyFile<T> {
+    /// Writes records into a new file at `path`, durable when this returns.
+    pub(crate) fn save(keys: &mut Spill<T>, path: &Path) -> Result<Self> {
         let failed = || format!("{} cannot be written", path.display());
         if let Some(folder) = path.parent() {
             private_dir(folder)?;
@@ -57,7 +59,7 @@ impl KeyFile {
                 Ok(())
             })?;
             file.write_all(&bytes).context(ErrorKind::State, failed())?;
-            let records = (bytes.len() / KeyAt::BYTES) as u64;
+            let records = (bytes.len() / T::BYTES) as u64;
             partitions.push(Partition { at, records, hash: XxHash3_64::oneshot(&bytes) });
             at += bytes.len() as u64;
         }
@@ -70,10 +72,10 @@ impl KeyFile {
         header.extend_from_slice(&XxHash3_64::oneshot(&header).to_le_bytes());
         let done = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header)).and_then(|()| file.flush());
         done.and_then(|()| file.get_ref().sync_all()).context(ErrorKind::State, failed())?;
-        Ok(Self { path: path.to_path_buf(), rows: keys.rows(), partitions, counts: None })
+        Ok(Self { path: path.to_path_buf(), rows: keys.rows(), partitions, counts: None, records: PhantomData })
     }
 
-    /// The keys in the file at `path`. An error of kind `Data` says that the file is not what was written.
+    /// The records in the file at `path`. An error of kind `Data` says that the file is not what was written.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let failed = || format!("{} cannot be read", path.display());
         let mut header = vec![0; HEADER];
@@ -92,14 +94,14 @@ impl KeyFile {
             partitions.push(Partition { at, records, hash });
         }
         let rows = partitions.iter().map(|partition| partition.records).sum();
-        Ok(Self { path: path.to_path_buf(), partitions, counts: None, rows })
+        Ok(Self { path: path.to_path_buf(), partitions, counts: None, rows, records: PhantomData })
     }
 
     /// Lets only rows of the export's files with these indexes count; the others' records are given to `void`.
-    pub(crate) fn count_only(&mut self, indexes: HashSet<u32>, mut void: impl FnMut(KeyAt)) -> Result<()> {
+    pub(crate) fn count_only(&mut self, indexes: HashSet<u32>, mut void: impl FnMut(T)) -> Result<()> {
         let mut rows = 0;
         self.read(0..PARTITIONS, |record| {
-            if indexes.contains(&record.arrival.file()) {
+            if indexes.contains(&record.arrival().file()) {
                 rows += 1;
             } else {
                 void(record);
@@ -116,12 +118,12 @@ impl KeyFile {
     }
 
     /// Goes through the records of some partitions.
-    pub(crate) fn read(&self, partitions: Range<usize>, mut each: impl FnMut(KeyAt) -> Result<()>) -> Result<()> {
+    pub(crate) fn read(&self, partitions: Range<usize>, mut each: impl FnMut(T) -> Result<()>) -> Result<()> {
         let failed = || format!("{} cannot be read", self.path.display());
         let mut file = File::open(&self.path).context(ErrorKind::State, failed())?;
         let mut bytes = Vec::new();
         for partition in &self.partitions[partitions] {
-            bytes.resize(partition.records as usize * KeyAt::BYTES, 0);
+            bytes.resize(partition.records as usize * T::BYTES, 0);
             file.seek(SeekFrom::Start(partition.at)).context(ErrorKind::State, failed())?;
             match file.read_exact(&mut bytes) {
                 Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(damaged(&self.path)),
@@ -130,9 +132,9 @@ impl KeyFile {
             if XxHash3_64::oneshot(&bytes) != partition.hash {
                 return Err(damaged(&self.path));
             }
-            let records = bytes.chunks_exact(KeyAt::BYTES).map(KeyAt::read);
+            let records = bytes.chunks_exact(T::BYTES).map(T::read);
             let counts =
-                |record: &KeyAt| self.counts.as_ref().is_none_or(|counts| counts.contains(&record.arrival.file()));
+                |record: &T| self.counts.as_ref().is_none_or(|counts| counts.contains(&record.arrival().file()));
             records.filter(counts).try_for_each(&mut each)?;
         }
         Ok(())
@@ -146,6 +148,7 @@ fn damaged(path: &Path) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::staging::spill::KeyAt;
     use crate::staging::spill::tests::record;
 
     // Breaks if what is kept comes back otherwise, if rows that come again count, or if a file that was cut or changed
@@ -160,7 +163,7 @@ mod tests {
                 spill.push(record(number)).unwrap();
             }
             KeyFile::save(&mut spill, &path).unwrap();
-            let read = |keys: &KeyFile| {
+            let read = |keys: &KeyFile<KeyAt>| {
                 let mut found = Vec::new();
                 for first in (0..PARTITIONS).step_by(16) {
                     keys.read(first..first + 16, |record| {
@@ -177,7 +180,7 @@ mod tests {
             let mut keys = KeyFile::open(&path).unwrap();
             assert_eq!((keys.rows(), read(&keys).unwrap()), (10_000, expected(&|_| true)));
             let mut void = 0;
-            keys.count_only([0, 2].into(), |record| void += u64::from(record.arrival.file() == 1)).unwrap();
+            keys.count_only([0, 2].into(), |record| void += u64::from(record.arrival().file() == 1)).unwrap();
             assert_eq!((keys.rows() + void, read(&keys).unwrap()), (10_000, expected(&|number| number % 3 != 1)));
         }
         let whole = std::fs::read(&path).unwrap();
@@ -190,7 +193,8 @@ mod tests {
             [whole[..whole.len() - 5].to_vec(), whole[..100].to_vec(), changed(3), changed(100), changed(300_000)]
         {
             std::fs::write(&path, wrong).unwrap();
-            let error = KeyFile::open(&path).and_then(|keys| keys.read(0..PARTITIONS, |_| Ok(()))).unwrap_err();
+            let error =
+                KeyFile::<KeyAt>::open(&path).and_then(|keys| keys.read(0..PARTITIONS, |_| Ok(()))).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Data);
         }
     }

@@ -19,8 +19,9 @@ use crate::maintenance::vacuum::data_path;
 use crate::row::{EncodedBatch, FileRows};
 use crate::staging::key_file::KeyFile;
 use crate::staging::new_file::NewFile;
-use crate::staging::spill::{KeyAt, Spill};
+use crate::staging::spill::{Arrived, KeyAt, Spill};
 use crate::table::{Table, storage};
+use crate::unchanged::IndexedFile;
 use foundation::error::{Error, ErrorKind, Result};
 use foundation::fault_points::reached;
 
@@ -44,6 +45,16 @@ pub struct StagedParquet {
     pub id_range: Option<(String, String)>,
     /// The table's columns at that time: the rows fit no other.
     pub columns: String,
+    /// Empty for a Parquet file. Else there is none: its rows are unchanged rows of these data files of the table.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unchanged_in: Vec<IndexedFile>,
+}
+
+impl StagedParquet {
+    /// Returns true if it stands for rows that the table has already: there is no Parquet file of it.
+    pub fn is_unchanged(&self) -> bool {
+        !self.unchanged_in.is_empty()
+    }
 }
 
 /// A file that is being written.
@@ -66,7 +77,7 @@ pub struct StagedFile {
     /// Its rows.
     pub rows: u64,
     /// Keys of its rows.
-    pub(crate) keys: Keys,
+    pub(crate) keys: Keys<KeyAt>,
     /// Least and greatest `lastUpdated`, absent ones the least.
     pub(crate) updated: Option<(i64, i64)>,
     /// Least and greatest `id`, where the file's statistics know.
@@ -76,19 +87,19 @@ pub struct StagedFile {
     /// Its rows by export file, without those in `void`.
     pub by_file: BTreeMap<u32, FileRows>,
     /// An earlier run's record of it, where that staged it.
-    noted: Option<StagedParquet>,
+    pub(crate) noted: Option<StagedParquet>,
 }
 
-/// Keys of a staged file's rows.
+/// Records of the rows that a run brings.
 #[derive(Debug)]
-pub(crate) enum Keys {
+pub(crate) enum Keys<T> {
     /// In memory, and on disk as long as the process lives.
-    Fresh(Spill<KeyAt>),
+    Fresh(Spill<T>),
     /// Written down.
-    Kept(KeyFile),
+    Kept(KeyFile<T>),
 }
 
-impl Keys {
+impl<T: Arrived> Keys<T> {
     /// Rows that count.
     pub(crate) fn rows(&self) -> u64 {
         match self {
@@ -98,10 +109,35 @@ impl Keys {
     }
 
     /// Goes through those of some partitions.
-    pub(crate) fn read(&self, partitions: std::ops::Range<usize>, each: impl FnMut(KeyAt) -> Result<()>) -> Result<()> {
+    pub(crate) fn read(&self, partitions: std::ops::Range<usize>, each: impl FnMut(T) -> Result<()>) -> Result<()> {
         match self {
             Keys::Fresh(keys) => keys.read(partitions, each),
             Keys::Kept(keys) => keys.read(partitions, each),
+        }
+    }
+
+    /// Writes them into a file, durably; they are read there from then on.
+    pub(crate) fn save(&mut self, path: &std::path::Path) -> Result<()> {
+        if let Keys::Fresh(keys) = self {
+            *self = Keys::Kept(KeyFile::save(keys, path)?);
+            reached("keys are saved");
+        }
+        Ok(())
+    }
+
+    /// Bytes of memory that they take.
+    pub(crate) fn memory(&self) -> usize {
+        match self {
+            Keys::Fresh(keys) => keys.memory(),
+            Keys::Kept(_) => 0,
+        }
+    }
+
+    /// Puts them on disk.
+    pub(crate) fn spill(&mut self) -> Result<()> {
+        match self {
+            Keys::Fresh(keys) => keys.spill(),
+            Keys::Kept(_) => Ok(()),
         }
     }
 }
@@ -190,7 +226,7 @@ impl StagedFile {
     /// A file that an earlier run staged, with its keys in the file `keys`. Of its rows count those from the export's
     /// files with the indexes `held`. An error of kind `Data` says that the keys are not what was written.
     pub fn again(staged: StagedParquet, keys: &std::path::Path, held: &HashSet<u32>) -> Result<Self> {
-        let mut kept = KeyFile::open(keys)?;
+        let mut kept: KeyFile<KeyAt> = KeyFile::open(keys)?;
         let mut void = RoaringTreemap::new();
         let mut by_file = staged.by_file.clone();
         by_file.retain(|index, _| held.contains(index));
@@ -231,6 +267,7 @@ impl StagedFile {
             updated: self.updated,
             id_range: self.id_range.clone(),
             columns: columns.to_owned(),
+            unchanged_in: Vec::new(),
         }
     }
 
@@ -241,27 +278,17 @@ impl StagedFile {
 
     /// Writes the keys of its rows into a file, durably; they are read there from then on.
     pub fn save_keys(&mut self, path: &std::path::Path) -> Result<()> {
-        if let Keys::Fresh(keys) = &mut self.keys {
-            self.keys = Keys::Kept(KeyFile::save(keys, path)?);
-            reached("keys are saved");
-        }
-        Ok(())
+        self.keys.save(path)
     }
 
     /// Bytes of memory that the keys of its rows take.
     pub fn keys_memory(&self) -> usize {
-        match &self.keys {
-            Keys::Fresh(keys) => keys.memory(),
-            Keys::Kept(_) => 0,
-        }
+        self.keys.memory()
     }
 
     /// Puts the keys of its rows on disk.
     pub fn spill_keys(&mut self) -> Result<()> {
-        match &mut self.keys {
-            Keys::Fresh(keys) => keys.spill(),
-            Keys::Kept(_) => Ok(()),
-        }
+        self.keys.spill()
     }
 
     /// Removes the file.
@@ -288,6 +315,11 @@ impl Table {
         let store = self.store();
         let mut staged_file_states = Vec::with_capacity(staged.len());
         for file in staged {
+            if file.is_unchanged() {
+                // Where its rows are by now is looked up when they are merged.
+                staged_file_states.push(StagedFileState::Pending);
+                continue;
+            }
             let path = Path::from(file.path.as_str());
             staged_file_states.push(match store.head(&path).await {
                 _ if named.contains(&path) => StagedFileState::Merged,

@@ -5,13 +5,14 @@ use arrow::datatypes::{DataType, SchemaRef, TimestampMicrosecondType};
 use bytes::Bytes;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions};
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use parquet::schema::types::{ColumnPath, SchemaDescriptor};
 
 use crate::matching::nulls;
 use crate::staging::new_file::{CREATED_BY, extent};
+use crate::unchanged::LINE_HASH;
 use foundation::error::{Error, ErrorKind, Result};
 
 /// Turns record batches into the bytes of row groups.
@@ -44,6 +45,12 @@ fn properties(schema: &SchemaDescriptor, batch: &RecordBatch, filtered: &[bool])
             builder = builder.set_column_dictionary_enabled(column.path().clone(), false);
         }
     }
+    // Hashes neither repeat nor shrink.
+    let hash = ColumnPath::from(LINE_HASH);
+    builder = builder
+        .set_column_dictionary_enabled(hash.clone(), false)
+        .set_column_encoding(hash.clone(), Encoding::PLAIN)
+        .set_column_compression(hash, Compression::UNCOMPRESSED);
     let id = ColumnPath::from("id");
     builder
         .set_column_bloom_filter_enabled(id.clone(), true)

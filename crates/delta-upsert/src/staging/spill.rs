@@ -27,6 +27,12 @@ pub(crate) trait Record: Copy {
     fn read(from: &[u8]) -> Self;
 }
 
+/// Record of a row that a run brings.
+pub(crate) trait Arrived: Record {
+    /// Its place in the export.
+    fn arrival(&self) -> RowPosition;
+}
+
 /// Place and rank of a row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyAt {
@@ -81,7 +87,7 @@ impl KeyAt {
 }
 
 /// Reads the bytes of a field off the front.
-fn take<const N: usize>(from: &mut &[u8]) -> [u8; N] {
+pub(crate) fn take<const N: usize>(from: &mut &[u8]) -> [u8; N] {
     let mut bytes = [0; N];
     if let Some((first, rest)) = from.split_first_chunk::<N>() {
         (bytes, *from) = (*first, rest);
@@ -112,6 +118,12 @@ impl Record for KeyAt {
             file: u32::from_le_bytes(take(from)),
             row: u32::from_le_bytes(take(from)),
         }
+    }
+}
+
+impl Arrived for KeyAt {
+    fn arrival(&self) -> RowPosition {
+        self.arrival
     }
 }
 

@@ -47,6 +47,15 @@ pub(crate) fn targets(table: &Table) -> Result<Vec<TargetFile>> {
     Ok(targets)
 }
 
+impl Table {
+    /// Rows of the table by its log, those included that are gone; 0 where it does not say.
+    pub fn rows_by_log(&self) -> u64 {
+        let Some(snapshot) = self.delta.as_ref().and_then(|delta| delta.snapshot().ok()) else { return 0 };
+        let files = snapshot.log_data();
+        files.iter().filter_map(|file| file.num_records()).map(|rows| rows as u64).sum()
+    }
+}
+
 /// Least and greatest `id` by a file's statistics.
 fn id_range(stats: &str) -> (Option<String>, Option<String>) {
     let Ok(stats) = serde_json::from_str::<Value>(stats) else { return (None, None) };

@@ -60,6 +60,10 @@ struct Places {
     json: Option<usize>,
 }
 
+/// Revision of what the encoder makes of a line: one more wherever the same line gets other values in the same columns,
+/// so that rows of an earlier revision are not taken for unchanged.
+pub const ENCODER_REVISION: u32 = 1;
+
 /// JSON after which the size of the columns is looked at again.
 const MEASURE_EVERY: usize = 16 << 10;
 

@@ -93,7 +93,7 @@ impl FileProgress {
 pub(super) struct TypeProgress {
     pub parsed: u64,
     pub staged: u64,
-    /// Of both, rows that an earlier run staged: encode knows nothing of them.
+    /// Of both, rows that an earlier run staged or the table has already: encode knows nothing of them.
     pub held: u64,
     pub bad: u64,
     /// Rows came in a file declared for another type.

@@ -171,7 +171,7 @@ impl Ledger {
     pub fn unstaged(&self) -> Vec<(ResourceType, u64)> {
         let unstaged =
             self.types.iter().filter(|(_, progress)| progress.failed.is_none() && progress.staged < progress.parsed);
-        unstaged.map(|(name, progress)| (name.clone(), progress.parsed - progress.held)).collect()
+        unstaged.map(|(name, progress)| (name.clone(), progress.parsed.saturating_sub(progress.held))).collect()
     }
 
     /// Rows of the type that are staged so far, and how many of them encode brought.

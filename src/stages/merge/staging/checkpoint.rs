@@ -72,16 +72,22 @@ impl Staging {
         for (name, stage) in &mut self.types {
             let Some(table) = self.opened.get(name) else { continue };
             files.extend(stage.committing.iter().filter(|file| self.saved.contains(&file.path)).cloned());
-            if stage.staged.is_empty() {
+            if stage.staged.files.is_empty() && stage.staged.unchanged.is_empty() {
                 continue;
             }
             let columns = columns_of(name, &self.settings.layout, table)?;
-            let notes: Vec<StagedParquet> = stage.staged.iter().map(|file| file.note(table, &columns)).collect();
+            let of_files = stage.staged.files.iter().map(|file| file.note(table, &columns));
+            let of_rows = stage.staged.unchanged.iter().map(|rows| rows.note(table, &columns));
+            let notes: Vec<StagedParquet> = of_files.chain(of_rows).collect();
             let keys: Vec<PathBuf> =
                 notes.iter().map(|file| policy.folder.keys_of(name, &file.path)).collect::<Result<_>>()?;
             let mut staged = std::mem::take(&mut stage.staged);
             let (kept, result) = compute(tracing::Span::current(), async move {
-                let result = staged.iter_mut().zip(&keys).try_for_each(|(file, keys)| file.save_keys(keys));
+                let (of_files, of_rows) = keys.split_at(staged.files.len());
+                let files = staged.files.iter_mut().zip(of_files);
+                let rows = staged.unchanged.iter_mut().zip(of_rows);
+                let result = files.into_iter().try_for_each(|(file, keys)| file.save_keys(keys));
+                let result = result.and_then(|()| rows.into_iter().try_for_each(|(rows, keys)| rows.save_keys(keys)));
                 (staged, result)
             })
             .await?;
@@ -234,7 +240,8 @@ impl Staging {
                 file.discard().await;
             }
             if let Some(table) = self.opened.get(name) {
-                for file in stage.staged.drain(..).filter(|file| !stay.contains(file.path.as_ref())) {
+                stage.staged.unchanged.clear();
+                for file in stage.staged.files.drain(..).filter(|file| !stay.contains(file.path.as_ref())) {
                     file.discard(table).await;
                 }
                 table.remove_empty_folder();
