@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 
 use self::deletions::{NOT_DELETIONS, deletions};
 pub use self::known_lines::{KnownLines, KnownLinesSettings};
-use self::known_lines::{TypeLines, by_row};
+use self::known_lines::{Looked, TypeLines};
 use self::output_line::output;
 use self::server_errors::Said;
 use crate::error::Result;
@@ -321,7 +321,8 @@ impl Work<'_> {
     }
 
     fn line(&mut self, bytes: &Bytes, line: std::ops::Range<usize>) -> Result<()> {
-        if self.is_known_line(bytes, &line)? {
+        let looked = self.look_up_line(bytes, &line)?;
+        if self.takes_unchanged(looked.as_ref(), None, &line) {
             return Ok(());
         }
         let before = self.tape.len();
@@ -366,7 +367,7 @@ impl Work<'_> {
         let spreads = || expanded_size_limit(nodes) > self.max_columns && expanded_size(value) > self.max_columns;
         match meant {
             Ok(Line::Row(..)) if spreads() => self.bad(line.clone(), SPREADS.into(), line.len() as u64),
-            Ok(Line::Row(resource_type, key)) => self.row(bytes, resource_type, key, root, line),
+            Ok(Line::Row(resource_type, key)) => self.row(bytes, (resource_type, key), root, line, looked),
             Ok(Line::SoftDeleted(resource_type, key)) => {
                 self.tally.headers += 1;
                 add(&mut self.tally.deleted, resource_type.clone());
@@ -421,14 +422,14 @@ impl Work<'_> {
         self.bad(line.clone(), format!("not JSON: {fault}"), line.len() as u64)
     }
 
-    /// Adds a resource.
+    /// Adds a resource, which may have been looked up by its first bytes.
     fn row(
         &mut self,
         bytes: &Bytes,
-        resource_type: ResourceType,
-        key: RowKey,
+        (resource_type, key): (ResourceType, RowKey),
         root: usize,
         line: std::ops::Range<usize>,
+        looked: Option<Looked>,
     ) -> Result<()> {
         let arrival = RowPosition::new(self.chunk.file.index, self.number());
         let replayed = self.chunk.file.replayed;
@@ -437,19 +438,14 @@ impl Work<'_> {
         } else if !key.subsetted && is_cut(self.elements, &resource_type) {
             self.not_cut_down += 1;
         }
-        let mut line_hash = None;
-        if let Some(known) = self.known {
-            let of_type = self.lines_of(known, &resource_type);
-            line_hash = of_type.hash(&bytes[line.clone()]);
-            if !replayed
-                && let Some(index) = known.index(&of_type)
-                && let Some(found) = by_row(index, &key, line_hash)?
-            {
-                let files = index.files().clone();
-                self.is_unchanged(resource_type, files, found.place(), &line);
-                return Ok(());
-            }
+        let looked = match looked {
+            Some(looked) => Some(looked),
+            None => self.look_up(&resource_type, key.key, &bytes[line.clone()])?,
+        };
+        if self.takes_unchanged(looked.as_ref(), Some(&key), &line) {
+            return Ok(());
         }
+        let line_hash = looked.and_then(|looked| looked.hash());
         let row = ParsedRow { root, line, key: RowKey { arrival, replayed, ..key }, added: 0, line_hash };
         match self.by_type.iter_mut().find(|(known, _)| *known == resource_type) {
             Some((_, rows)) => rows.push(row),

@@ -327,7 +327,7 @@ impl Run {
         if !plan.stages.parse.skip_unchanged {
             return None;
         }
-        // What a full refresh is for is to trust nothing, and an overwrite replaces all.
+        // A full refresh compares every row by its content, and an overwrite replaces every row.
         let overwrites = matches!(self.not_matched(), NotMatchedBySource::Overwrite(_));
         let looks_up = !prepared.full_refresh && !overwrites && !self.options.replay_only;
         let attached = plan.stages.attachments.as_ref().map(|section| &section.types);

@@ -43,7 +43,7 @@ impl Gathered {
         let new = from..self.bytes.len();
         self.bytes.push(b'\n');
         let added = new.len().saturating_sub(line.len());
-        // What was fetched is no part of the line.
+        // The row holds attachments that its line does not.
         let row = ParsedRow { root: 0, line: came, key: row.key, added, line_hash: None };
         match self.by_type.iter_mut().find(|(known, _)| known == name) {
             Some((_, rows)) => rows.push((row, new)),

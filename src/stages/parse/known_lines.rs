@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::messages::{
     FileKind, Layouts, LineIndexReport, ResourceType, RowKey, RowPosition, UnchangedBatch, UnchangedRow, key_of,
 };
-use delta_upsert::{IndexMemory, IndexedFile, Known, LineHash, LineIndex, RowPlace, Table, Tables};
+use delta_upsert::{IndexMemory, Known, LineHash, LineIndex, Table, Tables};
 use fhir_arrow::{ENCODER_REVISION, EXCLUDED_TYPES, arrow_schema};
 
 /// Of an incremental export, the index of a type is read once so many of its rows came as are this part of the table's:
@@ -44,7 +44,6 @@ pub struct KnownLinesSettings {
 /// Live rows of the tables, by which lines are known that did not change.
 pub struct KnownLines {
     settings: KnownLinesSettings,
-    opened: Mutex<HashMap<ResourceType, Table>>,
     types: Mutex<HashMap<ResourceType, Arc<TypeLines>>>,
 }
 
@@ -62,37 +61,38 @@ pub(super) struct TypeLines {
 
 impl KnownLines {
     /// Reads nothing yet.
-    pub fn new(mut settings: KnownLinesSettings) -> Self {
-        let opened = Mutex::new(std::mem::take(&mut settings.opened));
-        Self { settings, opened, types: Mutex::default() }
+    pub fn new(settings: KnownLinesSettings) -> Self {
+        Self { settings, types: Mutex::default() }
     }
 
-    /// Returns what is known of a type. May look at its table.
-    pub(super) fn of(&self, name: &ResourceType) -> Arc<TypeLines> {
-        if let Some(known) = self.types.lock().get(name) {
+    /// Returns the lines of a type. May look at its table, once: other workers wait meanwhile.
+    fn of(&self, name: &ResourceType) -> Arc<TypeLines> {
+        let mut types = self.types.lock();
+        if let Some(known) = types.get(name) {
             return known.clone();
         }
         let encoder = (self.settings.layouts)(name).ok().map(|layout| {
             let encodes = (ENCODER_REVISION, arrow_schema(&layout), &self.settings.encoder);
             XxHash3_128::oneshot(format!("{encodes:?}").as_bytes()) as u64
         });
-        let mut table = self.opened.lock().remove(name);
-        if table.is_none() && self.settings.looks_up {
-            let opened = tokio::runtime::Handle::current().block_on(self.settings.tables.open(name));
-            table = opened.ok();
-        }
-        let table = table.filter(|table| table.version().is_some() && self.settings.looks_up);
+        let open = || tokio::runtime::Handle::current().block_on(self.settings.tables.open(name)).ok();
+        let table = match self.settings.looks_up {
+            true => self.settings.opened.get(name).cloned().or_else(open),
+            false => None,
+        };
+        let table = table.filter(|table| table.version().is_some());
         let rows = table.as_ref().map_or(0, Table::rows_by_log);
         let threshold = if self.settings.is_full { 0 } else { rows / WORTH_IT };
-        let of_type = TypeLines {
+        let of_type = Arc::new(TypeLines {
             name: name.clone(),
             encoder,
             table: Mutex::new(table.filter(|_| rows > 0)),
             threshold,
             seen: AtomicU64::new(0),
             index: OnceLock::new(),
-        };
-        self.types.lock().entry(name.clone()).or_insert_with(|| Arc::new(of_type)).clone()
+        });
+        types.insert(name.clone(), of_type.clone());
+        of_type
     }
 
     fn load(&self, of_type: &TypeLines) -> Option<LineIndex> {
@@ -118,7 +118,7 @@ impl KnownLines {
     }
 
     /// The index of a type, where it is there or worth its reading. Who comes while another reads it, waits.
-    pub(super) fn index<'a>(&self, of_type: &'a TypeLines) -> Option<&'a LineIndex> {
+    fn index<'a>(&self, of_type: &'a TypeLines) -> Option<&'a LineIndex> {
         if of_type.encoder.is_none() || of_type.seen.fetch_add(1, Ordering::Relaxed) < of_type.threshold {
             return None;
         }
@@ -142,82 +142,88 @@ impl LineIndexReport for KnownLines {
     }
 }
 
-impl TypeLines {
-    /// Returns the type.
-    pub(super) fn name(&self) -> &ResourceType {
-        &self.name
+/// A line that was looked up, in the index of its type.
+pub(super) struct Looked {
+    of_type: Arc<TypeLines>,
+    hash: Option<LineHash>,
+    known: Option<Known>,
+}
+
+impl Looked {
+    /// Returns the hash that the row's file is to keep.
+    pub(super) fn hash(&self) -> Option<LineHash> {
+        self.hash
     }
 
-    /// Hashes a line.
-    pub(super) fn hash(&self, line: &[u8]) -> Option<LineHash> {
-        self.encoder.map(|encoder| LineHash::of(line, encoder))
+    fn is_same_line(&self) -> bool {
+        self.known.zip(self.hash).is_some_and(|(known, hash)| known.is_of(hash))
     }
 }
 
 impl Work<'_> {
-    /// Takes a line whose bytes are those that the table's row of the same id came from: it need not be parsed. Only of
-    /// the type that its file declares, since others may be the server's messages.
-    pub(super) fn is_known_line(&mut self, bytes: &Bytes, line: &std::ops::Range<usize>) -> Result<bool> {
+    /// Looks a line up by its first bytes, before it is parsed. Only of the type that its file declares, since others
+    /// may be the server's messages.
+    pub(super) fn look_up_line(&mut self, bytes: &Bytes, line: &std::ops::Range<usize>) -> Result<Option<Looked>> {
         let file = &self.chunk.file;
-        // How a resource was cut down, only a parser can tell.
-        let Some(known) = self.known.filter(|_| self.elements.is_empty()) else { return Ok(false) };
-        let Some(declared) = file.declared.clone().filter(|_| file.kind == FileKind::Output && !file.replayed) else {
-            return Ok(false);
+        // Which elements a resource has is known only once it is parsed.
+        if !self.elements.is_empty() || file.kind != FileKind::Output || file.replayed {
+            return Ok(None);
+        }
+        let Some(declared) = file.declared.clone().filter(|name| !EXCLUDED_TYPES.contains(&&**name)) else {
+            return Ok(None);
         };
-        let Some((name, key)) = first_members(&bytes[line.clone()]) else { return Ok(false) };
-        if name != declared.as_bytes() || EXCLUDED_TYPES.contains(&&*declared) {
-            return Ok(false);
+        match first_members(&bytes[line.clone()]) {
+            Some((name, key)) if name == declared.as_bytes() => self.look_up(&declared, key, &bytes[line.clone()]),
+            _ => Ok(None),
         }
-        let of_type = self.lines_of(known, &declared);
-        let Some(index) = known.index(&of_type) else { return Ok(false) };
-        let Some(found) = by_line(index, key, of_type.hash(&bytes[line.clone()]))? else { return Ok(false) };
-        let files = index.files().clone();
-        self.is_unchanged(declared, files, found.place(), line);
-        Ok(true)
     }
 
-    /// Returns what is known of a type.
-    pub(super) fn lines_of(&mut self, known: &KnownLines, name: &ResourceType) -> Arc<TypeLines> {
-        if let Some(of_type) = self.lines.iter().find(|of_type| of_type.name() == name) {
-            return of_type.clone();
-        }
-        let of_type = known.of(name);
-        self.lines.push(of_type.clone());
-        of_type
-    }
-
-    /// Adds a row that the table has.
-    pub(super) fn is_unchanged(
-        &mut self,
-        resource_type: ResourceType,
-        files: Arc<[IndexedFile]>,
-        place: RowPlace,
-        line: &std::ops::Range<usize>,
-    ) {
-        let row = UnchangedRow { place, arrival: RowPosition::new(self.chunk.file.index, self.number()) };
-        add(&mut self.tally.rows, resource_type.clone());
-        match self.unchanged.iter_mut().find(|batch| batch.resource_type == resource_type) {
-            Some(batch) => {
-                batch.rows.push(row);
-                batch.json_bytes += line.len() as u64;
-            }
+    /// Looks a line up by its type and the key of its id; `None` where no line is.
+    pub(super) fn look_up(&mut self, name: &ResourceType, key: u128, line: &[u8]) -> Result<Option<Looked>> {
+        let Some(known) = self.known else { return Ok(None) };
+        let of_type = match self.lines.iter().find(|of_type| of_type.name == *name) {
+            Some(of_type) => of_type.clone(),
             None => {
-                let json_bytes = line.len() as u64;
-                self.unchanged.push(UnchangedBatch { resource_type, files, rows: vec![row], json_bytes });
+                let of_type = known.of(name);
+                self.lines.push(of_type.clone());
+                of_type
             }
-        }
+        };
+        let hash = of_type.encoder.map(|encoder| LineHash::of(line, encoder));
+        // A line out of quarantine is matched with the export's own rows first.
+        let index = if self.chunk.file.replayed { None } else { known.index(&of_type) };
+        let known = index.map(|index| index.get(key)).transpose()?.flatten();
+        Ok(Some(Looked { of_type, hash, known }))
     }
-}
 
-/// Looks a line up by its own bytes.
-fn by_line(index: &LineIndex, key: u128, line: Option<LineHash>) -> Result<Option<Known>> {
-    Ok(index.get(key)?.filter(|known| line.is_some_and(|line| known.is_of(line))))
-}
-
-/// Looks a row up by its version, or its line.
-pub(super) fn by_row(index: &LineIndex, row: &RowKey, line: Option<LineHash>) -> Result<Option<Known>> {
-    let found = index.get(row.key)?;
-    Ok(found.filter(|known| known.is_version(row) || line.is_some_and(|line| known.is_of(line))))
+    /// Takes a line whose row the table has: of the same bytes or, once that is parsed, of the same version.
+    pub(super) fn takes_unchanged(
+        &mut self,
+        looked: Option<&Looked>,
+        version: Option<&RowKey>,
+        line: &std::ops::Range<usize>,
+    ) -> bool {
+        let Some(looked) = looked else { return false };
+        let is_version = looked.known.zip(version).is_some_and(|(known, row)| known.is_version(row));
+        let index = looked.of_type.index.get().and_then(Option::as_ref);
+        let (Some(known), Some(index)) = (looked.known, index) else { return false };
+        if !is_version && !looked.is_same_line() {
+            return false;
+        }
+        let name = &looked.of_type.name;
+        let arrival = RowPosition::new(self.chunk.file.index, self.number());
+        let row = UnchangedRow { place: known.place(), arrival };
+        add(&mut self.tally.rows, name.clone());
+        let at = self.unchanged.iter().position(|batch| batch.resource_type == *name).unwrap_or_else(|| {
+            let (resource_type, files) = (name.clone(), index.files().clone());
+            self.unchanged.push(UnchangedBatch { resource_type, files, rows: Vec::new(), json_bytes: 0 });
+            self.unchanged.len() - 1
+        });
+        let batch = &mut self.unchanged[at];
+        batch.rows.push(row);
+        batch.json_bytes += line.len() as u64;
+        true
+    }
 }
 
 /// Reads the type and the key of the id of a line that begins with them, in either order, as nearly all lines do;

@@ -173,15 +173,9 @@ impl<'a> OpenFile<'a> {
         }
         let mut batches = builder.build().map_err(failed)?;
         while let Some(batch) = batches.try_next().await.map_err(failed)? {
-            let mut ranks = vec![NO_RANK; batch.num_rows()];
-            read_ranks(&batch, &mut ranks)?;
-            let mut keys = vec![None; batch.num_rows()];
-            if let Some(ids) = batch.column_by_name("id") {
-                for_each_string(ids, |at, id| keys[at] = id.map(|id| key_of(id.as_bytes())))?;
-            }
-            for ((key, rank), (row, live)) in keys.into_iter().zip(ranks).zip(&mut live) {
+            for (key, (row, live)) in row_keys(&batch)?.into_iter().zip(&mut live) {
                 if live {
-                    each(row, key.map(|key| RowKey { key, ..rank }))?;
+                    each(row, key)?;
                 }
             }
         }
@@ -195,7 +189,7 @@ impl<'a> OpenFile<'a> {
         mut each: impl FnMut(u64, Option<RowKey>, Option<LineHash>) -> Result<()>,
     ) -> Result<()> {
         let mut live = (0..self.rows()).map(|row| (row, !self.file.gone.contains(row)));
-        // What has no version has no order that could be compared.
+        // Without versionId, versions cannot be compared.
         let has_versions = self.leaves(&[RANK[1]]).is_some();
         let wanted = ["id", LINE_HASH, RANK[0], RANK[1], RANK[2]];
         let Some(mask) = self.leaves(if has_versions { &wanted } else { &wanted[..2] }) else { return Ok(()) };
@@ -203,19 +197,13 @@ impl<'a> OpenFile<'a> {
         let builder = self.reader().with_projection(mask).with_batch_size(BATCH);
         let mut batches = builder.build().map_err(failed)?;
         while let Some(batch) = batches.try_next().await.map_err(failed)? {
-            let mut ranks = vec![NO_RANK; batch.num_rows()];
-            read_ranks(&batch, &mut ranks)?;
-            let mut keys = vec![None; batch.num_rows()];
-            if let Some(ids) = batch.column_by_name("id") {
-                for_each_string(ids, |at, id| keys[at] = id.map(|id| key_of(id.as_bytes())))?;
-            }
             let lines = batch.column_by_name(LINE_HASH).and_then(|lines| lines.as_primitive_opt::<Int64Type>());
             let line = |at: usize| {
                 lines.filter(|lines| lines.is_valid(at)).and_then(|lines| LineHash::from_bits(lines.value(at)))
             };
-            for (at, ((key, rank), (row, live))) in keys.into_iter().zip(ranks).zip(&mut live).enumerate() {
+            for (at, (key, (row, live))) in row_keys(&batch)?.into_iter().zip(&mut live).enumerate() {
                 if live {
-                    each(row, key.map(|key| RowKey { key, ..rank }), line(at))?;
+                    each(row, key, line(at))?;
                 }
             }
         }
@@ -396,6 +384,19 @@ pub(crate) async fn all_ids(table: &Table, path: &Path, size: u64) -> Result<Vec
     let mut found = Vec::new();
     OpenFile::open(table, &file).await?.for_each_id_text(|id| found.extend(id.map(Box::from))).await?;
     Ok(found)
+}
+
+/// Keys and ranks of the rows of a batch; `None` for a row without id.
+fn row_keys(batch: &RecordBatch) -> Result<Vec<Option<RowKey>>> {
+    let mut ranks = vec![NO_RANK; batch.num_rows()];
+    read_ranks(batch, &mut ranks)?;
+    let mut keys = vec![None; batch.num_rows()];
+    if let Some(ids) = batch.column_by_name("id") {
+        for_each_string(ids, |at, id| {
+            keys[at] = id.map(|id| RowKey { key: key_of(id.as_bytes()), ..ranks[at] });
+        })?;
+    }
+    Ok(keys)
 }
 
 fn read_ranks(batch: &RecordBatch, ranks: &mut [RowKey]) -> Result<()> {

@@ -316,7 +316,7 @@ impl Table {
         let mut staged_file_states = Vec::with_capacity(staged.len());
         for file in staged {
             if file.is_unchanged() {
-                // Where its rows are by now is looked up when they are merged.
+                // The commit checks that its rows are still in the table.
                 staged_file_states.push(StagedFileState::Pending);
                 continue;
             }

@@ -51,7 +51,7 @@ impl IndexMemory {
     }
 }
 
-/// Memory that is given back when this is dropped.
+/// Part of an [`IndexMemory`], released on drop.
 #[derive(Debug)]
 struct Taken {
     of: IndexMemory,
@@ -287,7 +287,7 @@ fn find(slots: &[Entry], start: usize, key: u128) -> Option<std::result::Result<
 fn put(slots: &mut [Entry], entry: Entry) -> Result<()> {
     let region = Region { first: 0, slots: slots.len() as u64 };
     match find(slots, region.start(entry.key()) as usize, entry.key()) {
-        // Which of them a text is compared with is for the match to say.
+        // The id is in the table twice: matching decides which row stays.
         Some(Ok(at)) => (slots[at].line, slots[at].version) = (0, 0),
         Some(Err(at)) => slots[at] = entry,
         None => return Err(Error::new(ErrorKind::Table, "the table has more rows than its log says")),

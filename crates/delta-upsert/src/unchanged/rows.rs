@@ -93,7 +93,7 @@ impl UnchangedRows {
     /// Adds rows, which are of one file of the export.
     pub fn add(&mut self, batch: &UnchangedBatch) -> Result<()> {
         let Keys::Fresh(records) = &mut self.records else {
-            return Err(Error::new(ErrorKind::Internal, "unchanged rows that were written down take no more"));
+            return Err(Error::new(ErrorKind::Internal, "unchanged rows were added after their checkpoint"));
         };
         for row in &batch.rows {
             self.places.entry(row.place.file).or_default().insert(row.place.row.into());
