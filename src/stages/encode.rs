@@ -84,19 +84,22 @@ pub struct Shared {
     budget: usize,
     /// Which columns files have.
     columns: ColumnPruning,
+    /// True if files keep the hash of each row's line.
+    line_hashes: bool,
 }
 
 impl Shared {
     /// Batches are closed at `batch_bytes` bytes of JSON, or when all open ones together pass `budget`.
-    /// `columns` says which columns files have.
+    /// `columns` says which columns files have, and `line_hashes` whether the hash of each row's line is among them.
     pub fn new(
         layouts: Layouts,
         requests: FlushRequests,
         batch_bytes: usize,
         budget: usize,
         columns: ColumnPruning,
+        line_hashes: bool,
     ) -> Arc<Self> {
-        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget, columns })
+        Arc::new(Self { bench: Mutex::default(), layouts, requests, batch_bytes, budget, columns, line_hashes })
     }
 
     fn bench(&self) -> MutexGuard<'_, Bench> {
@@ -188,9 +191,11 @@ impl Shared {
             bench.idle.entry(resource_type.clone()).or_default().push(next);
         }
         drop(bench);
-        // Columns of the file, and none of the table.
-        let rows = add_line_hashes(&encoded.batch, &batch.lines)?;
-        let columns = with_line_hash(&encoded.schema);
+        // A column of the file, and none of the table.
+        let (rows, columns) = match self.line_hashes {
+            true => (add_line_hashes(&encoded.batch, &batch.lines)?, with_line_hash(&encoded.schema)),
+            false => (encoded.batch, encoded.schema),
+        };
         let (parquet, metadata) = PageEncoder
             .encode(&rows, &columns, &encoded.filtered)
             .map_err(|error| error.at(resource_type.to_string()))?;

@@ -288,6 +288,10 @@ async fn files_hold_the_columns_that_they_fill_or_all() {
     };
     // The table has 414 (its golden schema's leaves), and the file the hash of each row's line.
     assert_eq!(columns(&full), 414 + 1);
+    let bare = lake();
+    let section = "stages: { encode: { columns: all }, parse: { skip_unchanged: false } }\n";
+    bare.run(&source, section).await.unwrap();
+    assert_eq!(columns(&bare), 414);
     assert!(columns(&sparse) < 250, "{}", columns(&sparse));
     let names = |lake: &Lake| {
         let [file] = &parquet_files(lake, "Patient")[..] else { panic!("not one file") };

@@ -104,7 +104,8 @@ impl Stage for Encode {
     fn spawn(run: &mut RunContext, rows: Receiver<Rows>, merge: Sender<MergeInput>) -> Result<()> {
         let section = &run.stages.encode;
         let (row_group, budget) = (section.row_group(&run.memory), run.memory.share(&OPEN_BATCHES));
-        let shared = Shared::new(run.layouts.clone(), run.requests.clone(), row_group, budget, section.columns.into());
+        let (columns, line_hashes) = (section.columns.into(), run.stages.parse.skip_unchanged);
+        let shared = Shared::new(run.layouts.clone(), run.requests.clone(), row_group, budget, columns, line_hashes);
         for _ in 0..Self::workers(&run.stages) {
             let worker = Encode { rows: rows.clone(), merge: merge.clone(), shared: shared.clone() };
             let span = tracing::Span::current();
